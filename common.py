@@ -1,0 +1,940 @@
+"""What the scripts share: data, models, attacks, the plumbing of a run. No loss, no training loop.
+
+Images   uint8 (N, H, W, C) on the device; a batch is float32 (B, C, H, W) in [0, 1], channels_last.
+Models   take images in [0, 1], normalise inside, return float32 logits (B, K): any attack library
+         can evaluate them.
+Attacks  differentiate with respect to the input alone; the caller sets the model's mode.
+Runs     runs/<script>/<name>-s<seed>/: config.json, log.jsonl, last.pt (to resume), the models.
+Random   every draw depends on (seed, stage, epoch) alone, so resuming needs no generator state.
+
+Importing this file does nothing: no CUDA, seed or download; torchvision is imported by the loaders.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+# ------------------------------------------------------------------------------------------------
+# Errors and flags
+
+
+def fail(message: str, status: int = 2):
+    """Print `error: message` as one line on stderr and leave with `status`."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _number(expected: str, low: float, high: float = sys.float_info.max, kind=float):
+    """A `type=` for argparse: text -> a number in [low, high]; floats may be fractions."""
+
+    def parse(text: str):
+        try:
+            value = float(Fraction(text)) if "/" in text and kind is float else kind(text)
+        except (ValueError, ZeroDivisionError, OverflowError):
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+fraction = _number("a number or a fraction like 8/255", 0.0)
+probability = _number("a number or a fraction like 8/255, between 0 and 1", 0.0, 1.0)
+positive = _number("a number above 0", sys.float_info.min)
+count = _number("a whole number of at least 1", 1, 10**12, int)
+count0 = _number("a whole number of at least 0", 0, 10**12, int)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it is written, and each flag with its default."""
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser that shows `doc` and every default; its errors are one line, with exit status 2."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=_Help, allow_abbrev=False)
+    parser.error = lambda message: fail(re.sub(r"^argument (\S+?)(/\S+)?:", r"\1:", message))
+    return parser
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that every training script shares: data, device, seed, folders."""
+    add = parser.add_argument_group("run").add_argument
+    add("--data", default="cifar10", help="cifar10, cifar100, mnist, shapes, FILE.npz or a FOLDER")
+    add("--data-root", default="data", help="where data sets are, and missing ones are downloaded")
+    add("--train-subset", type=count, help="train on so many images (a fixed choice); None: all")
+    add("--test-subset", type=count, help="test on so many images (a fixed choice); None: all")
+    add("--val-size", type=count0, default=1024, help="training images held out for the best epoch")
+    add("--seed", type=count0, default=0, help="seed of weights, batches and attacks")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there")
+    add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower)")
+    add("--runs", default="runs", help="folder of the run folders")
+    add("--name", help="name of the run folder; None: made of the flags that are not the default")
+    add("--tensorboard", action="store_true", help="log to TensorBoard too, if it is installed")
+    add("--demo", action="store_true", help="the whole job on the embedded shapes, on a CPU")
+
+
+# Flags that do not change what is computed: a run may be resumed with others.
+FREE_FLAGS = {"data_root", "device", "runs", "name", "tensorboard", "argv"}
+
+
+def parse(parser: argparse.ArgumentParser, argv: list | None, demo: dict) -> argparse.Namespace:
+    """Parse `argv` (None: sys.argv); with --demo the settings `demo` become the defaults.
+
+    Decides the name of the run folder, and keeps the flags as typed in `args.argv`.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--demo" in argv and not {"-h", "--help"} & set(argv):
+        parser.set_defaults(**{key.replace("-", "_"): str(value) for key, value in demo.items()})
+        print("--demo sets " + " ".join(f"--{key} {value}" for key, value in demo.items()))
+    args = parser.parse_args(argv)
+    if args.name is None:
+        default = vars(parser.parse_args(["--demo"] if args.demo else []))
+        named = [Path(args.data).stem, args.model, getattr(args, "loss", None) or args.method]
+        flags = {k: v for k, v in vars(args).items() if v != default[k] and k not in FREE_FLAGS}
+        for key in {"seed", "demo", "data", "model", "loss", "method"} & flags.keys():
+            del flags[key]
+        short = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in flags.values()]
+        name = ",".join(["-".join(named), *(f"{k}={v}" for k, v in zip(flags, short))])
+        name = re.sub(r"[^\w.,=+-]", "_", ("demo-" if args.demo else "") + name).replace("_", "-")
+        digest = hashlib.sha256(repr(flags).encode()).hexdigest()[:8]
+        args.name = name if len(name) <= 150 else f"{name[:140]}-{digest}"
+    elif not re.fullmatch(r"\w[\w.,=+-]{0,159}", args.name):
+        parser.error(f"--name: expected letters, digits and . , = + - _, got {args.name!r}")
+    args.argv = argv
+    return args
+
+
+# ------------------------------------------------------------------------------------------------
+# Random numbers, device, optimizer
+
+
+def derive_seed(*parts) -> int:
+    """A 63-bit seed that depends on all `parts` (numbers and strings) and on nothing else."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def setup_device(args: argparse.Namespace) -> torch.device:
+    """The device of --device, with the CUDA settings of training; an error if there is none."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device: there is no CUDA device here; --device cpu works everywhere")
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(args.deterministic)
+    return device
+
+
+def autocast(device: torch.device):
+    """bf16 autocast for training on CUDA; on the CPU, and for evaluation, all stays float32."""
+    return torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float, nesterov: bool = False):
+    """torch.optim.SGD over all parameters, in one fused kernel."""
+    options = dict(momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
+    return torch.optim.SGD(model.parameters(), lr=lr, **options)
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+
+
+@dataclasses.dataclass
+class Data:
+    """Images uint8 (N, H, W, C) and labels int64 (N,) on the device; `val` was cut from `train`."""
+
+    name: str
+    x_train: Tensor
+    y_train: Tensor
+    x_val: Tensor
+    y_val: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    classes: list[str]
+    mean: list[float]  # per channel, of the training images in [0, 1]: the models normalise with it
+    std: list[float]
+    pad: int  # augmentation: random crop after padding with so many zeros, ...
+    flip: bool  # ... and random horizontal flip
+
+    def __post_init__(self):
+        self.x_padded = F.pad(self.x_train, (0, 0) + (self.pad,) * 4)
+
+
+CLASSES = {
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
+    "shapes": "disc ring square frame triangle diamond plus cross bar pole".split(),
+}
+
+
+def load_data(name, root="data", device="cpu", val_size=0, train_subset=None, test_subset=None):
+    """-> Data, by name (cifar10, cifar100, mnist, shapes), from an .npz file or from a folder.
+
+    A name is looked for in <root>/<name>.npz, then in torchvision's files below root, then
+    downloaded by torchvision (checksummed) and kept as that .npz. An .npz holds x_train, y_train,
+    x_test, y_test (images uint8 (N, H, W, 3) or (N, H, W), labels 0..K-1), perhaps `classes`. A
+    folder holds train/<class>/* and test/<class>/* (or val/), images of one size. Subsets are the
+    same for every seed. Errors: one line, exit status 2.
+    """
+    path = Path(root) / f"{name}.npz"
+    if name == "shapes":
+        arrays = make_shapes()
+    elif name in ("cifar10", "cifar100", "mnist"):
+        arrays = _read_npz(path) if path.exists() else _read_torchvision(name, path)
+    elif name.endswith(".npz"):
+        arrays = _read_npz(Path(name))
+    elif Path(name).is_dir():
+        arrays = _read_folder(Path(name))
+    else:
+        fail(f"--data: expected cifar10, cifar100, mnist, shapes, FILE.npz or FOLDER, got {name!r}")
+    x, y = _check("train", name, arrays)
+    x_test, y_test = _check("test", name, arrays)
+    classes = arrays.get("classes") or CLASSES.get(name) or [str(k) for k in range(y.max() + 1)]
+    if x.shape[1:] != x_test.shape[1:] or max(y.max(), y_test.max()) >= len(classes):
+        fail(f"{name}: training and test images differ in shape, or labels reach {len(classes)}")
+    if val_size + (train_subset or 1) > len(x) or (test_subset or 1) > len(x_test):
+        has = f"{name} has {len(x)} training and {len(x_test)} test images"
+        fail(f"--train-subset, --val-size, --test-subset: more than there are; {has}")
+
+    levels = np.arange(256) / 255  # from integer counts: the same on every machine
+    counts = np.stack([np.bincount(c.ravel(), minlength=256) for c in np.moveaxis(x, 3, 0)])
+    mean = counts @ levels / counts.sum(1)
+    std = np.sqrt((counts * (levels - mean[:, None]) ** 2).sum(1) / counts.sum(1))
+    order = np.random.default_rng(0).permutation(len(x))
+    val, train = order[:val_size], np.sort(order[val_size:][:train_subset])
+    test = np.sort(np.random.default_rng(0).permutation(len(x_test))[:test_subset])
+    arrays = (x[train], y[train], x[val], y[val], x_test[test], y_test[test])
+    tensors = [torch.from_numpy(a).to(device) for a in arrays]
+    digits = name == "mnist"
+    std = np.where(std > 0, std, 1).tolist()
+    return Data(name, *tensors, classes, mean.tolist(), std, 0 if digits else 4, not digits)
+
+
+def _check(part, name, arrays):
+    """The images of a part as uint8 (N, H, W, C) and its labels as int64 (N,), or an error."""
+    x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+    x = x[..., None] if x.ndim == 3 else x
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or not x.size:
+        fail(f"{name}: x_{part} must be uint8 (N, H, W, 3) or (N, H, W), got {x.dtype} {x.shape}")
+    if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= 100_000:
+        fail(f"{name}: y_{part} must be {len(x)} labels 0..K-1, got {y.dtype} {y.shape}")
+    return np.ascontiguousarray(x), y.astype(np.int64)
+
+
+def _read_npz(path: Path) -> dict:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = file.files
+            if missing := {"x_train", "y_train", "x_test", "y_test"} - set(names):
+                fail(f"{path}: expected x_train, y_train, x_test, y_test; no {min(missing)} there")
+            arrays = {key: file[key] for key in names if key[:2] in ("x_", "y_")}
+            if "classes" in names:
+                arrays["classes"] = [str(name) for name in np.atleast_1d(file["classes"])]
+            return arrays
+    except FileNotFoundError:
+        fail(f"{path}: no such file")
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        fail(f"{path}: truncated, or not an .npz file ({error})")
+
+
+def _read_torchvision(name: str, path: Path) -> dict:
+    import torchvision
+
+    arrays = {}
+    dataset = getattr(torchvision.datasets, name.upper())
+    try:
+        for part, train in (("train", True), ("test", False)):
+            try:
+                found = dataset(path.parent, train=train)
+            except RuntimeError:  # not there, or another checksum
+                print(f"{path} is not there: downloading {name} with torchvision", flush=True)
+                found = dataset(path.parent, train=train, download=True)
+            arrays[f"x_{part}"] = np.asarray(found.data)
+            arrays[f"y_{part}"] = np.asarray(found.targets, dtype=np.int64)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        fail(f"--data {name}: no {path}, and torchvision could not read or download it: {error}")
+    arrays["classes"] = [c.split(" - ")[0] for c in found.classes]
+    write_atomically(path, lambda file: np.savez(file, **arrays))
+    return arrays
+
+
+def _read_folder(folder: Path) -> dict:
+    from PIL import Image  # comes with torchvision
+
+    test = "test" if (folder / "test").is_dir() else "val"
+    classes = sorted(p.name for p in folder.glob("train/*") if p.is_dir())
+    arrays = {"classes": classes}
+    for part, sub in (("train", "train"), ("test", test)):
+        files = [(f, k) for k, c in enumerate(classes) for f in sorted(folder.glob(f"{sub}/{c}/*"))]
+        if not files:
+            fail(f"{folder}: expected images in train/<class>/ and test/<class>/ (or val/<class>/)")
+        try:
+            images = [np.asarray(Image.open(file).convert("RGB")) for file, _ in files]
+        except OSError as error:
+            fail(f"{folder / sub}: holds a file that is not an image ({error})")
+        for image, (file, _) in zip(images, files):
+            if image.shape != images[0].shape:
+                fail(f"{file}: {image.shape[:2]} pixels, not {images[0].shape[:2]} as the others")
+        arrays[f"x_{part}"], arrays[f"y_{part}"] = np.stack(images), np.array([k for _, k in files])
+    return arrays
+
+
+def make_shapes(train: int = 4000, test: int = 1000, seed: int = 0) -> dict:
+    """Ten classes of coloured shapes, 32x32, drawn by code: the data of --demo and of the tests.
+
+    Each image has two cues for its class: the shape, and a faint grating of amplitude 8/255 that
+    predicts as well but can be erased within 8/255. Standard training takes the faint cue and falls
+    to PGD; adversarial training must learn the shape (non-robust features, Ilyas et al. 2019).
+    """
+    rng = np.random.default_rng(seed)
+    n = train + test
+    labels = np.arange(n) % 10
+    y, x = np.mgrid[:32, :32] - 15.5
+    size = rng.uniform(7.5, 11, (n, 1, 1))
+    u, v = (x - rng.uniform(-4, 4, (n, 1, 1))) / size, (y - rng.uniform(-4, 4, (n, 1, 1))) / size
+    a, b, r, box = abs(u), abs(v), np.hypot(u, v), np.maximum(abs(u), abs(v))
+    masks = [
+        r < 0.95,  # disc
+        (r < 1.0) & (r > 0.6),  # ring
+        box < 0.85,  # square
+        (box < 0.95) & (box > 0.6),  # frame
+        (v > -0.9) & (v < 0.8) & (a < (v + 0.9) * 0.6),  # triangle
+        a + b < 1.1,  # diamond
+        (np.minimum(a, b) < 0.27) & (box < 1.0),  # plus
+        (abs(a - b) < 0.35) & (box < 0.9),  # cross
+        (b < 0.3) & (a < 1.0),  # bar
+        (a < 0.3) & (b < 1.0),  # pole
+    ]
+    mask = np.choose(labels[:, None, None], masks)[..., None]
+    hue = (labels / 10 + rng.normal(0, 0.2, n))[:, None] + np.array([0, 1 / 3, 2 / 3])
+    ink = 0.58 + 0.1 * np.cos(2 * np.pi * hue)[:, None, None]  # the hue leans to one per class
+    ground = rng.uniform(0.25, 0.42, (n, 1, 1, 3))
+    image = np.where(mask, ink, ground) + rng.normal(0, 0.05, (n, 32, 32, 3))
+    angle = labels[:, None, None] * np.pi / 20  # within a quarter turn: unchanged by a flip ...
+    phase = rng.uniform(0, 2 * np.pi, (n, 1, 1))
+    grating = np.sin(1.8 * (np.cos(angle) * abs(x) + np.sin(angle) * y) + phase)  # ... as |x| is
+    image = np.rint(np.clip(image + 8 / 255 * grating[..., None], 0, 1) * 255).astype(np.uint8)
+    train_part = {"x_train": image[:train], "y_train": labels[:train]}
+    return train_part | {"x_test": image[train:], "y_test": labels[train:]}
+
+
+def to_float(x: Tensor) -> Tensor:
+    """uint8 (B, H, W, C) -> float32 (B, C, H, W) in [0, 1], with channels_last strides."""
+    return x.permute(0, 3, 1, 2).float() / 255
+
+
+def batches(data: Data, batch_size: int, seed: int, epoch: int, run=None):
+    """Yield (x, labels) over the shuffled, cropped, flipped training set; the last may be smaller.
+
+    x float32 (B, C, H, W) in [0, 1], labels int64 (B,). Order, crops and flips depend on (seed,
+    epoch) alone: not on device, batch size or a global generator. One gather a batch on the device,
+    one host copy an epoch. With `run`, the live line on a terminal moves.
+    """
+    n, height, width, _ = data.x_train.shape
+    g = torch.Generator().manual_seed(derive_seed("batches", seed, epoch))
+    draws = (2 * data.pad + 1, 2 * data.pad + 1, 1 + data.flip)
+    plan = [torch.randperm(n, generator=g), *(torch.randint(k, (n,), generator=g) for k in draws)]
+    plan = torch.stack(plan).to(data.x_train.device)  # (4, N): image, top, left, flip
+    rows, columns = (torch.arange(k, device=plan.device) for k in (height, width))
+    for start in range(0, n, batch_size):
+        image, top, left, flip = plan[:, start : start + batch_size, None]  # each (B, 1)
+        row = (top + rows)[:, :, None]  # (B, H, 1)
+        column = (left + torch.where(flip == 1, width - 1 - columns, columns))[:, None]  # (B, 1, W)
+        yield to_float(data.x_padded[image[:, None], row, column]), data.y_train[image[:, 0]]
+        if run is not None:
+            _tick(run, epoch, (start + batch_size) / n)
+
+
+# ------------------------------------------------------------------------------------------------
+# Models
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel, x (B, C, H, W) in [0, 1]; the statistics are buffers."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
+def _conv(in_channels, channels, kernel, stride=1):
+    if kernel == 1 and stride > 1 and in_channels < 8:
+        # the same numbers; on AVX2 oneDNN's strided kernel hangs here (uxlfoundation/oneDNN#6035)
+        return nn.Sequential(nn.AvgPool2d(1, stride), _conv(in_channels, channels, 1))
+    return nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False)
+
+
+def _norm_act(channels, act="relu"):
+    activation = nn.SiLU() if act == "silu" else nn.ReLU(inplace=True)
+    return nn.Sequential(nn.BatchNorm2d(channels), activation)
+
+
+class PostActBlock(nn.Module):
+    """Residual block with the last ReLU after the sum (He et al. 2015).
+
+    Two 3x3 convolutions; with expansion 4 the bottleneck of ResNet-50: 1x1, 3x3, 1x1.
+    """
+
+    def __init__(self, in_channels, channels, stride, expansion=1):
+        super().__init__()
+        out = channels * expansion
+        if expansion == 1:
+            kernels, widths, strides = (3, 3), (channels, out), (stride, 1)
+        else:
+            kernels, widths, strides = (1, 3, 1), (channels, channels, out), (1, stride, 1)
+        layers, width = [], in_channels
+        for kernel, next_width, s in zip(kernels, widths, strides):
+            layers += [_conv(width, next_width, kernel, s), *_norm_act(next_width)]
+            width = next_width
+        self.residual = nn.Sequential(*layers[:-1])
+        self.shortcut = nn.Identity()
+        if stride != 1 or in_channels != out:
+            self.shortcut = nn.Sequential(_conv(in_channels, out, 1, stride), nn.BatchNorm2d(out))
+
+    def forward(self, x):
+        return F.relu(self.residual(x) + self.shortcut(x), inplace=True)
+
+
+class PreActBlock(nn.Module):
+    """BN-act-conv twice (He et al. 2016); a resizing shortcut starts after the first activation."""
+
+    def __init__(self, in_channels, channels, stride, act="relu", dropout=0.0):
+        super().__init__()
+        self.norm1, self.norm2 = _norm_act(in_channels, act), _norm_act(channels, act)
+        self.conv1 = _conv(in_channels, channels, 3, stride)
+        self.conv2 = _conv(channels, channels, 3)
+        self.dropout = nn.Dropout(dropout)
+        resize = stride != 1 or in_channels != channels
+        self.shortcut = _conv(in_channels, channels, 1, stride) if resize else None
+
+    def forward(self, x):
+        h = self.norm1(x)
+        residual = self.conv2(self.dropout(self.norm2(self.conv1(h))))
+        return residual + (x if self.shortcut is None else self.shortcut(h))
+
+
+class ConvNet(nn.Module):
+    """Normalise, 3x3 stem, stages of residual blocks, global average, linear.
+
+    blocks: for each stage a list of blocks; norms: what follows the stem and the last stage.
+    """
+
+    def __init__(self, mean, std, stem, stages, stem_norm, head_norm, width, classes):
+        super().__init__()
+        self.normalize = Normalize(mean, std)
+        self.stem = nn.Sequential(_conv(len(mean), stem, 3), *stem_norm)
+        self.stages = nn.ModuleList(stages)
+        self.head_norm = nn.Sequential(*head_norm)
+        self.fc = nn.Linear(width, classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        h = self.stem(self.normalize(x))
+        for stage in self.stages:
+            h = stage(h)
+        return self.fc(self.head_norm(h).mean((2, 3))).float()  # (B, K), float32 under autocast too
+
+
+class MLP(nn.Module):
+    """Normalised and flattened image, hidden ReLU layers of the given sizes, linear."""
+
+    def __init__(self, mean, std, inputs, hidden, classes, dropout):
+        super().__init__()
+        layers = [Normalize(mean, std), nn.Flatten()]
+        for a, b in zip([inputs, *hidden], hidden):
+            layers += [nn.Linear(a, b), nn.ReLU(inplace=True), nn.Dropout(dropout)]
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden[-1], classes))
+
+    def forward(self, x):
+        return self.layers(x).float()
+
+
+def check_model(flag: str, name: str, width: float = 1.0, dropout: float = 0.0) -> None:
+    """An error that names `flag` if build_model(name, width=width, dropout=dropout) cannot be."""
+    wrn = re.fullmatch(r"wrn-([1-9]\d{1,3})-([1-9]\d?)(-silu)?", name)
+    resnet = re.fullmatch(r"resnet18|resnet50|preact-resnet18(-silu)?", name)
+    if not (wrn or resnet or re.fullmatch(r"mlp(-[1-9]\d{0,4}){1,8}", name)):
+        known = "resnet18, resnet50, preact-resnet18, wrn-D-W or mlp-H-...-H"
+        fail(f"{flag}: expected {known} (wrn-28-10-silu, mlp-1200-1200), got {name!r}")
+    if wrn and int(wrn[1]) % 6 != 4:
+        fail(f"{flag}: the depth of a WideResNet is 6n + 4 (10, 16, 22, 28, 34, 40), got {name!r}")
+    if width != 1 and not (resnet and 1 / 64 <= width <= 16):
+        fail(f"{flag} {name}: a width of 1/64 to 16 goes with the ResNets, got {width:g}")
+    if dropout and resnet:
+        fail(f"{flag} {name}: dropout goes with the WideResNets and MLPs")
+
+
+def build_model(name, classes=10, width=1.0, dropout=0.0, channels=3, size=32, mean=None, std=None):
+    """A net for images (B, channels, size, size) in [0, 1] that returns logits (B, classes).
+
+    resnet18, resnet50, preact-resnet18 (He et al., CIFAR stem: 3x3, no pooling; `width` scales the
+    channels), wrn-D-W (Zagoruyko and Komodakis 2016; `dropout` between the convolutions of a
+    block), mlp-H-...-H (`dropout` after each layer); suffix -silu for the pre-activation nets.
+    mean, std per channel (None: 0 and 1). `model.arch` keeps what load_model builds it from.
+    """
+    check_model("--model", name, width, dropout)
+    statistics = mean or [0.0] * channels, std or [1.0] * channels
+    numbers = [int(n) for n in re.findall(r"-(\d+)", name)]
+    act = "silu" if name.endswith("-silu") else "relu"
+    if name.startswith("mlp"):
+        model = MLP(*statistics, channels * size * size, numbers, classes, dropout)
+    else:
+        if name.startswith("wrn"):
+            depths = [(numbers[0] - 4) // 6] * 3
+            stem, widths = 16, [16 * numbers[1] * m for m in (1, 2, 4)]
+        else:
+            depths = [3, 4, 6, 3] if name == "resnet50" else [2, 2, 2, 2]
+            widths = [round(64 * width * m) for m in (1, 2, 4, 8)]
+            stem = widths[0]
+        preact, expansion = name[:3] in ("wrn", "pre"), 4 if name == "resnet50" else 1
+        last, stages = stem, []
+        for i, (channels_out, depth) in enumerate(zip(widths, depths)):
+            blocks = []
+            for j in range(depth):
+                stride = 2 if i > 0 and j == 0 else 1
+                if preact:
+                    blocks.append(PreActBlock(last, channels_out, stride, act, dropout))
+                else:
+                    blocks.append(PostActBlock(last, channels_out, stride, expansion))
+                last = channels_out * expansion
+            stages.append(nn.Sequential(*blocks))
+        norms = ([], _norm_act(last, act)) if preact else (_norm_act(stem), [])
+        model = ConvNet(*statistics, stem, stages, *norms, last, classes)
+    model.arch = dict(name=name, classes=classes, width=width, dropout=dropout)
+    model.arch |= dict(channels=channels, size=size)
+    return model.to(memory_format=torch.channels_last)
+
+
+def model_for(data: Data, name: str, seed: int, stage: str, width=1.0, dropout=0.0) -> nn.Module:
+    """build_model for the images and classes of `data`, on its device, drawn from (seed, stage)."""
+    torch.manual_seed(derive_seed("init", seed, stage))
+    size, channels = data.x_train.shape[2:]
+    like_data = (channels, size, data.mean, data.std)
+    return build_model(name, len(data.classes), width, dropout, *like_data).to(data.x_train.device)
+
+
+def parameters(model: nn.Module) -> int:
+    """How many trained numbers the model has."""
+    return sum(p.numel() for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------
+# Attacks (L-infinity)
+
+
+def pgd(model, x, targets, eps, step_size, steps, start="uniform") -> Tensor:
+    """Projected gradient ascent on the cross-entropy (Madry et al. 2018): x -> x_adv (B, C, H, W).
+
+    targets: labels (B,) or fixed probabilities (B, K). With probabilities the gradient is that of
+    KL(targets || model(x_adv)): the teacher's give the inner problem of RSLAD, the model's own
+    that of TRADES. start: `uniform` in the ball, `gaussian` (x + 0.001 N(0, 1), as in TRADES and
+    RSLAD), `none`, or the first perturbation itself (B, C, H, W). x and x_adv in [0, 1]; eps and
+    step_size in the same units. The model is used in the mode it is in: call model.eval() first for
+    BatchNorm in eval mode. Only the gradient of x_adv is computed, none of the weights.
+    """
+    low, high = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
+    if isinstance(start, str):
+        start = {
+            "uniform": lambda: torch.empty_like(x).uniform_(-eps, eps),
+            "gaussian": lambda: 0.001 * torch.randn_like(x),
+            "none": lambda: torch.zeros_like(x),
+        }[start]()
+    x_adv = torch.clamp((x + start).detach(), low, high)
+    for _ in range(steps):
+        x_adv.requires_grad_()
+        with torch.enable_grad():
+            loss = F.cross_entropy(model(x_adv), targets, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, x_adv)
+        x_adv = torch.clamp(x_adv.detach() + step_size * gradient.sign(), low, high)
+    return x_adv
+
+
+def ffgsm(model, x, labels, eps, step_size) -> Tensor:
+    """FGSM from a uniform start (Wong et al. 2020, with step_size = 1.25 eps): pgd, 1 step."""
+    return pgd(model, x, labels, eps, step_size, steps=1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation that training needs (eval_robustness.py has the rest): float32, eval mode
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module):
+    """The model in eval mode, weights frozen, no TF32; everything is put back afterwards."""
+    training, tf32 = model.training, torch.backends.cudnn.allow_tf32
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield model
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+        model.train(training)
+        for p in trained:
+            p.requires_grad_(True)
+
+
+@torch.no_grad()
+def correct(model: nn.Module, x: Tensor, labels: Tensor, batch_size: int = 500) -> Tensor:
+    """Which of x, float (N, C, H, W) or uint8 (N, H, W, C), the model gets right: bool (N,)."""
+    right = []
+    for part, y in zip(x.split(batch_size), labels.split(batch_size)):
+        part = to_float(part) if part.dtype == torch.uint8 else part
+        right.append(model(part).argmax(1) == y)
+    return torch.cat(right)
+
+
+def validate(model: nn.Module, data: Data, eps: float, step_size: float, steps: int) -> dict:
+    """{val_clean_acc, val_pgd<steps>_acc} on the held-out training images; {} if there are none."""
+    if not len(data.x_val):
+        return {}
+    right = []
+    with evaluating(model):
+        clean = correct(model, data.x_val, data.y_val)
+        for x, labels in zip(data.x_val.split(500), data.y_val.split(500)):
+            x_adv = pgd(model, to_float(x), labels, eps, step_size, steps)
+            right.append(correct(model, x_adv, labels))
+    robust = torch.cat(right).float().mean().item()
+    return {"val_clean_acc": clean.float().mean().item(), f"val_pgd{steps}_acc": robust}
+
+
+# ------------------------------------------------------------------------------------------------
+# Files: written whole or not at all; read without running anything that they hold
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call write(file) on a temporary file and move it to `path`; else `path` stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def copy_atomically(source: Path, path: Path) -> None:
+    """A copy of the file `source` at `path`."""
+    write_atomically(path, lambda file: file.write(Path(source).read_bytes()))
+
+
+def save(path: Path, record: dict) -> None:
+    """Write a dict of tensors, numbers, strings, lists and dicts atomically, for `load`."""
+    buffer = io.BytesIO()  # torch's own file writer hides a full disk in a RuntimeError
+    torch.save({"format": 1} | record, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def load(path: str | Path) -> dict:
+    """Read a file of `save` to the CPU, weights only: other pickles are refused, never run."""
+    try:
+        record = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"{path}: no such checkpoint")
+    except Exception as error:  # torch raises half a dozen types for a damaged file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        fail(f"{path}: truncated, or not a checkpoint of these scripts ({reason})")
+    if not isinstance(record, dict) or record.get("format") != 1:
+        fail(f"{path}: not a checkpoint of these scripts")
+    return record
+
+
+def save_model(path: Path, model: nn.Module, meta: dict) -> None:
+    """Write a model: its weights, its `arch` to build it again, numbers and names about it."""
+    save(path, {"arch": model.arch, "weights": model.state_dict(), "meta": meta})
+
+
+def load_model(path, device="cpu", data: Data | None = None, name: str | None = None):
+    """-> (model in eval mode, its meta); an error if it does not fit `data` or is no `name`."""
+    record = load(path)
+    try:
+        arch, meta = record["arch"], record["meta"]
+        channels = arch["channels"]
+        model = build_model(**arch, mean=[0.0] * channels, std=[1.0] * channels)
+        model.load_state_dict(record["weights"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        fail(f"{path}: holds no model of these scripts ({str(error).splitlines()[0][:100]})")
+    if name is not None and name != arch["name"]:
+        fail(f"{path}: is a {arch['name']}, expected a {name}")
+    if data is not None:
+        wanted = [len(data.classes), *data.x_test.shape[2:]]
+        if wanted != [arch["classes"], arch["size"], arch["channels"]]:
+            fail(
+                f"{path}: a net for {arch['classes']} classes and {arch['channels']} channels of "
+                f"{arch['size']} pixels; {data.name} has {wanted[0]}, {wanted[2]} and {wanted[1]}"
+            )
+    return model.to(device).eval(), meta
+
+
+# ------------------------------------------------------------------------------------------------
+# A run: its folder, log and checkpoints
+
+
+@dataclasses.dataclass
+class Run:
+    """A run folder and the state of what is written to it and shown."""
+
+    script: str
+    args: argparse.Namespace
+    device: torch.device
+    work: list  # (stage, epochs, relative cost of an epoch): what the time left is made of
+    stage: str = ""
+    parts: dict = dataclasses.field(default_factory=dict)  # of the stage: model, optimizer, ...
+    started: float = 0.0  # of the current epoch
+    seconds: float = 0.0  # of the current stage, over all sessions
+    best: dict = dataclasses.field(default_factory=dict)  # the best epoch's row
+    left: str = "?"
+    ticked: float = 0.0
+    writer: object = None
+
+    def __post_init__(self):
+        self.dir = Path(self.args.runs) / self.script / f"{self.args.name}-s{self.args.seed}"
+        self.log = self.dir / "log.jsonl"
+        self.flags = {k: v for k, v in vars(self.args).items() if k not in FREE_FLAGS}
+
+
+@contextlib.contextmanager
+def open_run(script: str, args: argparse.Namespace, device: torch.device, work: list):
+    """Yield the Run of these flags, its folder made, or found with the same flags; else an error.
+
+    In the `with`, Ctrl-C and SIGTERM end with the command that resumes, errors of the file system
+    and of GPU memory with one line. What is on the disk then is the last finished epoch.
+    """
+    run = Run(script, args, device, work)
+    command = shlex.join(["python", f"{script}.py", *args.argv])
+
+    def on_sigterm(number, frame):
+        raise KeyboardInterrupt("SIGTERM")
+
+    handler = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        _open(run, command)
+        yield run
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped; finished epochs are in {run.dir}; go on with:", file=sys.stderr)
+        print(command, file=sys.stderr)
+        raise SystemExit(143 if stop.args else 130) from None
+    except torch.OutOfMemoryError as error:
+        fail(f"{run.stage}: the GPU has too little memory; try a smaller --batch-size ({error})")
+    except OSError as error:
+        where = error.filename or run.dir
+        fail(f"{where}: {error.strerror or error}; finished epochs are kept")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        if run.writer is not None:
+            run.writer.close()
+
+
+def _open(run: Run, command: str) -> None:
+    path, flags = run.dir / "config.json", json.loads(json.dumps(run.flags))
+    if path.exists():
+        try:
+            old = dict(json.loads(path.read_text())["flags"])
+        except (ValueError, KeyError, TypeError):
+            fail(f"{path}: damaged; take another --name, or delete the folder")
+        for key in sorted(flags.keys() | old.keys()):
+            if flags.get(key) != old.get(key):
+                flag, other = "--" + key.replace("_", "-"), f"{old.get(key)}, not {flags.get(key)}"
+                fail(f"{flag}: {run.dir} was made with {other}; take another --name")
+    else:
+        gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else None
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "gpu": gpu}
+        config = {"command": command, "commit": _commit(), **versions, "flags": flags}
+        text = json.dumps(config, indent=1) + "\n"
+        write_atomically(path, lambda file: file.write(text.encode()))
+    if run.args.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            fail("--tensorboard: TensorBoard is not installed; pip install tensorboard")
+        run.writer = SummaryWriter(run.dir)
+
+
+def _commit() -> str | None:
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, timeout=9).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def epochs(run: Run, stage: str, total: int, **parts):
+    """Yield the epochs of a stage that are still to do, after loading what last.pt has of them.
+
+    parts: the model, optimizer, schedule, ...: all that has a state_dict and is needed to resume.
+    Seeds each epoch with (seed, stage, epoch): it is the same epoch after any interruption.
+    """
+    run.stage, run.parts, run.seconds, run.best, done = stage, parts, 0.0, {}, 0
+    last = run.dir / "last.pt"
+    record = load(last) if last.exists() else {}
+    if record.get("stage") == stage:
+        for name, part in parts.items():
+            part.load_state_dict(record["parts"][name])
+        done, run.seconds, run.best = record["epochs"], record["seconds"], record["best"]
+        print(f"{stage}: goes on after epoch {done} of {total} ({last})", flush=True)
+    if run.log.exists():  # drop rows of epochs that will be done again, and a line torn by a kill
+        rows = []
+        for line in run.log.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+        kept = [r for r in rows if r.get("stage") != stage or r["epoch"] <= done]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_atomically(run.log, lambda file: file.write(text.encode()))
+    for epoch in range(done, total):
+        torch.manual_seed(derive_seed("epoch", run.args.seed, stage, epoch))
+        run.started = time.monotonic()
+        yield epoch
+
+
+def metrics(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """(3,) on the device: loss summed over images, correct predictions, images. No sync."""
+    right = (logits.detach().argmax(1) == labels).sum()
+    loss = loss.detach().float()
+    return torch.stack([loss * len(labels), right.float(), torch.full_like(loss, len(labels))])
+
+
+def end_epoch(run: Run, epoch: int, history: list, val) -> None:
+    """Read the steps' `metrics` (the epoch's one host sync), validate, log, print, checkpoint.
+
+    val: () -> dict of accuracies. The epoch with the best validation PGD accuracy so far is kept as
+    <stage>_best.pt. A loss that is not finite ends the run, before anything is written.
+    """
+    steps = torch.stack(history).double().cpu()
+    spent = time.monotonic() - run.started
+    bad = (~torch.isfinite(steps[:, 0])).nonzero()
+    if len(bad):
+        where = f"{run.stage}, epoch {epoch + 1}, step {int(bad[0]) + 1}: the loss is not finite"
+        flag = "--teacher-lr" if run.stage == "teacher" else "--lr"
+        fail(f"{where}; try a lower {flag} (the epochs before are in {run.dir})")
+    loss, right, images = steps.sum(0).tolist()
+    row = {"stage": run.stage, "epoch": epoch + 1, "loss": loss / images}
+    row |= {"train_acc": right / images, "images_per_second": images / spent} | val()
+    run.seconds += time.monotonic() - run.started
+    row["seconds"] = run.seconds
+    key = next((key for key in row if key.startswith("val_pgd")), "val_clean_acc")
+    if row.get(key, -1.0) > run.best.get(key, -1.0):
+        run.best = row
+        save_model(run.dir / f"{run.stage}_best.pt", run.parts["model"], row)
+    _log(run, row)
+    state = {"stage": run.stage, "epochs": epoch + 1, "seconds": run.seconds, "best": run.best}
+    state["parts"] = {name: part.state_dict() for name, part in run.parts.items()}
+    save(run.dir / "last.pt", state)
+
+
+def _log(run: Run, row: dict) -> None:
+    with open(run.log, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    for key, value in row.items():
+        if run.writer is not None and isinstance(value, float):
+            run.writer.add_scalar(f"{row['stage']}/{key}", value, row["epoch"])
+    at = [stage for stage, _, _ in run.work].index(run.stage)
+    units = [n * cost for _, n, cost in run.work]
+    done = row["epoch"] * run.work[at][2]  # units of cost, at the measured seconds a unit
+    run.left = duration((sum(units[at:]) - done) * run.seconds / done)
+    text = f"{_head(run, row['epoch'])}  loss {row['loss']:.4f}"
+    for key in row:
+        if key.endswith("_acc"):
+            text += f"  {key.removesuffix('_acc').replace('_', ' ')} {row[key]:.4f}"
+    _show(f"{text}  {row['images_per_second']:,.0f} images/s  left {run.left}", end="\n")
+
+
+def _head(run: Run, epoch: int) -> str:
+    total = {stage: n for stage, n, _ in run.work}[run.stage]
+    return f"{run.stage} {epoch:{len(str(total))}d}/{total}"
+
+
+def _show(text: str, end: str = "") -> None:
+    print("\r\x1b[2K" * sys.stdout.isatty() + text, end=end, flush=True)
+
+
+def _tick(run: Run, epoch: int, part: float) -> None:
+    """The live line inside an epoch, four times a second at most; it waits for no kernel."""
+    if sys.stdout.isatty() and time.monotonic() > run.ticked + 0.25:
+        run.ticked = time.monotonic()
+        _show(f"{_head(run, epoch + 1)}  {min(part, 1):.0%}  left {run.left}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def find_model(run: Run, file: str, settings) -> Path | None:
+    """`file` in this or another run folder of the script whose flags give the same settings.
+
+    settings: dict of flags -> what of them the file depends on.
+    """
+    mine = settings(run.flags)
+    for path in [run.dir / file, *sorted(run.dir.parent.glob(f"*/{file}"))]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            theirs = json.loads((path.parent / "config.json").read_text())["flags"]
+            if path.exists() and settings(theirs) == mine:
+                return path
+    return None
+
+
+def finish(run: Run, rows: list[dict]) -> None:
+    """Write the summary as the last row of log.jsonl, drop last.pt, and show the summary."""
+    files = [str(path) for path in sorted(run.dir.glob("*.pt")) if path.name != "last.pt"]
+    with open(run.log, "a") as file:
+        file.write(json.dumps({"summary": rows, "files": [*files, str(run.log)]}) + "\n")
+    (run.dir / "last.pt").unlink(missing_ok=True)
+    show_summary(run)
+
+
+def show_summary(run: Run) -> bool:
+    """Print the table and the files of a finished run; False if it is not finished."""
+    rows = run.log.read_text().splitlines() if run.log.exists() else []
+    if not rows or not rows[-1].startswith('{"summary":'):
+        return False
+    last = json.loads(rows[-1])
+    print(f"\n{table(last['summary'])}\n\nfiles: {' '.join(last['files'])}")
+    return True
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as an aligned text table; accuracies with four digits, a missing value as '-'."""
+
+    def cell(key, value):
+        if not isinstance(value, float):
+            return "-" if value is None else str(value)
+        return f"{value:.4f}" if key.endswith("_acc") else f"{value:,.1f}"
+
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [keys] + [[cell(key, row.get(key)) for key in keys] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join([c[0].ljust(widths[0]), *map(str.rjust, c[1:], widths[1:])]) for c in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
