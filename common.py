@@ -1,8 +1,7 @@
 """What the scripts share: data, models, attacks, the plumbing of a run. No loss, no training loop.
 
 Images   uint8 (N, H, W, C) on the device; a batch is float32 (B, C, H, W) in [0, 1], channels_last.
-Models   take images in [0, 1], normalise inside, return float32 logits (B, K): any attack library
-         can evaluate them.
+Models   take images in [0, 1], normalise inside, return float32 logits (B, K), as attacks expect.
 Attacks  differentiate with respect to the input alone; the caller sets the model's mode.
 Runs     runs/<script>/<name>-s<seed>/: config.json, log.jsonl, last.pt (to resume), the models.
 Random   every draw depends on (seed, stage, epoch) alone, so resuming needs no generator state.
@@ -13,6 +12,7 @@ Importing this file does nothing: no CUDA, seed or download; torchvision is impo
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import io
 import json
@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 from fractions import Fraction
@@ -67,13 +68,11 @@ count = _number("a whole number of at least 1", 1, 10**12, int)
 count0 = _number("a whole number of at least 0", 0, 10**12, int)
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it is written, and each flag with its default."""
-
-
 def make_parser(doc: str) -> argparse.ArgumentParser:
     """A parser that shows `doc` and every default; its errors are one line, with exit status 2."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=_Help, allow_abbrev=False)
+    bases = (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter)
+    layout = type("Help", bases, {})  # the docstring as it is written, each flag with its default
+    parser = argparse.ArgumentParser(description=doc, formatter_class=layout, allow_abbrev=False)
     parser.error = lambda message: fail(re.sub(r"^argument (\S+?)(/\S+)?:", r"\1:", message))
     return parser
 
@@ -111,14 +110,15 @@ def parse(parser: argparse.ArgumentParser, argv: list | None, demo: dict) -> arg
     args = parser.parse_args(argv)
     if args.name is None:
         default = vars(parser.parse_args(["--demo"] if args.demo else []))
-        named = [Path(args.data).stem, args.model, getattr(args, "loss", None) or args.method]
-        flags = {k: v for k, v in vars(args).items() if v != default[k] and k not in FREE_FLAGS}
-        for key in {"seed", "demo", "data", "model", "loss", "method"} & flags.keys():
-            del flags[key]
-        short = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in flags.values()]
-        name = ",".join(["-".join(named), *(f"{k}={v}" for k, v in zip(flags, short))])
-        name = re.sub(r"[^\w.,=+-]", "_", ("demo-" if args.demo else "") + name).replace("_", "-")
-        digest = hashlib.sha256(repr(flags).encode()).hexdigest()[:8]
+        name = "demo-" * args.demo + f"{Path(args.data).stem}-{args.model}-"
+        name += getattr(args, "loss", None) or args.method
+        shown = FREE_FLAGS | {"seed", "demo", "data", "model", "loss", "method"}
+        for key, value in vars(args).items():
+            if key not in shown and value != default[key]:
+                short = f"{value:.4g}" if isinstance(value, float) else value
+                name += f",{key.replace('_', '-')}={short}"
+        name = re.sub(r"[^\w.,=+-]", "-", name)
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
         args.name = name if len(name) <= 150 else f"{name[:140]}-{digest}"
     elif not re.fullmatch(r"\w[\w.,=+-]{0,159}", args.name):
         parser.error(f"--name: expected letters, digits and . , = + - _, got {args.name!r}")
@@ -182,6 +182,10 @@ class Data:
     def __post_init__(self):
         self.x_padded = F.pad(self.x_train, (0, 0) + (self.pad,) * 4)
 
+    def steps(self, batch_size: int) -> int:
+        """How many batches an epoch has."""
+        return -(-len(self.x_train) // batch_size)
+
 
 CLASSES = {
     "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
@@ -225,11 +229,10 @@ def load_data(name, root="data", device="cpu", val_size=0, train_subset=None, te
     order = np.random.default_rng(0).permutation(len(x))
     val, train = order[:val_size], np.sort(order[val_size:][:train_subset])
     test = np.sort(np.random.default_rng(0).permutation(len(x_test))[:test_subset])
-    arrays = (x[train], y[train], x[val], y[val], x_test[test], y_test[test])
-    tensors = [torch.from_numpy(a).to(device) for a in arrays]
-    digits = name == "mnist"
-    std = np.where(std > 0, std, 1).tolist()
-    return Data(name, *tensors, classes, mean.tolist(), std, 0 if digits else 4, not digits)
+    parts = (x[train], y[train], x[val], y[val], x_test[test], y_test[test])
+    tensors = [torch.from_numpy(part).to(device) for part in parts]
+    statistics, images = (mean.tolist(), np.where(std > 0, std, 1).tolist()), name != "mnist"
+    return Data(name, *tensors, classes, *statistics, pad=4 * images, flip=images)
 
 
 def _check(part, name, arrays):
@@ -263,14 +266,11 @@ def _read_torchvision(name: str, path: Path) -> dict:
     import torchvision
 
     arrays = {}
-    dataset = getattr(torchvision.datasets, name.upper())
+    print(f"{path} is not there: taking {name} from torchvision, downloaded if need be", flush=True)
     try:
         for part, train in (("train", True), ("test", False)):
-            try:
-                found = dataset(path.parent, train=train)
-            except RuntimeError:  # not there, or another checksum
-                print(f"{path} is not there: downloading {name} with torchvision", flush=True)
-                found = dataset(path.parent, train=train, download=True)
+            dataset = getattr(torchvision.datasets, name.upper())
+            found = dataset(path.parent, train=train, download=True)
             arrays[f"x_{part}"] = np.asarray(found.data)
             arrays[f"y_{part}"] = np.asarray(found.targets, dtype=np.int64)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
@@ -281,23 +281,21 @@ def _read_torchvision(name: str, path: Path) -> dict:
 
 
 def _read_folder(folder: Path) -> dict:
-    from PIL import Image  # comes with torchvision
+    from torchvision.datasets import ImageFolder
 
-    test = "test" if (folder / "test").is_dir() else "val"
-    classes = sorted(p.name for p in folder.glob("train/*") if p.is_dir())
-    arrays = {"classes": classes}
-    for part, sub in (("train", "train"), ("test", test)):
-        files = [(f, k) for k, c in enumerate(classes) for f in sorted(folder.glob(f"{sub}/{c}/*"))]
-        if not files:
-            fail(f"{folder}: expected images in train/<class>/ and test/<class>/ (or val/<class>/)")
+    arrays = {}
+    for part, sub in (
+        ("train", "train"),
+        ("test", "test" if (folder / "test").is_dir() else "val"),
+    ):
         try:
-            images = [np.asarray(Image.open(file).convert("RGB")) for file, _ in files]
-        except OSError as error:
-            fail(f"{folder / sub}: holds a file that is not an image ({error})")
-        for image, (file, _) in zip(images, files):
-            if image.shape != images[0].shape:
-                fail(f"{file}: {image.shape[:2]} pixels, not {images[0].shape[:2]} as the others")
-        arrays[f"x_{part}"], arrays[f"y_{part}"] = np.stack(images), np.array([k for _, k in files])
+            found = ImageFolder(folder / sub)
+            arrays[f"x_{part}"] = np.stack([np.asarray(image) for image, _ in found])
+        except (OSError, ValueError) as error:
+            fail(f"{folder / sub}: expected class folders with images of one size ({error})")
+        arrays[f"y_{part}"] = np.array(found.targets)
+        if arrays.setdefault("classes", found.classes) != found.classes:
+            fail(f"{folder}: train and {sub} have different class folders")
     return arrays
 
 
@@ -364,7 +362,7 @@ def batches(data: Data, batch_size: int, seed: int, epoch: int, run=None):
         column = (left + torch.where(flip == 1, width - 1 - columns, columns))[:, None]  # (B, 1, W)
         yield to_float(data.x_padded[image[:, None], row, column]), data.y_train[image[:, 0]]
         if run is not None:
-            _tick(run, epoch, (start + batch_size) / n)
+            _show(run, epoch + 1, f"{min(start + batch_size, n) / n:.0%}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -403,16 +401,12 @@ class PostActBlock(nn.Module):
 
     def __init__(self, in_channels, channels, stride, expansion=1):
         super().__init__()
-        out = channels * expansion
-        if expansion == 1:
-            kernels, widths, strides = (3, 3), (channels, out), (stride, 1)
-        else:
-            kernels, widths, strides = (1, 3, 1), (channels, channels, out), (1, stride, 1)
-        layers, width = [], in_channels
-        for kernel, next_width, s in zip(kernels, widths, strides):
-            layers += [_conv(width, next_width, kernel, s), *_norm_act(next_width)]
-            width = next_width
-        self.residual = nn.Sequential(*layers[:-1])
+        out, layers = channels * expansion, []
+        if expansion > 1:
+            layers = [_conv(in_channels, channels, 1), *_norm_act(channels)]
+        layers += [_conv(channels if layers else in_channels, channels, 3, stride)]
+        layers += [*_norm_act(channels), _conv(channels, out, 1 if expansion > 1 else 3)]
+        self.residual = nn.Sequential(*layers, nn.BatchNorm2d(out))
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != out:
             self.shortcut = nn.Sequential(_conv(in_channels, out, 1, stride), nn.BatchNorm2d(out))
@@ -440,10 +434,7 @@ class PreActBlock(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Normalise, 3x3 stem, stages of residual blocks, global average, linear.
-
-    blocks: for each stage a list of blocks; norms: what follows the stem and the last stage.
-    """
+    """Normalise, 3x3 stem, stages of residual blocks, global average, linear: the ResNets."""
 
     def __init__(self, mean, std, stem, stages, stem_norm, head_norm, width, classes):
         super().__init__()
@@ -507,29 +498,27 @@ def build_model(name, classes=10, width=1.0, dropout=0.0, channels=3, size=32, m
     if name.startswith("mlp"):
         model = MLP(*statistics, channels * size * size, numbers, classes, dropout)
     else:
+        depths = [3, 4, 6, 3] if name == "resnet50" else [2, 2, 2, 2]
+        widths = [round(64 * width * m) for m in (1, 2, 4, 8)]
+        stem = widths[0]
         if name.startswith("wrn"):
             depths = [(numbers[0] - 4) // 6] * 3
             stem, widths = 16, [16 * numbers[1] * m for m in (1, 2, 4)]
-        else:
-            depths = [3, 4, 6, 3] if name == "resnet50" else [2, 2, 2, 2]
-            widths = [round(64 * width * m) for m in (1, 2, 4, 8)]
-            stem = widths[0]
         preact, expansion = name[:3] in ("wrn", "pre"), 4 if name == "resnet50" else 1
         last, stages = stem, []
-        for i, (channels_out, depth) in enumerate(zip(widths, depths)):
+        for i, (out, depth) in enumerate(zip(widths, depths)):
             blocks = []
-            for j in range(depth):
-                stride = 2 if i > 0 and j == 0 else 1
-                if preact:
-                    blocks.append(PreActBlock(last, channels_out, stride, act, dropout))
-                else:
-                    blocks.append(PostActBlock(last, channels_out, stride, expansion))
-                last = channels_out * expansion
+            for stride in [1 + (i > 0)] + [1] * (depth - 1):
+                options = (act, dropout) if preact else (expansion,)
+                blocks.append(
+                    (PreActBlock if preact else PostActBlock)(last, out, stride, *options)
+                )
+                last = out * expansion
             stages.append(nn.Sequential(*blocks))
         norms = ([], _norm_act(last, act)) if preact else (_norm_act(stem), [])
         model = ConvNet(*statistics, stem, stages, *norms, last, classes)
-    model.arch = dict(name=name, classes=classes, width=width, dropout=dropout)
-    model.arch |= dict(channels=channels, size=size)
+    model.arch = {"name": name, "classes": classes, "width": width, "dropout": dropout}
+    model.arch |= {"channels": channels, "size": size}
     return model.to(memory_format=torch.channels_last)
 
 
@@ -538,7 +527,11 @@ def model_for(data: Data, name: str, seed: int, stage: str, width=1.0, dropout=0
     torch.manual_seed(derive_seed("init", seed, stage))
     size, channels = data.x_train.shape[2:]
     like_data = (channels, size, data.mean, data.std)
-    return build_model(name, len(data.classes), width, dropout, *like_data).to(data.x_train.device)
+    model = build_model(name, len(data.classes), width, dropout, *like_data)
+    print(
+        f"{stage}: {name}, {parameters(model):,} parameters, on {data.x_train.device}", flush=True
+    )
+    return model.to(data.x_train.device)
 
 
 def parameters(model: nn.Module) -> int:
@@ -547,7 +540,7 @@ def parameters(model: nn.Module) -> int:
 
 
 # ------------------------------------------------------------------------------------------------
-# Attacks (L-infinity)
+# Attacks (L-infinity) and what training needs of evaluation; eval_robustness.py has the rest
 
 
 def pgd(model, x, targets, eps, step_size, steps, start="uniform") -> Tensor:
@@ -562,11 +555,12 @@ def pgd(model, x, targets, eps, step_size, steps, start="uniform") -> Tensor:
     """
     low, high = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
     if isinstance(start, str):
-        start = {
-            "uniform": lambda: torch.empty_like(x).uniform_(-eps, eps),
-            "gaussian": lambda: 0.001 * torch.randn_like(x),
-            "none": lambda: torch.zeros_like(x),
-        }[start]()
+        draw = {
+            "uniform": (torch.rand_like, 2 * eps, eps),
+            "gaussian": (torch.randn_like, 0.001, 0),
+        }
+        function, scale, shift = draw.get(start, (torch.zeros_like, 0, 0))
+        start = function(x) * scale - shift
     x_adv = torch.clamp((x + start).detach(), low, high)
     for _ in range(steps):
         x_adv.requires_grad_()
@@ -580,10 +574,6 @@ def pgd(model, x, targets, eps, step_size, steps, start="uniform") -> Tensor:
 def ffgsm(model, x, labels, eps, step_size) -> Tensor:
     """FGSM from a uniform start (Wong et al. 2020, with step_size = 1.25 eps): pgd, 1 step."""
     return pgd(model, x, labels, eps, step_size, steps=1)
-
-
-# ------------------------------------------------------------------------------------------------
-# Evaluation that training needs (eval_robustness.py has the rest): float32, eval mode
 
 
 @contextlib.contextmanager
@@ -607,31 +597,29 @@ def correct(model: nn.Module, x: Tensor, labels: Tensor, batch_size: int = 500) 
     """Which of x, float (N, C, H, W) or uint8 (N, H, W, C), the model gets right: bool (N,)."""
     right = []
     for part, y in zip(x.split(batch_size), labels.split(batch_size)):
-        part = to_float(part) if part.dtype == torch.uint8 else part
-        right.append(model(part).argmax(1) == y)
+        right.append(model(to_float(part) if part.dtype == torch.uint8 else part).argmax(1) == y)
     return torch.cat(right)
 
 
-def validate(model: nn.Module, data: Data, eps: float, step_size: float, steps: int) -> dict:
+def _validate(model: nn.Module, data: Data, *attack) -> dict:
     """{val_clean_acc, val_pgd<steps>_acc} on the held-out training images; {} if there are none."""
     if not len(data.x_val):
         return {}
-    right = []
     with evaluating(model):
-        clean = correct(model, data.x_val, data.y_val)
-        for x, labels in zip(data.x_val.split(500), data.y_val.split(500)):
-            x_adv = pgd(model, to_float(x), labels, eps, step_size, steps)
-            right.append(correct(model, x_adv, labels))
-    robust = torch.cat(right).float().mean().item()
-    return {"val_clean_acc": clean.float().mean().item(), f"val_pgd{steps}_acc": robust}
+        row = {"val_clean_acc": correct(model, data.x_val, data.y_val).double().mean().item()}
+        if attack:
+            batch = zip(data.x_val.split(500), data.y_val.split(500))
+            right = [correct(model, pgd(model, to_float(x), y, *attack), y) for x, y in batch]
+            row[f"val_pgd{attack[2]}_acc"] = torch.cat(right).double().mean().item()
+    return row
 
 
 # ------------------------------------------------------------------------------------------------
-# Files: written whole or not at all; read without running anything that they hold
+# Files, written whole or not at all, read without running what they hold; the folder of a run
 
 
 def write_atomically(path: Path, write) -> None:
-    """Call write(file) on a temporary file and move it to `path`; else `path` stays."""
+    """Call write(file) on a temporary file, move it to `path`; on an error `path` stays as is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -645,11 +633,6 @@ def write_atomically(path: Path, write) -> None:
         raise
 
 
-def copy_atomically(source: Path, path: Path) -> None:
-    """A copy of the file `source` at `path`."""
-    write_atomically(path, lambda file: file.write(Path(source).read_bytes()))
-
-
 def save(path: Path, record: dict) -> None:
     """Write a dict of tensors, numbers, strings, lists and dicts atomically, for `load`."""
     buffer = io.BytesIO()  # torch's own file writer hides a full disk in a RuntimeError
@@ -660,7 +643,9 @@ def save(path: Path, record: dict) -> None:
 def load(path: str | Path) -> dict:
     """Read a file of `save` to the CPU, weights only: other pickles are refused, never run."""
     try:
-        record = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, on foreign pickles
+            record = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"{path}: no such checkpoint")
     except Exception as error:  # torch raises half a dozen types for a damaged file
@@ -681,8 +666,7 @@ def load_model(path, device="cpu", data: Data | None = None, name: str | None = 
     record = load(path)
     try:
         arch, meta = record["arch"], record["meta"]
-        channels = arch["channels"]
-        model = build_model(**arch, mean=[0.0] * channels, std=[1.0] * channels)
+        model = build_model(**arch)
         model.load_state_dict(record["weights"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         fail(f"{path}: holds no model of these scripts ({str(error).splitlines()[0][:100]})")
@@ -691,15 +675,9 @@ def load_model(path, device="cpu", data: Data | None = None, name: str | None = 
     if data is not None:
         wanted = [len(data.classes), *data.x_test.shape[2:]]
         if wanted != [arch["classes"], arch["size"], arch["channels"]]:
-            fail(
-                f"{path}: a net for {arch['classes']} classes and {arch['channels']} channels of "
-                f"{arch['size']} pixels; {data.name} has {wanted[0]}, {wanted[2]} and {wanted[1]}"
-            )
+            is_for = f"{arch['classes']} classes of {arch['size']} x {arch['channels']} images"
+            fail(f"{path}: for {is_for}; {data.name} has {wanted[0]}, {wanted[1]} x {wanted[2]}")
     return model.to(device).eval(), meta
-
-
-# ------------------------------------------------------------------------------------------------
-# A run: its folder, log and checkpoints
 
 
 @dataclasses.dataclass
@@ -769,25 +747,19 @@ def _open(run: Run, command: str) -> None:
                 flag, other = "--" + key.replace("_", "-"), f"{old.get(key)}, not {flags.get(key)}"
                 fail(f"{flag}: {run.dir} was made with {other}; take another --name")
     else:
-        gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else None
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "gpu": gpu}
-        config = {"command": command, "commit": _commit(), **versions, "flags": flags}
-        text = json.dumps(config, indent=1) + "\n"
-        write_atomically(path, lambda file: file.write(text.encode()))
+        config = {"command": command, "commit": None, "torch": torch.__version__}
+        config["gpu"] = torch.cuda.get_device_name() if run.device.type == "cuda" else None
+        with contextlib.suppress(OSError):  # no git here
+            git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
+            config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        config["flags"] = flags
+        write_atomically(path, lambda file: file.write(json.dumps(config, indent=1).encode()))
     if run.args.tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             fail("--tensorboard: TensorBoard is not installed; pip install tensorboard")
         run.writer = SummaryWriter(run.dir)
-
-
-def _commit() -> str | None:
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, timeout=9).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
 
 
 def epochs(run: Run, stage: str, total: int, **parts):
@@ -805,13 +777,12 @@ def epochs(run: Run, stage: str, total: int, **parts):
         done, run.seconds, run.best = record["epochs"], record["seconds"], record["best"]
         print(f"{stage}: goes on after epoch {done} of {total} ({last})", flush=True)
     if run.log.exists():  # drop rows of epochs that will be done again, and a line torn by a kill
-        rows = []
+        kept = []
         for line in run.log.read_text().splitlines():
             with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-        kept = [r for r in rows if r.get("stage") != stage or r["epoch"] <= done]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        write_atomically(run.log, lambda file: file.write(text.encode()))
+                if (row := json.loads(line)).get("stage") != stage or row["epoch"] <= done:
+                    kept.append(line + "\n")
+        write_atomically(run.log, lambda file: file.write("".join(kept).encode()))
     for epoch in range(done, total):
         torch.manual_seed(derive_seed("epoch", run.args.seed, stage, epoch))
         run.started = time.monotonic()
@@ -825,11 +796,11 @@ def metrics(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([loss * len(labels), right.float(), torch.full_like(loss, len(labels))])
 
 
-def end_epoch(run: Run, epoch: int, history: list, val) -> None:
+def end_epoch(run: Run, epoch: int, history: list, data: Data, *attack) -> None:
     """Read the steps' `metrics` (the epoch's one host sync), validate, log, print, checkpoint.
 
-    val: () -> dict of accuracies. The epoch with the best validation PGD accuracy so far is kept as
-    <stage>_best.pt. A loss that is not finite ends the run, before anything is written.
+    attack: eps, step_size and steps of the PGD on the held-out images; without it only clean. The
+    epoch that is best on them is kept as <stage>_best.pt. A loss that is not finite ends the run.
     """
     steps = torch.stack(history).double().cpu()
     spent = time.monotonic() - run.started
@@ -840,7 +811,8 @@ def end_epoch(run: Run, epoch: int, history: list, val) -> None:
         fail(f"{where}; try a lower {flag} (the epochs before are in {run.dir})")
     loss, right, images = steps.sum(0).tolist()
     row = {"stage": run.stage, "epoch": epoch + 1, "loss": loss / images}
-    row |= {"train_acc": right / images, "images_per_second": images / spent} | val()
+    row |= {"train_acc": right / images, "images_per_second": images / spent}
+    row |= _validate(run.parts["model"], data, *attack)
     run.seconds += time.monotonic() - run.started
     row["seconds"] = run.seconds
     key = next((key for key in row if key.startswith("val_pgd")), "val_clean_acc")
@@ -862,34 +834,22 @@ def _log(run: Run, row: dict) -> None:
     at = [stage for stage, _, _ in run.work].index(run.stage)
     units = [n * cost for _, n, cost in run.work]
     done = row["epoch"] * run.work[at][2]  # units of cost, at the measured seconds a unit
-    run.left = duration((sum(units[at:]) - done) * run.seconds / done)
-    text = f"{_head(run, row['epoch'])}  loss {row['loss']:.4f}"
+    seconds = (sum(units[at:]) - done) * run.seconds / done
+    run.left = str(datetime.timedelta(seconds=round(seconds)))
+    text = f"loss {row['loss']:.4f}"
     for key in row:
         if key.endswith("_acc"):
             text += f"  {key.removesuffix('_acc').replace('_', ' ')} {row[key]:.4f}"
-    _show(f"{text}  {row['images_per_second']:,.0f} images/s  left {run.left}", end="\n")
+    _show(run, row["epoch"], f"{text}  {row['images_per_second']:,.0f} images/s", end="\n")
 
 
-def _head(run: Run, epoch: int) -> str:
-    total = {stage: n for stage, n, _ in run.work}[run.stage]
-    return f"{run.stage} {epoch:{len(str(total))}d}/{total}"
-
-
-def _show(text: str, end: str = "") -> None:
+def _show(run: Run, epoch: int, text: str, end: str = "") -> None:
+    """A line of an epoch; with end "" the live one, on terminals, four times a second at most."""
+    if not end and not (sys.stdout.isatty() and time.monotonic() > run.ticked + 0.25):
+        return
+    run.ticked, total = time.monotonic(), next(n for name, n, _ in run.work if name == run.stage)
+    text = f"{run.stage} {epoch:{len(str(total))}d}/{total}  {text}  left {run.left}"
     print("\r\x1b[2K" * sys.stdout.isatty() + text, end=end, flush=True)
-
-
-def _tick(run: Run, epoch: int, part: float) -> None:
-    """The live line inside an epoch, four times a second at most; it waits for no kernel."""
-    if sys.stdout.isatty() and time.monotonic() > run.ticked + 0.25:
-        run.ticked = time.monotonic()
-        _show(f"{_head(run, epoch + 1)}  {min(part, 1):.0%}  left {run.left}")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def find_model(run: Run, file: str, settings) -> Path | None:
@@ -912,16 +872,18 @@ def finish(run: Run, rows: list[dict]) -> None:
     with open(run.log, "a") as file:
         file.write(json.dumps({"summary": rows, "files": [*files, str(run.log)]}) + "\n")
     (run.dir / "last.pt").unlink(missing_ok=True)
-    show_summary(run)
+    finished(run)
 
 
-def show_summary(run: Run) -> bool:
-    """Print the table and the files of a finished run; False if it is not finished."""
-    rows = run.log.read_text().splitlines() if run.log.exists() else []
-    if not rows or not rows[-1].startswith('{"summary":'):
+def finished(run: Run) -> bool:
+    """Whether the run has its summary; if so, say that it is finished, and show it."""
+    lines = run.log.read_text().splitlines() if run.log.exists() else []
+    if not lines or not lines[-1].startswith('{"summary":'):
         return False
-    last = json.loads(rows[-1])
-    print(f"\n{table(last['summary'])}\n\nfiles: {' '.join(last['files'])}")
+    last = json.loads(lines[-1])
+    print(
+        f"\n{run.dir} is finished:\n\n{table(last['summary'])}\n\nfiles: {' '.join(last['files'])}"
+    )
     return True
 
 

@@ -28,6 +28,7 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
 """
 
 import inspect
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -103,13 +104,10 @@ def mix_labels(teacher_logits, labels, alpha, temperature=1.0):
 
 
 def kl(targets, student_logits, temperature=1.0, kl_reduction="batchmean"):
-    """tau^2 KL(targets || S), S softened by tau, mean over the batch: (B, K), (B, K) -> ().
-
-    kl_reduction `mean` divides by K as well. targets are taken as constants.
-    """
+    """tau^2 KL(targets || S), S softened by tau: (B, K) x2 -> (); `mean` divides by K too."""
     student_log_probs = (student_logits.float() / temperature).log_softmax(1)
-    value = F.kl_div(student_log_probs, targets.detach(), reduction=kl_reduction)
-    return temperature**2 * value
+    terms = F.kl_div(student_log_probs, targets.detach(), reduction="none")  # (B, K)
+    return temperature**2 * (terms.mean() if kl_reduction == "mean" else terms.sum(1).mean())
 
 
 def st_loss(student_logits, labels):
@@ -207,11 +205,6 @@ def step_size(eps, args):
     return eps / 4 if args.step_size is None else args.step_size * eps / (args.eps or 1)
 
 
-def no_attack(model, x, labels, eps, args):
-    """Standard training."""
-    return x
-
-
 def pgd_attack(model, x, labels, eps, args):
     """Adversarial training (Madry et al. 2018)."""
     return common.pgd(model, x, labels, eps, step_size(eps, args), args.steps)
@@ -229,7 +222,8 @@ def trades_attack(model, x, labels, eps, args):
     return common.pgd(model, x, targets, eps, step_size(eps, args), args.steps, "gaussian")
 
 
-TEACHERS = {"st": no_attack, "at": pgd_attack, "ffgsm": ffgsm_attack, "trades": trades_attack}
+TEACHERS = {"st": lambda model, x, *rest: x, "at": pgd_attack, "ffgsm": ffgsm_attack}
+TEACHERS |= {"trades": trades_attack}
 
 
 def teacher_model(flags):
@@ -260,7 +254,7 @@ def train_teacher(model, data, args, run, stage, training, total):
     optimizer = common.sgd(model, args.teacher_lr, args.momentum, args.weight_decay)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, args.teacher_gamma)
 
-    def step(x, labels):
+    def train_step(x, labels):
         with common.autocast(run.device):
             model.train(args.attack_bn == "train")  # differs 5: BatchNorm in eval mode
             x_adv = perturb(model, x, labels, eps, args)
@@ -276,13 +270,13 @@ def train_teacher(model, data, args, run, stage, training, total):
         optimizer.step()
         return common.metrics(loss, logits, labels)
 
-    parts = dict(model=model, optimizer=optimizer, schedule=schedule)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     for epoch in common.epochs(run, stage, total, **parts):
         history = []
         for x, labels in common.batches(data, args.teacher_batch_size, args.seed, epoch, run):
-            history.append(step(x, labels))
+            history.append(train_step(x, labels))
         schedule.step()  # per epoch
-        common.end_epoch(run, epoch, history, lambda: validate(model, data, args))
+        common.end_epoch(run, epoch, history, data, args.eps, step_size(args.eps, args), args.steps)
     meta = {"training": training, "epoch": total, "seconds": run.seconds}
     common.save_model(run.dir / f"{stage}.pt", model, meta)
 
@@ -295,11 +289,11 @@ def train_student(student, teacher, data, args, run):
     default = "kl-teacher" if args.loss.startswith("rslad") else "ce"  # differs 2
     kl_attack = (args.attack_loss or default) == "kl-teacher"
     optimizer = common.sgd(student, args.lr, args.momentum, args.weight_decay)
-    total = args.epochs * -(-len(data.x_train) // args.batch_size)
-    cycle = dict(cycle_momentum=args.cycle_momentum == "yes")
+    total, step = args.epochs * data.steps(args.batch_size), step_size(args.eps, args)
+    cycle = {"cycle_momentum": args.cycle_momentum == "yes"}
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total, **cycle)
 
-    def step(x, labels):
+    def train_step(x, labels):
         known = {"labels": labels}  # every tensor of the step, by the name that the losses use
         with common.autocast(run.device):
             if "teacher_logits" in wanted or kl_attack:
@@ -309,16 +303,14 @@ def train_student(student, teacher, data, args, run):
                 student.train(args.attack_bn == "train")  # differs 5: BatchNorm in eval mode
                 targets = known["teacher_logits"].softmax(1) if kl_attack else labels
                 start = "gaussian" if kl_attack else "uniform"
-                attack = (args.eps, step_size(args.eps, args), args.steps, start)
-                x_adv = common.pgd(student, x, targets, *attack)
+                x_adv = common.pgd(student, x, targets, args.eps, step, args.steps, start)
                 student.train()
-                known["student_adv_logits"] = logits = student(x_adv)
+                known["student_adv_logits"] = student(x_adv)
             if "teacher_adv_logits" in wanted:
                 with torch.no_grad():
                     known["teacher_adv_logits"] = teacher(x_adv)
             if "student_logits" in wanted:
-                student.train()
-                known["student_logits"] = student(x)
+                known["student_logits"] = student.train()(x)
             loss = loss_fn(**{name: known[name] for name in wanted if name in known}, **settings)
         optimizer.zero_grad()
         loss.backward()
@@ -326,20 +318,15 @@ def train_student(student, teacher, data, args, run):
         logits = known.get("student_adv_logits", known.get("student_logits"))
         return common.metrics(loss, logits, labels)
 
-    parts = dict(model=student, optimizer=optimizer, schedule=schedule)
+    parts = {"model": student, "optimizer": optimizer, "schedule": schedule}
     for epoch in common.epochs(run, "student", args.epochs, **parts):
         history = []
         for x, labels in common.batches(data, args.batch_size, args.seed, epoch, run):
-            history.append(step(x, labels))
+            history.append(train_step(x, labels))
             schedule.step()  # per batch
-        common.end_epoch(run, epoch, history, lambda: validate(student, data, args))
+        common.end_epoch(run, epoch, history, data, args.eps, step, args.steps)
     meta = {"training": args.loss, "epoch": args.epochs, "seconds": run.seconds}
     common.save_model(run.dir / "student.pt", student, meta | {"best": run.best})
-
-
-def validate(model, data, args):
-    """Clean and PGD accuracy on the held-out training images, for the epoch's row."""
-    return common.validate(model, data, args.eps, step_size(args.eps, args), args.steps)
 
 
 def get_teacher(args, data, run):
@@ -353,27 +340,20 @@ def get_teacher(args, data, run):
         train_teacher(teacher, data, args, run, "teacher", args.teacher_training, total)
     elif not own.exists():
         print(f"teacher: taken from {path}", flush=True)
-        common.copy_atomically(path, own)
+        common.write_atomically(own, lambda file: file.write(Path(path).read_bytes()))
     teacher, meta = common.load_model(own, run.device, data)
     return teacher.requires_grad_(False), meta
 
 
 def work(args):
     """[(stage, epochs, passes an image and epoch)] of what may be trained, for the time left."""
-    passes = {
-        "st": 3,
-        "at": 3 + 2 * args.steps,
-        "ffgsm": 5,
-        "trades": 7 + 2 * args.steps,
-        "none": 0,
-    }
-    passes = {"standard": 3, "teacher": passes[args.teacher_training], "student": 0}
-    for name in needs(args.loss):
-        passes["student"] += 3 * (name[:8] == "student_") + (name[:8] == "teacher_")
-        passes["student"] += 2 * args.steps * (name == "student_adv_logits")
-    epochs = {"standard": args.epochs, "teacher": args.teacher_es or args.teacher_epochs}
-    trained = ["standard"] * args.demo + ["teacher"] * needs_teacher(args) + ["student"]
-    return [(stage, epochs.get(stage, args.epochs), passes[stage]) for stage in trained]
+    attack, wanted = 2 * args.steps, needs(args.loss)
+    teacher = {"at": 3 + attack, "ffgsm": 5, "trades": 7 + attack}.get(args.teacher_training, 3)
+    student = attack * ("student_adv_logits" in wanted)
+    student += sum(3 * name.startswith("student_") + name.startswith("teacher_") for name in wanted)
+    stages = [("standard", args.epochs, 3)] * args.demo
+    stages += [("teacher", args.teacher_es or args.teacher_epochs, teacher)] * needs_teacher(args)
+    return [*stages, ("student", args.epochs, student)]
 
 
 def main(argv=None):
@@ -385,7 +365,7 @@ def main(argv=None):
     if args.teacher_ckpt:
         common.load_model(args.teacher_ckpt, "cpu", data, args.teacher_model)
     with common.open_run("robust_kd", args, device, work(args)) as run:
-        if common.show_summary(run):
+        if common.finished(run):
             return
         models, teacher = {}, None  # models: row of the table -> (model, numbers on its training)
         if args.demo:
@@ -406,16 +386,13 @@ def main(argv=None):
             models[f"student ({args.loss}), best on held-out images"] = best
         import eval_robustness
 
-        rows = []
-        attacks = ["clean", f"pgd{args.eval_steps}"]
+        rows, attacks = [], ["clean", f"pgd{args.eval_steps}"]
         for name, (model, meta) in models.items():
             print(f"evaluating {name} on {len(data.x_test)} test images", flush=True)
             options = dict(eps=args.eps, restarts=args.restarts, seed=args.seed)
-            accuracies = eval_robustness.evaluate(
-                model, data.x_test, data.y_test, attacks, **options
-            )
-            rows.append({"model": name} | accuracies)
-            rows[-1] |= {"epochs": meta["epoch"], "seconds": meta["seconds"]}
+            row = eval_robustness.evaluate(model, data.x_test, data.y_test, attacks, **options)
+            training = {"epochs": meta["epoch"], "seconds": meta["seconds"]}
+            rows.append({"model": name} | row | training)
         common.finish(run, rows)
 
 

@@ -1,0 +1,163 @@
+"""Time of one adversarial training step (PGD-7): this repository against a plain loop, a ratio.
+
+Usage    python benchmark/train_step.py                          # WRN-10-1, batch 128, on the CPU
+         python benchmark/train_step.py --model resnet18 --device cuda --batch-size 128
+Plain    what most published code does: DataLoader with torchvision transforms, float32, NCHW, the
+         attack by loss.backward(), which also makes the gradients of all weights in every step.
+Ours     data on the device, one gather a batch, channels_last (and bf16 on CUDA), the gradient of
+         the input alone in the attack. The loss, the attack and the update are the same.
+Both     live in one process and are timed in turn, a few steps each; medians and quartiles. Before
+         that, both do one step from the same weights on the same images, and must agree.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision.transforms as transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+
+EPS, STEP, STEPS = 8 / 255, 2 / 255, 7
+
+
+def plain_pgd(model, x, labels):
+    """PGD-7 by loss.backward(): the gradients of the weights are computed and thrown away."""
+    x_adv = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
+    for _ in range(STEPS):
+        x_adv.requires_grad_(True)
+        model.zero_grad()
+        F.cross_entropy(model(x_adv), labels).backward()
+        x_adv = x_adv.detach() + STEP * x_adv.grad.sign()
+        x_adv = torch.min(torch.max(x_adv, x - EPS), x + EPS).clamp(0, 1)
+    return x_adv
+
+
+def step(model, optimizer, attack, x, labels):
+    """One step of adversarial training, BatchNorm in eval mode in the attack: -> loss ()."""
+    model.eval()
+    x_adv = attack(model, x, labels)
+    model.train()
+    loss = F.cross_entropy(model(x_adv), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+class Images(torch.utils.data.Dataset):
+    """The training set as torchvision's own CIFAR10 gives it: one image at a time, transformed."""
+
+    def __init__(self, data):
+        from PIL import Image
+
+        self.images = [Image.fromarray(x) for x in data.x_train.cpu().numpy()]
+        self.labels = data.y_train.tolist()
+        augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+        self.transform = transforms.Compose([*augment, transforms.ToTensor()])
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.transform(self.images[i]), self.labels[i]
+
+
+def plain(data, model, batch_size, workers):
+    """Yield the loss of one plain step after another, for ever."""
+    device = data.x_train.device
+    model = model.to(memory_format=torch.contiguous_format)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4)
+    options = {"shuffle": True, "num_workers": workers, "pin_memory": device.type == "cuda"}
+    loader = torch.utils.data.DataLoader(Images(data), batch_size, drop_last=True, **options)
+    while True:
+        for x, labels in loader:
+            x, labels = x.to(device), labels.to(device)
+            yield step(model, optimizer, plain_pgd, x, labels).item()  # .item(): as usual there
+
+
+def ours(data, model, batch_size):
+    """Yield the loss of one of our steps after another, for ever."""
+    optimizer = common.sgd(model, 0.1, 0.9, 5e-4)
+    epoch = 0
+    while True:
+        for x, labels in common.batches(data, batch_size, 0, epoch):
+            if len(x) == batch_size:
+                with common.autocast(x.device):
+                    yield step(model, optimizer, our_pgd, x, labels)
+        epoch += 1
+
+
+def our_pgd(model, x, labels):
+    """The attack of the scripts."""
+    return common.pgd(model, x, labels, EPS, STEP, STEPS)
+
+
+def agree(data, name, batch_size):
+    """Largest difference between the weights after one plain and one of our steps, in float32."""
+    x, labels = next(common.batches(data, batch_size, 0, 0))
+    weights = []
+    for attack, layout in ((plain_pgd, torch.contiguous_format), (our_pgd, torch.channels_last)):
+        model = common.model_for(data, name, 0, "benchmark").to(memory_format=layout)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4)
+        torch.manual_seed(0)  # draws the same start; the layout of x decides in which order
+        step(model, optimizer, attack, x, labels)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    return (weights[0] - weights[1]).abs().max().item()
+
+
+def main(argv=None):
+    """Time both in turn and print the ratio."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="wrn-10-1")
+    parser.add_argument("--batch-size", type=common.count, default=128)
+    parser.add_argument("--data", default="shapes")
+    parser.add_argument("--data-root", default="data")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--rounds", type=common.count, default=9)
+    parser.add_argument("--steps", type=common.count, default=3, help="steps a round")
+    parser.add_argument("--workers", type=common.count0, default=2, help="of the plain DataLoader")
+    args = parser.parse_args(argv)
+    args.deterministic = False
+    device = common.setup_device(args)
+    data = common.load_data(args.data, args.data_root, device)
+    print(f"largest difference of the weights after one step: {agree(data, args.model, 32):.1e}")
+    models = [common.model_for(data, args.model, 0, "benchmark") for _ in range(2)]
+    loops = {
+        "plain": plain(data, models[0], args.batch_size, args.workers),
+        "ours": ours(data, models[1], args.batch_size),
+    }
+    seconds = {name: [] for name in loops}
+    for round_ in range(args.rounds + 1):
+        for name, loop in loops.items():
+            start = time.perf_counter()
+            for _ in range(args.steps):
+                loss = next(loop)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if round_ > 0:  # the first one warms up
+                seconds[name].append((time.perf_counter() - start) / args.steps)
+            assert torch.isfinite(torch.as_tensor(loss)), name
+    where = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
+    print(f"{args.model}, PGD-7, batch {args.batch_size}, {where}, torch {torch.__version__}")
+    for name, times in seconds.items():
+        low, middle, high = statistics.quantiles(times, n=4)
+        spread, rate = f"({low * 1e3:.1f} to {high * 1e3:.1f})", args.batch_size / middle
+        print(f"{name:6} {middle * 1e3:8.1f} ms a step {spread}  {rate:,.0f} images/s")
+    ratios = [b / a for a, b in zip(seconds["plain"], seconds["ours"])]
+    print(f"ratio  {statistics.median(ratios):8.3f} (ours / plain, median of {args.rounds} rounds)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The repository holds together: documented commands parse, copies are equal, files stay short."""
+
+import ast
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+LINES = {"common": 900, "eval_robustness": 1000, "robust_kd": 400, "teacher_free_kd": 400}
+COPY = re.compile(r"^# Copied from (\w+)\.(\w+)", re.M)
+
+
+def functions(script):
+    tree = ast.parse((ROOT / f"{script}.py").read_text())
+    return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def commands():
+    """(script, flags) of every `python script.py ...` in the documents and docstrings."""
+    found = set()
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*.py")]:
+        text = path.read_text().replace("\\\n", " ")
+        for script, flags in re.findall(r"\bpython (\w+)\.py((?: [^\n`#]*)?)", text):
+            found.add((script, flags.strip()))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("script, flags", commands())
+def test_documented_commands_parse(script, flags):
+    importlib.import_module(script).parse_args(shlex.split(flags))
+
+
+def test_commands_are_documented():
+    assert {"robust_kd", "eval_robustness"} <= {script for script, _ in commands()}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_copies_are_equal_to_what_they_copy(script):
+    for source, name in COPY.findall((ROOT / f"{script}.py").read_text()):
+        mine, theirs = functions(script)[name], functions(source)[name]
+        assert ast.dump(mine) == ast.dump(theirs), f"{script}.{name} differs from {source}.{name}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_files_stay_within_their_lines(script):
+    lines = (ROOT / f"{script}.py").read_text().count("\n")
+    assert lines <= LINES.get(script, 300)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_training_loops_fit_one_screen_and_public_names_have_docstrings(script):
+    for name, node in functions(script).items():
+        if name.startswith("train_"):
+            assert node.end_lineno - node.lineno < 50, name
+        assert name.startswith("_") or ast.get_docstring(node), f"{script}.{name} has no docstring"
+
+
+def test_every_loss_of_robust_kd_names_its_equation():
+    import robust_kd
+
+    numbers = {"ckd": 1, "ard": 2, "rslad": 3, "akd": 4, "ard+": 5, "rslad+": 6, "akd+": 7}
+    for name, number in numbers.items():
+        assert robust_kd.LOSSES[name].__doc__.startswith(f"Eq. ({number}):")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_importing_a_script_does_nothing(script):
+    code = f"""
+import sys, torch
+state = torch.random.get_rng_state().clone()
+import {script}
+assert not torch.cuda.is_initialized() and "torchvision" not in sys.modules
+assert torch.equal(state, torch.random.get_rng_state())
+"""
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "error::UserWarning:__main__", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_scripts_import_common_and_nothing_else_of_the_project():
+    for script in SCRIPTS:
+        tree = ast.parse((ROOT / f"{script}.py").read_text())
+        imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        assert imported & set(SCRIPTS) <= {"common", "eval_robustness"}, script
+
+
+def test_running_needs_three_packages_and_only_lower_bounds():
+    lines = (ROOT / "requirements.txt").read_text().split()
+    assert [re.match(r"[a-z]+", line)[0] for line in lines] == ["torch", "torchvision", "numpy"]
+    assert all(re.fullmatch(r"[a-z]+>=[\d.]+", line) for line in lines)
+
+
+def test_the_pages_are_short():
+    assert (ROOT / "README.md").read_text().count("\n") <= 150
+    for page in ROOT.glob("docs/*.md"):
+        assert page.name == "RESULTS.md" or page.read_text().count("\n") <= 120, page.name

@@ -1,0 +1,274 @@
+"""The losses against loops over the equations, and the limits that tie them together."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import robust_kd as rk
+
+B, K = 5, 4
+MINIMAL = (
+    "--data shapes --model mlp-8 --train-subset 40 --test-subset 20 --val-size 20 --batch-size 16"
+)
+MINIMAL += " --teacher-batch-size 16 --teacher-epochs 2 --epochs 2 --steps 2 --eval-steps 2"
+
+
+def logits(seed, classes=K):
+    return torch.randn(B, classes, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+LABELS = torch.tensor([0, 3, 1, 1, 2])
+S, S_ADV, T, T_ADV = logits(1), logits(2), logits(3), logits(4)
+
+
+# The equations with nothing but floats ----------------------------------------------------------
+
+
+def softmax(row, temperature):
+    e = [math.exp(value / temperature) for value in row]
+    return [value / sum(e) for value in e]
+
+
+def mixed(row, label, alpha, temperature):
+    probs = softmax(row, temperature)
+    return [alpha * p + (1 - alpha) * (k == label) for k, p in enumerate(probs)]
+
+
+def ce(targets, row, temperature):
+    return -sum(q * math.log(p) for q, p in zip(targets, softmax(row, temperature)))
+
+
+def kl(targets, row, temperature):
+    probs = softmax(row, temperature)
+    return sum(q * math.log(q / p) for q, p in zip(targets, probs) if q > 0)
+
+
+def by_hand(name, lam, alpha, tau):
+    """The mean over the batch of the equation of the paper, image by image."""
+    total = 0.0
+    for s, s_adv, t, t_adv, y in zip(
+        S.tolist(), S_ADV.tolist(), T.tolist(), T_ADV.tolist(), LABELS
+    ):
+        y = int(y)
+        hard = [float(k == y) for k in range(K)]
+        alpha = alpha if name.endswith("+") else 1.0
+        clean, adv = mixed(t, y, alpha, tau), mixed(t_adv, y, alpha, tau)
+        total += {
+            "st": lambda: ce(hard, s, 1),
+            "at": lambda: ce(hard, s_adv, 1),
+            "ckd": lambda: (1 - lam) * ce(hard, s, 1) + lam * tau**2 * kl(clean, s, tau),
+            "ard": lambda: (1 - lam) * ce(hard, s, 1) + lam * tau**2 * kl(clean, s_adv, tau),
+            "rslad": lambda: tau**2 * ((1 - lam) * kl(clean, s, tau) + lam * kl(clean, s_adv, tau)),
+            "akd": lambda: tau**2 * ce(adv, s_adv, tau),
+        }[name.removesuffix("+")]()
+    return total / B
+
+
+def value(name, lam=0.3, alpha=0.6, tau=1.0, **changes):
+    tensors = {
+        "student_logits": S, "student_adv_logits": S_ADV, "teacher_logits": T,
+        "teacher_adv_logits": T_ADV, "labels": LABELS, "lam": lam, "alpha": alpha,
+        "temperature": tau,
+    } | changes  # fmt: skip
+    return rk.LOSSES[name](
+        **{k: v for k, v in tensors.items() if k in rk.needs(name) or k in changes}
+    )
+
+
+@pytest.mark.parametrize("tau", [1.0, 3.0])
+@pytest.mark.parametrize("name", rk.LOSSES)
+def test_each_loss_is_its_equation(name, tau):
+    assert value(name, tau=tau).item() == pytest.approx(by_hand(name, 0.3, 0.6, tau), rel=1e-5)
+
+
+def gradient(name, **settings):
+    s, s_adv = S.clone().requires_grad_(), S_ADV.clone().requires_grad_()
+    tensors = {"student_logits": s, "student_adv_logits": s_adv}
+    tensors = {k: v for k, v in tensors.items() if k in rk.needs(name)}
+    return torch.autograd.grad(value(name, **settings, **tensors), list(tensors.values()))
+
+
+def assert_equal_gradients(a, b):
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_akd_plus_at_alpha_zero_is_adversarial_training():
+    assert value("akd+", alpha=0.0).item() == pytest.approx(value("at").item())
+    assert_equal_gradients(gradient("akd+", alpha=0.0), gradient("at"))
+
+
+@pytest.mark.parametrize("name", ["akd", "ard", "rslad"])
+def test_the_plus_form_at_alpha_one_is_the_plain_form(name):
+    assert_equal_gradients(gradient(name + "+", alpha=1.0), gradient(name))
+
+
+def test_ard_plus_and_rslad_plus_coincide_at_lambda_one():
+    assert value("ard+", lam=1.0).item() == pytest.approx(value("rslad+", lam=1.0).item())
+    assert_equal_gradients(gradient("ard+", lam=1.0), gradient("rslad+", lam=1.0))
+
+
+def test_a_student_equal_to_its_teacher_has_no_kl():
+    assert rk.kl(T.softmax(1), T).item() == pytest.approx(0, abs=1e-6)
+    assert value("rslad", student_logits=T, student_adv_logits=T).item() == pytest.approx(
+        0, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in rk.LOSSES if name not in ("st", "at")])
+def test_no_gradient_reaches_the_teacher(name):
+    t, t_adv = T.clone().requires_grad_(), T_ADV.clone().requires_grad_()
+    teachers = {"teacher_logits": t, "teacher_adv_logits": t_adv}
+    teachers = {k: v for k, v in teachers.items() if k in rk.needs(name)}
+    s = {
+        k: v.clone().requires_grad_()
+        for k, v in (("student_logits", S), ("student_adv_logits", S_ADV))
+    }
+    value(name, **teachers, **{k: v for k, v in s.items() if k in rk.needs(name)}).backward()
+    assert all(v.grad is None for v in teachers.values())
+
+
+def test_the_kl_does_not_depend_on_classes_that_nobody_believes_in():
+    targets, student = T.softmax(1), S
+    wide_targets = F.pad(targets, (0, 96))
+    wide_student = F.pad(student, (0, 96), value=-1e4)
+    assert rk.kl(wide_targets, wide_student).item() == pytest.approx(rk.kl(targets, student).item())
+    means = [
+        rk.kl(t, s, kl_reduction="mean")
+        for t, s in ((wide_targets, wide_student), (targets, student))
+    ]
+    assert means[1].item() == pytest.approx(means[0].item() * 100 / K)  # what batchmean avoids
+
+
+def test_mixed_targets_are_probabilities():
+    q = rk.mix_labels(T, LABELS, 0.3, 2.0)
+    torch.testing.assert_close(q.sum(1), torch.ones(B))
+    assert (q[torch.arange(B), LABELS] >= 0.7).all()
+
+
+def test_trades_is_cross_entropy_at_beta_zero_and_moves_both_sides():
+    assert rk.trades_loss(S, S_ADV, LABELS, 0.0).item() == pytest.approx(
+        F.cross_entropy(S, LABELS).item()
+    )
+    by_hand = sum(kl(softmax(s, 1), a, 1) for s, a in zip(S.tolist(), S_ADV.tolist())) / B
+    robust = rk.trades_loss(S, S_ADV, LABELS, 6.0) - F.cross_entropy(S, LABELS)
+    assert robust.item() == pytest.approx(6 * by_hand, rel=1e-5)
+    s, s_adv = S.clone().requires_grad_(), S_ADV.clone().requires_grad_()
+    (rk.trades_loss(s, s_adv, LABELS, 6.0) - F.cross_entropy(s, LABELS)).backward()
+    assert s.grad.abs().max() > 0 and s_adv.grad.abs().max() > 0
+
+
+def test_the_trades_attack_leaves_the_clean_prediction():
+    model = common.build_model("mlp-16", 10, size=8).eval()
+    x = torch.rand(6, 3, 8, 8)
+    args = rk.parse_args(["--steps", "5"])
+    x_adv = rk.trades_attack(model, x, None, 0.1, args)
+    clean = model(x).softmax(1)
+    assert rk.kl(clean, model(x_adv)) > 100 * rk.kl(clean, model(x)).abs() + 1e-4
+
+
+def test_the_step_is_a_quarter_of_the_radius_and_scales_with_it():
+    assert rk.step_size(8 / 255, rk.parse_args([])) == pytest.approx(2 / 255)
+    assert rk.step_size(2 / 255, rk.parse_args([])) == pytest.approx(0.5 / 255)
+    given = rk.parse_args(["--step-size", "4/255"])
+    assert rk.step_size(8 / 255, given) == pytest.approx(4 / 255)
+    assert rk.step_size(2 / 255, given) == pytest.approx(1 / 255)
+
+
+# Training ---------------------------------------------------------------------------------------
+
+
+def run(tmp_path, flags, monkeypatch=None):
+    argv = [*MINIMAL.split(), *flags.split(), "--runs", str(tmp_path), "--device", "cpu"]
+    rk.main(argv)
+    return argv
+
+
+def trace(tmp_path, monkeypatch, flags):
+    """(lr, momentum) of every optimizer step, by stage."""
+    seen, make = [], common.sgd
+
+    def spied(*args, **kwargs):
+        optimizer, steps = make(*args, **kwargs), []
+        group = optimizer.param_groups[0]
+        optimizer.register_step_pre_hook(lambda *_: steps.append((group["lr"], group["momentum"])))
+        seen.append(steps)
+        return optimizer
+
+    monkeypatch.setattr(common, "sgd", spied)
+    run(tmp_path, flags)
+    return seen
+
+
+def test_learning_rates_follow_the_closed_forms(tmp_path, monkeypatch):
+    flags = "--loss akd+ --epochs 4 --teacher-epochs 5 --teacher-es 3 --lr 0.21"
+    teacher, student = trace(tmp_path, monkeypatch, flags)
+    steps = 3  # 40 images in batches of 16: the last, smaller batch counts
+    assert teacher == [(pytest.approx(0.1 * 0.9 ** (i // steps)), 0.9) for i in range(3 * steps)]
+    total = 4 * steps
+    top = 0.3 * total - 1
+    for i, (lr, momentum) in enumerate(student):
+        if i <= top:
+            part, floor = i / top, 0.21 / 25
+        else:
+            part, floor = 1 + (i - top) / (total - 1 - top), 0.21 / 25 / 1e4
+        bump = (1 - math.cos(math.pi * part)) / 2
+        assert lr == pytest.approx(floor + (0.21 - floor) * bump, rel=1e-6)
+        assert momentum == pytest.approx(0.95 - 0.1 * bump, rel=1e-6)
+    assert len(student) == total
+
+
+def test_momentum_stays_when_it_is_not_cycled(tmp_path, monkeypatch):
+    (student,) = trace(tmp_path, monkeypatch, "--loss at --cycle-momentum no --momentum 0.8")
+    assert {momentum for _, momentum in student} == {0.8}
+
+
+def weights(tmp_path, name="student.pt"):
+    (path,) = tmp_path.glob(f"*/*/{name}")
+    return common.load(path)["weights"]
+
+
+def test_akd_plus_at_alpha_zero_trains_the_same_net_as_at(tmp_path):
+    run(tmp_path / "a", "--loss akd+ --alpha 0 --teacher-training st")
+    run(tmp_path / "b", "--loss at")
+    for (name, a), b in zip(weights(tmp_path / "a").items(), weights(tmp_path / "b").values()):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_a_teacher_with_the_same_settings_is_found_and_said(tmp_path, capsys):
+    run(tmp_path, "--loss akd+ --alpha 0.8")
+    capsys.readouterr()
+    run(tmp_path, "--loss rslad+ --alpha 0.4")
+    out = capsys.readouterr().out
+    assert "teacher: taken from" in out and "teacher 1/2" not in out
+    run(tmp_path, "--loss akd+ --teacher-es 1")
+    assert "teacher 1/1" in capsys.readouterr().out
+    run(tmp_path, "--loss akd+ --seed 1")
+    assert "teacher 1/2" in capsys.readouterr().out
+
+
+def test_a_given_teacher_is_used_as_it_is(tmp_path, capsys):
+    run(tmp_path / "a", "--loss akd+ --teacher-training st")
+    (path,) = (tmp_path / "a").glob("*/*/teacher.pt")
+    run(tmp_path / "b", f"--loss ard --teacher-ckpt {path} --teacher-training none")
+    assert "teacher (st)" in capsys.readouterr().out
+    assert path.read_bytes() == next((tmp_path / "b").glob("*/*/teacher.pt")).read_bytes()
+
+
+def test_a_finished_run_says_so_and_does_nothing(tmp_path, capsys):
+    argv = run(tmp_path, "--loss at")
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    table = capsys.readouterr().out.split("student (at)")[-1]
+    rk.main(argv)
+    out = capsys.readouterr().out
+    assert out.split("student (at)")[-1] == table and "finished" in out
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path, refused):
+    argv = [*MINIMAL.split(), "--loss", "st", "--lr", "1e30", "--runs", str(tmp_path)]
+    message = refused(rk.main, argv)
+    assert "student, epoch" in message and "step" in message and "--lr" in message
