@@ -40,10 +40,10 @@ from torch import Tensor
 # Errors and flags
 
 
-def fail(message: str, status: int = 2):
-    """Print `error: message` as one line on stderr and leave with `status`."""
+def fail(message: str):
+    """Print `error: message` as one line on stderr and leave with status 2."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(status)
+    raise SystemExit(2)
 
 
 def _number(expected: str, low: float, high: float = sys.float_info.max, kind=float):
@@ -72,7 +72,8 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     """A parser that shows `doc` and every default; its errors are one line, with exit status 2."""
     bases = (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter)
     layout = type("Help", bases, {})  # the docstring as it is written, each flag with its default
-    parser = argparse.ArgumentParser(description=doc, formatter_class=layout, allow_abbrev=False)
+    options = {"usage": "python %(prog)s [flags]", "formatter_class": layout}
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, **options)
     parser.error = lambda message: fail(re.sub(r"^argument (\S+?)(/\S+)?:", r"\1:", message))
     return parser
 
@@ -110,8 +111,8 @@ def parse(parser: argparse.ArgumentParser, argv: list | None, demo: dict) -> arg
     args = parser.parse_args(argv)
     if args.name is None:
         default = vars(parser.parse_args(["--demo"] if args.demo else []))
-        name = "demo-" * args.demo + f"{Path(args.data).stem}-{args.model}-"
-        name += getattr(args, "loss", None) or args.method
+        method = getattr(args, "loss", None) or args.method
+        name = "demo-" * args.demo + f"{Path(args.data).stem}-{args.model}-{method}"
         shown = FREE_FLAGS | {"seed", "demo", "data", "model", "loss", "method"}
         for key, value in vars(args).items():
             if key not in shown and value != default[key]:
@@ -198,7 +199,7 @@ def load_data(name, root="data", device="cpu", val_size=0, train_subset=None, te
 
     A name is looked for in <root>/<name>.npz, then in torchvision's files below root, then
     downloaded by torchvision (checksummed) and kept as that .npz. An .npz holds x_train, y_train,
-    x_test, y_test (images uint8 (N, H, W, 3) or (N, H, W), labels 0..K-1), perhaps `classes`. A
+    x_test, y_test (images uint8 (N, S, S, 3) or (N, S, S), labels 0..K-1), perhaps `classes`. A
     folder holds train/<class>/* and test/<class>/* (or val/), images of one size. Subsets are the
     same for every seed. Errors: one line, exit status 2.
     """
@@ -239,8 +240,9 @@ def _check(part, name, arrays):
     """The images of a part as uint8 (N, H, W, C) and its labels as int64 (N,), or an error."""
     x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
     x = x[..., None] if x.ndim == 3 else x
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or not x.size:
-        fail(f"{name}: x_{part} must be uint8 (N, H, W, 3) or (N, H, W), got {x.dtype} {x.shape}")
+    square = x.dtype == np.uint8 and x.ndim == 4 and x.size and x.shape[1] == x.shape[2]
+    if not square or x.shape[3] not in (1, 3):
+        fail(f"{name}: x_{part} must be uint8 (N, S, S, 3) or (N, S, S), got {x.dtype} {x.shape}")
     if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= 100_000:
         fail(f"{name}: y_{part} must be {len(x)} labels 0..K-1, got {y.dtype} {y.shape}")
     return np.ascontiguousarray(x), y.astype(np.int64)
@@ -525,8 +527,7 @@ def build_model(name, classes=10, width=1.0, dropout=0.0, channels=3, size=32, m
 def model_for(data: Data, name: str, seed: int, stage: str, width=1.0, dropout=0.0) -> nn.Module:
     """build_model for the images and classes of `data`, on its device, drawn from (seed, stage)."""
     torch.manual_seed(derive_seed("init", seed, stage))
-    size, channels = data.x_train.shape[2:]
-    like_data = (channels, size, data.mean, data.std)
+    like_data = (*data.x_train.shape[:1:-1], data.mean, data.std)  # channels, size, ...
     model = build_model(name, len(data.classes), width, dropout, *like_data)
     print(
         f"{stage}: {name}, {parameters(model):,} parameters, on {data.x_train.device}", flush=True
@@ -693,7 +694,7 @@ class Run:
     started: float = 0.0  # of the current epoch
     seconds: float = 0.0  # of the current stage, over all sessions
     best: dict = dataclasses.field(default_factory=dict)  # the best epoch's row
-    left: str = "?"
+    left: int = 0  # seconds to the end of the training
     ticked: float = 0.0
     writer: object = None
 
@@ -727,8 +728,7 @@ def open_run(script: str, args: argparse.Namespace, device: torch.device, work: 
     except torch.OutOfMemoryError as error:
         fail(f"{run.stage}: the GPU has too little memory; try a smaller --batch-size ({error})")
     except OSError as error:
-        where = error.filename or run.dir
-        fail(f"{where}: {error.strerror or error}; finished epochs are kept")
+        fail(f"{error.filename or run.dir}: {error.strerror or error}; finished epochs are kept")
     finally:
         signal.signal(signal.SIGTERM, handler)
         if run.writer is not None:
@@ -774,15 +774,15 @@ def epochs(run: Run, stage: str, total: int, **parts):
     if record.get("stage") == stage:
         for name, part in parts.items():
             part.load_state_dict(record["parts"][name])
-        done, run.seconds, run.best = record["epochs"], record["seconds"], record["best"]
+        done, run.seconds, run.best = record["epochs"], record["row"]["seconds"], record["best"]
         print(f"{stage}: goes on after epoch {done} of {total} ({last})", flush=True)
-    if run.log.exists():  # drop rows of epochs that will be done again, and a line torn by a kill
-        kept = []
-        for line in run.log.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                if (row := json.loads(line)).get("stage") != stage or row["epoch"] <= done:
-                    kept.append(line + "\n")
-        write_atomically(run.log, lambda file: file.write("".join(kept).encode()))
+    kept = []  # a kill between checkpoint and log loses a row or tears a line of the log: mend it
+    for line in run.log.read_text().splitlines() if run.log.exists() else []:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            kept += [line] * (row.get("stage") != stage or row["epoch"] < done)
+    kept += [json.dumps(record["row"])] if done else []
+    write_atomically(run.log, lambda file: file.write("".join(f"{k}\n" for k in kept).encode()))
     for epoch in range(done, total):
         torch.manual_seed(derive_seed("epoch", run.args.seed, stage, epoch))
         run.started = time.monotonic()
@@ -819,10 +819,10 @@ def end_epoch(run: Run, epoch: int, history: list, data: Data, *attack) -> None:
     if row.get(key, -1.0) > run.best.get(key, -1.0):
         run.best = row
         save_model(run.dir / f"{run.stage}_best.pt", run.parts["model"], row)
-    _log(run, row)
-    state = {"stage": run.stage, "epochs": epoch + 1, "seconds": run.seconds, "best": run.best}
+    state = {"stage": run.stage, "epochs": epoch + 1, "row": row, "best": run.best}
     state["parts"] = {name: part.state_dict() for name, part in run.parts.items()}
     save(run.dir / "last.pt", state)
+    _log(run, row)
 
 
 def _log(run: Run, row: dict) -> None:
@@ -834,8 +834,7 @@ def _log(run: Run, row: dict) -> None:
     at = [stage for stage, _, _ in run.work].index(run.stage)
     units = [n * cost for _, n, cost in run.work]
     done = row["epoch"] * run.work[at][2]  # units of cost, at the measured seconds a unit
-    seconds = (sum(units[at:]) - done) * run.seconds / done
-    run.left = str(datetime.timedelta(seconds=round(seconds)))
+    run.left = round((sum(units[at:]) - done) * run.seconds / done)
     text = f"loss {row['loss']:.4f}"
     for key in row:
         if key.endswith("_acc"):
@@ -848,7 +847,7 @@ def _show(run: Run, epoch: int, text: str, end: str = "") -> None:
     if not end and not (sys.stdout.isatty() and time.monotonic() > run.ticked + 0.25):
         return
     run.ticked, total = time.monotonic(), next(n for name, n, _ in run.work if name == run.stage)
-    text = f"{run.stage} {epoch:{len(str(total))}d}/{total}  {text}  left {run.left}"
+    text = f"{run.stage} {epoch:{len(str(total))}d}/{total}  {text}  left {datetime.timedelta(seconds=run.left)}"
     print("\r\x1b[2K" * sys.stdout.isatty() + text, end=end, flush=True)
 
 

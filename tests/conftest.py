@@ -1,11 +1,14 @@
 """The scripts lie one folder up; they are imported and run from there."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that the tests start
+torch.set_num_threads(1)  # the test files run side by side
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
