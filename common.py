@@ -100,10 +100,7 @@ FREE_FLAGS = {"data_root", "device", "runs", "name", "tensorboard", "argv"}
 
 
 def parse(parser: argparse.ArgumentParser, argv: list | None, demo: dict) -> argparse.Namespace:
-    """Parse `argv` (None: sys.argv); with --demo the settings `demo` become the defaults.
-
-    Decides the name of the run folder, and keeps the flags as typed in `args.argv`.
-    """
+    """Parse `argv` (None: sys.argv), `demo` being the defaults under --demo, and name the run."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--demo" in argv and not {"-h", "--help"} & set(argv):
         parser.set_defaults(**{key.replace("-", "_"): str(value) for key, value in demo.items()})
@@ -694,7 +691,7 @@ class Run:
     started: float = 0.0  # of the current epoch
     seconds: float = 0.0  # of the current stage, over all sessions
     best: dict = dataclasses.field(default_factory=dict)  # the best epoch's row
-    left: int = 0  # seconds to the end of the training
+    left: int | None = None  # seconds to the end of the training, once an epoch is measured
     ticked: float = 0.0
     writer: object = None
 
@@ -847,8 +844,9 @@ def _show(run: Run, epoch: int, text: str, end: str = "") -> None:
     if not end and not (sys.stdout.isatty() and time.monotonic() > run.ticked + 0.25):
         return
     run.ticked, total = time.monotonic(), next(n for name, n, _ in run.work if name == run.stage)
-    text = f"{run.stage} {epoch:{len(str(total))}d}/{total}  {text}  left {datetime.timedelta(seconds=run.left)}"
-    print("\r\x1b[2K" * sys.stdout.isatty() + text, end=end, flush=True)
+    text = f"{run.stage} {epoch:{len(str(total))}d}/{total}  {text}"
+    left = f"  left {datetime.timedelta(seconds=run.left)}" if run.left is not None else ""
+    print("\r\x1b[2K" * sys.stdout.isatty() + text + left, end=end, flush=True)
 
 
 def find_model(run: Run, file: str, settings) -> Path | None:
