@@ -865,9 +865,9 @@ def find_model(run: Run, file: str, settings) -> Path | None:
 
 def finish(run: Run, rows: list[dict]) -> None:
     """Write the summary as the last row of log.jsonl, drop last.pt, and show the summary."""
-    files = [str(path) for path in sorted(run.dir.glob("*.pt")) if path.name != "last.pt"]
+    files = ["log.jsonl", *(p.name for p in sorted(run.dir.glob("*.pt")) if p.name != "last.pt")]
     with open(run.log, "a") as file:
-        file.write(json.dumps({"summary": rows, "files": [*files, str(run.log)]}) + "\n")
+        file.write(json.dumps({"summary": rows, "files": files}) + "\n")
     (run.dir / "last.pt").unlink(missing_ok=True)
     finished(run)
 
@@ -878,9 +878,7 @@ def finished(run: Run) -> bool:
     if not lines or not lines[-1].startswith('{"summary":'):
         return False
     last = json.loads(lines[-1])
-    print(
-        f"\n{run.dir} is finished:\n\n{table(last['summary'])}\n\nfiles: {' '.join(last['files'])}"
-    )
+    print(f"\n{table(last['summary'])}\n\n{run.dir} is finished: {' '.join(last['files'])}")
     return True
 
 

@@ -135,6 +135,27 @@ def test_a_failed_download_says_where_the_data_were_looked_for(tmp_path, refused
     assert list(tmp_path.glob("*.npz")) == []
 
 
+def test_torchvision_s_data_are_kept_as_an_npz(tmp_path, monkeypatch, capsys):
+    import torchvision
+
+    class Fake:
+        classes = ["0 - zero", "1 - one", "2 - two"]
+
+        def __init__(self, root, train, download):
+            arrays, part = tiny(), "train" if train else "test"
+            self.data = torch.from_numpy(arrays[f"x_{part}"])
+            self.targets = arrays[f"y_{part}"].tolist()
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", Fake)
+    first = common.load_data("cifar100", tmp_path)
+    assert "from torchvision" in capsys.readouterr().out
+    monkeypatch.delattr(torchvision.datasets, "CIFAR100")
+    again = common.load_data("cifar100", tmp_path)
+    assert torch.equal(first.x_train, again.x_train)
+    # the names are torchvision's own, "0 - zero" for a digit
+    assert first.classes == again.classes == ["0", "1", "2"] and capsys.readouterr().out == ""
+
+
 def some_data(**options):
     return common.load_data("shapes", **options)
 
