@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -301,6 +302,23 @@ def test_bad_evaluation_flags_are_one_line(flags, whole, refused):
     (path,) = whole.glob("*/*/student.pt")
     argv = [str(path), "--data", "shapes", "--device", "cpu", *flags.split()]
     assert "error: " in refused(eval_robustness.main, argv)
+
+
+def test_tensorboard_gets_every_number_of_an_epoch(tmp_path, monkeypatch):
+    scalars = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.close = lambda: scalars.append("closed")
+            self.add_scalar = lambda name, value, epoch: scalars.append((name, epoch))
+
+    fake = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    flags = [*SMALL.split(), "--loss", "at", "--tensorboard", "--runs", str(tmp_path)]
+    robust_kd.main(flags)
+    names = {name.removeprefix("student/") for name, epoch in scalars[:-1] if epoch == 1}
+    assert {"loss", "train_acc", "val_clean_acc", "val_pgd1_acc", "images_per_second"} <= names
+    assert scalars[-1] == "closed"
 
 
 def test_demo_says_what_it_sets_and_flags_win(capsys):
