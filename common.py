@@ -4,7 +4,7 @@ Images   uint8 (N, H, W, C) on the device; a batch is float32 (B, C, H, W) in [0
 Models   take images in [0, 1], normalise inside, return float32 logits (B, K), as attacks expect.
 Attacks  differentiate with respect to the input alone; the caller sets the model's mode.
 Runs     runs/<script>/<name>-s<seed>/: config.json, log.jsonl, last.pt (to resume), the models.
-Random   every draw depends on (seed, stage, epoch) alone, so resuming needs no generator state.
+Random   every draw depends on (seed, stage, epoch), so resuming needs no generator state.
 
 Importing this file does nothing: no CUDA, seed or download; torchvision is imported by the loaders.
 """
@@ -88,6 +88,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--val-size", type=count0, default=1024, help="training images held out for the best epoch")
     add("--seed", type=count0, default=0, help="seed of weights, batches and attacks")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there")
+    add("--precision", default="bf16", choices=["bf16", "fp32"], help="of training on CUDA")
     add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower)")
     add("--runs", default="runs", help="folder of the run folders")
     add("--name", help="name of the run folder; None: made of the flags that are not the default")
@@ -145,13 +146,15 @@ def setup_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def autocast(device: torch.device):
-    """bf16 autocast for training on CUDA; on the CPU, and for evaluation, all stays float32."""
-    return torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda")
+def autocast(run: "Run"):
+    """bf16 autocast for training on CUDA with --precision bf16; all else stays float32."""
+    bf16 = run.device.type == "cuda" and run.args.precision == "bf16"
+    # no cache: with it, weights first cast under no_grad (a TRADES attack) would get no gradient
+    return torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
 def sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float, nesterov: bool = False):
-    """torch.optim.SGD over all parameters, in one fused kernel."""
+    """torch.optim.SGD over all parameters, in one fused kernel. Schedulers set lr and momentum."""
     options = dict(momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
     return torch.optim.SGD(model.parameters(), lr=lr, **options)
 
@@ -174,6 +177,7 @@ class Data:
     classes: list[str]
     mean: list[float]  # per channel, of the training images in [0, 1]: the models normalise with it
     std: list[float]
+    fingerprint: int  # of the training images
     pad: int  # augmentation: random crop after padding with so many zeros, ...
     flip: bool  # ... and random horizontal flip
 
@@ -229,7 +233,8 @@ def load_data(name, root="data", device="cpu", val_size=0, train_subset=None, te
     test = np.sort(np.random.default_rng(0).permutation(len(x_test))[:test_subset])
     parts = (x[train], y[train], x[val], y[val], x_test[test], y_test[test])
     tensors = [torch.from_numpy(part).to(device) for part in parts]
-    statistics, images = (mean.tolist(), np.where(std > 0, std, 1).tolist()), name != "mnist"
+    statistics = (mean.tolist(), np.where(std > 0, std, 1).tolist(), zlib.crc32(parts[0]))
+    images = name != "mnist"  # digits are neither shifted nor mirrored
     return Data(name, *tensors, classes, *statistics, pad=4 * images, flip=images)
 
 
@@ -237,8 +242,8 @@ def _check(part, name, arrays):
     """The images of a part as uint8 (N, H, W, C) and its labels as int64 (N,), or an error."""
     x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
     x = x[..., None] if x.ndim == 3 else x
-    square = x.dtype == np.uint8 and x.ndim == 4 and x.size and x.shape[1] == x.shape[2]
-    if not square or x.shape[3] not in (1, 3):
+    valid = x.dtype == np.uint8 and x.ndim == 4 and x.size and x.shape[1] == x.shape[2]
+    if not valid or x.shape[3] not in (1, 3):
         fail(f"{name}: x_{part} must be uint8 (N, S, S, 3) or (N, S, S), got {x.dtype} {x.shape}")
     if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= 100_000:
         fail(f"{name}: y_{part} must be {len(x)} labels 0..K-1, got {y.dtype} {y.shape}")
@@ -257,7 +262,9 @@ def _read_npz(path: Path) -> dict:
             return arrays
     except FileNotFoundError:
         fail(f"{path}: no such file")
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, AttributeError, RuntimeError, MemoryError) as error:
+        fail(f"{path}: truncated, or not an .npz file ({error})")
+    except (zipfile.BadZipFile, zlib.error) as error:
         fail(f"{path}: truncated, or not an .npz file ({error})")
 
 
@@ -553,12 +560,11 @@ def pgd(model, x, targets, eps, step_size, steps, start="uniform") -> Tensor:
     """
     low, high = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
     if isinstance(start, str):
-        draw = {
-            "uniform": (torch.rand_like, 2 * eps, eps),
-            "gaussian": (torch.randn_like, 0.001, 0),
-        }
-        function, scale, shift = draw.get(start, (torch.zeros_like, 0, 0))
-        start = function(x) * scale - shift
+        start = {
+            "uniform": lambda: torch.empty_like(x).uniform_(-eps, eps),
+            "gaussian": lambda: torch.randn_like(x) * 0.001,
+            "none": lambda: torch.zeros_like(x),
+        }[start]()
     x_adv = torch.clamp((x + start).detach(), low, high)
     for _ in range(steps):
         x_adv.requires_grad_()
@@ -693,7 +699,9 @@ class Run:
     best: dict = dataclasses.field(default_factory=dict)  # the best epoch's row
     left: int | None = None  # seconds to the end of the training, once an epoch is measured
     ticked: float = 0.0
-    writer: object = None
+    writer: object = None  # TensorBoard's
+    command: str = ""  # that starts and resumes the run
+    fingerprint: int = 0  # of the data
 
     def __post_init__(self):
         self.dir = Path(self.args.runs) / self.script / f"{self.args.name}-s{self.args.seed}"
@@ -703,24 +711,25 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(script: str, args: argparse.Namespace, device: torch.device, work: list):
-    """Yield the Run of these flags, its folder made, or found with the same flags; else an error.
+    """Yield the Run of these flags; `begin` makes or finds its folder.
 
     In the `with`, Ctrl-C and SIGTERM end with the command that resumes, errors of the file system
     and of GPU memory with one line. What is on the disk then is the last finished epoch.
     """
     run = Run(script, args, device, work)
-    command = shlex.join(["python", f"{script}.py", *args.argv])
+    here, python = Path(__file__).resolve().parent / f"{script}.py", Path(sys.executable)
+    paths = [python if Path.cwd() not in python.parents else os.path.relpath(python)]
+    run.command = shlex.join(map(str, [*paths, os.path.relpath(here), *args.argv]))
 
     def on_sigterm(number, frame):
         raise KeyboardInterrupt("SIGTERM")
 
     handler = signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        _open(run, command)
         yield run
     except KeyboardInterrupt as stop:
         print(f"\nstopped; finished epochs are in {run.dir}; go on with:", file=sys.stderr)
-        print(command, file=sys.stderr)
+        print(run.command, file=sys.stderr)
         raise SystemExit(143 if stop.args else 130) from None
     except torch.OutOfMemoryError as error:
         fail(f"{run.stage}: the GPU has too little memory; try a smaller --batch-size ({error})")
@@ -732,31 +741,53 @@ def open_run(script: str, args: argparse.Namespace, device: torch.device, work: 
             run.writer.close()
 
 
-def _open(run: Run, command: str) -> None:
+def begin(run: Run, data: Data) -> bool:
+    """Make the run's folder, or find it with the same flags and images; False if it is finished."""
+    if run.args.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            fail("--tensorboard: TensorBoard is not installed; pip install tensorboard")
     path, flags = run.dir / "config.json", json.loads(json.dumps(run.flags))
+    run.fingerprint = data.fingerprint
     if path.exists():
         try:
-            old = dict(json.loads(path.read_text())["flags"])
+            old = json.loads(path.read_text())
+            old, fingerprint = dict(old["flags"]), old["fingerprint"]
         except (ValueError, KeyError, TypeError):
             fail(f"{path}: damaged; take another --name, or delete the folder")
         for key in sorted(flags.keys() | old.keys()):
             if flags.get(key) != old.get(key):
                 flag, other = "--" + key.replace("_", "-"), f"{old.get(key)}, not {flags.get(key)}"
                 fail(f"{flag}: {run.dir} was made with {other}; take another --name")
+        if fingerprint != data.fingerprint:
+            fail(f"--data: {run.dir} was made with other images; take another --name")
     else:
-        config = {"command": command, "commit": None, "torch": torch.__version__}
+        config = {"command": run.command, "commit": None, "fingerprint": data.fingerprint}
+        config |= {"python": sys.version.split()[0], "torch": torch.__version__}
         config["gpu"] = torch.cuda.get_device_name() if run.device.type == "cuda" else None
         with contextlib.suppress(OSError):  # no git here
-            git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
+            git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty"]
             config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         config["flags"] = flags
         write_atomically(path, lambda file: file.write(json.dumps(config, indent=1).encode()))
     if run.args.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            fail("--tensorboard: TensorBoard is not installed; pip install tensorboard")
         run.writer = SummaryWriter(run.dir)
+    return not _finished(run)
+
+
+def _rows(run: Run) -> list[dict]:
+    """The rows of log.jsonl, but for one that a kill has torn."""
+    rows = []
+    for line in run.log.read_text().splitlines() if run.log.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def _write_rows(run: Run, rows: list[dict]) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(run.log, lambda file: file.write(text.encode()))
 
 
 def epochs(run: Run, stage: str, total: int, **parts):
@@ -773,13 +804,9 @@ def epochs(run: Run, stage: str, total: int, **parts):
             part.load_state_dict(record["parts"][name])
         done, run.seconds, run.best = record["epochs"], record["row"]["seconds"], record["best"]
         print(f"{stage}: goes on after epoch {done} of {total} ({last})", flush=True)
-    kept = []  # a kill between checkpoint and log loses a row or tears a line of the log: mend it
-    for line in run.log.read_text().splitlines() if run.log.exists() else []:
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            kept += [line] * (row.get("stage") != stage or row["epoch"] < done)
-    kept += [json.dumps(record["row"])] if done else []
-    write_atomically(run.log, lambda file: file.write("".join(f"{k}\n" for k in kept).encode()))
+    # a kill between checkpoint and log loses a row of the log: the checkpoint has it too
+    rows = [row for row in _rows(run) if row.get("stage") != stage or row["epoch"] < done]
+    _write_rows(run, rows + ([record["row"]] if done else []))
     for epoch in range(done, total):
         torch.manual_seed(derive_seed("epoch", run.args.seed, stage, epoch))
         run.started = time.monotonic()
@@ -797,25 +824,27 @@ def end_epoch(run: Run, epoch: int, history: list, data: Data, *attack) -> None:
     """Read the steps' `metrics` (the epoch's one host sync), validate, log, print, checkpoint.
 
     attack: eps, step_size and steps of the PGD on the held-out images; without it only clean. The
-    epoch that is best on them is kept as <stage>_best.pt. A loss that is not finite ends the run.
+    epoch with the highest sum of their accuracies is kept as <stage>_best.pt. A loss or weight that
+    is not finite ends the run.
     """
-    steps = torch.stack(history).double().cpu()
+    steps, model = torch.stack(history).double().cpu(), run.parts["model"]
     spent = time.monotonic() - run.started
-    bad = (~torch.isfinite(steps[:, 0])).nonzero()
-    if len(bad):
-        where = f"{run.stage}, epoch {epoch + 1}, step {int(bad[0]) + 1}: the loss is not finite"
-        flag = "--teacher-lr" if run.stage == "teacher" else "--lr"
-        fail(f"{where}; try a lower {flag} (the epochs before are in {run.dir})")
+    finite = torch.isfinite(steps[:, 0]).tolist()
+    finite.append(all(p.isfinite().all() for p in model.state_dict().values()))
+    if not all(finite):
+        where = f"{run.stage}, epoch {epoch + 1}, step {min(finite.index(False) + 1, len(steps))}"
+        flag = "--lr" if run.stage == "student" else "--teacher-lr"
+        fail(f"{where}: not finite; try a lower {flag} ({run.dir} has the epochs before)")
     loss, right, images = steps.sum(0).tolist()
     row = {"stage": run.stage, "epoch": epoch + 1, "loss": loss / images}
     row |= {"train_acc": right / images, "images_per_second": images / spent}
-    row |= _validate(run.parts["model"], data, *attack)
+    row |= _validate(model, data, *attack)
     run.seconds += time.monotonic() - run.started
     row["seconds"] = run.seconds
-    key = next((key for key in row if key.startswith("val_pgd")), "val_clean_acc")
-    if row.get(key, -1.0) > run.best.get(key, -1.0):
+    score, best = (sum(v for k, v in r.items() if k[:4] == "val_") for r in (row, run.best))
+    if len(data.x_val) and (score > best or not run.best):
         run.best = row
-        save_model(run.dir / f"{run.stage}_best.pt", run.parts["model"], row)
+        save_model(run.dir / f"{run.stage}_best.pt", model, row)
     state = {"stage": run.stage, "epochs": epoch + 1, "row": row, "best": run.best}
     state["parts"] = {name: part.state_dict() for name, part in run.parts.items()}
     save(run.dir / "last.pt", state)
@@ -857,8 +886,9 @@ def find_model(run: Run, file: str, settings) -> Path | None:
     mine = settings(run.flags)
     for path in [run.dir / file, *sorted(run.dir.parent.glob(f"*/{file}"))]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            theirs = json.loads((path.parent / "config.json").read_text())["flags"]
-            if path.exists() and settings(theirs) == mine:
+            theirs = json.loads((path.parent / "config.json").read_text())
+            same = settings(theirs["flags"]) == mine and theirs["fingerprint"] == run.fingerprint
+            if same and path.exists():
                 return path
     return None
 
@@ -866,20 +896,18 @@ def find_model(run: Run, file: str, settings) -> Path | None:
 def finish(run: Run, rows: list[dict]) -> None:
     """Write the summary as the last row of log.jsonl, drop last.pt, and show the summary."""
     files = ["log.jsonl", *(p.name for p in sorted(run.dir.glob("*.pt")) if p.name != "last.pt")]
-    with open(run.log, "a") as file:
-        file.write(json.dumps({"summary": rows, "files": files}) + "\n")
+    _write_rows(run, [*_rows(run), {"summary": rows, "files": files}])
     (run.dir / "last.pt").unlink(missing_ok=True)
-    finished(run)
+    _finished(run)
 
 
-def finished(run: Run) -> bool:
+def _finished(run: Run) -> bool:
     """Whether the run has its summary; if so, say that it is finished, and show it."""
-    lines = run.log.read_text().splitlines() if run.log.exists() else []
-    if not lines or not lines[-1].startswith('{"summary":'):
-        return False
-    last = json.loads(lines[-1])
-    print(f"\n{table(last['summary'])}\n\n{run.dir} is finished: {' '.join(last['files'])}")
-    return True
+    last = (_rows(run) or [{}])[-1]
+    if "summary" in last:
+        files = " ".join(last["files"])
+        print(f"\n{table(last['summary'])}\n\n{run.dir} is finished: {files}", flush=True)
+    return "summary" in last
 
 
 def table(rows: list[dict]) -> str:

@@ -25,10 +25,12 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
             sides and multiplies the term by its square (Hinton et al. 2015).
          5. Nor does it give momentum 0.9, weight decay 5e-4, step eps/4, uniform start, BatchNorm
             in eval mode in the attack: all from the first author's published code.
+         6. Training on CUDA, the attack included, is in bf16 (--precision fp32).
 """
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +88,10 @@ def parse_args(argv=None):
         parser.error(f"--teacher-es: at most --teacher-epochs {args.teacher_epochs}")
     if args.teacher_training == "none" and needs_teacher(args) and not args.teacher_ckpt:
         parser.error("--teacher-training none: goes with --loss at or st, or with --teacher-ckpt")
+    given = {flag.split("=")[0] for flag in args.argv}
+    for flag in ["--alpha", "--lam", "--temperature", "--kl-reduction"]:
+        if flag in given and flag[2:].replace("-", "_") not in needs(args.loss):
+            parser.error(f"{flag}: --loss {args.loss} has none")
     if args.attack_loss and "student_adv_logits" not in needs(args.loss):
         parser.error(f"--attack-loss: {args.loss} trains on clean images, without an attack")
     common.check_model("--model", args.model, args.width)
@@ -233,14 +239,17 @@ def teacher_model(flags):
 
 def teacher_settings(flags):
     """What a teacher depends on, of the flags (a dict): equal settings, equal teacher."""
-    names = "data train_subset val_size seed deterministic momentum weight_decay"
-    names += " teacher_training teacher_lr teacher_gamma teacher_batch_size"
-    if flags["teacher_training"] != "st":
-        names += " eps steps step_size attack_bn ffgsm_step trades_beta"
-    settings = {name: flags[name] for name in names.split()}
+    training, eps = flags["teacher_training"], flags["teacher_eps"]
+    names = "data train_subset val_size seed deterministic precision momentum weight_decay"
+    names += " teacher_ckpt teacher_training teacher_lr teacher_gamma teacher_batch_size"
+    own = {"at": " steps", "trades": " steps trades_beta", "ffgsm": " ffgsm_step"}.get(training, "")
+    settings = {name: flags[name] for name in (names + own).split()}
     settings["model"] = list(teacher_model(flags))
     settings["epochs"] = flags["teacher_es"] or flags["teacher_epochs"]
-    settings["teacher_eps"] = flags["eps"] if flags["teacher_eps"] is None else flags["teacher_eps"]
+    if own:
+        settings["eps"] = eps = flags["eps"] if eps is None else eps
+        settings["attack_bn"] = flags["attack_bn"]
+        settings["step_size"] = "steps" in own and step_size(eps, SimpleNamespace(**flags))
     return settings
 
 
@@ -250,13 +259,14 @@ def teacher_settings(flags):
 
 def train_teacher(model, data, args, run, stage, training, total):
     """Train a teacher for `total` epochs; the learning rate decays with every epoch."""
-    eps, perturb = teacher_settings(run.flags)["teacher_eps"], TEACHERS[training]
+    eps, perturb = teacher_settings(run.flags).get("eps", 0.0), TEACHERS[training]
+    seed = common.derive_seed(args.seed, stage)  # other batches than the student's
     optimizer = common.sgd(model, args.teacher_lr, args.momentum, args.weight_decay)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, args.teacher_gamma)
 
     def train_step(x, labels):
-        with common.autocast(run.device):
-            model.train(args.attack_bn == "train")  # differs 5: BatchNorm in eval mode
+        with common.autocast(run):
+            model.train(args.attack_bn == "train")  # differs: 5
             x_adv = perturb(model, x, labels, eps, args)
             model.train()
             if training == "trades":
@@ -273,7 +283,7 @@ def train_teacher(model, data, args, run, stage, training, total):
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     for epoch in common.epochs(run, stage, total, **parts):
         history = []
-        for x, labels in common.batches(data, args.teacher_batch_size, args.seed, epoch, run):
+        for x, labels in common.batches(data, args.teacher_batch_size, seed, epoch, run):
             history.append(train_step(x, labels))
         schedule.step()  # per epoch
         common.end_epoch(run, epoch, history, data, args.eps, step_size(args.eps, args), args.steps)
@@ -286,7 +296,7 @@ def train_student(student, teacher, data, args, run):
     loss_fn, wanted = LOSSES[args.loss], needs(args.loss)
     names = ("alpha", "lam", "temperature", "kl_reduction")
     settings = {name: getattr(args, name) for name in names if name in wanted}
-    default = "kl-teacher" if args.loss.startswith("rslad") else "ce"  # differs 2
+    default = "kl-teacher" if args.loss.startswith("rslad") else "ce"  # differs: 2
     kl_attack = (args.attack_loss or default) == "kl-teacher"
     optimizer = common.sgd(student, args.lr, args.momentum, args.weight_decay)
     total, step = args.epochs * data.steps(args.batch_size), step_size(args.eps, args)
@@ -295,12 +305,12 @@ def train_student(student, teacher, data, args, run):
 
     def train_step(x, labels):
         known = {"labels": labels}  # every tensor of the step, by the name that the losses use
-        with common.autocast(run.device):
+        with common.autocast(run):
             if "teacher_logits" in wanted or kl_attack:
                 with torch.no_grad():
                     known["teacher_logits"] = teacher(x)
             if "student_adv_logits" in wanted:
-                student.train(args.attack_bn == "train")  # differs 5: BatchNorm in eval mode
+                student.train(args.attack_bn == "train")  # differs: 5
                 targets = known["teacher_logits"].softmax(1) if kl_attack else labels
                 start = "gaussian" if kl_attack else "uniform"
                 x_adv = common.pgd(student, x, targets, args.eps, step, args.steps, start)
@@ -333,12 +343,13 @@ def get_teacher(args, data, run):
     """-> (teacher, meta): given, found in a run with the same settings, or trained. Frozen."""
     own = run.dir / "teacher.pt"
     path = args.teacher_ckpt or common.find_model(run, "teacher.pt", teacher_settings)
-    if path is None:
+    if not own.exists() and path is None:
         name, width = teacher_model(run.flags)
         teacher = common.model_for(data, name, args.seed, "teacher", width)
         total = args.teacher_es or args.teacher_epochs
         train_teacher(teacher, data, args, run, "teacher", args.teacher_training, total)
     elif not own.exists():
+        common.load_model(path, "cpu", data)  # an error before anything is copied
         print(f"teacher: taken from {path}", flush=True)
         common.write_atomically(own, lambda file: file.write(Path(path).read_bytes()))
     teacher, meta = common.load_model(own, run.device, data)
@@ -360,12 +371,12 @@ def main(argv=None):
     """Data, teacher, student, evaluation of both, one table; everything is in the run folder."""
     args = parse_args(argv)
     device = common.setup_device(args)
-    sizes = (args.val_size, args.train_subset, args.test_subset)
-    data = common.load_data(args.data, args.data_root, device, *sizes)
-    if args.teacher_ckpt:
-        common.load_model(args.teacher_ckpt, "cpu", data, args.teacher_model)
     with common.open_run("robust_kd", args, device, work(args)) as run:
-        if common.finished(run):
+        sizes = (args.val_size, args.train_subset, args.test_subset)
+        data = common.load_data(args.data, args.data_root, device, *sizes)
+        if args.teacher_ckpt and not (run.dir / "teacher.pt").exists():
+            common.load_model(args.teacher_ckpt, "cpu", data, args.teacher_model)
+        if not common.begin(run, data):
             return
         models, teacher = {}, None  # models: row of the table -> (model, numbers on its training)
         if args.demo:
@@ -375,7 +386,7 @@ def main(argv=None):
             models["standard training"] = common.load_model(run.dir / "standard.pt", device)
         if needs_teacher(args):
             teacher, meta = get_teacher(args, data, run)
-            models[f"teacher ({meta['training']})"] = teacher, meta
+            models[f"teacher ({meta.get('training', 'given')})"] = teacher, meta
         if not (run.dir / "student.pt").exists():
             student = common.model_for(data, args.model, args.seed, "student", args.width)
             train_student(student, teacher, data, args, run)
@@ -391,7 +402,7 @@ def main(argv=None):
             print(f"evaluating {name} on {len(data.x_test)} test images", flush=True)
             options = dict(eps=args.eps, restarts=args.restarts, seed=args.seed)
             row = eval_robustness.evaluate(model, data.x_test, data.y_test, attacks, **options)
-            training = {"epochs": meta["epoch"], "seconds": meta["seconds"]}
+            training = {"epochs": meta.get("epoch"), "seconds": meta.get("seconds")}
             rows.append({"model": name} | row | training)
         common.finish(run, rows)
 
