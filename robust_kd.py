@@ -87,7 +87,7 @@ def parse_args(argv=None):
     if args.teacher_es is not None and args.teacher_es > args.teacher_epochs:
         parser.error(f"--teacher-es: at most --teacher-epochs {args.teacher_epochs}")
     if args.teacher_training == "none" and needs_teacher(args) and not args.teacher_ckpt:
-        parser.error("--teacher-training none: goes with --loss at or st, or with --teacher-ckpt")
+        parser.error("--teacher-training none: goes with --loss at, st or with --teacher-ckpt")
     given = {flag.split("=")[0] for flag in args.argv}
     for flag in ["--alpha", "--lam", "--temperature", "--kl-reduction"]:
         if flag in given and flag[2:].replace("-", "_") not in needs(args.loss):
@@ -299,7 +299,7 @@ def train_student(student, teacher, data, args, run):
     default = "kl-teacher" if args.loss.startswith("rslad") else "ce"  # differs: 2
     kl_attack = (args.attack_loss or default) == "kl-teacher"
     optimizer = common.sgd(student, args.lr, args.momentum, args.weight_decay)
-    total, step = args.epochs * data.steps(args.batch_size), step_size(args.eps, args)
+    total, step = args.epochs * -(-len(data.x_train) // args.batch_size), step_size(args.eps, args)
     cycle = {"cycle_momentum": args.cycle_momentum == "yes"}
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total, **cycle)
 
@@ -358,13 +358,14 @@ def get_teacher(args, data, run):
 
 def work(args):
     """[(stage, epochs, passes an image and epoch)] of what may be trained, for the time left."""
-    attack, wanted = 2 * args.steps, needs(args.loss)
-    teacher = {"at": 3 + attack, "ffgsm": 5, "trades": 7 + attack}.get(args.teacher_training, 3)
-    student = attack * ("student_adv_logits" in wanted)
-    student += sum(3 * name.startswith("student_") + name.startswith("teacher_") for name in wanted)
-    stages = [("standard", args.epochs, 3)] * args.demo
+    clean, attacked, wanted = 3, 3 + 2 * args.steps, needs(args.loss)
+    teacher = {"st": clean, "ffgsm": 5}.get(args.teacher_training, attacked)
+    stages = [("standard", args.epochs, clean)] * args.demo
     stages += [("teacher", args.teacher_es or args.teacher_epochs, teacher)] * needs_teacher(args)
-    return [*stages, ("student", args.epochs, student)]
+    return [
+        *stages,
+        ("student", args.epochs, attacked if "student_adv_logits" in wanted else clean),
+    ]
 
 
 def main(argv=None):
