@@ -1,110 +1,1049 @@
-"""Evaluate checkpoints: clean accuracy and PGD-N accuracy with restarts, in float32.
+"""Evaluate checkpoints: clean accuracy, PGD, AutoAttack, calibration; fp32, on a GPU or a CPU.
 
-Paper    PGD: Madry et al. 2018. PGD-20 is the number beside AutoAttack in the robust-KD paper.
-Usage    python eval_robustness.py runs/robust_kd/*/student.pt
-         python eval_robustness.py CKPT --attack clean pgd20 pgd50 --restarts 5 --json out.json
+Paper    PGD: Madry et al. 2018. APGD, DLR, AutoAttack: Croce and Hein, ICML 2020 (2003.01690).
+         FAB: Croce and Hein, ICML 2020 (1907.02044). Square: Andriushchenko et al., ECCV 2020
+         (1912.00049). ECE: Guo et al. 2017.
+Attacks  pgdN              N steps of size --step-size from --restarts uniform starts
+         aa                AutoAttack, standard: apgd-ce+apgd-t+fab-t+square
+         aa-plus, aa-rand  its longer version; that for models that draw random numbers
+         A+B:5+...         your own list of pgdN and ATTACKS, here with five restarts of B
+Usage    python eval_robustness.py runs/robust_kd/*/student.pt --attack clean pgd20 aa --json a.json
+         python eval_robustness.py CKPT CKPT --ensemble --attack clean aa --n 1000
+         python eval_robustness.py --model package.module:function --weights FILE --attack aa
+         With --json the same command goes on where a killed one stopped.
 Shapes   x uint8 (N, H, W, C); batches float32 (B, C, H, W) in [0, 1]; labels (N,); logits (B, K)
-Numbers  An image counts as robust if the model is right on it clean and on the last iterate of
-         every restart (the worst case over restarts). All accuracies are over all N images.
+Numbers  X_acc: share of all N images that are right when clean and that no attack of X breaks;
+         X_conditional_acc: the same of those right when clean. An image is broken if the stored
+         float32 example, in the ball and in [0, 1], is classified wrong by the model itself.
+Differs  1. Draws depend on (seed, attack, pass, image) alone: not on batches or interruptions. All
+            images share the queries of Square; in the authors' code those of a batch do.
+         2. Broken images leave a run at the next compaction; FAB stops at a norm of eps.
+         3. With fewer than 3 (targeted: 4) classes the numerator of DLR is used.
+         4. Logits that are not finite are no success; the authors' code counts them as one.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib
+import itertools
 import json
+import math
+import os
 import re
+import shlex
+import signal
+import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
 
 import common
+
+VERSIONS = {
+    "aa": "apgd-ce+apgd-t+fab-t+square",
+    "aa-standard": "apgd-ce+apgd-t+fab-t+square",
+    "aa-plus": "apgd-ce:5+apgd-dlr:5+fab:5+square+apgd-t+fab-t",
+    "aa-rand": "apgd-ce+apgd-dlr",  # with 20 gradients a step
+}
+POINTS = ["clean", "calibration"]  # names of --attack that break no images
 
 
 def parse_args(argv=None):
     """The flags of this script as a namespace; errors are one line with exit status 2."""
     parser = common.make_parser(__doc__)
-    add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CKPT", help="files written by the training scripts")
-    add("--attack", nargs="+", type=attack_name, default=["clean", "pgd20"], help="clean, pgdN")
+    add = parser.add_argument_group("models").add_argument
+    add("checkpoints", nargs="*", metavar="CKPT", help="files written by the training scripts")
+    add("--model", metavar="MODULE:FUNCTION", help="makes a net from [0, 1] images to logits")
+    add("--weights", metavar="FILE", help="state_dict for --model, loaded as weights only")
+    add("--ensemble", action="store_true", help="one row: the average of their probabilities")
+    add = parser.add_argument_group("attack").add_argument
+    add("--attack", nargs="+", type=attack_name, default=["clean", "pgd20"], help="see Attacks")
+    add("--norm", default="linf", choices=["linf", "l2"], help="of the perturbations")
+    add("--eps", type=common.fraction, help="radius; None: 8/255, or 0.5 with --norm l2")
+    add("--step-size", type=common.fraction, help="of PGD; None: a quarter of the radius")
+    add("--restarts", type=common.count, default=1, help="random starts of PGD, the worst counts")
+    add("--steps", type=common.count, default=100, help="iterations of APGD and FAB")
+    add("--queries", type=common.count, default=5000, help="queries of Square")
+    add("--targets", type=common.count, default=9, help="classes of targeted APGD and FAB")
+    add = parser.add_argument_group("run").add_argument
     add("--data", default="cifar10", help="cifar10, cifar100, mnist, shapes, FILE.npz or a FOLDER")
     add("--data-root", default="data", help="where data sets are, and missing ones are downloaded")
     add("--n", type=common.count, help="use so many test images (a fixed choice); None: all")
-    add("--eps", type=common.probability, default="8/255", help="L-infinity radius")
-    add("--step-size", type=common.fraction, help="PGD step; None: a quarter of the radius")
-    add("--restarts", type=common.count, default=1, help="random restarts of PGD")
     add("--batch-size", type=common.count, default=500, help="images at once; changes no result")
-    add("--seed", type=common.count0, default=0, help="seed of the random starts")
+    add("--seed", type=common.count0, default=0, help="seed of the attacks")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there")
     add("--json", metavar="FILE", help="write all numbers here as well")
+    add("--save-examples", metavar="FILE", help=".npz of x_adv, labels, broken (one model, attack)")
+    add("--plot", metavar="FILE", help="figure: accuracy against eps, confidence histograms")
     args = parser.parse_args(argv)
-    args.deterministic = False
+    adversarial = [a for a in args.attack if a not in POINTS]
+    rows = 1 if args.ensemble else len(args.checkpoints) + bool(args.model)
+    if not args.checkpoints and not args.model or args.weights and not args.model:
+        parser.error("expected CKPT..., or --model MODULE:FUNCTION, perhaps with --weights FILE")
+    if args.norm == "l2" and any(re.match(r"pgd|.*\+pgd", a) for a in adversarial):
+        parser.error("--norm l2: pgdN is an L-infinity attack; take apgd-ce")
+    if args.norm == "linf" and (args.eps or 0) > 1:
+        parser.error(f"--eps: expected at most 1 in L-infinity, got {args.eps:g}")
+    if args.save_examples and (rows, len(adversarial)) != (1, 1):
+        parser.error("--save-examples: goes with one model (or --ensemble) and one attack")
+    for path in filter(None, (args.json, args.save_examples, args.plot)):
+        if not Path(path).absolute().parent.is_dir():  # before the work, not after
+            parser.error(f"{path}: there is no folder {Path(path).parent}")
+    args.deterministic, args.argv = False, sys.argv[1:] if argv is None else list(argv)
     return args
 
 
 def attack_name(text):
-    """The `type=` of --attack: 'clean' or 'pgd' and a number of steps."""
-    if text != "clean" and not re.fullmatch(r"pgd[1-9]\d{0,4}", text):
-        raise argparse.ArgumentTypeError(f"expected clean or pgdN (pgd20), got {text!r}")
+    """The `type=` of --attack: a name of POINTS or VERSIONS, or a list joined by +."""
+    known = rf"({'|'.join(ATTACKS)}|pgd[1-9]\d{{0,4}})(:[1-9]\d?)?"
+    parts = VERSIONS.get(text, text).split("+")
+    if text not in POINTS and not all(re.fullmatch(known, part) for part in parts):
+        names = ", ".join([*POINTS, "pgdN", *VERSIONS, *ATTACKS])
+        raise argparse.ArgumentTypeError(f"expected {names} or a list a+b:5, got {text!r}")
     return text
 
 
-def pgd_correct(model, x, labels, right, eps, step_size, steps, restarts, seed, batch_size=500):
-    """Which images stay right under PGD: bool (N,), from `right`, those that are right when clean.
+@dataclasses.dataclass
+class Settings:
+    """What the attacks need to know; eps and step_size (None: eps / 4) in units of [0, 1]."""
 
-    x uint8 (N, H, W, C), labels (N,). Only images that no restart has broken are attacked again.
-    The random start of an image depends on (seed, restart, image) alone, not on the batch.
+    eps: float = 8 / 255
+    step_size: float | None = None  # of PGD, as restarts
+    restarts: int = 1
+    seed: int = 0
+    batch_size: int = 500
+    norm: str = "linf"
+    steps: int = 100
+    queries: int = 5000
+    targets: int = 9
+    eot: int = 1  # gradients averaged in a step of APGD
+
+
+@dataclasses.dataclass
+class Batch:
+    """Images that an attack works on. x (B, C, H, W), labels (B,), clean logits (B, K)."""
+
+    x: Tensor
+    labels: Tensor
+    logits: Tensor
+    index: list  # of the images in the data set
+    s: Settings
+    attack: str
+    which: int = 0  # the number of the restart or target
+    zero: Tensor | int = 0  # out: starts without gradient
+    bad: Tensor | int = 0  # out: evaluations with logits that are not finite
+
+    def draw(self, shape, kind="uniform_"):
+        """Random (B, *shape) in [0, 1] (or `normal_`), a function of seed, attack and image."""
+        out, generator = torch.empty(len(self.index), *shape), torch.Generator()
+        for row, image in zip(out, self.index):
+            parts = self.attack, self.s.seed, self.which, image
+            getattr(row, kind)(generator=generator.manual_seed(common.derive_seed(*parts)))
+        return out.to(self.x.device)
+
+    def target(self):
+        """The class (B,) with the (which + 2)-nd largest clean logit, the label counted as 1st."""
+        first = torch.full_like(self.logits[:, :1], math.inf)
+        ranked = self.logits.scatter(1, self.labels[:, None], first).argsort(1, descending=True)
+        return ranked[:, 1 + self.which % (self.logits.shape[1] - 1)]
+
+
+def batches(points, index, s, attack="", which=0):
+    """Yield (part, Batch) over the images `index` of points = (x, labels, logits)."""
+    x, labels, logits = points
+    for part in index.split(s.batch_size) if len(index) else ():
+        given = images(x[part]), labels[part], logits[part]
+        yield part, Batch(*given, part.tolist(), s, attack, which)
+
+
+def images(x):
+    """float32 (B, C, H, W) of uint8 (B, H, W, C), or x as it is."""
+    return common.to_float(x) if x.dtype == torch.uint8 else x.float()
+
+
+# ------------------------------------------------------------------------------------------------
+# What the attacks share
+
+
+def misclassified(logits, labels):
+    """bool (B,): another class is on top. Logits (B, K) that are not finite are no success."""
+    return (logits.argmax(1) != labels) & logits.isfinite().all(1)
+
+
+def length(d, norm):
+    """The norm of each d (B, C, H, W): (B, 1, 1, 1)."""
+    if norm == "linf":
+        return d.abs().amax((1, 2, 3), keepdim=True)
+    return d.square().sum((1, 2, 3), keepdim=True).sqrt()
+
+
+def project(v, x, eps, norm):
+    """v into the ball around x, and then into [0, 1]; in L2 scaled first, as AutoAttack does."""
+    if norm == "linf":
+        return torch.clamp(v, x - eps, x + eps).clamp_(0, 1)
+    d = v - x
+    size = length(d, norm)
+    return (x + d / (size + 1e-12) * size.clamp(max=eps)).clamp_(0, 1)
+
+
+def random_start(b, radius):
+    """x plus noise whose largest coordinate (or L2 norm) is `radius`, clipped to [0, 1]."""
+    l2 = b.s.norm == "l2"
+    noise = b.draw(b.x.shape[1:], "normal_") if l2 else 2 * b.draw(b.x.shape[1:]) - 1
+    start = b.x + radius * noise / (length(noise, b.s.norm) + 1e-12)
+    return start.clamp_(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def gradient(model, x, loss, eot=1):
+    """-> logits (B, K), loss (B,), gradient of the loss in x, averaged over `eot` passes.
+
+    No gradient of weights is made; a loss that does not depend on x has gradient 0.
     """
-    right = right.clone()
-    for restart in range(restarts):
-        alive = right.nonzero()[:, 0]
-        generator = torch.Generator().manual_seed(common.derive_seed("pgd", seed, restart))
-        noise = torch.rand(x.shape, generator=generator).mul_(2 * eps).sub_(eps).permute(0, 3, 1, 2)
-        for part in alive.split(batch_size):
-            clean, start = common.to_float(x[part]), noise[part.to(noise.device)].to(x.device)
-            x_adv = common.pgd(model, clean, labels[part], eps, step_size, steps, start)
-            right[part] = common.correct(model, x_adv, labels[part])
-    return right
+    total = torch.zeros_like(x)
+    for _ in range(eot):
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = model(x).float()
+            value = loss(logits)
+        if value.requires_grad:
+            (part,) = torch.autograd.grad(value, x, torch.ones_like(value), allow_unused=True)
+            total = total if part is None else part if eot == 1 else total + part / eot
+    return logits.detach(), value.detach(), total
 
 
-def evaluate(
-    model, x, labels, attacks, eps=8 / 255, step_size=None, restarts=1, seed=0, batch_size=500
-):
+def compact(a, x_adv, i, last):
+    """After iteration i = 1, 2, ...: at some, write what was found to x_adv (B, C, H, W), drop it.
+
+    a: namespace of tensors with rows in common, among them row (of x_adv), done, found. The one
+    host sync of a run happens here: after 1, 2, 4, ... iterations, all 50, and the last.
+    """
+    if i & (i - 1) and i % 50 and i != last:
+        return a
+    x_adv[a.row] = torch.where(a.done[:, None, None, None], a.found, x_adv[a.row])
+    keep = (~a.done).nonzero()[:, 0]
+    if len(keep) == len(a.row):
+        return a
+    return SimpleNamespace(**{k: None if v is None else v[keep] for k, v in vars(a).items()})
+
+
+# ------------------------------------------------------------------------------------------------
+# APGD: Croce and Hein 2020a, algorithm 1
+
+
+def ce_loss(logits, labels, target=None):
+    """Cross-entropy (B,) of logits (B, K)."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def dlr_loss(logits, labels, target=None):
+    """Eq. (6): -(z_y - max_{i != y} z_i) / (z_(1) - z_(3)), (B,); the numerator if K < 3."""
+    top, order = logits.sort(1, descending=True)
+    own = logits.gather(1, labels[:, None])[:, 0]
+    numerator = torch.where(order[:, 0] == labels, top[:, 1], top[:, 0]) - own
+    return numerator / (top[:, 0] - top[:, 2] + 1e-12) if logits.shape[1] > 2 else numerator
+
+
+def targeted_dlr_loss(logits, labels, target):
+    """Eq. (7): -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2), (B,); the numerator if K < 4."""
+    numerator = (logits.gather(1, target[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
+    if logits.shape[1] < 4:
+        return numerator
+    top = logits.topk(4).values
+    return numerator / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+def apgd_checkpoints(steps):
+    """{number of iterations done: iterations since the checkpoint before}, section 3.1."""
+    period, least, shrink = (max(int(part * steps), 1) for part in (0.22, 0.06, 0.03))
+    checkpoints, at = {}, period
+    while at <= steps:
+        checkpoints[at] = period
+        period = max(period - shrink, least)
+        at += period
+    return checkpoints
+
+
+def apgd(model, b, loss):
+    """APGD with momentum from a random start -> x_adv (B, C, H, W), x where nothing was found.
+
+    loss(logits, labels, target) -> (B,) is maximised. An image is done at the first evaluation,
+    the start included, that is misclassified, as any class.
+    """
+    s, x_adv = b.s, b.x.clone()
+    a = SimpleNamespace(row=torch.arange(len(b.x), device=b.x.device), x=b.x, labels=b.labels)
+    a.target = b.target() if loss is targeted_dlr_loss else None
+
+    def move_to(x):
+        a.now = x
+        logits, f, a.g = gradient(model, x, lambda z: loss(z, a.labels, a.target), s.eot)
+        b.bad = b.bad + (~logits.isfinite().all(1)).sum()
+        return f, misclassified(logits, a.labels)
+
+    f, a.done = move_to(random_start(b, s.eps))
+    b.zero = (a.g.abs().amax((1, 2, 3)) == 0).sum()
+    a.found = a.best = a.previous = a.now
+    a.best_g, a.best_f, a.last_f, a.check_f = a.g, f, f, f  # check_f: best_f at the checkpoint
+    a.rises, a.halved = torch.zeros_like(f), torch.ones_like(a.done)
+    a.step = torch.full_like(f, 2 * s.eps)[:, None, None, None]
+    checkpoints = apgd_checkpoints(s.steps)
+    for i in range(1, s.steps + 1):
+        g = a.g.sign() if s.norm == "linf" else a.g / (length(a.g, "l2") + 1e-12)
+        z = project(a.now + a.step * g, a.x, s.eps, s.norm)
+        if i > 1:  # momentum
+            z = project(
+                a.now + 0.75 * (z - a.now) + 0.25 * (a.now - a.previous), a.x, s.eps, s.norm
+            )
+        a.previous = a.now
+        f, wrong = move_to(z)
+        a.found, a.done = torch.where(wrong[:, None, None, None], z, a.found), a.done | wrong
+        better = f > a.best_f
+        image = better[:, None, None, None]
+        a.best, a.best_g = torch.where(image, z, a.best), torch.where(image, a.g, a.best_g)
+        a.best_f = torch.where(better, f, a.best_f)
+        a.rises, a.last_f = a.rises + (f > a.last_f), f
+        if period := checkpoints.get(i):
+            # differs: condition 1 with <= as in the authors' code, the paper has <
+            a.halved = (a.rises <= 0.75 * period) | (~a.halved & (a.check_f >= a.best_f))
+            a.rises, a.check_f = torch.zeros_like(f), a.best_f
+            image = a.halved[:, None, None, None]
+            a.step = torch.where(image, a.step / 2, a.step)
+            a.now, a.g = torch.where(image, a.best, z), torch.where(image, a.best_g, a.g)
+        a = compact(a, x_adv, i, s.steps)
+        if not len(a.row):
+            break
+    return x_adv
+
+
+# ------------------------------------------------------------------------------------------------
+# FAB: Croce and Hein 2020b
+
+
+def to_hyperplane(x, w, c, norm, iterations=8):
+    """The smallest d (B, C, H, W) with <w, d> = -c and x + d in [0, 1]; if none, to the corner.
+
+    x, w (B, C, H, W), c (B,). Eq. (5): d_i = -sign(w_i) min(r, m_i) with the room m_i in the box,
+    in L2 min(r |w_i|, m_i). r is the root of a concave increasing function: Newton's method from
+    the left needs no sorting and no host sync (3 iterations are usual).
+    """
+    w = w * torch.where(c < 0, -1.0, 1.0)[:, None, None, None]
+    scale = length(w, "linf") + 1e-38
+    w, c = w / scale, c.abs()[:, None, None, None] / scale
+    room, size = torch.where(w > 0, x, 1 - x), w.abs()
+    linf = norm == "linf"
+    slope, limit = (size, room) if linf else (size * size, room / size.clamp(min=1e-12))
+    gain = size * room
+    r = torch.where(gain.sum((1, 2, 3), keepdim=True) > c, 0.0, 1e30)
+    for _ in range(iterations):
+        free = limit > r
+        rest = c - torch.where(free, 0, gain).sum((1, 2, 3), keepdim=True)
+        total = torch.where(free, slope, 0).sum((1, 2, 3), keepdim=True)
+        r = torch.where(total > 0, rest / total.clamp(min=1e-30), 1e30)
+    return -w.sign() * torch.minimum(r if linf else r * size, room)
+
+
+def boundary(model, x, labels, target, norm):
+    """-> z_t - z_y (B,) and its gradient w in x, for the target (B,), or the nearest if None.
+
+    Nearest: the class with the least |z_k - z_y| / |w_k| in the dual norm, one gradient a class.
+    """
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(x).float()
+        gaps = logits - logits.gather(1, labels[:, None])
+    classes = [target] if target is not None else logits.new_tensor(range(gaps.shape[1])).long()
+    best = torch.full_like(gaps[:, 0], math.inf)
+    df, w = torch.zeros_like(gaps[:, 0]), torch.zeros_like(x)
+    for k in classes:
+        k = k.expand(len(x))
+        with torch.enable_grad():
+            gap = gaps.gather(1, k[:, None])[:, 0]
+        (g,) = torch.autograd.grad(gap, x, torch.ones_like(gap), target is None)
+        gap = gap.detach()
+        if target is not None:
+            return gap, g
+        dual = g.abs().sum((1, 2, 3)) if norm == "linf" else length(g, "l2")[:, 0, 0, 0]
+        ratio = torch.where(k == labels, math.inf, gap.abs() / (dual + 1e-12))
+        nearer, best = ratio < best, torch.minimum(ratio, best)
+        df, w = torch.where(nearer, gap, df), torch.where(nearer[:, None, None, None], g, w)
+    return df, w
+
+
+def fab(model, b, targeted=False, stop=None):
+    """FAB, algorithm 1 -> x_adv (B, C, H, W): the nearest misclassified point found, else x.
+
+    An image is done when its norm is at most `stop` (None: eps); 0 looks for the minimum to the
+    end. The first restart begins at x, the others at random points of half the radius.
+    """
+    s, x_adv = b.s, b.x.clone()
+    stop = s.eps if stop is None else stop
+    a = SimpleNamespace(row=torch.arange(len(b.x), device=b.x.device), x=b.x, labels=b.labels)
+    a.now = b.x if targeted or b.which == 0 else random_start(b, s.eps / 2)
+    a.target, a.found = b.target() if targeted else None, b.x
+    a.size = torch.full((len(b.x), 1, 1, 1), math.inf, device=b.x.device)
+    for i in range(1, s.steps + 1):
+        df, w = boundary(model, a.now, a.labels, a.target, s.norm)
+        at_x = df + (w * (a.x - a.now)).sum((1, 2, 3))
+        both = torch.cat([a.now, a.x]), torch.cat([w, w]), torch.cat([df, at_x])
+        d1, d2 = to_hyperplane(*both, s.norm).chunk(2)
+        r1, r2 = (length(d, s.norm).clamp(min=1e-8) for d in (d1, d2))
+        alpha = (r1 / (r1 + r2)).clamp(max=0.1)
+        a.now = ((1 - alpha) * (a.now + 1.05 * d1) + alpha * (a.x + 1.05 * d2)).clamp_(0, 1)
+        wrong = misclassified(model(a.now).float(), a.labels)[:, None, None, None]
+        d = a.now - a.x
+        size = length(d, s.norm)
+        better = wrong & (size < a.size)
+        a.found, a.size = torch.where(better, a.now, a.found), torch.where(better, size, a.size)
+        a.now = torch.where(wrong, a.x + 0.9 * d, a.now)  # the backward step
+        a.done = a.size[:, 0, 0, 0] <= (stop if i < s.steps else 1e30)
+        a = compact(a, x_adv, i, s.steps)
+        if not len(a.row):
+            break
+    return x_adv
+
+
+# ------------------------------------------------------------------------------------------------
+# Square: Andriushchenko et al. 2020, algorithms 1 to 3
+
+
+def square_side(i, height, width):
+    """The side of the square of query i = 0, 1, ...: a share of 0.8 of the pixels, then halved."""
+    halvings = sum(i > at for at in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
+    return min(max(round(math.sqrt(0.8 / 2**halvings * height * width)), 1), height, width)
+
+
+def margin(logits, labels):
+    """z_y - max_{k != y} z_k (B,), what Square lowers."""
+    own = F.one_hot(labels, logits.shape[1]).bool()
+    return logits.gather(1, labels[:, None])[:, 0] - logits.masked_fill(own, -math.inf).amax(1)
+
+
+def square(model, b):
+    """Square -> x_adv (B, C, H, W), x where nothing was found. No gradient is used.
+
+    The windows and signs of the queries depend on the seed and the restart alone. A corner is
+    drawn below height - side, so that the last position is never used, as in the authors' code.
+    """
+    s, x_adv, (n, channels, height, width) = b.s, b.x.clone(), b.x.shape
+    generator = torch.Generator().manual_seed(common.derive_seed("queries", s.seed, b.which))
+    draws = torch.rand(s.queries, 5 + channels, generator=generator)
+    signs = (draws[:, None, 5:, None, None] - 0.5).sign().to(b.x.device)  # (Q, 1, C, 1, 1)
+    a = SimpleNamespace(row=torch.arange(n, device=b.x.device), x=b.x, labels=b.labels)
+    a.found = square_start(b)
+    a.margin = margin(model(a.found).float(), a.labels)
+    for i, (*corners, turn) in enumerate(draws[:, :5].tolist()):
+        side = square_side(i, height, width)
+        if s.norm == "l2":
+            side = min(max(side, 3) // 2 * 2 + 1, height, width)
+        spans = [height - side, width - side] * 2
+        r, c, r2, c2 = (int(u * span) for u, span in zip(corners, spans))
+        window = slice(None), slice(None), slice(r, r + side), slice(c, c + side)
+        if s.norm == "linf":  # in place: only the window changes
+            old = a.found[window].clone()
+            new = a.found[window] = (a.x[window] + s.eps * signs[i]).clamp_(0, 1)
+        else:
+            other = slice(None), slice(None), slice(r2, r2 + side), slice(c2, c2 + side)
+            shape = bump(side).T if turn < 0.5 else bump(side)
+            old, content = a.found, signs[i] * shape.to(b.x)
+            new = a.found = l2_proposal(a.x, old, window, other, content, s.eps)
+            window = ...
+        value = margin(model(a.found).float(), a.labels)
+        take = (value < a.margin) | (value <= 0)
+        a.found[window] = torch.where(take[:, None, None, None], new, old)
+        a.margin = torch.where(take, value, a.margin)
+        a.done = a.margin <= 0
+        a = compact(a, x_adv, i + 1, s.queries)
+        if not len(a.row):
+            break
+    return x_adv
+
+
+def square_start(b):
+    """x with vertical stripes of +-eps; in L2 with a grid of 5 x 5 bumps of norm eps together."""
+    _, channels, height, width = b.x.shape
+    if b.s.norm == "linf":
+        stripes = (b.draw((channels, 1, width)) - 0.5).sign()
+        start = b.x + b.s.eps * stripes
+        return start.clamp_(0, 1).contiguous(memory_format=torch.channels_last)
+    signs = (b.draw((25, channels + 1, 1, 1)) - 0.5).sign()
+    side, d = max(min(height, width) // 5, 1), torch.zeros_like(b.x)
+    tiles, shape = min(height // side, width // side, 5), bump(side).to(b.x)
+    for tile in range(tiles * tiles):
+        row = (height - tiles * side) // 2 + tile // tiles * side
+        column = (width - tiles * side) // 2 + tile % tiles * side
+        turned = torch.where(signs[:, tile, -1:] > 0, shape, shape.T)
+        d[:, :, row : row + side, column : column + side] = turned * signs[:, tile, :-1]
+    return (b.x + b.s.eps * d / (length(d, "l2") + 1e-12)).clamp_(0, 1)
+
+
+@functools.cache
+def bump(side):
+    """Eq. (2): two halves of opposite sign, each of nested rectangles, of norm 1: (side, side)."""
+    halves = []
+    for rows in side // 2, side - side // 2:
+        weights = 1 / torch.arange(1, max(rows, side) // 2 + 2, dtype=torch.float64) ** 2
+        tail = weights.flip(0).cumsum(0).flip(0)  # by the distance from the middle
+        y, x = (torch.arange(rows) - rows // 2).abs(), (torch.arange(side) - side // 2).abs()
+        half = tail[torch.maximum(y[:, None], x)]
+        halves.append(half / half.norm().clamp(min=1e-12))
+    both = torch.cat([halves[0], -halves[1]])
+    return (both / both.norm()).float()
+
+
+def l2_proposal(x, found, first, second, content, eps):
+    """Algorithm 3: the norm of both windows, and what eps leaves, goes to the first window.
+
+    x, found (B, C, H, W); first, second: indices of windows; content (1, C, side, side).
+    """
+    d, either = found - x, torch.zeros_like(x[:1, :1])
+    either[first], either[second] = 1, 1
+    spare = (eps**2 - length(d, "l2") ** 2).clamp(min=0) / d.shape[1]
+    budget = (spare + (d * either).square().sum((2, 3), keepdim=True)).sqrt()  # (B, C, 1, 1)
+    old = d[first] / (d[first].square().sum((2, 3), keepdim=True).sqrt() + 1e-10)
+    new = content + old
+    new = new / (new.square().sum((2, 3), keepdim=True).sqrt() + 1e-12) * budget
+    d[second] = 0
+    d[first] = new
+    return (x + eps * d / (length(d, "l2") + 1e-12)).clamp_(0, 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# The attacks by name: f(model, batch) -> x_adv (B, C, H, W)
+
+
+def pgd(model, b):
+    """`common.pgd` of the number of steps in the attack's name, from a uniform start."""
+    eps = b.s.eps
+    noise = b.draw(b.x.shape[1:]).mul_(2 * eps).sub_(eps)
+    step_size = eps / 4 if b.s.step_size is None else b.s.step_size
+    return common.pgd(model, b.x, b.labels, eps, step_size, int(b.attack[3:]), noise)
+
+
+ATTACKS = {
+    "apgd-ce": lambda model, b: apgd(model, b, ce_loss),
+    "apgd-dlr": lambda model, b: apgd(model, b, dlr_loss),
+    "apgd-t": lambda model, b: apgd(model, b, targeted_dlr_loss),
+    "fab": fab,
+    "fab-t": lambda model, b: fab(model, b, targeted=True),
+    "square": square,
+}
+
+
+def passes(name, classes, s):
+    """The passes [(attack, number)] that a name of --attack stands for."""
+    plan = []
+    for part in VERSIONS.get(name, name).split("+"):
+        attack, _, times = part.partition(":")
+        times = int(times or (s.restarts if attack.startswith("pgd") else 1))
+        times *= min(s.targets, classes - 1) if attack.endswith("-t") else 1
+        plan += [(attack, which) for which in range(times)]
+    return plan
+
+
+# ------------------------------------------------------------------------------------------------
+# Models
+
+
+class Ensemble(nn.Module):
+    """The logarithm of the averaged probabilities of some models: logits (B, K) for the attacks."""
+
+    def __init__(self, models):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, x):
+        logs = torch.stack([model(x).float().log_softmax(1) for model in self.models])
+        return logs.logsumexp(0) - math.log(len(self.models))
+
+
+def foreign_model(spec, weights, device):
+    """The net of `package.module:function`, with the state_dict of the file `weights` if given.
+
+    The file is loaded as weights only; the state_dict may be below `state_dict`, `model` or
+    `weights`, its names may begin with `module.`. Errors are one line with exit status 2.
+    """
+    module, _, function = spec.partition(":")
+    sys.path.insert(0, "")  # the current folder
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except Exception as error:  # whatever the module raises
+        common.fail(f"--model {spec}: expected package.module:function ({error!r})")
+    finally:
+        sys.path.remove("")
+    if not isinstance(model, nn.Module):
+        common.fail(f"--model {spec}: returned a {type(model).__name__}, not a torch.nn.Module")
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True) if weights else {}
+        for key in ("state_dict", "model", "weights"):
+            state = state[key] if isinstance(state.get(key), dict) else state
+        if weights:
+            model.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
+    except Exception as error:  # torch raises half a dozen types for a damaged file
+        common.fail(f"--weights {weights}: {str(error)[:200] or repr(error)}")
+    return model.to(device).eval()
+
+
+def fold(model, x):
+    """A copy with BatchNorm folded into the convolutions, for the search; else the model itself.
+
+    x (B, C, H, W): images on which both must agree. What is found is checked on the model itself.
+    """
+    with contextlib.suppress(Exception):  # not traceable: any type, from inside of the model
+        from torch.fx.experimental.optimization import fuse
+
+        folded, logits = fuse(model).eval().requires_grad_(False), model(x)
+        if (folded(x) - logits).abs().max() <= 1e-4 * (1 + logits.abs().max()):
+            return folded
+    return model
+
+
+@torch.no_grad()
+def clean_logits(model, x, labels, batch_size=500, classes=None):
+    """Logits (N, K) of x; an error if they are none: shape, classes, values that are not finite."""
+    if x.dtype != torch.uint8 and not (x.min() >= 0 and x.max() <= 1):
+        common.fail(f"images must be in [0, 1], got {x.min():.4g} to {x.max():.4g}")
+    parts = []
+    for part in map(images, x.split(batch_size)):
+        try:
+            logits = model(part)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            common.fail(f"the model does not take images {tuple(part.shape)}: {error}")
+        shape = tuple(getattr(logits, "shape", [type(logits).__name__]))
+        if len(shape) != 2 or shape[0] != len(part):
+            common.fail(f"the model must return logits ({len(part)}, K), got {shape}")
+        parts.append(logits.float())
+    logits = torch.cat(parts)
+    wanted = classes or max(int(labels.max()) + 1, logits.shape[1])
+    if logits.shape[1] != wanted:
+        common.fail(f"the model returns {logits.shape[1]} logits, the data has {wanted} classes")
+    if len(bad := (~logits.isfinite().all(1)).nonzero()):
+        common.fail(f"the logits of {len(bad)} images are not finite, the first is {int(bad[0])}")
+    return logits
+
+
+def is_probabilities(logits):
+    """Whether rows (N, K) all lie in [0, 1] and sum to 1."""
+    inside = logits.min() > -1e-5 and logits.max() < 1 + 1e-5
+    return bool(inside and (logits.sum(1) - 1).abs().max() < 1e-5)
+
+
+@torch.no_grad()
+def warnings_of(model, x, logits, random=False):
+    """What makes attacks on this model unreliable: lines, from five passes over x.
+
+    logits (N, K): the clean ones. random: the model is said to be randomised (aa-rand).
+    """
+    lines, k = [], logits.shape[1]
+    if is_probabilities(logits):
+        lines.append("the model seems to return probabilities: the attacks need logits")
+    passes = torch.stack([F.normalize(model(images(x)).float()) for _ in range(5)])
+    if not random and (passes - passes[:1]).norm(dim=2).max() > 1e-4:
+        lines.append("the model is randomised: take aa-rand, other attacks overstate robustness")
+    if k < 4:
+        lines.append(f"targeted DLR needs 4 classes, DLR 3; with {k} their numerators are used")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------
+# Where an evaluation stands, on the disk
+
+
+@dataclasses.dataclass
+class Store:
+    """The small state file `path` (None: nothing is kept) and, beside it, the examples found."""
+
+    path: Path | None
+    record: dict  # flags; entries {key: how far an attack came}
+    file: object  # float32 images (C, H, W): of entry k and image i at place k * N + i
+
+
+def open_store(path=None, flags=None):
+    """A new Store, or the one that a killed evaluation with the same flags left; else an error."""
+    if path is None:
+        return Store(None, {"entries": {}}, tempfile.TemporaryFile())
+    record, old = {"flags": flags, "entries": {}}, path.exists()
+    if old:
+        record = common.load(path)
+        if not {"flags", "entries", "bytes"} <= record.keys():
+            common.fail(f"{path}: not the state of an evaluation; delete it to begin again")
+        compare_flags(path, record["flags"], flags)
+        print(f"goes on from {path}", flush=True)
+    examples = path.with_suffix(".examples")
+    if old and (not examples.exists() or examples.stat().st_size < record["bytes"]):
+        common.fail(f"{examples}: missing or truncated; delete {path} to begin again")
+    return Store(path, record, open(examples, "r+b" if old else "w+b"))
+
+
+def compare_flags(path, old, new):
+    """An error that names the first flag in which two dicts differ."""
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            made = f"made with {old.get(key)}, not {new.get(key)}"
+            common.fail(f"{key}: {path} was {made}; take another --json, or delete it")
+
+
+def write_examples(store, entry, index, x_adv):
+    """Put the examples (B, C, H, W) of the images `index` (B,) on the disk, and then the state."""
+    for i, image in zip(index.tolist(), x_adv.contiguous().cpu().numpy()):
+        store.file.seek((entry["place"] + i) * image.nbytes)
+        store.file.write(image.tobytes())
+    store.file.flush()
+    if store.path is not None:
+        os.fsync(store.file.fileno())
+        store.record["bytes"] = os.fstat(store.file.fileno()).st_size
+        common.save(store.path, store.record)
+
+
+def read_examples(store, entry, index, like):
+    """The examples (B, C, H, W) of the images `index` (B,), as float32 on the device of `like`."""
+    out = np.empty(like.shape, np.float32)
+    for i, image in zip(index.tolist(), out):
+        store.file.seek((entry["place"] + i) * image.nbytes)
+        image[...] = np.frombuffer(store.file.read(image.nbytes), np.float32).reshape(image.shape)
+    return torch.from_numpy(out).to(like.device, memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------------
+# The evaluation
+
+
+def run_attack(model, points, name, s, store, key):
+    """Run the passes of `name` on the images that are still right; saves after each batch.
+
+    points: (x, labels, logits). A pass cuts one list of the survivors of the whole data set into
+    batches. -> dict: broken int16 (N,), 0 for survivors, -1 for wrong when clean, else the number
+    of the pass; seconds {attack: ...}; zero and bad counts; where it stands: serial, position.
+    """
+    x, labels, logits = points
+    right, entries = (logits.argmax(1) == labels).cpu(), store.record["entries"]
+    new = {"broken": right.short() - 1, "serial": 1, "position": 0, "place": len(entries) * len(x)}
+    entry = entries.setdefault(key, new | {"seconds": {}, "zero": 0, "bad": 0})
+    s = dataclasses.replace(s, eot=20) if name == "aa-rand" else s
+    plan, broken, seconds = passes(name, logits.shape[1], s), entry["broken"], entry["seconds"]
+    fast = fold(model, images(x[:100]))
+    for serial, (attack, which) in list(enumerate(plan, 1))[entry["serial"] - 1 :]:
+        alive = ((broken == 0) | (broken == serial)).nonzero()[:, 0]  # when the pass began
+        begin = time.monotonic()
+        for index, b in batches(points, alive[entry["position"] :], s, attack, which):
+            with torch.no_grad():
+                x_adv = ATTACKS.get(attack, pgd)(fast, b)
+                hit = misclassified(model(x_adv).float(), b.labels) & allowed(x_adv, b.x, s)
+            where = index[hit.cpu()]
+            broken[where] = serial
+            entry["zero"], entry["bad"] = entry["zero"] + int(b.zero), entry["bad"] + int(b.bad)
+            entry["position"] += len(index)
+            now = time.monotonic()
+            seconds[attack], begin = seconds.get(attack, 0.0) + now - begin, now
+            write_examples(store, entry, where, x_adv[hit])
+            if sys.stdout.isatty():
+                at = f"{attack}, pass {serial} of {len(plan)}, image {entry['position']:,}"
+                robust = (broken == 0).double().mean()
+                print(f"\r\x1b[2K{key}: {at} of {len(alive):,}, {robust:.4f}", end="", flush=True)
+        entry["serial"], entry["position"] = serial + 1, 0
+    print("\r\x1b[2K" * sys.stdout.isatty(), end="", flush=True)
+    return entry
+
+
+def allowed(x_adv, x, s):
+    """bool (B,): in the ball, up to the rounding of float32, and in [0, 1]."""
+    near = length(x_adv - x, s.norm)[:, 0, 0, 0] <= s.eps * (1 + 1e-5) + 1e-7
+    return near & ((x_adv >= 0) & (x_adv <= 1)).all((1, 2, 3))
+
+
+@torch.no_grad()
+def verdict(model, points, entry, name, s, store):
+    """Classify the stored examples once more, clean, in float32 -> the numbers of an attack.
+
+    An example that is right now, or not allowed, counts its image as robust (`unverified`).
+    """
+    broken, plan = entry["broken"].clone(), passes(name, points[2].shape[1], s)
+    n, worst, stages, unverified = len(broken), 0.0, [], 0
+    for index, b in batches(points, (broken > 0).nonzero()[:, 0], s):
+        x_adv = read_examples(store, entry, index, b.x)
+        hit = misclassified(model(x_adv).float(), b.labels) & allowed(x_adv, b.x, s)
+        worst = max(worst, float(length(x_adv - b.x, s.norm).max()))
+        broken[index[~hit.cpu()]] = 0
+        unverified += int((~hit).sum())
+    for attack in dict.fromkeys(attack for attack, _ in plan):
+        last = max(i for i, (other, _) in enumerate(plan, 1) if other == attack)
+        robust = int(((broken == 0) | (broken > last)).sum())
+        stage = {"attack": attack, "robust_acc": robust / n}
+        stage["conditional_acc"] = robust / max(int((broken >= 0).sum()), 1)
+        stages.append(stage | {"seconds": entry["seconds"].get(attack, 0.0)})
+    lines = []
+    for before, stage in itertools.pairwise(stages):
+        if stage["attack"] == "square" and before["robust_acc"] - stage["robust_acc"] > 0.002:
+            lower = f"{before['robust_acc']:.4f} to {stage['robust_acc']:.4f} without gradients"
+            lines.append(f"Square goes from {lower}: they may be masked; try an adaptive attack")
+    if entry["zero"]:
+        lines.append(f"{entry['zero']} starts of APGD have no gradient: it is weaker than it looks")
+    if entry["bad"]:
+        lines.append(f"logits that are not finite in {entry['bad']} evaluations of APGD")
+    if unverified:
+        lines.append(f"{unverified} examples failed the last check: their images count as robust")
+    report = {"stages": stages, "verified": int((broken > 0).sum()), "unverified": unverified}
+    return report | {"max_perturbation": worst, "warnings": lines}
+
+
+def evaluate(model, x, labels, attacks, eps=8 / 255, step_size=None, restarts=1, seed=0, **more):
     """{'clean_acc': ..., 'pgd20_acc': ...} of a model on x uint8 (N, H, W, C), labels (N,).
 
-    attacks: 'clean' and 'pgdN'; eps, step_size (None: eps / 4) in pixel units of [0, 1].
+    attacks: names of --attack; eps, step_size (None: eps / 4) in units of [0, 1]; x may also be
+    float (N, C, H, W) in [0, 1]. more: fields of Settings, and of `evaluate_all`, which has the
+    errors.
     """
-    accuracies = {}
+    row = evaluate_all(model, x, labels, attacks, eps, step_size, restarts, seed, **more)
+    return {k: v for k, v in row.items() if k.endswith("_acc") and "conditional" not in k}
+
+
+def evaluate_all(model, x, labels, attacks, *settings, classes=None, store=None, key="", **more):
+    """As `evaluate`, but all numbers of the model: a row of the JSON.
+
+    classes: the number that the model must have; store, key: where and as what the state is kept.
+    Errors, one line with exit status 2: the model returns no finite logits for the classes.
+    """
+    s, store = Settings(*settings, **more), store or open_store()
+    row, reports = {}, {}
     with common.evaluating(model):
-        clean = common.correct(model, x, labels, batch_size)
-        for attack in attacks:
-            right = clean
-            if attack != "clean":
-                step = eps / 4 if step_size is None else step_size
-                options = (eps, step, int(attack[3:]), restarts, seed, batch_size)
-                right = pgd_correct(model, x, labels, clean, *options)
-            accuracies[f"{attack}_acc"] = right.double().mean().item()
-    return accuracies
+        logits = clean_logits(model, x, labels, s.batch_size, classes)
+        points = x, labels, logits
+        lines = warnings_of(model, x[: s.batch_size], logits, "aa-rand" in attacks)
+        for name in dict.fromkeys(attacks):
+            if name == "clean":
+                row["clean_acc"] = (logits.argmax(1) == labels).double().mean().item()
+            elif name == "calibration":
+                row["calibration"] = calibrate(model, points, s)
+            else:
+                entry = run_attack(model, points, name, s, store, f"{key} {name}")
+                reports[name] = report = verdict(model, points, entry, name, s, store)
+                field = re.sub(r"\W+", "_", name)
+                row[f"{field}_acc"] = report["stages"][-1]["robust_acc"]
+                row[f"{field}_conditional_acc"] = report["stages"][-1]["conditional_acc"]
+                lines += report.pop("warnings")
+    gap = row.get("pgd20_acc", 0) - min(row.get("aa_acc", 1), row.get("aa_standard_acc", 1))
+    if gap > 0.06:
+        lines.append(f"PGD-20 is {100 * gap:.1f} points above AutoAttack: gradients may be masked")
+    seconds = sum(stage["seconds"] for report in reports.values() for stage in report["stages"])
+    return row | {"n": len(x), "seconds": seconds, "reports": reports, "warnings": lines}
+
+
+def calibration(logits, labels, bins=15):
+    """Of logits (N, K) and labels (N,): dict of nll, ece, entropy (nats) and confidence (bins,).
+
+    ece: Guo et al. 2017, Eq. (3), equal bins ](i - 1) / bins, i / bins] of the largest probability;
+    confidence: the share of the images in each bin.
+    """
+    logs = logits.double().log_softmax(1)
+    confidence, predicted = logs.exp().max(1)
+    bin_of = F.one_hot((confidence * bins).ceil().long().clamp(1, bins) - 1, bins).double()
+    gap = (predicted == labels).double() - confidence
+    entropy = -(logs.exp() * logs).nan_to_num(0).sum(1).mean().item()
+    numbers = {"nll": F.nll_loss(logs, labels).item(), "entropy": entropy}
+    numbers["ece"] = (gap @ bin_of).abs().sum().item() / len(labels)
+    return numbers | {"confidence": bin_of.mean(0).tolist()}
+
+
+@torch.no_grad()
+def calibrate(model, points, s):
+    """{clean, pgd20: calibration} on the clean and, in L-infinity, on the PGD-20 points of all."""
+    results, every = {"clean": calibration(points[2], points[1])}, torch.arange(len(points[0]))
+    if s.norm == "linf":
+        parts = [model(pgd(model, b)).float() for _, b in batches(points, every, s, "pgd20")]
+        results["pgd20"] = calibration(torch.cat(parts), points[1])
+    return results
+
+
+def accuracy_curve(model, x, labels, s):
+    """[(eps, accuracy)] under APGD-CE of 20 iterations, from eps 0 to where the accuracy is 0.
+
+    An image broken at a smaller radius stays broken.
+    """
+    with common.evaluating(model), torch.no_grad():
+        points = x, labels, clean_logits(model, x, labels, s.batch_size)
+        right = (points[2].argmax(1) == labels).cpu()
+        curve, fast = [(0.0, right.double().mean().item())], fold(model, images(x[:100]))
+        for factor in [
+            0.25,
+            0.5,
+            0.75,
+            1,
+            1.5,
+            *(f * 2**k for k in range(1, 12) for f in (1, 1.5)),
+        ]:
+            if not right.any() or s.norm == "linf" and curve[-1][0] >= 1:
+                break
+            eps = factor * s.eps if s.norm == "l2" else min(factor * s.eps, 1.0)
+            now = dataclasses.replace(s, eps=eps, steps=20)
+            for index, b in batches(points, right.nonzero()[:, 0], now, "curve"):
+                x_adv = apgd(fast, b, ce_loss)
+                right[index] = ~misclassified(model(x_adv).float(), b.labels).cpu()
+            curve.append((eps, right.double().mean().item()))
+    return curve
+
+
+# ------------------------------------------------------------------------------------------------
+# Input and output
+
+
+def pyplot():
+    """matplotlib.pyplot, without a display; an error that names the package if it is not there."""
+    try:
+        import matplotlib
+    except ImportError:
+        common.fail("--plot: needs matplotlib; pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def plot(path, record):
+    """Write a figure: accuracy against eps of all rows, and their confidence histograms."""
+    rows = {"/".join(Path(row["model"]).parts[-2:]): row for row in record["rows"]}
+    histograms = [(n, k, v) for n, r in rows.items() for k, v in r.get("calibration", {}).items()]
+    columns = 1 + bool(histograms)
+    figure, axes = pyplot().subplots(1, columns, figsize=(5 * columns, 4), squeeze=False)
+    for name, row in rows.items():
+        eps, accuracy = np.array(row["curve"]).T
+        axes[0, 0].plot(255 * eps, accuracy, marker=".", label=name)
+    axes[0, 0].set(xlabel=f"255 eps ({record['norm']})", ylabel="accuracy (APGD-CE, 20 iterations)")
+    axes[0, 0].set_xscale("symlog", linthresh=510 * record["eps"])
+    for name, kind, numbers in histograms:
+        share = numbers["confidence"]
+        edges = np.linspace(0, 1, len(share) + 1)
+        axes[0, 1].stairs(share, edges, label=f"{name}, {kind}")
+        axes[0, 1].set(xlabel="largest probability", ylabel="share of the images")
+    for axis in axes[0]:
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    kind = Path(path).suffix[1:] or "png"
+    common.write_atomically(Path(path), lambda file: figure.savefig(file, format=kind, dpi=150))
+
+
+def show(record):
+    """Print the record of main: a table of the models, of their attacks, of their calibration."""
+    step, eps, norm = 255 * record["step_size"], 255 * record["eps"], record["norm"]
+    attack = f"{norm} eps {eps:.4g}/255, PGD step {step:.4g}/255, float32"
+    print(f"{record['data']}, {record['n']} test images, {attack}\n")
+    rows, stages, points = record["rows"], [], []
+    for row in rows:
+        for name, r in row["reports"].items():
+            checked = {"verified": r["verified"], "largest": f"{r['max_perturbation']:.7f}"}
+            head = {"model": row["model"], "in": name}
+            stages += [head | stage | checked for stage in r["stages"]]
+        for kind, numbers in row.get("calibration", {}).items():
+            cells = {k: f"{v:.4f}" for k, v in numbers.items() if k != "confidence"}
+            points.append({"model": row["model"], "points": kind} | cells)
+    main_rows = [{k: v for k, v in r.items() if not isinstance(v, list | dict)} for r in rows]
+    print("\n\n".join(common.table(part) for part in (main_rows, stages, points) if part))
+    for row in rows:
+        for line in row["warnings"]:
+            print(f"warning: {row['model']}: {line}")
+
+
+def save_examples(path, x, labels, store):
+    """Write an .npz: x_adv float32 (N, H, W, C), clean where not broken; labels; broken (N,)."""
+    (entry,) = store.record["entries"].values()
+    x_adv, broken = images(x).cpu(), entry["broken"] > 0
+    x_adv[broken] = read_examples(store, entry, broken.nonzero()[:, 0], x_adv[broken])
+    arrays = {"x_adv": x_adv.permute(0, 2, 3, 1).numpy(), "labels": labels.cpu().numpy()}
+    arrays["broken"] = broken.numpy()
+    common.write_atomically(Path(path), lambda file: np.savez_compressed(file, **arrays))
+
+
+def load_models(args, data, device):
+    """-> {name of the row: model}, {file: digest of its content}, from the flags."""
+    models = {path: common.load_model(path, device, data)[0] for path in args.checkpoints}
+    if args.model:
+        models[args.model] = foreign_model(args.model, args.weights, device)
+    for name, model in models.items():
+        with common.evaluating(model):
+            few = data.x_test[:100], data.y_test[:100], 100, len(data.classes)
+            if is_probabilities(clean_logits(model, *few)):
+                common.fail(f"{name}: returns probabilities; hand it over without its softmax")
+    if args.ensemble:
+        models = {f"ensemble of {len(models)}": Ensemble(models.values()).eval()}
+        print("ensemble: the attacks get the logarithm of the averaged probabilities as logits")
+    files = [*args.checkpoints, *filter(None, [args.weights])]
+    return models, {f: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in files}
+
+
+# Flags that change no number: an evaluation may go on with others
+FREE_FLAGS = {"json", "save_examples", "data_root", "device", "batch_size", "argv", "deterministic"}
 
 
 def main(argv=None):
-    """Evaluate every checkpoint, print one table, write the JSON."""
+    """Evaluate every model, print the tables, write the JSON; go on where a killed run stopped."""
     args = parse_args(argv)
+    if args.plot:
+        pyplot()
     device = common.setup_device(args)
-    data = common.load_data(args.data, args.data_root, device, test_subset=args.n)
-    models = {path: common.load_model(path, device, data)[0] for path in args.checkpoints}
-    if args.json and not Path(args.json).absolute().parent.is_dir():  # before the work, not after
-        common.fail(f"--json: there is no folder {Path(args.json).parent}")
-    rows = []
-    for path, model in models.items():
-        start = time.monotonic()
-        options = (args.eps, args.step_size, args.restarts, args.seed, args.batch_size)
-        accuracies = evaluate(model, data.x_test, data.y_test, args.attack, *options)
-        seconds = time.monotonic() - start
-        rows.append({"checkpoint": path, **accuracies, "n": len(data.x_test), "seconds": seconds})
-    print(common.table(rows))
-    if args.json:
-        record = {"flags": {k: v for k, v in vars(args).items() if k != "json"}, "rows": rows}
-        text = json.dumps(record | {"torch": torch.__version__}, indent=1) + "\n"
-        common.write_atomically(Path(args.json), lambda file: file.write(text.encode()))
+    data = common.load_data(args.data, args.data_root, device)
+    if (args.n or 0) > len(data.x_test):
+        common.fail(f"--n: {data.name} has {len(data.x_test)} test images, got {args.n}")
+    chosen = np.sort(np.random.default_rng(0).permutation(len(data.x_test))[: args.n])
+    x, labels = data.x_test[chosen], data.y_test[chosen]
+    models, digests = load_models(args, data, device)
+    eps = args.eps if args.eps is not None else 8 / 255 if args.norm == "linf" else 0.5
+    settings = {k: v for k, v in vars(args).items() if k in Settings.__dataclass_fields__}
+    s = Settings(**settings | {"eps": eps})
+    flags = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items() if k not in FREE_FLAGS}
+    flags |= digests
+    out, base = args.json and Path(args.json), args.json or args.save_examples
+    if out and out.exists():
+        try:
+            record = json.loads(out.read_text())
+            compare_flags(out, record["flags"], flags)
+            print(f"{out} is finished")
+            return show(record)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            common.fail(f"--json: {out} is there and holds something else; take another")
+    store = open_store(Path(f"{base}.state") if base else None, flags)
+    command, rows = shlex.join(["python", "eval_robustness.py", *args.argv]), []
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for name, model in models.items():
+            known = {"classes": len(data.classes), "store": store, "key": name}
+            row = evaluate_all(model, x, labels, args.attack, **dataclasses.asdict(s), **known)
+            rows.append({"model": name} | row)
+            if args.plot:
+                rows[-1]["curve"] = accuracy_curve(model, x, labels, s)
+        if args.save_examples:
+            save_examples(args.save_examples, x, labels, store)
+    except KeyboardInterrupt:
+        kept = "what is finished is kept; to go on" if base else "without --json nothing is kept"
+        common.fail(f"stopped; {kept}: {command}", 130)
+    except torch.OutOfMemoryError:
+        common.fail("--batch-size: out of GPU memory; take a smaller one, the same command goes on")
+    except OSError as error:
+        common.fail(f"{error.filename or base}: {error.strerror or error}")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    record = {"command": command, "flags": flags, "torch": torch.__version__, "gpu": gpu}
+    record |= {"data": data.name, "n": len(x), "norm": s.norm, "eps": eps, "precision": "float32"}
+    record |= {"step_size": eps / 4 if s.step_size is None else s.step_size, "rows": rows}
+    record["logits"] = "log of the averaged probabilities" if args.ensemble else "of the model"
+    show(record)
+    if args.plot:
+        plot(args.plot, record)
+    if out:
+        text = json.dumps(record, indent=1) + "\n"
+        common.write_atomically(out, lambda file: file.write(text.encode()))
+    store.file.close()
+    for path in (store.path, store.path.with_suffix(".examples")) if base else ():
+        path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
