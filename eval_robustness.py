@@ -23,7 +23,7 @@ Differs  1. Draws depend on (seed, attack, pass, image) alone: not on batches or
 """
 
 import argparse
-import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -48,6 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import common
+import corruptions
 
 VERSIONS = {
     "aa": "apgd-ce+apgd-t+fab-t+square",
@@ -55,7 +56,8 @@ VERSIONS = {
     "aa-plus": "apgd-ce:5+apgd-dlr:5+fab:5+square+apgd-t+fab-t",
     "aa-rand": "apgd-ce+apgd-dlr",  # with 20 gradients a step
 }
-POINTS = ["clean", "calibration"]  # names of --attack that break no images
+# Names of --attack that perturb no images
+POINTS = ["clean", "calibration", "corruptions", "cinic", "ood"]
 
 
 def parse_args(argv=None):
@@ -75,6 +77,12 @@ def parse_args(argv=None):
     add("--steps", type=common.count, default=100, help="iterations of APGD and FAB")
     add("--queries", type=common.count, default=5000, help="queries of Square")
     add("--targets", type=common.count, default=9, help="classes of targeted APGD and FAB")
+    add = parser.add_argument_group("other images").add_argument
+    add("--corruptions", default="generate", metavar="DIR", help="CIFAR-10-C; generate: made here")
+    add("--frost-dir", metavar="DIR", help="frost1.png ... of its generator; None: drawn by code")
+    add("--cinic", metavar="DIR", help="CINIC-10, of which the images from ImageNet count")
+    add("--cinic-per-class", type=common.count, help="a fixed choice (paper: 2100); None: all")
+    add("--ood", metavar="PATH", help="an .npz or a folder of class folders, for --attack ood")
     add = parser.add_argument_group("run").add_argument
     add("--data", default="cifar10", help="cifar10, cifar100, mnist, shapes, FILE.npz or a FOLDER")
     add("--data-root", default="data", help="where data sets are, and missing ones are downloaded")
@@ -90,6 +98,9 @@ def parse_args(argv=None):
     rows = 1 if args.ensemble else len(args.checkpoints) + bool(args.model)
     if not args.checkpoints and not args.model or args.weights and not args.model:
         parser.error("expected CKPT..., or --model MODULE:FUNCTION, perhaps with --weights FILE")
+    for name in {"cinic", "ood"} & set(args.attack):
+        if getattr(args, name) is None:
+            parser.error(f"--attack {name}: say where the images are, with --{name}")
     if args.norm == "l2" and any(re.match(r"pgd|.*\+pgd", a) for a in adversarial):
         parser.error("--norm l2: pgdN is an L-infinity attack; take apgd-ce")
     if args.norm == "linf" and (args.eps or 0) > 1:
@@ -423,8 +434,8 @@ def square_side(i, height, width):
 
 def margin(logits, labels):
     """z_y - max_{k != y} z_k (B,), what Square lowers."""
-    own = F.one_hot(labels, logits.shape[1]).bool()
-    return logits.gather(1, labels[:, None])[:, 0] - logits.masked_fill(own, -math.inf).amax(1)
+    labels = labels[:, None]
+    return logits.gather(1, labels)[:, 0] - logits.scatter(1, labels, -math.inf).amax(1)
 
 
 def square(model, b):
@@ -592,17 +603,27 @@ def foreign_model(spec, weights, device):
     return model.to(device).eval()
 
 
-def fold(model, x):
-    """A copy with BatchNorm folded into the convolutions, for the search; else the model itself.
+class Affine(nn.Module):
+    """What a BatchNorm2d in eval mode computes, in one pass over x (B, C, H, W)."""
 
-    x (B, C, H, W): images on which both must agree. What is found is checked on the model itself.
-    """
-    with contextlib.suppress(Exception):  # not traceable: any type, from inside of the model
-        from torch.fx.experimental.optimization import fuse
+    def __init__(self, norm):
+        super().__init__()
+        scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+        shift = (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
+        self.register_buffer("scale", scale.detach()[:, None, None])
+        self.register_buffer("shift", shift.detach()[:, None, None])
 
-        folded, logits = fuse(model).eval().requires_grad_(False), model(x)
-        if (folded(x) - logits).abs().max() <= 1e-4 * (1 + logits.abs().max()):
-            return folded
+    def forward(self, x):
+        return torch.addcmul(self.shift, x, self.scale)
+
+
+def faster(model):
+    """A copy for the search, with Affine for BatchNorm2d: the same logits up to rounding."""
+    model = copy.deepcopy(model)
+    for module in [*model.modules()]:
+        for name, norm in module.named_children():
+            if type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
+                setattr(module, name, Affine(norm))
     return model
 
 
@@ -644,14 +665,12 @@ def warnings_of(model, x, logits, random=False):
 
     logits (N, K): the clean ones. random: the model is said to be randomised (aa-rand).
     """
-    lines, k = [], logits.shape[1]
+    lines = []
     if is_probabilities(logits):
         lines.append("the model seems to return probabilities: the attacks need logits")
     passes = torch.stack([F.normalize(model(images(x)).float()) for _ in range(5)])
     if not random and (passes - passes[:1]).norm(dim=2).max() > 1e-4:
         lines.append("the model is randomised: take aa-rand, other attacks overstate robustness")
-    if k < 4:
-        lines.append(f"targeted DLR needs 4 classes, DLR 3; with {k} their numerators are used")
     return lines
 
 
@@ -694,10 +713,15 @@ def compare_flags(path, old, new):
 
 
 def write_examples(store, entry, index, x_adv):
-    """Put the examples (B, C, H, W) of the images `index` (B,) on the disk, and then the state."""
+    """Keep the examples (B, C, H, W) of the images `index` (B,), and save the state."""
     for i, image in zip(index.tolist(), x_adv.contiguous().cpu().numpy()):
         store.file.seek((entry["place"] + i) * image.nbytes)
         store.file.write(image.tobytes())
+    save_store(store)
+
+
+def save_store(store):
+    """Put the state on the disk; the examples that it speaks of are there before it is."""
     store.file.flush()
     if store.path is not None:
         os.fsync(store.file.fileno())
@@ -731,7 +755,7 @@ def run_attack(model, points, name, s, store, key):
     entry = entries.setdefault(key, new | {"seconds": {}, "zero": 0, "bad": 0})
     s = dataclasses.replace(s, eot=20) if name == "aa-rand" else s
     plan, broken, seconds = passes(name, logits.shape[1], s), entry["broken"], entry["seconds"]
-    fast = fold(model, images(x[:100]))
+    fast = faster(model)
     for serial, (attack, which) in list(enumerate(plan, 1))[entry["serial"] - 1 :]:
         alive = ((broken == 0) | (broken == serial)).nonzero()[:, 0]  # when the pass began
         begin = time.monotonic()
@@ -767,7 +791,8 @@ def verdict(model, points, entry, name, s, store):
 
     An example that is right now, or not allowed, counts its image as robust (`unverified`).
     """
-    broken, plan = entry["broken"].clone(), passes(name, points[2].shape[1], s)
+    broken, classes = entry["broken"].clone(), points[2].shape[1]
+    plan = passes(name, classes, s)
     n, worst, stages, unverified = len(broken), 0.0, [], 0
     for index, b in batches(points, (broken > 0).nonzero()[:, 0], s):
         x_adv = read_examples(store, entry, index, b.x)
@@ -786,6 +811,10 @@ def verdict(model, points, entry, name, s, store):
         if stage["attack"] == "square" and before["robust_acc"] - stage["robust_acc"] > 0.002:
             lower = f"{before['robust_acc']:.4f} to {stage['robust_acc']:.4f} without gradients"
             lines.append(f"Square goes from {lower}: they may be masked; try an adaptive attack")
+    needed = {"apgd-dlr": 3, "apgd-t": 4}
+    for attack, k in needed.items():
+        if classes < k and attack in dict(plan):
+            lines.append(f"{attack}: DLR needs {k} classes; with {classes} its numerator is used")
     if entry["zero"]:
         lines.append(f"{entry['zero']} starts of APGD have no gradient: it is weaker than it looks")
     if entry["bad"]:
@@ -824,7 +853,7 @@ def evaluate_all(model, x, labels, attacks, *settings, classes=None, store=None,
                 row["clean_acc"] = (logits.argmax(1) == labels).double().mean().item()
             elif name == "calibration":
                 row["calibration"] = calibrate(model, points, s)
-            else:
+            elif name not in POINTS:
                 entry = run_attack(model, points, name, s, store, f"{key} {name}")
                 reports[name] = report = verdict(model, points, entry, name, s, store)
                 field = re.sub(r"\W+", "_", name)
@@ -864,6 +893,38 @@ def calibrate(model, points, s):
     return results
 
 
+def other_images(args, data, x):
+    """{name: (x uint8 (M, H, W, C), labels (M,), note)} of --cinic, --ood; checks --corruptions."""
+    if "corruptions" in args.attack and args.corruptions != "generate":
+        corruptions.read_corruptions(args.corruptions, len(data.classes))
+    elif "corruptions" in args.attack:
+        corruptions.corrupt(x[:1], "frost", 1, frost_dir=args.frost_dir)
+    found = {}
+    for name in [name for name in ("cinic", "ood") if name in args.attack]:
+        number = args.cinic_per_class if name == "cinic" else None
+        rest = number, args.seed, name == "cinic", tuple(x.shape[1:3])
+        *tensors, note = corruptions.load_ood(getattr(args, name), data.classes, *rest)
+        found[name] = *(tensor.to(x.device) for tensor in tensors), note
+    return found
+
+
+def natural(model, x, labels, others, args, store, key):
+    """The fields of a row for --attack corruptions, cinic and ood: accuracies, tables and notes."""
+    found = {}
+    if "corruptions" in args.attack:
+        folder = None if args.corruptions == "generate" else args.corruptions
+        done = store.record["entries"].setdefault(f"{key} corruptions", {})
+        rest = args.seed, args.batch_size, done, lambda done: save_store(store)
+        result = corruptions.corruption_accuracy(model, x, labels, folder, args.frost_dir, *rest)
+        found |= {k: result[k] for k in ("mean15_acc", "mean18_acc", "mean19_acc", "mca_acc")}
+        found["corruptions"] = result
+    for name, (images, classes, note) in others.items():
+        with common.evaluating(model):
+            right = common.correct(model, images, classes, args.batch_size)
+        found |= {f"{name}_acc": right.double().mean().item(), f"{name}_note": [note]}
+    return found
+
+
 def accuracy_curve(model, x, labels, s):
     """[(eps, accuracy)] under APGD-CE of 20 iterations, from eps 0 to where the accuracy is 0.
 
@@ -872,7 +933,7 @@ def accuracy_curve(model, x, labels, s):
     with common.evaluating(model), torch.no_grad():
         points = x, labels, clean_logits(model, x, labels, s.batch_size)
         right = (points[2].argmax(1) == labels).cpu()
-        curve, fast = [(0.0, right.double().mean().item())], fold(model, images(x[:100]))
+        curve, fast = [(0.0, right.double().mean().item())], faster(model)
         for factor in [
             0.25,
             0.5,
@@ -910,25 +971,35 @@ def pyplot():
 
 def plot(path, record):
     """Write a figure: accuracy against eps of all rows, and their confidence histograms."""
-    rows = {"/".join(Path(row["model"]).parts[-2:]): row for row in record["rows"]}
+    rows = {short(row["model"]): row for row in record["rows"]}
     histograms = [(n, k, v) for n, r in rows.items() for k, v in r.get("calibration", {}).items()]
-    columns = 1 + bool(histograms)
-    figure, axes = pyplot().subplots(1, columns, figsize=(5 * columns, 4), squeeze=False)
+    maps = [(n, r["corruptions"]["corruptions_acc"]) for n, r in rows.items() if "corruptions" in r]
+    columns = 1 + bool(histograms) + len(maps)
+    figure, axes = pyplot().subplots(1, columns, figsize=(5 * columns, 4.5), squeeze=False)
     for name, row in rows.items():
         eps, accuracy = np.array(row["curve"]).T
         axes[0, 0].plot(255 * eps, accuracy, marker=".", label=name)
     axes[0, 0].set(xlabel=f"255 eps ({record['norm']})", ylabel="accuracy (APGD-CE, 20 iterations)")
     axes[0, 0].set_xscale("symlog", linthresh=510 * record["eps"])
     for name, kind, numbers in histograms:
-        share = numbers["confidence"]
-        edges = np.linspace(0, 1, len(share) + 1)
-        axes[0, 1].stairs(share, edges, label=f"{name}, {kind}")
+        edges = np.linspace(0, 1, len(numbers["confidence"]) + 1)
+        axes[0, 1].stairs(numbers["confidence"], edges, label=f"{name}, {kind}")
         axes[0, 1].set(xlabel="largest probability", ylabel="share of the images")
-    for axis in axes[0]:
+    for axis, (name, table) in zip(axes[0, ::-1], maps):
+        figure.colorbar(axis.imshow(list(table.values()), vmin=0, vmax=1, aspect="auto"))
+        axis.set(title=f"{name}: accuracy", xlabel="severity", xticks=range(5))
+        axis.set(xticklabels=range(1, 6), yticks=range(len(table)))
+        axis.set_yticklabels(table, fontsize=6)
+    for axis in axes[0, : columns - len(maps)]:
         axis.legend(fontsize=7)
     figure.tight_layout()
     kind = Path(path).suffix[1:] or "png"
     common.write_atomically(Path(path), lambda file: figure.savefig(file, format=kind, dpi=150))
+
+
+def short(name):
+    """The last two parts of a path."""
+    return "/".join(Path(name).parts[-2:])
 
 
 def show(record):
@@ -940,14 +1011,19 @@ def show(record):
     for row in rows:
         for name, r in row["reports"].items():
             checked = {"verified": r["verified"], "largest": f"{r['max_perturbation']:.7f}"}
-            head = {"model": row["model"], "in": name}
+            head = {"model": short(row["model"]), "in": name}
             stages += [head | stage | checked for stage in r["stages"]]
         for kind, numbers in row.get("calibration", {}).items():
             cells = {k: f"{v:.4f}" for k, v in numbers.items() if k != "confidence"}
-            points.append({"model": row["model"], "points": kind} | cells)
+            points.append({"model": short(row["model"]), "points": kind} | cells)
     main_rows = [{k: v for k, v in r.items() if not isinstance(v, list | dict)} for r in rows]
     print("\n\n".join(common.table(part) for part in (main_rows, stages, points) if part))
     for row in rows:
+        if result := row.get("corruptions"):
+            table = common.table(corruptions.corruption_rows(result))
+            print(f"\n{row['model']}: {result['note']}\n{table}")
+        for line in row.get("cinic_note", []) + row.get("ood_note", []):
+            print(f"{row['model']}: {line}")
         for line in row["warnings"]:
             print(f"warning: {row['model']}: {line}")
 
@@ -994,6 +1070,7 @@ def main(argv=None):
         common.fail(f"--n: {data.name} has {len(data.x_test)} test images, got {args.n}")
     chosen = np.sort(np.random.default_rng(0).permutation(len(data.x_test))[: args.n])
     x, labels = data.x_test[chosen], data.y_test[chosen]
+    others = other_images(args, data, x)
     models, digests = load_models(args, data, device)
     eps = args.eps if args.eps is not None else 8 / 255 if args.norm == "linf" else 0.5
     settings = {k: v for k, v in vars(args).items() if k in Settings.__dataclass_fields__}
@@ -1016,7 +1093,8 @@ def main(argv=None):
         for name, model in models.items():
             known = {"classes": len(data.classes), "store": store, "key": name}
             row = evaluate_all(model, x, labels, args.attack, **dataclasses.asdict(s), **known)
-            rows.append({"model": name} | row)
+            row = {"model": name} | row | natural(model, x, labels, others, args, store, name)
+            rows.append(row)
             if args.plot:
                 rows[-1]["curve"] = accuracy_curve(model, x, labels, s)
         if args.save_examples:

@@ -1,0 +1,213 @@
+"""Time eval_robustness.py's AutoAttack against a plain rendering of it, in one process.
+
+Usage    python benchmark/autoattack.py [--n 60] [--batch-size 20] [--threads 2]
+Plain    One batch after the other through all four attacks; `backward` with weight gradients; the
+         projection of FAB by sorting; rows that are done are cut out by boolean masks at each
+         query, and stay to the end of a run of APGD and FAB; BatchNorm as it is. L-infinity only.
+Model    A WRN-10-1 trained for seconds on the embedded shapes; eps is chosen by APGD-CE such that
+         about half of the images survive. Both use the same random draws.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+import eval_robustness as ev
+
+
+def parse_args(argv=None):
+    """The flags of this script as a namespace."""
+    parser = common.make_parser(__doc__)
+    add = parser.add_argument
+    add("--n", type=common.count, default=60, help="images")
+    add("--batch-size", type=common.count, default=20, help="of both")
+    add("--steps", type=common.count, default=20, help="iterations of APGD and FAB")
+    add("--queries", type=common.count, default=1000, help="queries of Square")
+    add("--threads", type=common.count, default=2, help="CPU threads")
+    add("--repeats", type=common.count, default=2, help="of both, in turn; the fastest counts")
+    add("--device", default="cpu", choices=["cpu", "cuda"], help="where both run")
+    return parser.parse_args(argv)
+
+
+def plain_gradient(model, x, loss):
+    """Logits, loss (B,) and gradient in x, by `backward`: weight gradients are made too."""
+    x = x.clone().requires_grad_()
+    logits = model(x)
+    value = loss(logits)
+    value.sum().backward()
+    return logits.detach(), value.detach(), x.grad
+
+
+def plain_apgd(model, b, loss, target):
+    """APGD as in the paper, with the history of the losses kept and read at the checkpoints."""
+    eps, steps, clean, labels = b.s.eps, b.s.steps, b.x, b.labels
+    x, step = ev.random_start(b, eps), torch.full((len(clean), 1, 1, 1), 2 * eps)
+    step = step.to(clean.device)
+    logits, f, g = plain_gradient(model, x, lambda z: loss(z, labels, target))
+    x_adv, done = clean.clone(), logits.argmax(1) != labels
+    x_adv[done] = x[done]
+    best, best_g, best_f, history, previous = x.clone(), g.clone(), f.clone(), [f], x
+    check_f, halved = f.clone(), torch.ones_like(done)
+    for i in range(1, steps + 1):
+        z = torch.clamp(x + step * g.sign(), clean - eps, clean + eps).clamp(0, 1)
+        if i > 1:
+            z = x + 0.75 * (z - x) + 0.25 * (x - previous)
+            z = torch.clamp(z, clean - eps, clean + eps).clamp(0, 1)
+        previous, x = x, z
+        logits, f, g = plain_gradient(model, x, lambda z: loss(z, labels, target))
+        wrong = logits.argmax(1) != labels
+        done |= wrong
+        x_adv[wrong] = x[wrong]
+        better = (f > best_f).nonzero()[:, 0]
+        best[better], best_g[better], best_f[better] = x[better], g[better], f[better]
+        history.append(f)
+        if period := ev.apgd_checkpoints(steps).get(i):
+            rises = sum((history[j] > history[j - 1]).long() for j in range(i - period + 1, i + 1))
+            halved = (rises <= 0.75 * period) | (~halved & (check_f >= best_f))
+            check_f = best_f.clone()
+            if halved.any():
+                step[halved] /= 2
+                x, g = x.clone(), g.clone()
+                x[halved], g[halved] = best[halved], best_g[halved]
+    return x_adv
+
+
+def plain_projection(x, w, c):
+    """The smallest step (B, D) in the box to the hyperplane: kinks sorted, sums accumulated."""
+    w = w * torch.where(c < 0, -1.0, 1.0)[:, None]
+    c, room, size = c.abs()[:, None], torch.where(w > 0, x, 1 - x), w.abs()
+    kinks, order = room.sort(1)
+    slopes = size.gather(1, order)
+    filled = (slopes * kinks).cumsum(1)
+    rest = slopes.flip(1).cumsum(1).flip(1)
+    reached = filled + kinks * (rest - slopes) >= c  # with the radius at this kink
+    at = reached.long().argmax(1, keepdim=True)
+    before = torch.where(at > 0, filled.gather(1, (at - 1).clamp(min=0)), 0)
+    radius = (c - before) / rest.gather(1, at).clamp(min=1e-30)
+    radius = torch.where(reached.any(1, keepdim=True), radius, 1e30)
+    return -w.sign() * torch.minimum(radius, room)
+
+
+def plain_fab(model, b, target):
+    """Targeted FAB to the end of its iterations, from the clean image."""
+    x, labels, n = b.x.flatten(1), b.labels, len(b.x)
+    now, best, size = x.clone(), x.clone(), torch.full((n,), 1e10, device=x.device)
+
+    def difference(z):
+        return (z.gather(1, target[:, None]) - z.gather(1, labels[:, None]))[:, 0]
+
+    for _ in range(b.s.steps):
+        _, df, w = plain_gradient(model, now.view_as(b.x), difference)
+        w = w.flatten(1)
+        c = torch.cat([df, df + (w * (x - now)).sum(1)])
+        d1, d2 = plain_projection(torch.cat([now, x]), torch.cat([w, w]), c).chunk(2)
+        r1, r2 = (d.abs().amax(1, keepdim=True).clamp(min=1e-8) for d in (d1, d2))
+        alpha = (r1 / (r1 + r2)).clamp(max=0.1)
+        now = ((1 - alpha) * (now + 1.05 * d1) + alpha * (x + 1.05 * d2)).clamp(0, 1)
+        with torch.no_grad():
+            wrong = model(now.view_as(b.x)).argmax(1) != labels
+        if wrong.any():
+            rows = wrong.nonzero()[:, 0]
+            norm = (now[rows] - x[rows]).abs().amax(1)
+            better = norm < size[rows]
+            best[rows[better]], size[rows[better]] = now[rows[better]], norm[better]
+            now[rows] = x[rows] + 0.9 * (now[rows] - x[rows])
+    best[size > b.s.eps] = x[size > b.s.eps]
+    return best.view_as(b.x)
+
+
+@torch.no_grad()
+def plain_square(model, b):
+    """Square with a whole new image for each query, on the rows that are not done."""
+    eps, (_, channels, height, width) = b.s.eps, b.x.shape
+    generator = torch.Generator().manual_seed(common.derive_seed("queries", b.s.seed, b.which))
+    draws = torch.rand(b.s.queries, 5 + channels, generator=generator)
+    best = ev.square_start(b)
+    margin = ev.margin(model(best), b.labels)
+    for i in range(b.s.queries):
+        rows = (margin > 0).nonzero()[:, 0]
+        if not len(rows):
+            break
+        side = ev.square_side(i, height, width)
+        r, c = (int(u * (k - side)) for u, k in zip(draws[i, :2].tolist(), (height, width)))
+        delta = best[rows] - b.x[rows]
+        sign = (draws[i, 5:, None, None] - 0.5).sign().to(b.x.device)
+        delta[:, :, r : r + side, c : c + side] = eps * sign
+        new = (b.x[rows] + delta).clamp(0, 1)
+        logits = model(new)
+        value = ev.margin(logits, b.labels[rows])
+        F.cross_entropy(logits, b.labels[rows], reduction="none")
+        take = (value < margin[rows]) | (value <= 0)
+        best[rows[take]], margin[rows[take]] = new[take], value[take]
+    wrong = (margin <= 0)[:, None, None, None]
+    return torch.where(wrong, best, b.x)
+
+
+def plain_autoattack(model, points, s):
+    """Which images stay right (N,): each batch through all attacks."""
+    robust = (points[2].argmax(1) == points[1]).clone()
+    for part, _ in ev.batches(points, torch.arange(len(robust)), s):
+        for attack, which in ev.passes("aa", points[2].shape[1], s):
+            alive = part[robust[part].cpu()]
+            for index, b in ev.batches(points, alive, s, attack, which):
+                if attack == "apgd-ce":
+                    x_adv = plain_apgd(model, b, ev.ce_loss, None)
+                elif attack == "apgd-t":
+                    x_adv = plain_apgd(model, b, ev.targeted_dlr_loss, b.target())
+                elif attack == "fab-t":
+                    x_adv = plain_fab(model, b, b.target())
+                else:
+                    x_adv = plain_square(model, b)
+                with torch.no_grad():
+                    robust[index] &= model(x_adv).argmax(1) == b.labels
+    return robust.cpu()
+
+
+def trained_model(data):
+    """A WRN-10-1 after three epochs of FGSM training on the shapes."""
+    model = common.model_for(data, "wrn-10-1", 0, "benchmark")
+    optimizer = common.sgd(model, 0.1, 0.9, 5e-4)
+    for epoch in range(3):
+        for x, labels in common.batches(data, 50, 0, epoch):
+            x_adv = common.ffgsm(model.eval(), x, labels, 8 / 255, 10 / 255)
+            optimizer.zero_grad()
+            F.cross_entropy(model.train()(x_adv), labels).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def main(argv=None):
+    """Train, choose eps, run both in turn, print one line with the ratio."""
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    data = common.load_data("shapes", device=args.device, train_subset=2000, test_subset=args.n)
+    model, x, labels = trained_model(data), data.x_test, data.y_test
+    curve = ev.accuracy_curve(model, x, labels, ev.Settings(steps=20))
+    eps = min(curve, key=lambda point: abs(point[1] - 0.5))[0]
+    s = ev.Settings(eps, batch_size=args.batch_size, steps=args.steps, queries=args.queries)
+    points = x, labels, ev.clean_logits(model, x, labels)
+    seconds = {"plain": [], "ours": []}
+    for _ in range(args.repeats):
+        begin = time.perf_counter()
+        plain = plain_autoattack(model, points, s)
+        middle = time.perf_counter()
+        with common.evaluating(model):
+            ours = ev.run_attack(model, points, "aa", s, ev.open_store(), "")["broken"] == 0
+        seconds["plain"].append(middle - begin)
+        seconds["ours"].append(time.perf_counter() - middle)
+    fast, slow = min(seconds["ours"]), min(seconds["plain"])
+    clean = (points[2].argmax(1) == labels).double().mean().item()
+    print(f"eps {255 * eps:.3g}/255, {args.n} images, clean accuracy {clean:.4f}, robust accuracy:")
+    different = int((ours != plain).sum())
+    print(f"plain {plain.double().mean():.4f}, ours {ours.double().mean():.4f}, ", end="")
+    print(f"{different} images differ; seconds: plain {slow:.1f}, ours {fast:.1f}")
+    print(f"ratio {fast / slow:.3f} (bound 0.8), {torch.get_num_threads()} threads")
+
+
+if __name__ == "__main__":
+    main()
