@@ -12,7 +12,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-import corruptions as part  # noqa: E402
+import eval_robustness as part  # noqa: E402
 
 # The reference generator on 1,000 CIFAR-10 test images (clean: mean 120.45, std 62.96, gradient
 # 14.57): mean |change|, std and mean |neighbour difference|, severities 1..5, in grey levels.
@@ -257,7 +257,7 @@ def test_noise_on_a_grey_image_has_the_published_standard_deviation(name):
 def test_poisson_counts_have_the_mean_and_the_third_moment_of_the_law():
     x = torch.full((200, 32, 32, 3), 51, dtype=torch.uint8)  # rate 50 / 5 = 10
     draw = part._uniform(torch.arange(200), "poisson")
-    counts = 50 * part.shot_noise(x.permute(0, 3, 1, 2).double() / 255, draw, 50)
+    counts = 50 * part._shot_noise(x.permute(0, 3, 1, 2).double() / 255, draw, 50)
     assert (counts - counts.round()).abs().max() < 1e-9
     assert counts.mean().item() == pytest.approx(10, abs=0.03)
     assert ((counts - 10) ** 3).mean().item() == pytest.approx(10, abs=0.6)
@@ -375,7 +375,7 @@ def test_zoom_factors_and_the_enlarged_crop_are_those_of_the_reference():
 def test_glass_blur_only_moves_pixels_right_or_down_by_one_per_pass():
     x = torch.arange(1024).view(1, 1, 32, 32).expand(5, 3, 32, 32).double() / 1024
     draw = part._uniform(torch.arange(5), "glass")
-    out = part.glass_blur(x, draw, 0.05, 1)
+    out = part._glass_blur(x, draw, 0.05, 1)
     allowed = torch.stack([x, *(x.roll(s, d) for s, d in ((1, 2), (1, 3), ((1, 1), (2, 3))))])
     allowed = (allowed * 255).floor() / 255
     assert ((out - allowed).abs().amin(0) < 1e-12).all()
@@ -385,9 +385,9 @@ def test_glass_blur_only_moves_pixels_right_or_down_by_one_per_pass():
 def test_elastic_transform_without_jitter_is_the_identity_and_moves_smoothly_with_it():
     x = textured(8).permute(0, 3, 1, 2).double() / 255
     draw = part._uniform(torch.arange(8), "elastic")
-    assert torch.allclose(part.elastic_transform(x, draw, 0, 0, 0.0), x)
+    assert torch.allclose(part._elastic_transform(x, draw, 0, 0, 0.0), x)
     ramp = (torch.arange(32.0).double() / 64 + 0.25).expand(8, 3, 32, 32)
-    moved = part.elastic_transform(ramp, draw, 0, 0, 2.56)
+    moved = part._elastic_transform(ramp, draw, 0, 0, 2.56)
     assert (moved.diff(dim=3)[..., 8:-8] > 0).all()  # still a ramp away from the mirrored border
 
 
