@@ -18,7 +18,7 @@ Numbers  X_acc: share of all N images that are right when clean and that no atta
          X_conditional_acc: the same of those right when clean. An image is broken if the stored
          float32 example, in the ball and in [0, 1], is classified wrong by the model itself.
 Differs  1. Draws depend on (seed, attack, pass, image) alone: not on batches or interruptions. All
-            images share the queries of Square; in the authors' code those of a batch do.
+            images share the windows of Square; in the authors' code those of a batch do.
          2. Broken images leave a run at the next compaction; FAB stops at a norm of eps.
          3. With fewer than 3 (targeted: 4) classes the numerator of DLR is used.
          4. Logits that are not finite are no success; the authors' code counts them as one.
@@ -158,11 +158,11 @@ class Batch:
     zero: Tensor | int = 0  # out: starts without gradient
     bad: Tensor | int = 0  # out: evaluations with logits that are not finite
 
-    def draw(self, shape, kind="uniform_"):
-        """Random (B, *shape) in [0, 1] (or `normal_`), a function of seed, attack and image."""
+    def draw(self, shape, kind="uniform_", use="start"):
+        """Random (B, *shape) in [0, 1] (or `normal_`), by seed, attack, pass, use and image."""
         out, generator = torch.empty(len(self.index), *shape), torch.Generator()
         for row, image in zip(out, self.index):
-            parts = self.attack, self.s.seed, self.which, image
+            parts = self.attack, use, self.s.seed, self.which, image
             getattr(row, kind)(generator=generator.manual_seed(common.derive_seed(*parts)))
         return out.to(self.x.device)
 
@@ -445,17 +445,17 @@ def margin(logits, labels):
 def square(model, b):
     """Square -> x_adv (B, C, H, W), x where nothing was found. No gradient is used.
 
-    The windows and signs of the queries depend on the seed and the restart alone. A corner is
+    The windows depend on the seed and the restart alone, the signs on the image too. A corner is
     drawn below height - side, so that the last position is never used, as in the authors' code.
     """
     s, x_adv, (n, channels, height, width) = b.s, b.x.clone(), b.x.shape
     generator = torch.Generator().manual_seed(common.derive_seed("queries", s.seed, b.which))
-    draws = torch.rand(s.queries, 5 + channels, generator=generator)
-    signs = (draws[:, None, 5:, None, None] - 0.5).sign().to(b.x.device)  # (Q, 1, C, 1, 1)
+    draws = torch.rand(s.queries, 5, generator=generator).tolist()
     a = SimpleNamespace(row=torch.arange(n, device=b.x.device), x=b.x, labels=b.labels)
-    a.found = square_start(b)
+    a.found, a.signs = square_start(b), b.draw((s.queries, channels), use="signs").sub_(0.5).sign_()
     a.margin = margin(model(a.found).float(), a.labels)
-    for i, (*corners, turn) in enumerate(draws[:, :5].tolist()):
+    for i, (*corners, turn) in enumerate(draws):
+        sign = a.signs[:, i, :, None, None]  # (B, C, 1, 1)
         side = square_side(i, height, width)
         if s.norm == "l2":
             side = min(max(side, 3) // 2 * 2 + 1, height, width)
@@ -464,11 +464,11 @@ def square(model, b):
         window = slice(None), slice(None), slice(r, r + side), slice(c, c + side)
         if s.norm == "linf":  # in place: only the window changes
             old = a.found[window].clone()
-            new = a.found[window] = (a.x[window] + s.eps * signs[i]).clamp_(0, 1)
+            new = a.found[window] = (a.x[window] + s.eps * sign).clamp_(0, 1)
         else:
             other = slice(None), slice(None), slice(r2, r2 + side), slice(c2, c2 + side)
             shape = bump(side).T if turn < 0.5 else bump(side)
-            old, content = a.found, signs[i] * shape.to(b.x)
+            old, content = a.found, sign * shape.to(b.x)
             new = a.found = l2_proposal(a.x, old, window, other, content, s.eps)
             window = ...
         value = margin(model(a.found).float(), a.labels)
@@ -517,7 +517,7 @@ def bump(side):
 def l2_proposal(x, found, first, second, content, eps):
     """Algorithm 3: the norm of both windows, and what eps leaves, goes to the first window.
 
-    x, found (B, C, H, W); first, second: indices of windows; content (1, C, side, side).
+    x, found (B, C, H, W); first, second: indices of windows; content (B, C, side, side).
     """
     d, either = found - x, torch.zeros_like(x[:1, :1])
     either[first], either[second] = 1, 1
@@ -1384,7 +1384,9 @@ def run_attack(model, points, name, s, store, key):
                 robust = (broken == 0).double().mean()
                 print(f"\r\x1b[2K{key}: {at} of {len(alive):,}, {robust:.4f}", end="", flush=True)
         entry["serial"], entry["position"] = serial + 1, 0
-    print("\r\x1b[2K" * sys.stdout.isatty(), end="", flush=True)
+        if [*plan, (None, 0)][serial][0] != attack:
+            done = f"{attack} {(broken == 0).double().mean():.4f}, {seconds.get(attack, 0):,.0f} s"
+            print("\r\x1b[2K" * sys.stdout.isatty() + f"{key}: after {done}", flush=True)
     return entry
 
 

@@ -126,7 +126,8 @@ def plain_square(model, b):
     """Square with a whole new image for each query, on the rows that are not done."""
     eps, (_, channels, height, width) = b.s.eps, b.x.shape
     generator = torch.Generator().manual_seed(common.derive_seed("queries", b.s.seed, b.which))
-    draws = torch.rand(b.s.queries, 5 + channels, generator=generator)
+    draws = torch.rand(b.s.queries, 5, generator=generator)
+    signs = b.draw((b.s.queries, channels), use="signs").sub_(0.5).sign_()
     best = ev.square_start(b)
     margin = ev.margin(model(best), b.labels)
     for i in range(b.s.queries):
@@ -136,7 +137,7 @@ def plain_square(model, b):
         side = ev.square_side(i, height, width)
         r, c = (int(u * (k - side)) for u, k in zip(draws[i, :2].tolist(), (height, width)))
         delta = best[rows] - b.x[rows]
-        sign = (draws[i, 5:, None, None] - 0.5).sign().to(b.x.device)
+        sign = signs[rows, i, :, None, None]
         delta[:, :, r : r + side, c : c + side] = eps * sign
         new = (b.x[rows] + delta).clamp(0, 1)
         logits = model(new)
