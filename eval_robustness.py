@@ -1591,7 +1591,6 @@ def plot(path, record):
         eps, accuracy = np.array(row["curve"]).T
         axes[0, 0].plot(255 * eps, accuracy, marker=".", label=name)
     axes[0, 0].set(xlabel=f"255 eps ({record['norm']})", ylabel="accuracy (APGD-CE, 20 iterations)")
-    axes[0, 0].set_xscale("symlog", linthresh=510 * record["eps"])
     for name, kind, numbers in histograms:
         edges = np.linspace(0, 1, len(numbers["confidence"]) + 1)
         axes[0, 1].stairs(numbers["confidence"], edges, label=f"{name}, {kind}")
@@ -1712,7 +1711,8 @@ def main(argv=None):
             save_examples(args.save_examples, x, labels, store)
     except KeyboardInterrupt:
         kept = "what is finished is kept; to go on" if base else "without --json nothing is kept"
-        common.fail(f"stopped; {kept}: {command}", 130)
+        print(f"\nstopped; {kept}: {command}", flush=True)
+        raise SystemExit(130) from None
     except torch.OutOfMemoryError:
         common.fail("--batch-size: out of GPU memory; take a smaller one, the same command goes on")
     except OSError as error:

@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import signal
 import sys
 from itertools import pairwise
 
@@ -577,6 +579,27 @@ def test_every_checkpoint_gets_a_row_and_the_json_holds_all(files, tmp_path, cap
     assert "is finished" in capsys.readouterr().out
     again = lambda: main("net0.pt", "--attack", "clean", "--eps", "4/255", "--json", out)  # noqa: E731
     assert out.name in error_of(again, capsys)
+
+
+def test_sigterm_says_how_to_go_on_and_the_same_command_does(tmp_path, capsys, monkeypatch):
+    argv = ["net0.pt", "--attack", "aa", "--batch-size", "20", "--json", tmp_path / "out.json"]
+    saved, calls = ev.save_store, []
+
+    def dying(store):
+        saved(store)
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ev, "save_store", dying)
+    with pytest.raises(SystemExit) as stop:
+        main(*argv)
+    out = capsys.readouterr().out
+    assert stop.value.code == 130 and "to go on: python eval_robustness.py net0.pt" in out
+    assert {p.suffix for p in tmp_path.iterdir()} == {".state", ".examples"}
+    main(*argv)
+    assert "goes on from" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
 
 
 def test_an_ensemble_is_one_row_and_says_what_the_attacks_get(tmp_path, capsys):
