@@ -18,7 +18,7 @@ Numbers  X_acc: share of all N images that are right when clean and that no atta
          X_conditional_acc: the same of those right when clean. An image is broken if the stored
          float32 example, in the ball and in [0, 1], is classified wrong by the model itself.
 Differs  1. Draws depend on (seed, attack, pass, image) alone: not on batches or interruptions. All
-            images share the windows of Square; in the authors' code those of a batch do.
+            images share the squares of Square; in the authors' code those of a batch do.
          2. Broken images leave a run at the next compaction; FAB stops at a norm of eps.
          3. With fewer than 3 (targeted: 4) classes the numerator of DLR is used.
          4. Logits that are not finite are no success; the authors' code counts them as one.
@@ -445,14 +445,16 @@ def margin(logits, labels):
 def square(model, b):
     """Square -> x_adv (B, C, H, W), x where nothing was found. No gradient is used.
 
-    The windows depend on the seed and the restart alone, the signs on the image too. A corner is
-    drawn below height - side, so that the last position is never used, as in the authors' code.
+    The windows, and in L-infinity their signs, are the same for all images. A corner is drawn below
+    height - side, so that the last position is never used. Both as in the authors' code.
     """
     s, x_adv, (n, channels, height, width) = b.s, b.x.clone(), b.x.shape
     generator = torch.Generator().manual_seed(common.derive_seed("queries", s.seed, b.which))
     draws = torch.rand(s.queries, 5, generator=generator).tolist()
     a = SimpleNamespace(row=torch.arange(n, device=b.x.device), x=b.x, labels=b.labels)
-    a.found, a.signs = square_start(b), b.draw((s.queries, channels), use="signs").sub_(0.5).sign_()
+    signs = torch.rand(s.queries, channels, generator=generator).expand(n, -1, -1)
+    signs = signs.to(b.x.device) if s.norm == "linf" else b.draw(signs.shape[1:], use="signs")
+    a.found, a.signs = square_start(b), (signs - 0.5).sign()  # (B, Q, C)
     a.margin = margin(model(a.found).float(), a.labels)
     for i, (*corners, turn) in enumerate(draws):
         sign = a.signs[:, i, :, None, None]  # (B, C, 1, 1)

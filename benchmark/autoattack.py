@@ -127,7 +127,8 @@ def plain_square(model, b):
     eps, (_, channels, height, width) = b.s.eps, b.x.shape
     generator = torch.Generator().manual_seed(common.derive_seed("queries", b.s.seed, b.which))
     draws = torch.rand(b.s.queries, 5, generator=generator)
-    signs = b.draw((b.s.queries, channels), use="signs").sub_(0.5).sign_()
+    signs = torch.rand(b.s.queries, channels, generator=generator)
+    signs = (signs - 0.5).sign().to(b.x.device)
     best = ev.square_start(b)
     margin = ev.margin(model(best), b.labels)
     for i in range(b.s.queries):
@@ -137,7 +138,7 @@ def plain_square(model, b):
         side = ev.square_side(i, height, width)
         r, c = (int(u * (k - side)) for u, k in zip(draws[i, :2].tolist(), (height, width)))
         delta = best[rows] - b.x[rows]
-        sign = signs[rows, i, :, None, None]
+        sign = signs[i, :, None, None]
         delta[:, :, r : r + side, c : c + side] = eps * sign
         new = (b.x[rows] + delta).clamp(0, 1)
         logits = model(new)
