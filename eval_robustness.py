@@ -1386,7 +1386,7 @@ def run_attack(model, points, name, s, store, key):
                 robust = (broken == 0).double().mean()
                 print(f"\r\x1b[2K{key}: {at} of {len(alive):,}, {robust:.4f}", end="", flush=True)
         entry["serial"], entry["position"] = serial + 1, 0
-        if [*plan, (None, 0)][serial][0] != attack:
+        if key[:1].strip() and [*plan, (None, 0)][serial][0] != attack:  # a named model
             done = f"{attack} {(broken == 0).double().mean():.4f}, {seconds.get(attack, 0):,.0f} s"
             print("\r\x1b[2K" * sys.stdout.isatty() + f"{key}: after {done}", flush=True)
     return entry
