@@ -1,6 +1,6 @@
 """Time eval_robustness.py's AutoAttack against a plain rendering of it, in one process.
 
-Usage    python benchmark/autoattack.py [--n 60] [--batch-size 20] [--threads 2]
+Usage    python benchmark/autoattack.py --n 60 --batch-size 20 --threads 2
 Plain    One batch after the other through all four attacks; `backward` with weight gradients; the
          projection of FAB by sorting; rows that are done are cut out by boolean masks at each
          query, and stay to the end of a run of APGD and FAB; BatchNorm as it is. L-infinity only.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-import eval_robustness as part  # noqa: E402
+import corruptions as part  # noqa: E402
 
 # The reference generator on 1,000 CIFAR-10 test images (clean: mean 120.45, std 62.96, gradient
 # 14.57): mean |change|, std and mean |neighbour difference|, severities 1..5, in grey levels.

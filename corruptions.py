@@ -1,0 +1,631 @@
+"""The 19 corruptions of CIFAR-10-C as functions, accuracy under them, CINIC-10 and other images.
+
+Paper    Hendrycks and Dietterich, ICLR 2019 (1903.12261); CINIC-10: Darlow et al. 2018.
+Usage    x = corrupt(x, "fog", severity=3)       # any uint8 images (B, 32, 32, 3), on any device
+         python eval_robustness.py CKPT --attack clean corruptions cinic --cinic DIR
+Shapes   images uint8 (B, 32, 32, 3), labels (B,)
+Differs  1. Draws depend on (seed, corruption, severity, image) alone, not on the batch.
+         2. Frost is a texture drawn by code unless the published pictures are given.
+
+Only eval_robustness.py needs this file; whoever wants the corruptions copies it and common.py.
+"""
+
+import functools
+import hashlib
+import io
+import itertools
+import math
+import re
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import common
+
+# ------------------------------------------------------------------------------------------------
+# The 19 corruptions of CIFAR-10-C (Hendrycks and Dietterich 2019), with its parameters for 32x32.
+# Each takes x float64 (B, 3, 32, 32) in [0, 1], draw and the parameters of a severity, and returns
+# the same shape; float results are clipped and truncated to uint8, as in the published set.
+
+LEVELS = np.arange(256) / 255  # a table: a GPU multiplies by 1 / 255 instead, and k becomes k - 1
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # odd constants of splitmix64, as signed 64-bit numbers
+MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
+
+
+def corrupt(x, name, severity, seed=0, start=0, frost_dir=None):
+    """x uint8 (B, 32, 32, 3) -> the same under a corruption of CIFAR-10-C at severity 1..5.
+
+    Random draws of an image depend on (seed, name, severity, its index) alone, where x[0] has the
+    index `start`: neither on the batch nor on the device. frost_dir: the folder with frost1.png ..
+    frost5.jpg of the reference generator; None: textures drawn by code. Errors: one line.
+    """
+    if x.dtype != torch.uint8 or x.shape[1:] != (32, 32, 3):
+        common.fail(f"corruptions: need uint8 (N, 32, 32, 3), got {x.dtype} {tuple(x.shape)}")
+    function, parameters = CORRUPTIONS[name]
+    images = torch.arange(start, start + len(x), device=x.device)
+    draw = _uniform(images, "corrupt", seed, name, severity)
+    extra = (frost_dir,) if name == "frost" else ()
+    clean = torch.from_numpy(LEVELS).to(x.device)[x.permute(0, 3, 1, 2).long()]
+    out = function(clean, draw, *np.atleast_1d(parameters[severity - 1]).tolist(), *extra)
+    if out.dtype != torch.uint8:
+        out = (out.clamp(0, 1) * 255).to(torch.uint8)
+    return out.permute(0, 2, 3, 1).contiguous()
+
+
+def _uniform(images, *key):
+    """draw(*shape) -> (B, *shape) in (0, 1), new ones at each call: splitmix64 of a counter."""
+    calls = itertools.count()
+
+    def mix(z):
+        for shift, factor in MIX:
+            z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
+        return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+    def draw(*shape):
+        stream = mix(images * GOLDEN + common.derive_seed(*key, next(calls)))[:, None]
+        bits = mix(stream + torch.arange(1, math.prod(shape) + 1, device=images.device) * GOLDEN)
+        bits = (bits >> 12) & ((1 << 52) - 1)
+        return ((bits.double() + 0.5) * 2.0**-52).view(-1, *shape)
+
+    return draw
+
+
+def _normal(draw, *shape):
+    return math.sqrt(2) * torch.erfinv(2 * draw(*shape) - 1)
+
+
+def _inside(i, border):
+    """What a row or column outside 0..31 means, by border."""
+    if border == "edge":  # a a | a b c | c c
+        return i.clamp(0, 31)
+    period = 64 if border == "mirror" else 62  # b a | a b c | c b, and c b | a b c | b a
+    i = i.remainder(period)
+    return torch.minimum(i, min(period, 63) - i)
+
+
+def _at(x, row, column):
+    """x (B, C, 32, 32) at whole row, column (B, 32, 32): (B, C, 32, 32)."""
+    index = (row * 32 + column).flatten(1)[:, None].expand(-1, x.shape[1], -1)
+    return x.flatten(2).gather(2, index).view(x.shape)
+
+
+def _bilinear(x, row, column, border):
+    """x (B, C, 32, 32) at fractional row, column (B, 32, 32)."""
+    total = 0
+    for near in (0, 1):
+        for side in (0, 1):
+            r, c = row.floor() + near, column.floor() + side
+            weight = (1 - (row - r).abs()) * (1 - (column - c).abs())
+            total = total + weight[:, None] * _at(
+                x, _inside(r.long(), border), _inside(c.long(), border)
+            )
+    return total
+
+
+def _separable(x, matrix):
+    matrix = matrix.to(x.device)
+    return matrix @ x @ matrix.T
+
+
+def _blur(x, sigma, truncate=4.0, border="edge"):
+    """Gaussian blur of x (B, C, 32, 32): a 32 x 32 matrix from either side."""
+    taps = torch.arange(-int(truncate * sigma + 0.5), int(truncate * sigma + 0.5) + 1)
+    weights = torch.exp(-(taps.double() ** 2) / (2 * sigma**2))
+    index = _inside(torch.arange(32)[:, None] + taps, border)
+    matrix = torch.zeros(32, 32, dtype=torch.float64)
+    return _separable(x, matrix.scatter_add_(1, index, (weights / weights.sum()).expand(32, -1)))
+
+
+def _zoom(x, factor):
+    """The centre of x enlarged by `factor`, linear between aligned corners, the middle 32 x 32."""
+    side = math.ceil(32 / factor)
+    count = round(side * factor)
+    position = (torch.arange(32).double() + (count - 32) // 2) * (side - 1) / (count - 1)
+    position = position + (32 - side) // 2
+    return _separable(x, (1 - (position[:, None] - torch.arange(32)).abs()).clamp(min=0))
+
+
+def _motion(v, radius, sigma, degrees):
+    """One-sided motion blur of whole numbers v (B, C, 32, 32) along degrees (B,); whole again.
+
+    Offsets, border and the 16-bit rounding are those of ImageMagick 6, which made the set.
+    """
+    count, angle = 2 * math.ceil(radius) + 1, torch.deg2rad(degrees)[:, None]
+    weights = np.exp(-(np.arange(count) ** 2) / (2 * sigma**2))
+    grid, total = torch.arange(32, device=v.device), 0
+    for i, weight in enumerate((weights / weights.sum()).tolist()):
+        column = (grid + (i * angle.cos() - 0.5).ceil().long()).clamp(0, 31)[:, None]
+        row = (grid + (i * angle.sin() - 0.5).ceil().long()).clamp(0, 31)[:, :, None]
+        total = total + weight * _at(v, row, column)
+    return (257 * total + 0.5).floor().div(257, rounding_mode="floor")
+
+
+def _shot_noise(x, draw, photons):
+    """Poisson counts by inversion: a pixel has 256 levels, so a table holds every distribution."""
+    rate, top = photons * torch.arange(256).double()[:, None] / 255, int(photons + 10) * 2
+    k = torch.arange(top).double()
+    pmf = torch.exp(torch.xlogy(k, rate) - rate - torch.lgamma(k + 1))
+    level = (x * 255).round()
+    # row v of the table lies in [2 v, 2 v + 1], so that one search finds level and count
+    table = (pmf.cumsum(1).clamp(max=1) + 2 * torch.arange(256)[:, None]).flatten().to(x.device)
+    found = torch.searchsorted(table, draw(3, 32, 32) + 2 * level)
+    return (found - level * top) / photons
+
+
+def _impulse_noise(x, draw, rate):
+    u = draw(3, 32, 32)
+    return torch.where(u < rate, (u < rate / 2).double(), x)
+
+
+def _glass_blur(x, draw, sigma, passes):
+    """Each pass moves every pixel from row 2, column 2 on to a copy of itself or up-left of it."""
+    x = (_blur(x, sigma) * 255).floor() / 255
+    grid = torch.arange(32, device=x.device)
+    for _ in range(int(passes)):
+        move = (draw(2, 32, 32) < 0.5) & (grid >= 2) & (grid[:, None] >= 2)
+        x = _at(x, grid[:, None] - move[:, 0].long(), grid - move[:, 1].long())
+    return _blur(x, sigma)
+
+
+def _defocus_blur(x, draw, radius, alias):
+    axis = torch.arange(-2, 3).double()
+    disk = (axis**2 + axis[:, None] ** 2 <= radius**2).double()
+    taps = torch.exp(-(torch.arange(-1, 2).double() ** 2) / (2 * alias**2))
+    taps = (torch.outer(taps, taps) / taps.sum() ** 2)[None, None]
+    kernel = F.conv2d((disk / disk.sum())[None, None], taps, padding=1)[0, 0].numpy()
+    padded = F.pad(x, (2,) * 4, mode="reflect")
+    taps = [(i, j, w) for (i, j), w in np.ndenumerate(kernel) if w > 1e-9]
+    return sum(float(w) * padded[..., i : i + 32, j : j + 32] for i, j, w in taps)
+
+
+def _motion_blur(x, draw, radius, sigma):
+    return _motion((x * 255).round(), radius, sigma, 90 * draw(1)[:, 0] - 45).to(torch.uint8)
+
+
+def _zoom_blur(x, draw, end):
+    factors = np.arange(1, end, 0.01)
+    return (x + sum(_zoom(x, factor) for factor in factors)) / (len(factors) + 1)
+
+
+def _snow(x, draw, mean, std, zoom, threshold, radius, sigma, weight):
+    flakes = _zoom(mean + std * _normal(draw, 1, 32, 32), zoom)
+    flakes = (torch.where(flakes < threshold, 0, flakes).clamp(0, 1) * 255).floor()
+    flakes = _motion(flakes, radius, sigma, 90 * draw(1)[:, 0] - 135) / 255
+    grey = 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+    x = weight * x + (1 - weight) * torch.maximum(x, 1.5 * grey + 0.5)
+    return x + flakes + flakes.flip(2, 3)
+
+
+def _frost(x, draw, weight, frost_weight, folder=None):
+    textures, sizes = _frost_textures(folder)
+    which, *place = draw(3).T
+    which, grid = (which * 5).long(), torch.arange(32, device=x.device)
+    room = torch.tensor(sizes, device=x.device)[which].T - 32
+    row, column = ((u * r).long()[:, None] + grid for u, r in zip(place, room))
+    ice = textures.to(x.device)[which[:, None, None], row[:, :, None], column[:, None]]
+    out = weight * (x * 255).round() + frost_weight * ice.permute(0, 3, 1, 2)
+    return out.clamp(0, 255).to(torch.uint8)
+
+
+@functools.cache
+def _frost_textures(folder):
+    """Five textures as float64 (5, H, W, 3), 0..255, padded to one size, and their own sizes."""
+    if folder is None:  # ridges and grain, about as bright and as contrasted as the published ones
+        draw = _uniform(torch.arange(5), "frost textures")
+        ice = _plasma(draw, 1.7, 128)[..., None] * torch.tensor([225.0, 235.0, 245.0])
+        return (ice + 24 + 60 * draw(128, 128, 1)).clamp(0, 255), [(128, 128)] * 5
+    from PIL import Image  # comes with torchvision
+
+    textures, sizes = torch.zeros(5, 400, 400, 3, dtype=torch.float64), []
+    for i, name in enumerate("frost1.png frost2.png frost3.png frost4.jpg frost5.jpg".split()):
+        try:
+            image = np.array(Image.open(Path(folder) / name).convert("RGB"))
+        except OSError as error:
+            common.fail(f"--frost-dir: {Path(folder) / name} is missing or unreadable ({error})")
+        image = image[2::5, 2::5]  # bilinear at a fifth of the size falls on these pixels exactly
+        if min(image.shape[:2]) < 33 or max(image.shape[:2]) > 400:
+            common.fail(f"--frost-dir: {name}: expected 165 to 2000 pixels a side")
+        sizes.append(image.shape[:2])
+        textures[i, : len(image), : image.shape[1]] = torch.from_numpy(image)
+    return textures, sizes
+
+
+def _plasma(draw, decay, side=32):
+    """Diamond-square on a torus, each image scaled to 0..1: (B, side, side)."""
+    plasma, step, wobble = None, side, 100.0
+    while step > 1:
+        n, half = side // step, step // 2
+
+        def noise(n=n, size=wobble**2):  # the square is the reference generator's
+            return size * (2 * draw(n, n) - 1)
+
+        if plasma is None:
+            first = noise()
+            plasma = first.new_zeros(len(first), side, side)
+        corner = plasma[:, ::step, ::step]
+        below = corner + corner.roll(-1, 1)  # with the next corner in the column
+        right = corner + corner.roll(-1, 2)
+        centre = (below + below.roll(-1, 2)) / 4 + noise()
+        plasma[:, half::step, half::step] = centre
+        plasma[:, half::step, ::step] = (below + centre + centre.roll(1, 2)) / 4 + noise()
+        plasma[:, ::step, half::step] = (right + centre + centre.roll(1, 1)) / 4 + noise()
+        step, wobble = half, wobble / decay
+    low, high = plasma.amin((1, 2), True), plasma.amax((1, 2), True)
+    return (plasma - low) / (high - low)
+
+
+def _fog(x, draw, strength, decay):
+    top = x.amax((1, 2, 3), True)
+    return (x + strength * _plasma(draw, decay)[:, None]) * top / (top + strength)
+
+
+def _brightness(x, draw, shift):
+    value = x.amax(1, True)
+    saturation = torch.where(value > 0, (value - x) / value, 0)
+    return (value + shift).clamp(max=1) * (1 - saturation)
+
+
+def _saturate(x, draw, scale, shift):
+    value, span = x.amax(1, True), x.amax(1, True) - x.amin(1, True)
+    grey = torch.tensor([0.0, 1.0, 1.0], device=x.device).view(3, 1, 1)  # the hue of grey is red
+    part = torch.where(span > 0, (value - x) / span, grey)
+    saturation = torch.where(span > 0, span / value, 0)
+    return value * (1 - part * (scale * saturation + shift).clamp(0, 1))
+
+
+def _contrast(x, draw, factor):
+    mean = x.mean((2, 3), True)
+    return (x - mean) * factor + mean
+
+
+def _elastic_transform(x, draw, alpha, sigma, jitter):
+    points = torch.tensor([[26.0, 26.0], [26.0, 6.0], [6.0, 6.0]], device=x.device).double()
+    moved = F.pad(points + jitter * (2 * draw(3, 2) - 1), (0, 1), value=1.0)
+    grid = torch.arange(32, device=x.device).double()
+    a = torch.linalg.solve(moved, points.expand(len(x), 3, 2))  # (B, 3, 2): back to x, y
+    a = a[:, :, None, None]
+    column, row = (
+        a[:, 0, ..., i] * grid + a[:, 1, ..., i] * grid[:, None] + a[:, 2, ..., i] for i in (0, 1)
+    )
+    x = _bilinear(x, (row * 32).round() / 32, (column * 32).round() / 32, "mirror101")
+    if alpha:
+        shift = alpha * _blur(2 * draw(2, 32, 32) - 1, sigma, 3.0, "mirror")
+        x = _bilinear(x, grid[:, None] + shift[:, 1], grid + shift[:, 0], "mirror")
+    return x
+
+
+def _pixelate(x, draw, side):
+    return _box(_box((x * 255).round(), int(side)), 32).to(torch.uint8)
+
+
+def _box(v, out):
+    """Pillow's box filter from v (B, C, n, n) to (B, C, out, out): columns, then rows, rounded."""
+    n = v.shape[2]
+    offset = torch.arange(n) + 0.5 - ((torch.arange(out).double() + 0.5) * (n / out))[:, None]
+    offset = offset / max(n / out, 1)
+    taps = ((offset > -0.5) & (offset <= 0.5)).double()
+    taps = (taps / taps.sum(1, keepdim=True)).to(v.device)
+    return (taps @ (v @ taps.T + 0.5).floor() + 0.5).floor()
+
+
+def _jpeg_compression(x, draw, quality):
+    from PIL import Image  # libjpeg, as in the published set: no other decoder agrees exactly
+
+    images = []
+    for image in (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy():
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=int(quality))
+        images.append(np.asarray(Image.open(file)))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(x.device)
+
+
+def _spatter(x, draw, mean, std, sigma, threshold, strength, mud):
+    liquid = _blur(mean + std * _normal(draw, 1, 32, 32), sigma)
+    liquid = torch.where(liquid < threshold, 0, liquid)
+    color = torch.tensor([63, 42, 20] if mud else [175, 238, 238], device=x.device).view(3, 1, 1)
+    if mud:
+        mask = _blur((liquid > threshold).double(), strength)
+        mask = torch.where(mask < 0.8, 0, mask)
+        return x * (1 - mask) + mask * color / 255
+    liquid = (liquid * 255).floor() % 256
+    relief = _equalise(_around(_edge_distance(_canny(liquid))).floor())
+    kernel = torch.tensor([[-2.0, -1, 0], [-1, 1, 1], [0, 1, 2]], device=x.device).double()
+    relief = F.conv2d(F.pad(relief, (1,) * 4, mode="reflect"), kernel[None, None]).clamp(0, 255)
+    mask = liquid * _around(relief).round()
+    return x + strength * mask / mask.amax((2, 3), True).clamp(min=1) * color / 255
+
+
+def _around(v):
+    return F.avg_pool2d(F.pad(v, (1,) * 4, mode="reflect"), 3, 1)
+
+
+def _canny(v, low=50, high=150):
+    """Edges (bool) of whole numbers v (B, 1, 32, 32), with the tie rules of OpenCV."""
+    p = F.pad(v, (1,) * 4, mode="replicate")
+    dx, sums = p[..., 2:] - p[..., :-2], p[..., 2:] + 2 * p[..., 1:-1] + p[..., :-2]
+    dx = dx[:, :, 2:] + 2 * dx[:, :, 1:-1] + dx[:, :, :-2]
+    dy = sums[:, :, 2:] - sums[:, :, :-2]
+    size, slope = dx.abs() + dy.abs(), 13573 / 32768  # tan 22.5 degrees, as OpenCV rounds it
+    q = F.pad(size, (1,) * 4)
+
+    def beats(row, column):  # the neighbour on one side, and the one on the other
+        a = q[:, :, 1 - row : 33 - row, 1 - column : 33 - column]
+        b = q[:, :, 1 + row : 33 + row, 1 + column : 33 + column]
+        return (size > a) & ((size > b) if row and column else (size >= b))
+
+    diagonal = torch.where(dx * dy < 0, beats(1, -1), beats(1, 1))
+    steep = dy.abs() > dx.abs() * (2 + slope)
+    ridge = torch.where(steep, beats(1, 0), diagonal)
+    ridge = torch.where(dy.abs() < dx.abs() * slope, beats(0, 1), ridge) & (size > low)
+    edges, grown = torch.zeros_like(ridge), ridge & (size > high)
+    while not torch.equal(edges, grown):
+        edges = grown
+        grown = (F.max_pool2d(edges.double(), 3, 1, 1) > 0) & ridge
+    return edges
+
+
+def _edge_distance(edges, most=20.0):
+    """Distance to the nearest edge in the 5 x 5 chamfer metric 1, 1.4, 2.1969, at most `most`."""
+    costs = {1: 1.0, 2: 1.4, 5: 2.1969}
+    steps = [(i, j) for i in range(-2, 3) for j in range(-2, 3) if i * i + j * j in costs]
+    before, distance = None, torch.where(edges, 0.0, most).double()
+    while before is None or not torch.equal(before, distance):
+        before, p = distance, F.pad(distance, (2,) * 4, value=most)
+        for i, j in steps:
+            near = p[:, :, 2 + i : 34 + i, 2 + j : 34 + j] + costs[i * i + j * j]
+            distance = torch.minimum(distance, near)
+    return distance
+
+
+def _equalise(v, bins=21):
+    """Histogram equalisation of whole numbers v (B, 1, 32, 32) below `bins` to 0..255."""
+    level = v.long().flatten(1)
+    counts = torch.stack([(level == k).sum(1) for k in range(bins)], 1).double()
+    lowest = level.amin(1, True)
+    first = counts.gather(1, lowest)
+    table = ((counts.cumsum(1) - first) * 255 / (1024 - first).clamp(min=1)).round()
+    return torch.where(first == 1024, lowest, table.gather(1, level)).view(v.shape)
+
+
+# name: (function, its parameters at severities 1..5); the last four are not in the benchmark's mean
+# fmt: off
+CORRUPTIONS = {
+    "gaussian_noise": (lambda x, draw, c: x + c * _normal(draw, 3, 32, 32),
+                       (0.04, 0.06, 0.08, 0.09, 0.1)),
+    "shot_noise": (_shot_noise, (500, 250, 100, 75, 50)),
+    "impulse_noise": (_impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07)),
+    "defocus_blur": (_defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))),
+    "glass_blur": (_glass_blur, ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2))),
+    "motion_blur": (_motion_blur, ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
+    "zoom_blur": (_zoom_blur, (1.06, 1.11, 1.16, 1.21, 1.26)),
+    "snow": (_snow, ((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+                    (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9), (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+                    (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8))),
+    "frost": (_frost, ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45))),
+    "fog": (_fog, ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75))),
+    "brightness": (_brightness, (0.05, 0.1, 0.15, 0.2, 0.3)),
+    "contrast": (_contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
+    "elastic_transform": (_elastic_transform, ((0, 0, 2.56), (1.6, 6.4, 2.24), (2.56, 1.92, 1.92),
+                                              (3.2, 1.28, 1.6), (3.2, 0.96, 0.96))),
+    "pixelate": (_pixelate, (30, 28, 27, 24, 20)),
+    "jpeg_compression": (_jpeg_compression, (80, 65, 58, 50, 40)),
+    "speckle_noise": (lambda x, draw, c: x + c * x * _normal(draw, 3, 32, 32),
+                      (0.06, 0.1, 0.12, 0.16, 0.2)),
+    "gaussian_blur": (lambda x, draw, sigma: _blur(x, sigma), (0.4, 0.6, 0.7, 0.8, 1)),
+    "spatter": (_spatter, ((0.62, 0.1, 0.7, 0.7, 0.5, 0), (0.65, 0.1, 0.8, 0.7, 0.5, 0),
+                          (0.65, 0.3, 1, 0.69, 0.5, 0), (0.65, 0.1, 0.7, 0.69, 0.6, 1),
+                          (0.65, 0.1, 0.5, 0.68, 0.6, 1))),
+    "saturate": (_saturate, ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2))),
+}
+# fmt: on
+
+# ------------------------------------------------------------------------------------------------
+# Accuracy under corruptions, and on other data
+
+
+def corruption_accuracy(
+    model, x, labels, folder=None, frost_dir=None, seed=0, batch_size=500, done=None, save=None
+):
+    """Accuracy of a model under the 19 corruptions at 5 severities -> the dict of `summarise`.
+
+    x uint8 (N, 32, 32, 3) clean test images, labels (N,). folder: the unpacked CIFAR-10-C, whose
+    images are paired with x, in any order, or a part of it; None: x is corrupted here. done: what
+    an earlier call gave to save(done), called after each corruption; those are not run again.
+    Errors (a file missing or of a wrong shape): one line, exit status 2.
+    """
+    note = "published files" if folder else "corruptions generated from the test images"
+    done = {} if done is None else done
+    with common.evaluating(model):
+        clean = common.correct(model, x, labels, batch_size)
+        if folder:
+            files, y = read_corruptions(folder, int(labels.max()) + 1)
+            rows = pair_images(x, labels, files["gaussian_blur"][: len(y)], y)
+            if rows is None:
+                rows, labels, clean = torch.arange(len(y)), y.to(labels.device), None
+                note += ", all of them; no conditional accuracy: the test images are others"
+        elif frost_dir is None:
+            note += ", frost from textures drawn by code, not the published ones"
+        for name in (name for name in CORRUPTIONS if name not in done):
+            counts = []
+            for severity in range(5):
+                right = []
+                for part in torch.arange(len(labels)).split(batch_size):
+                    if folder:
+                        batch = files[name][(rows[part] + severity * len(y)).numpy()]
+                        batch = torch.from_numpy(batch).to(labels.device)
+                    else:
+                        start = part[0].item()
+                        batch = x[start : start + len(part)]
+                        batch = corrupt(batch, name, severity + 1, seed, start, frost_dir)
+                    right.append(common.correct(model, batch, labels[part.to(labels.device)]))
+                right = torch.cat(right)
+                both = right if clean is None else right & clean
+                counts.append([right.sum().item(), both.sum().item()])
+            done[name] = counts
+            if save:
+                save(done)
+    return summarise(done, len(labels), None if clean is None else clean.sum().item()) | {
+        "note": note
+    }
+
+
+def summarise(counts, n, clean=None):
+    """counts[name] = five of [right, right here and when clean], of n images -> a summary.
+
+    corruptions_acc: {name: [5]}; mean15_acc: the benchmark's 15, mean19_acc: all, mean18_acc: all
+    but frost. clean: how many are right when clean; with it conditional_acc, over those alone, and
+    mca_acc, the paper's: its mean over severities, then over the 19; mca18_acc: without frost.
+    """
+    result = {"n": n, "clean_acc": None if clean is None else clean / n}
+    kept = [name for name in CORRUPTIONS if name != "frost"]
+    groups = {"mean15": list(CORRUPTIONS)[:15], "mean18": kept, "mean19": list(CORRUPTIONS)}
+    acc = {name: [right / n for right, _ in counts[name]] for name in CORRUPTIONS}
+    result |= {
+        f"{key}_acc": np.mean([acc[k] for k in names]).item() for key, names in groups.items()
+    }
+    result |= {"mca_acc": None, "mca18_acc": None, "corruptions_acc": acc, "conditional_acc": None}
+    if clean:
+        conditional = {name: [both / clean for _, both in counts[name]] for name in CORRUPTIONS}
+        result["mca_acc"] = np.mean(list(conditional.values())).item()
+        result["mca18_acc"] = np.mean([conditional[name] for name in kept]).item()
+        result["conditional_acc"] = conditional
+    return result
+
+
+def corruption_rows(result):
+    """A row for each corruption, for common.table: accuracy by severity, mean, conditional mean."""
+    rows = []
+    for name, acc in result["corruptions_acc"].items():
+        conditional = result["conditional_acc"] and np.mean(result["conditional_acc"][name]).item()
+        by_severity = {f"{severity}_acc": value for severity, value in enumerate(acc, 1)}
+        means = {"mean_acc": np.mean(acc).item(), "conditional_acc": conditional}
+        rows.append({"corruption": name, **by_severity, **means})
+    return rows
+
+
+def read_corruptions(folder, classes=10):
+    """The 19 files of CIFAR-10-C as memory maps {name: uint8 (5 N, 32, 32, 3)}, labels (N,)."""
+    arrays = {}
+    for name in ("labels", *CORRUPTIONS):
+        path = Path(folder) / f"{name}.npy"
+        try:
+            array = arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            common.fail(f"--corruptions: no file {path}; the folder needs 19 corruptions + labels")
+        except (OSError, ValueError, EOFError) as error:
+            common.fail(f"--corruptions: {path} is truncated, or not an .npy file ({error})")
+        shape = (len(arrays["labels"]) if arrays["labels"].ndim else 0, 32, 32, 3)
+        if name != "labels" and (array.dtype != np.uint8 or array.shape != shape):
+            got = f"{array.dtype} {array.shape}"
+            common.fail(f"--corruptions: {path}: expected uint8 {shape}, got {got}")
+    labels = arrays.pop("labels")
+    five = labels.ndim == 1 and labels.dtype.kind in "iu" and labels.size % 5 == 0 < labels.size
+    if not five or (labels.reshape(5, -1) != labels[: len(labels) // 5]).any():
+        common.fail(f"--corruptions: {folder}/labels.npy: expected N labels, five times over")
+    if labels.min() < 0 or labels.max() >= classes:
+        common.fail(f"--corruptions: {folder}/labels.npy: expected labels 0..{classes - 1}")
+    return arrays, torch.from_numpy(labels[: len(labels) // 5].astype(np.int64))
+
+
+def pair_images(x, labels, blurred, blurred_labels):
+    """The row of each of x in `blurred`, its mildest corruption: int64 (N,); None if x is others.
+
+    The published rows are in the order of CIFAR-10's test batch, which a converted data set may
+    not keep; an image under a blur of 0.4 pixels is 1.4 levels away, another image 30 and more.
+    """
+    rows = torch.zeros(len(x), dtype=torch.long)
+    for label in labels.unique():
+        mine = (labels == label).nonzero()[:, 0].cpu()
+        theirs = (blurred_labels == label.cpu()).nonzero()[:, 0]
+        if not len(theirs):
+            return None
+        a = x[mine.to(x.device)].cpu().flatten(1).float()
+        b = torch.from_numpy(blurred[theirs.numpy()]).flatten(1).float()
+        distance, nearest = torch.cdist(a, b).min(1)
+        if (distance > 12 * math.sqrt(a.shape[1])).any():
+            return None
+        rows[mine] = theirs[nearest]
+    return rows
+
+
+def load_ood(path, classes, per_class=None, seed=0, cinic=False, size=(32, 32)):
+    """Other images of the same classes -> x uint8 (N, H, W, 3), labels int64 (N,), a note.
+
+    path: an .npz with x_test, y_test, or a folder of class folders named as in `classes`. cinic:
+    the CINIC-10 folder (train, valid, test), of which only the images from ImageNet count.
+    per_class: so many of each class, a fixed choice for a seed (the paper: 2100); the note holds
+    the hash of the list. Errors (no file, an empty class folder, another image size): one line.
+    """
+    path = Path(path)
+    x, labels = _read_ood_npz(path) if path.suffix == ".npz" else _list_images(path, classes, cinic)
+    if labels.max() >= len(classes):
+        common.fail(f"{path}: label {labels.max()}, but the model has {len(classes)} classes")
+    keep = [np.flatnonzero(labels == k) for k in np.unique(labels)]
+    if per_class is not None:
+        if min(map(len, keep)) < per_class:
+            common.fail(f"{path}: a class has {min(map(len, keep))} images, fewer than {per_class}")
+        rng = np.random.RandomState(seed)
+        keep = [rng.choice(k, per_class, replace=False) for k in keep]
+    keep = np.sort(np.concatenate(keep))
+    out = np.empty((len(keep), *size, 3), np.uint8)
+    for row, i in enumerate(keep):
+        image = x[i] if path.suffix == ".npz" else _read_image(x[i])
+        if image.shape != out.shape[1:]:
+            name = path if path.suffix == ".npz" else x[i]
+            common.fail(f"{name}: an image of {image.shape}, not {out.shape[1:]}")
+        out[row] = image
+    chosen = [str(i) if path.suffix == ".npz" else str(x[i].relative_to(path)) for i in keep]
+    digest = hashlib.sha256("\n".join(chosen).encode()).hexdigest()[:12]
+    note = f"{len(keep)} images; sha256 of their list: {digest}"
+    return torch.from_numpy(out), torch.from_numpy(labels[keep]), note
+
+
+def _read_ood_npz(path):
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in ("x_test", "y_test")}
+    except FileNotFoundError:
+        common.fail(f"{path}: no such file")
+    except KeyError:
+        common.fail(f"{path}: expected x_test (uint8 images) and y_test (labels)")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        common.fail(f"{path}: truncated, or not an .npz file ({error})")
+    return common._check("test", path, arrays)
+
+
+def _list_images(path, classes, cinic):
+    """The image files below a folder, class by class and sorted, and their labels."""
+    found = {}
+    for part in [path / part for part in ("train", "valid", "test")] if cinic else [path]:
+        if not part.is_dir():
+            common.fail(f"{part}: no such folder" + "; CINIC-10 has train, valid, test" * cinic)
+        for folder in sorted(p for p in part.iterdir() if p.is_dir()):
+            files = sorted(f for f in folder.iterdir() if f.name[0] != ".")
+            if cinic:  # images of CIFAR-10 have cifar in their names
+                files = [f for f in files if "cifar" not in f.name]
+                if odd := [f for f in files if not re.fullmatch(r"n\d{8}_\d+\.png", f.name)]:
+                    common.fail(f"{odd[0]}: neither an ImageNet name nor a CIFAR one")
+            if folder.name not in classes or not files:
+                what = (
+                    "an empty class folder" if folder.name in classes else "not one of the classes"
+                )
+                common.fail(f"{folder}: {what} (classes: {', '.join(classes)})")
+            found.setdefault(folder.name, []).extend(files)
+    if not found or (cinic and len(found) < len(classes)):
+        common.fail(f"{path}: expected folders named {', '.join(classes)}")
+    names = [name for name in classes if name in found]
+    labels = np.repeat([classes.index(k) for k in names], [len(found[k]) for k in names])
+    return [file for name in names for file in found[name]], labels
+
+
+def _read_image(file):
+    from PIL import Image
+
+    try:
+        return np.asarray(Image.open(file).convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        common.fail(f"{file}: not a readable image ({error})")
