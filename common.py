@@ -117,7 +117,7 @@ def parse(parser: argparse.ArgumentParser, argv: list | None, demo: dict) -> arg
                 name += f",{key.replace('_', '-')}={short}"
         name = re.sub(r"[^\w.,=+-]", "-", name)
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-        args.name = name if len(name) <= 150 else f"{name[:140]}-{digest}"
+        args.name = name if len(name) <= 64 else f"{name[:55]}-{digest}"
     elif not re.fullmatch(r"\w[\w.,=+-]{0,159}", args.name):
         parser.error(f"--name: expected letters, digits and . , = + - _, got {args.name!r}")
     args.argv = argv

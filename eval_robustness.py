@@ -977,7 +977,7 @@ def pyplot():
 
 def plot(path, record):
     """Write a figure: accuracy against eps of all rows, and their confidence histograms."""
-    rows = {short(row["model"]): row for row in record["rows"]}
+    rows = {short(row["model"])[-36:]: row for row in record["rows"]}
     histograms = [(n, k, v) for n, r in rows.items() for k, v in r.get("calibration", {}).items()]
     maps = [(n, r["corruptions"]["corruptions_acc"]) for n, r in rows.items() if "corruptions" in r]
     columns = 1 + bool(histograms) + len(maps)
