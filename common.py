@@ -814,7 +814,7 @@ def metrics(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def end_epoch(run: Run, epoch: int, history: list, data: Data, *attack) -> None:
-    """Read the steps' `metrics` (the epoch's one host sync), validate, log, print, checkpoint.
+    """Read the steps' `metrics` (no host sync before), validate, log, print, checkpoint.
 
     attack: eps, step_size and steps of the PGD on the held-out images; without it only clean. The
     epoch with the highest sum of their accuracies is kept as <stage>_best.pt. A loss or weight that
@@ -823,7 +823,7 @@ def end_epoch(run: Run, epoch: int, history: list, data: Data, *attack) -> None:
     steps, model = torch.stack(history).double().cpu(), run.parts["model"]
     spent = time.monotonic() - run.started
     finite = torch.isfinite(steps[:, 0]).tolist()
-    finite.append(all(p.isfinite().all() for p in model.state_dict().values()))
+    finite.append(torch.stack([p.isfinite().all() for p in model.state_dict().values()]).all())
     if not all(finite):
         where = f"{run.stage}, epoch {epoch + 1}, step {min(finite.index(False) + 1, len(steps))}"
         flag = "--lr" if run.stage == "student" else "--teacher-lr"
