@@ -86,6 +86,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--test-subset", type=count, help="test on so many images (a fixed choice); None: all")
     add("--val-size", type=count0, default=1024, help="training images held out for the best epoch")
     add("--seed", type=count0, default=0, help="seed of weights, batches and attacks")
+    add("--seeds", type=count0, nargs="+", help="several runs, their mean and std; None: --seed")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there")
     add("--precision", default="bf16", choices=["bf16", "fp32"], help="of training on CUDA")
     add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower)")
@@ -96,7 +97,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 # Flags that do not change what is computed: a run may be resumed with others.
-FREE_FLAGS = {"data_root", "device", "runs", "name", "tensorboard", "argv"}
+FREE_FLAGS = {"data_root", "device", "runs", "name", "tensorboard", "argv", "seeds"}
 
 
 def parse(parser: argparse.ArgumentParser, argv: list | None, demo: dict) -> argparse.Namespace:
@@ -120,8 +121,15 @@ def parse(parser: argparse.ArgumentParser, argv: list | None, demo: dict) -> arg
         args.name = name if len(name) <= 64 else f"{name[:55]}-{digest}"
     elif not re.fullmatch(r"\w[\w.,=+-]{0,159}", args.name):
         parser.error(f"--name: expected letters, digits and . , = + - _, got {args.name!r}")
+    if len(set(args.seeds or [])) < len(args.seeds or []):
+        parser.error(f"--seeds: a seed stands there twice, in {args.seeds}")
     args.argv = argv
     return args
+
+
+def per_seed(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The flags of each run that --seeds asks for; of one run without it."""
+    return [argparse.Namespace(**vars(args) | {"seed": seed}) for seed in args.seeds or [args.seed]]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -886,6 +894,24 @@ def find_model(run: Run, file: str, settings) -> Path | None:
     return None
 
 
+def get_teacher(run: Run, data: Data, settings, train, file="teacher.pt"):
+    """-> (teacher in eval mode and frozen, its meta): `file` of the run's folder.
+
+    If it is not there, it is a copy of --teacher-ckpt or of one in another run with the same
+    `settings` (see find_model), or else train() writes it.
+    """
+    own = run.dir / file
+    if not own.exists():
+        if path := run.args.teacher_ckpt or find_model(run, file, settings):
+            load_model(path, "cpu", data)  # an error before anything is copied
+            print(f"{own.stem}: taken from {path}", flush=True)
+            write_atomically(own, lambda out: out.write(Path(path).read_bytes()))
+        else:
+            train()
+    teacher, meta = load_model(own, run.device, data)
+    return teacher.requires_grad_(False), meta
+
+
 def finish(run: Run, rows: list[dict]) -> None:
     """Write the summary as the last row of log.jsonl, drop last.pt, and show the summary."""
     files = ["log.jsonl", *(p.name for p in sorted(run.dir.glob("*.pt")) if p.name != "last.pt")]
@@ -901,6 +927,25 @@ def _finished(run: Run) -> bool:
         files = " ".join(last["files"])
         print(f"\n{table(last['summary'])}\n\n{run.dir} is finished: {files}", flush=True)
     return "summary" in last
+
+
+def across_seeds(runs: list[Run]) -> None:
+    """Show mean +- standard deviation (n - 1) of the summaries of runs that differ by seed."""
+    summaries = [_rows(run)[-1]["summary"] for run in runs]
+    rows = []
+    for same in zip(*summaries) if len(runs) > 1 else ():
+        row = {}
+        for key, first in same[0].items():
+            values = [row.get(key) for row in same]
+            if all(isinstance(value, float) for value in values):
+                digits = 4 if "_acc" in key else 1
+                first = f"{np.mean(values):.{digits}f} +- {np.std(values, ddof=1):.{digits}f}"
+            row[key] = first
+        rows.append(row)
+    if rows:
+        print(
+            f"\nmean +- std of seeds {' '.join(str(run.args.seed) for run in runs)}\n{table(rows)}"
+        )
 
 
 def table(rows: list[dict]) -> str:

@@ -29,7 +29,6 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
 """
 
 import inspect
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -339,21 +338,12 @@ def train_student(student, teacher, data, args, run):
     common.save_model(run.dir / "student.pt", student, meta | {"best": run.best})
 
 
-def get_teacher(args, data, run):
-    """-> (teacher, meta): given, found in a run with the same settings, or trained. Frozen."""
-    own = run.dir / "teacher.pt"
-    path = args.teacher_ckpt or common.find_model(run, "teacher.pt", teacher_settings)
-    if not own.exists() and path is None:
-        name, width = teacher_model(run.flags)
-        teacher = common.model_for(data, name, args.seed, "teacher", width)
-        total = args.teacher_es or args.teacher_epochs
-        train_teacher(teacher, data, args, run, "teacher", args.teacher_training, total)
-    elif not own.exists():
-        common.load_model(path, "cpu", data)  # an error before anything is copied
-        print(f"teacher: taken from {path}", flush=True)
-        common.write_atomically(own, lambda file: file.write(Path(path).read_bytes()))
-    teacher, meta = common.load_model(own, run.device, data)
-    return teacher.requires_grad_(False), meta
+def first_teacher(data, args, run):
+    """Train the teacher of --teacher-training into the run's teacher.pt."""
+    name, width = teacher_model(run.flags)
+    teacher = common.model_for(data, name, args.seed, "teacher", width)
+    total = args.teacher_es or args.teacher_epochs
+    train_teacher(teacher, data, args, run, "teacher", args.teacher_training, total)
 
 
 def work(args):
@@ -369,8 +359,12 @@ def work(args):
 
 
 def main(argv=None):
-    """Data, teacher, student, evaluation of both, one table; everything is in the run folder."""
-    args = parse_args(argv)
+    """For each seed: data, teacher, student, evaluation of both, one table."""
+    common.across_seeds([train_and_evaluate(args) for args in common.per_seed(parse_args(argv))])
+
+
+def train_and_evaluate(args):
+    """The run of one seed; everything is in its folder. -> Run"""
     device = common.setup_device(args)
     with common.open_run("robust_kd", args, device, work(args)) as run:
         sizes = (args.val_size, args.train_subset, args.test_subset)
@@ -378,7 +372,7 @@ def main(argv=None):
         if args.teacher_ckpt and not (run.dir / "teacher.pt").exists():
             common.load_model(args.teacher_ckpt, "cpu", data, args.teacher_model)
         if not common.begin(run, data):
-            return
+            return run
         models, teacher = {}, None  # models: row of the table -> (model, numbers on its training)
         if args.demo:
             if not (run.dir / "standard.pt").exists():
@@ -386,7 +380,9 @@ def main(argv=None):
                 train_teacher(standard, data, args, run, "standard", "st", args.epochs)
             models["standard training"] = common.load_model(run.dir / "standard.pt", device)
         if needs_teacher(args):
-            teacher, meta = get_teacher(args, data, run)
+            teacher, meta = common.get_teacher(
+                run, data, teacher_settings, lambda: first_teacher(data, args, run)
+            )
             models[f"teacher ({meta.get('training', 'given')})"] = teacher, meta
         if not (run.dir / "student.pt").exists():
             student = common.model_for(data, args.model, args.seed, "student", args.width)
@@ -406,6 +402,7 @@ def main(argv=None):
             training = {"epochs": meta.get("epoch"), "seconds": meta.get("seconds")}
             rows.append({"model": name} | row | training)
         common.finish(run, rows)
+    return run
 
 
 if __name__ == "__main__":
