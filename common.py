@@ -211,11 +211,15 @@ def load_data(name, root="data", device="cpu", val_size=0, train_subset=None, te
     if name == "shapes":
         arrays = make_shapes()
     elif name in ("cifar10", "cifar100", "mnist"):
-        arrays = _read_npz(path) if path.exists() else _read_torchvision(name, path)
+        if not path.exists():
+            print(f"no {path}: taking {name} from torchvision, downloaded if need be", flush=True)
+            found = _read_torchvision(name, path.parent)
+            write_atomically(path, lambda file: np.savez(file, **found))
+        arrays = _read_npz(path)
     elif name.endswith(".npz"):
         arrays = _read_npz(Path(name))
     elif Path(name).is_dir():
-        arrays = _read_folder(Path(name))
+        arrays = _read_torchvision("folder", Path(name))
     else:
         fail(f"--data: expected cifar10, cifar100, mnist, shapes, FILE.npz or FOLDER, got {name!r}")
     x, y = _check("train", name, arrays)
@@ -269,49 +273,34 @@ def _read_npz(path: Path) -> dict:
         fail(f"{path}: truncated, or not an .npz file ({error})")
 
 
-def _read_torchvision(name: str, path: Path) -> dict:
-    import torchvision
+def _read_torchvision(name: str, root: Path) -> dict:
+    """The arrays of a torchvision data set, downloaded if need be; `folder`: of class folders."""
+    from torchvision import datasets
 
-    arrays = {}
-    print(f"{path} is not there: taking {name} from torchvision, downloaded if need be", flush=True)
+    arrays, sub = {}, {"train": "train", "test": "test" if (root / "test").is_dir() else "val"}
     try:
-        for part, train in (("train", True), ("test", False)):
-            dataset = getattr(torchvision.datasets, name.upper())
-            found = dataset(path.parent, train=train, download=True)
-            arrays[f"x_{part}"] = np.asarray(found.data)
-            arrays[f"y_{part}"] = np.asarray(found.targets, dtype=np.int64)
+        for part in ("train", "test"):
+            if name == "folder":
+                found = datasets.ImageFolder(root / sub[part])
+            else:
+                found = getattr(datasets, name.upper())(root, train=part == "train", download=True)
+            images = found.data if hasattr(found, "data") else [np.asarray(x) for x, _ in found]
+            arrays |= {f"x_{part}": np.stack(images), f"y_{part}": np.array(found.targets)}
+            names = [c.split(" - ")[0] for c in found.classes]  # MNIST's are like "0 - zero"
+            if arrays.setdefault("classes", names) != names:
+                fail(f"{root}: train and {sub['test']} have different class folders")
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        fail(f"--data {name}: no {path}, and torchvision could not read or download it: {error}")
-    arrays["classes"] = [c.split(" - ")[0] for c in found.classes]
-    write_atomically(path, lambda file: np.savez(file, **arrays))
-    return arrays
-
-
-def _read_folder(folder: Path) -> dict:
-    from torchvision.datasets import ImageFolder
-
-    arrays = {}
-    for part, sub in (
-        ("train", "train"),
-        ("test", "test" if (folder / "test").is_dir() else "val"),
-    ):
-        try:
-            found = ImageFolder(folder / sub)
-            arrays[f"x_{part}"] = np.stack([np.asarray(image) for image, _ in found])
-        except (OSError, ValueError) as error:
-            fail(f"{folder / sub}: expected class folders with images of one size ({error})")
-        arrays[f"y_{part}"] = np.array(found.targets)
-        if arrays.setdefault("classes", found.classes) != found.classes:
-            fail(f"{folder}: train and {sub} have different class folders")
+        wanted = "train/ and test/ or val/ of class folders, with images of one size"
+        wanted = wanted if name == "folder" else f"{name}.npz, or to download it by torchvision"
+        fail(f"--data: expected {wanted}, in {root}: {error}")
     return arrays
 
 
 def make_shapes(train: int = 4000, test: int = 1000, seed: int = 0) -> dict:
     """Ten classes of coloured shapes, 32x32, drawn by code: the data of --demo and of the tests.
 
-    Each image has two cues for its class: the shape, and a faint grating of amplitude 8/255 that
-    predicts as well but can be erased within 8/255. Standard training takes the faint cue and falls
-    to PGD; adversarial training must learn the shape (non-robust features, Ilyas et al. 2019).
+    Each image has two cues for its class: the shape, and a faint grating of amplitude 8/255, which
+    PGD can erase. Standard training takes that; adversarial training must learn the shape.
     """
     rng = np.random.default_rng(seed)
     n = train + test
@@ -320,18 +309,14 @@ def make_shapes(train: int = 4000, test: int = 1000, seed: int = 0) -> dict:
     size = rng.uniform(7.5, 11, (n, 1, 1))
     u, v = (x - rng.uniform(-4, 4, (n, 1, 1))) / size, (y - rng.uniform(-4, 4, (n, 1, 1))) / size
     a, b, r, box = abs(u), abs(v), np.hypot(u, v), np.maximum(abs(u), abs(v))
+    # fmt: off
     masks = [
-        r < 0.95,  # disc
-        (r < 1.0) & (r > 0.6),  # ring
-        box < 0.85,  # square
-        (box < 0.95) & (box > 0.6),  # frame
-        (v > -0.9) & (v < 0.8) & (a < (v + 0.9) * 0.6),  # triangle
-        a + b < 1.1,  # diamond
-        (np.minimum(a, b) < 0.27) & (box < 1.0),  # plus
-        (abs(a - b) < 0.35) & (box < 0.9),  # cross
-        (b < 0.3) & (a < 1.0),  # bar
-        (a < 0.3) & (b < 1.0),  # pole
+        r < 0.95, (r < 1.0) & (r > 0.6), box < 0.85, (box < 0.95) & (box > 0.6),  # disc ... frame
+        (v > -0.9) & (v < 0.8) & (a < (v + 0.9) * 0.6), a + b < 1.1,  # triangle, diamond
+        (np.minimum(a, b) < 0.27) & (box < 1.0), (abs(a - b) < 0.35) & (box < 0.9),  # plus, cross
+        (b < 0.3) & (a < 1.0), (a < 0.3) & (b < 1.0),  # bar, pole
     ]
+    # fmt: on
     mask = np.choose(labels[:, None, None], masks)[..., None]
     hue = (labels / 10 + rng.normal(0, 0.2, n))[:, None] + np.array([0, 1 / 3, 2 / 3])
     ink = 0.58 + 0.1 * np.cos(2 * np.pi * hue)[:, None, None]  # the hue leans to one per class
@@ -512,14 +497,12 @@ def build_model(name, classes=10, width=1.0, dropout=0.0, channels=3, size=32, m
             depths = [(numbers[0] - 4) // 6] * 3
             stem, widths = 16, [16 * numbers[1] * m for m in (1, 2, 4)]
         preact, expansion = name[:3] in ("wrn", "pre"), 4 if name == "resnet50" else 1
+        block, options = (PreActBlock, (act, dropout)) if preact else (PostActBlock, (expansion,))
         last, stages = stem, []
         for i, (out, depth) in enumerate(zip(widths, depths)):
             blocks = []
             for stride in [1 + (i > 0)] + [1] * (depth - 1):
-                options = (act, dropout) if preact else (expansion,)
-                blocks.append(
-                    (PreActBlock if preact else PostActBlock)(last, out, stride, *options)
-                )
+                blocks.append(block(last, out, stride, *options))
                 last = out * expansion
             stages.append(nn.Sequential(*blocks))
         norms = ([], _norm_act(last, act)) if preact else (_norm_act(stem), [])
@@ -534,10 +517,9 @@ def model_for(data: Data, name: str, seed: int, stage: str, width=1.0, dropout=0
     torch.manual_seed(derive_seed("init", seed, stage))
     like_data = (*data.x_train.shape[:1:-1], data.mean, data.std)  # channels, size, ...
     model = build_model(name, len(data.classes), width, dropout, *like_data)
-    print(
-        f"{stage}: {name}, {parameters(model):,} parameters, on {data.x_train.device}", flush=True
-    )
-    return model.to(data.x_train.device)
+    device = data.x_train.device
+    print(f"{stage}: {name}, {parameters(model):,} parameters, on {device}", flush=True)
+    return model.to(device)
 
 
 def parameters(model: nn.Module) -> int:
@@ -692,13 +674,13 @@ class Run:
     script: str
     args: argparse.Namespace
     device: torch.device
-    work: list  # (stage, epochs, relative cost of an epoch): what the time left is made of
     stage: str = ""
+    total: int = 0  # epochs of the stage
     parts: dict = dataclasses.field(default_factory=dict)  # of the stage: model, optimizer, ...
     started: float = 0.0  # of the current epoch
     seconds: float = 0.0  # of the current stage, over all sessions
     best: dict = dataclasses.field(default_factory=dict)  # the best epoch's row
-    left: int | None = None  # seconds to the end of the training, once an epoch is measured
+    left: int | None = None  # seconds to the end of the stage, once an epoch is measured
     ticked: float = 0.0
     writer: object = None  # TensorBoard's
     command: str = ""  # that starts and resumes the run
@@ -711,13 +693,13 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(script: str, args: argparse.Namespace, device: torch.device, work: list):
+def open_run(script: str, args: argparse.Namespace, device: torch.device):
     """Yield the Run of these flags; `begin` makes or finds its folder.
 
     In the `with`, Ctrl-C and SIGTERM end with the command that resumes, errors of the file system
     and of GPU memory with one line. What is on the disk then is the last finished epoch.
     """
-    run = Run(script, args, device, work)
+    run = Run(script, args, device)
     here, python = Path(__file__).resolve().parent / f"{script}.py", Path(sys.executable)
     paths = [python if Path.cwd() not in python.parents else os.path.relpath(python)]
     run.command = shlex.join(map(str, [*paths, os.path.relpath(here), *args.argv]))
@@ -797,7 +779,8 @@ def epochs(run: Run, stage: str, total: int, **parts):
     parts: the model, optimizer, schedule, ...: all that has a state_dict and is needed to resume.
     Seeds each epoch with (seed, stage, epoch): it is the same epoch after any interruption.
     """
-    run.stage, run.parts, run.seconds, run.best, done = stage, parts, 0.0, {}, 0
+    run.stage, run.total, run.parts, run.left = stage, total, parts, None
+    run.seconds, run.best, done = 0.0, {}, 0
     last = run.dir / "last.pt"
     record = load(last) if last.exists() else {}
     if record.get("stage") == stage:
@@ -858,10 +841,7 @@ def _log(run: Run, row: dict) -> None:
     for key, value in row.items():
         if run.writer is not None and isinstance(value, float):
             run.writer.add_scalar(f"{row['stage']}/{key}", value, row["epoch"])
-    at = [stage for stage, _, _ in run.work].index(run.stage)
-    units = [n * cost for _, n, cost in run.work]
-    done = row["epoch"] * run.work[at][2]  # units of cost, at the measured seconds a unit
-    run.left = round((sum(units[at:]) - done) * run.seconds / done)
+    run.left = round((run.total - row["epoch"]) * run.seconds / row["epoch"])
     text = f"loss {row['loss']:.4f}"
     for key in row:
         if key.endswith("_acc"):
@@ -873,8 +853,8 @@ def _show(run: Run, epoch: int, text: str, end: str = "") -> None:
     """A line of an epoch; with end "" the live one, on terminals, four times a second at most."""
     if not end and not (sys.stdout.isatty() and time.monotonic() > run.ticked + 0.25):
         return
-    run.ticked, total = time.monotonic(), next(n for name, n, _ in run.work if name == run.stage)
-    text = f"{run.stage} {epoch:{len(str(total))}d}/{total}  {text}"
+    run.ticked = time.monotonic()
+    text = f"{run.stage} {epoch:{len(str(run.total))}d}/{run.total}  {text}"
     left = f"  left {datetime.timedelta(seconds=run.left)}" if run.left is not None else ""
     print("\r\x1b[2K" * sys.stdout.isatty() + text + left, end=end, flush=True)
 
@@ -931,31 +911,25 @@ def _finished(run: Run) -> bool:
 
 def across_seeds(runs: list[Run]) -> None:
     """Show mean +- standard deviation (n - 1) of the summaries of runs that differ by seed."""
-    summaries = [_rows(run)[-1]["summary"] for run in runs]
     rows = []
-    for same in zip(*summaries) if len(runs) > 1 else ():
-        row = {}
-        for key, first in same[0].items():
-            values = [row.get(key) for row in same]
-            if all(isinstance(value, float) for value in values):
-                digits = 4 if "_acc" in key else 1
-                first = f"{np.mean(values):.{digits}f} +- {np.std(values, ddof=1):.{digits}f}"
-            row[key] = first
-        rows.append(row)
+    for same in zip(*(_rows(run)[-1]["summary"] for run in runs)) if len(runs) > 1 else ():
+        rows.append(dict(same[0]))
+        for key in (key for key, value in same[0].items() if isinstance(value, float)):
+            values, digits = [row[key] for row in same], 4 if "_acc" in key else 1
+            mean, std = np.mean(values), np.std(values, ddof=1)
+            rows[-1][key] = f"{mean:.{digits}f} +- {std:.{digits}f}"
     if rows:
-        print(
-            f"\nmean +- std of seeds {' '.join(str(run.args.seed) for run in runs)}\n{table(rows)}"
-        )
+        print(f"\nmean +- std of seeds {' '.join(str(run.args.seed) for run in runs)}")
+        print(table(rows), flush=True)
 
 
 def table(rows: list[dict]) -> str:
     """Rows as an aligned text table; accuracies with four digits, a missing value as '-'."""
 
     def cell(key, value):
-        digits = f"{value:.4f}" if isinstance(value, float) and "_acc" in key else value
-        return (
-            f"{digits:,.1f}" if isinstance(digits, float) else str("-" if value is None else digits)
-        )
+        if isinstance(value, float):
+            return f"{value:.4f}" if "_acc" in key else f"{value:,.1f}"
+        return "-" if value is None else str(value)
 
     keys = list(dict.fromkeys(key for row in rows for key in row))
     cells = [keys] + [[cell(key, row.get(key)) for key in keys] for row in rows]

@@ -346,18 +346,6 @@ def first_teacher(data, args, run):
     train_teacher(teacher, data, args, run, "teacher", args.teacher_training, total)
 
 
-def work(args):
-    """[(stage, epochs, passes an image and epoch)] of what may be trained, for the time left."""
-    clean, attacked, wanted = 3, 3 + 2 * args.steps, needs(args.loss)
-    teacher = {"st": clean, "ffgsm": 5}.get(args.teacher_training, attacked)
-    stages = [("standard", args.epochs, clean)] * args.demo
-    stages += [("teacher", args.teacher_es or args.teacher_epochs, teacher)] * needs_teacher(args)
-    return [
-        *stages,
-        ("student", args.epochs, attacked if "student_adv_logits" in wanted else clean),
-    ]
-
-
 def main(argv=None):
     """For each seed: data, teacher, student, evaluation of both, one table."""
     common.across_seeds([train_and_evaluate(args) for args in common.per_seed(parse_args(argv))])
@@ -366,7 +354,7 @@ def main(argv=None):
 def train_and_evaluate(args):
     """The run of one seed; everything is in its folder. -> Run"""
     device = common.setup_device(args)
-    with common.open_run("robust_kd", args, device, work(args)) as run:
+    with common.open_run("robust_kd", args, device) as run:
         sizes = (args.val_size, args.train_subset, args.test_subset)
         data = common.load_data(args.data, args.data_root, device, *sizes)
         if args.teacher_ckpt and not (run.dir / "teacher.pt").exists():

@@ -3,29 +3,12 @@
 import argparse
 import pickle
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-
-
-def tiny(n=40, size=8, classes=3, channels=3):
-    """Arrays of a small data set of random images."""
-    rng = np.random.default_rng(0)
-    shape = (n, size, size) + (channels,) * (channels > 1)
-    x, y = rng.integers(0, 256, shape, dtype=np.uint8), np.arange(n) % classes
-    return {"x_train": x, "y_train": y, "x_test": x[:10].copy(), "y_test": y[:10].copy()}
-
-
-def saved(path, **changes):
-    """The path of an .npz of `tiny` with some arrays changed (None: left out)."""
-    arrays = {k: v for k, v in (tiny() | changes).items() if v is not None}
-    np.savez(path, **arrays)
-    return str(path)
-
 
 # Flags ------------------------------------------------------------------------------------------
 
@@ -41,153 +24,6 @@ def test_fractions_are_read_and_nonsense_is_refused():
         with pytest.raises(argparse.ArgumentTypeError, match="whole number"):
             common.count(text)
     assert common.count0("0") == 0
-
-
-# Data -------------------------------------------------------------------------------------------
-
-
-def test_shapes_are_the_same_every_time_and_balanced():
-    a, b = common.make_shapes(200, 50), common.make_shapes(200, 50)
-    assert all((a[key] == b[key]).all() for key in a)
-    assert np.bincount(a["y_train"]).tolist() == [20] * 10
-    assert a["x_train"].shape == (200, 32, 32, 3) and a["x_train"].dtype == np.uint8
-
-
-def test_npz_is_loaded_with_statistics_of_the_training_images(tmp_path):
-    arrays = tiny()
-    data = common.load_data(saved(tmp_path / "a.npz", classes=np.array(["p", "q", "r"])))
-    x = arrays["x_train"] / 255
-    assert data.classes == ["p", "q", "r"]
-    np.testing.assert_allclose(data.mean, x.mean((0, 1, 2)), atol=1e-12)
-    np.testing.assert_allclose(data.std, x.std((0, 1, 2)), atol=1e-12)
-    assert (data.x_train.numpy() == arrays["x_train"]).all() and data.y_test.dtype == torch.int64
-
-
-def test_held_out_images_are_never_trained_on_and_do_not_depend_on_the_subset(tmp_path):
-    path = saved(tmp_path / "a.npz")
-    small = common.load_data(path, val_size=10, train_subset=5)
-    large = common.load_data(path, val_size=10)
-    assert (small.x_val == large.x_val).all() and len(large.x_train) == 30
-    held_out = {x.numpy().tobytes() for x in large.x_val}
-    assert not held_out & {x.numpy().tobytes() for x in large.x_train}
-    assert {x.numpy().tobytes() for x in small.x_train} <= {
-        x.numpy().tobytes() for x in large.x_train
-    }
-
-
-def test_grey_images_get_a_channel(tmp_path):
-    np.savez(tmp_path / "g.npz", **tiny(channels=1))
-    assert common.load_data(str(tmp_path / "g.npz")).x_train.shape == (40, 8, 8, 1)
-
-
-def test_a_folder_of_class_folders_is_read(tmp_path):
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for name in ("cat", "dog"):
-            (tmp_path / part / name).mkdir(parents=True)
-            for i in range(3):
-                image = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-                Image.fromarray(image).save(tmp_path / part / name / f"{i}.png")
-    data = common.load_data(str(tmp_path))
-    assert data.classes == ["cat", "dog"] and data.y_train.tolist() == [0, 0, 0, 1, 1, 1]
-    assert (data.x_test[-1].numpy() == image).all()
-
-
-def test_bad_data_is_one_line(tmp_path, refused):
-    load = common.load_data
-    whole = (tmp_path / "cut.npz").with_name("whole.npz")
-    saved(whole)
-    (tmp_path / "cut.npz").write_bytes(whole.read_bytes()[:2000])
-    (tmp_path / "text.npz").write_text("hello")
-    objects = np.array([{"a": 1}] * 40, dtype=object)
-    cases = {
-        "expected cifar10": "cifar11",
-        "no such file": str(tmp_path / "none.npz"),
-        "truncated": str(tmp_path / "cut.npz"),
-        "not an .npz": str(tmp_path / "text.npz"),
-        "no y_test": saved(tmp_path / "missing.npz", y_test=None),
-        "must be uint8": saved(tmp_path / "float.npz", x_train=tiny()["x_train"] / 255),
-        "x_test must be": saved(tmp_path / "flat.npz", x_test=tiny()["x_test"].reshape(10, -1)),
-        "y_train must be 40 labels": saved(tmp_path / "short.npz", y_train=np.arange(39) % 3),
-        "labels 0..K-1": saved(tmp_path / "minus.npz", y_train=np.arange(40) % 3 - 1),
-        "labels reach": saved(tmp_path / "new.npz", y_test=np.full(10, 7)),
-        "pickle": saved(tmp_path / "object.npz", x_train=objects),
-        "class folders": str(tmp_path),
-    }
-    for expected, name in cases.items():
-        assert expected in refused(load, name), expected
-    assert "more than there are" in refused(load, str(whole), val_size=41)
-    assert "more than there are" in refused(load, str(whole), test_subset=11)
-
-
-def test_a_failed_download_says_where_the_data_were_looked_for(tmp_path, refused, monkeypatch):
-    import torchvision
-
-    def no_network(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", no_network)
-    message = refused(common.load_data, "cifar10", tmp_path)
-    assert "cifar10.npz" in message and "no network" in message
-    assert list(tmp_path.glob("*.npz")) == []
-
-
-def test_torchvision_s_data_are_kept_as_an_npz(tmp_path, monkeypatch, capsys):
-    import torchvision
-
-    class Fake:
-        classes = ["0 - zero", "1 - one", "2 - two"]
-
-        def __init__(self, root, train, download):
-            arrays, part = tiny(), "train" if train else "test"
-            self.data = torch.from_numpy(arrays[f"x_{part}"])
-            self.targets = arrays[f"y_{part}"].tolist()
-
-    monkeypatch.setattr(torchvision.datasets, "CIFAR100", Fake)
-    first = common.load_data("cifar100", tmp_path)
-    assert "from torchvision" in capsys.readouterr().out
-    monkeypatch.delattr(torchvision.datasets, "CIFAR100")
-    again = common.load_data("cifar100", tmp_path)
-    assert torch.equal(first.x_train, again.x_train)
-    # the names are torchvision's own, "0 - zero" for a digit
-    assert first.classes == again.classes == ["0", "1", "2"] and capsys.readouterr().out == ""
-
-
-def some_data(**options):
-    return common.load_data("shapes", **options)
-
-
-def test_batches_depend_on_seed_and_epoch_alone():
-    data = some_data(train_subset=100, val_size=0)
-
-    def epoch(batch_size, seed, number):
-        torch.rand(7)  # the global generator is moved: it must not matter
-        parts = list(common.batches(data, batch_size, seed, number))
-        return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
-
-    x, y = epoch(32, 0, 3)
-    for other_x, other_y in (epoch(32, 0, 3), epoch(7, 0, 3)):
-        assert torch.equal(x, other_x) and torch.equal(y, other_y)
-    assert not torch.equal(x, epoch(32, 0, 4)[0]) and not torch.equal(x, epoch(32, 1, 3)[0])
-    assert x.shape == (100, 3, 32, 32) and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_every_image_comes_once_an_epoch_cropped_and_flipped_as_one_of_its_162_views():
-    data = some_data(train_subset=20)
-    padded = F.pad(data.x_train.permute(0, 3, 1, 2).float() / 255, (4, 4, 4, 4))
-    seen = []
-    for x, labels in common.batches(data, 6, 0, 0):
-        for image, label in zip(x, labels):
-            views = padded.unfold(2, 32, 1).unfold(3, 32, 1)  # (N, C, 9, 9, 32, 32)
-            same = [
-                (views == v[:, None, None]).all(-1).all(-1).all(1) for v in (image, image.flip(-1))
-            ]
-            found = (same[0] | same[1]).flatten(1).any(1).nonzero()[:, 0]
-            assert found.numel() == 1 and data.y_train[found] == label
-            seen.append(found.item())
-    assert sorted(seen) == list(range(20))
 
 
 # Models -----------------------------------------------------------------------------------------
@@ -387,7 +223,7 @@ def test_bad_checkpoints_are_one_line_and_never_run(tmp_path, refused):
         assert name in refused(common.load_model, tmp_path / name)
     assert "no such checkpoint" in refused(common.load_model, tmp_path / "none.pt")
     assert "expected a wrn-10-1" in refused(common.load_model, good, name="wrn-10-1")
-    data = some_data(train_subset=1)
+    data = common.load_data("shapes", train_subset=1)
     assert "3 classes" in refused(common.load_model, good, "cpu", data)
 
 
