@@ -460,6 +460,25 @@ class MLP(nn.Module):
         return self.layers(x).float()
 
 
+class Ensemble(nn.Module):
+    """log sum_i w_i p_i(x) of some models: logits (B, K) whose softmax is their mean probability.
+
+    weights: of the models, summing to 1 (None: all equal).
+    """
+
+    def __init__(self, models, weights=None):
+        super().__init__()
+        self.models, self.weights = (
+            nn.ModuleList(models),
+            weights or [1 / len(models)] * len(models),
+        )
+
+    def forward(self, x):
+        parts = zip(self.weights, self.models)
+        logs = [math.log(w) + model(x).log_softmax(1) for w, model in parts if w > 0]
+        return torch.stack(logs).logsumexp(0)
+
+
 def check_model(flag: str, name: str, width: float = 1.0, dropout: float = 0.0) -> None:
     """An error that names `flag` if build_model(name, width=width, dropout=dropout) cannot be."""
     wrn = re.fullmatch(r"wrn-([1-9]\d{1,3})-([1-9]\d?)(-silu)?", name)
@@ -679,7 +698,8 @@ class Run:
     parts: dict = dataclasses.field(default_factory=dict)  # of the stage: model, optimizer, ...
     started: float = 0.0  # of the current epoch
     seconds: float = 0.0  # of the current stage, over all sessions
-    best: dict = dataclasses.field(default_factory=dict)  # the best epoch's row
+    row: dict = dataclasses.field(default_factory=dict)  # of the last epoch
+    best: dict = dataclasses.field(default_factory=dict)  # of the best epoch
     left: int | None = None  # seconds to the end of the stage, once an epoch is measured
     ticked: float = 0.0
     writer: object = None  # TensorBoard's
@@ -780,13 +800,14 @@ def epochs(run: Run, stage: str, total: int, **parts):
     Seeds each epoch with (seed, stage, epoch): it is the same epoch after any interruption.
     """
     run.stage, run.total, run.parts, run.left = stage, total, parts, None
-    run.seconds, run.best, done = 0.0, {}, 0
+    run.seconds, run.row, run.best, done = 0.0, {}, {}, 0
     last = run.dir / "last.pt"
     record = load(last) if last.exists() else {}
     if record.get("stage") == stage:
         for name, part in parts.items():
             part.load_state_dict(record["parts"][name])
-        done, run.seconds, run.best = record["epochs"], record["row"]["seconds"], record["best"]
+        done, run.row, run.best = record["epochs"], record["row"], record["best"]
+        run.seconds = run.row["seconds"]
         print(f"{stage}: goes on after epoch {done} of {total} ({last})", flush=True)
     # a kill between checkpoint and log loses a row of the log: the checkpoint has it too
     rows = [row for row in _rows(run) if row.get("stage") != stage or row["epoch"] < done]
@@ -824,7 +845,7 @@ def end_epoch(run: Run, epoch: int, history: list, data: Data, *attack) -> None:
     row |= {"train_acc": right / images, "images_per_second": images / spent}
     row |= _validate(model, data, *attack)
     run.seconds += time.monotonic() - run.started
-    row["seconds"] = run.seconds
+    row["seconds"], run.row = run.seconds, row
     score, best = (sum(v for k, v in r.items() if k[:4] == "val_") for r in (row, run.best))
     if len(data.x_val) and (score > best or not run.best):
         run.best = row
@@ -878,11 +899,14 @@ def get_teacher(run: Run, data: Data, settings, train, file="teacher.pt"):
     """-> (teacher in eval mode and frozen, its meta): `file` of the run's folder.
 
     If it is not there, it is a copy of --teacher-ckpt or of one in another run with the same
-    `settings` (see find_model), or else train() writes it.
+    `settings` (see find_model), perhaps kept there after as many epochs, or train() writes it.
     """
     own = run.dir / file
     if not own.exists():
-        if path := run.args.teacher_ckpt or find_model(run, file, settings):
+        path = run.args.teacher_ckpt or find_model(run, file, settings)
+        kept = f"{own.stem}-ep{settings(run.flags)['epochs']}.pt"
+        path = path or find_model(run, kept, lambda flags: settings(flags) | {"epochs": None})
+        if path:
             load_model(path, "cpu", data)  # an error before anything is copied
             print(f"{own.stem}: taken from {path}", flush=True)
             write_atomically(own, lambda out: out.write(Path(path).read_bytes()))

@@ -8,11 +8,14 @@ Loss     CKD     (1-lam) CE(S(x), y) + lam KL(T(x) || S(x))          <- ckd_loss
          RSLAD   (1-lam) KL(T(x) || S(x)) + lam KL(T(x) || S(x'))    <- rslad_loss        Eq. 3
          AKD     CE(T(x'), S(x'))                                    <- akd_loss          Eq. 4
          ARD+, RSLAD+, AKD+: T replaced by alpha T + (1-alpha) y     <- *_plus_loss       Eq. 5-7
-         at, st: no teacher, CE(S(x'), y) and CE(S(x), y)            <- at_loss, st_loss
+         Ensembles: T is the average of their probabilities          <- common.Ensemble   3.6, B.3
+         st, at, trades: no teacher        <- st_loss, at_loss (CE on x, on x'), trades_loss
 Usage    python robust_kd.py --loss akd+ --alpha 0.8 --teacher-es 40
          python robust_kd.py --loss at                               # the baseline without teacher
          python robust_kd.py --teacher-training st --alpha 0.3       # an accurate teacher
          python robust_kd.py --teacher-eps 2/255 --teacher-es 40     # a weakly robust one (LAT)
+         python robust_kd.py --teacher-training ffgsm --teachers 4   # an ensemble of cheap ones
+         python robust_kd.py --teacher-training st st at at --beta 0.25       # a mixed ensemble
          python robust_kd.py --demo                                  # 2 minutes on a CPU
 Expect   CIFAR-10, ResNet-18: not measured yet. Small nets on a CPU: docs/robust_kd.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); targets and logits (B, K)
@@ -28,6 +31,7 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
          6. Training on CUDA, the attack included, is in bf16 (--precision fp32).
 """
 
+import functools
 import inspect
 from types import SimpleNamespace
 
@@ -40,6 +44,7 @@ import common
 DEMO = {"data": "shapes", "model": "wrn-10-1", "epochs": 5, "teacher-epochs": 6, "teacher-es": 4}
 DEMO |= {"batch-size": 32, "teacher-batch-size": 32, "lr": 0.1, "steps": 3, "step-size": "4/255"}
 DEMO |= {"train-subset": 2000, "test-subset": 500, "val-size": 200}
+TEACHERS = {"st": "st", "at": "at", "ffgsm": "at", "trades": "trades"}  # training -> its loss
 
 
 def parse_args(argv=None):
@@ -54,10 +59,14 @@ def parse_args(argv=None):
     add("--model", default="resnet18", help="student: resnet18, preact-resnet18, wrn-16-2, ...")
     add("--width", type=common.positive, default=1.0, help="factor on the channels of a ResNet")
     add = parser.add_argument_group("teacher").add_argument
-    add("--teacher-training", choices=[*TEACHERS, "none"], default="at", help="at: PGD")
+    training = {"choices": [*TEACHERS, "none"], "nargs": "+", "default": ["at"]}
+    add("--teacher-training", **training, help="at: by PGD; one for all teachers, or one for each")
+    add("--teachers", type=common.count, default=1, help="so many as an ensemble, by seed")
+    add("--beta", type=common.probability, nargs="+", help="weight of each, or of all but st")
     add("--teacher-eps", type=common.probability, help="its radius; None: --eps; 2/255 is LAT")
     add("--teacher-epochs", type=common.count, default=100, help="length of its training")
     add("--teacher-es", type=common.count, help="stop it after so many epochs; None: at the end")
+    add("--teacher-save-every", type=common.count, help="keep it every so often, for --teacher-es")
     add("--teacher-ckpt", help="take this finished teacher and train none")
     add("--teacher-model", help="None: as the student")
     add("--teacher-width", type=common.positive, help="None: as the student")
@@ -85,8 +94,16 @@ def parse_args(argv=None):
     args = common.parse(parser, argv, DEMO)
     if args.teacher_es is not None and args.teacher_es > args.teacher_epochs:
         parser.error(f"--teacher-es: at most --teacher-epochs {args.teacher_epochs}")
-    if args.teacher_training == "none" and needs_teacher(args) and not args.teacher_ckpt:
+    trainings = teacher_trainings(vars(args))
+    if args.teachers not in (1, len(trainings)) or args.teacher_ckpt and len(trainings) > 1:
+        parser.error("--teachers: goes with one training or as many, without --teacher-ckpt")
+    if (
+        "none" in trainings
+        and (needs_teacher(args) or len(trainings) > 1)
+        and not args.teacher_ckpt
+    ):
         parser.error("--teacher-training none: goes with --loss at, st or with --teacher-ckpt")
+    ensemble_weights(args.beta, trainings)
     given = {flag.split("=")[0] for flag in args.argv}
     for flag in ["--alpha", "--lam", "--temperature", "--kl-reduction"]:
         if flag in given and flag[2:].replace("-", "_") not in needs(args.loss):
@@ -94,7 +111,8 @@ def parse_args(argv=None):
     if args.attack_loss and "student_adv_logits" not in needs(args.loss):
         parser.error(f"--attack-loss: {args.loss} trains on clean images, without an attack")
     common.check_model("--model", args.model, args.width)
-    common.check_model("--teacher-model", *teacher_model(vars(args)))
+    name, width = args.teacher_model or args.model, args.teacher_width or args.width
+    common.check_model("--teacher-model", name, width)
     return args
 
 
@@ -125,11 +143,12 @@ def at_loss(student_adv_logits, labels):
     return F.cross_entropy(student_adv_logits, labels)
 
 
-def trades_loss(logits, adv_logits, labels, beta):
-    """CE(f(x), y) + beta KL(f(x) || f(x')), TRADES (Zhang et al. 2019); (B, K) x2, (B,) -> ()."""
-    # f(x) is no constant here, unlike the teacher: the gradient goes through both sides
-    robust = F.kl_div(adv_logits.log_softmax(1), logits.softmax(1), reduction="batchmean")
-    return F.cross_entropy(logits, labels) + beta * robust
+def trades_loss(student_logits, student_adv_logits, labels, trades_beta):
+    """CE(S(x), y) + beta KL(S(x) || S(x')), TRADES (Zhang et al. 2019); (B, K) x2, (B,) -> ()."""
+    # S(x) is no constant here, unlike the teacher: the gradient goes through both sides
+    log_probs, targets = student_adv_logits.log_softmax(1), student_logits.softmax(1)
+    robust = F.kl_div(log_probs, targets, reduction="batchmean")
+    return F.cross_entropy(student_logits, labels) + trades_beta * robust
 
 
 # fmt: off
@@ -144,17 +163,15 @@ def ckd_loss(student_logits, teacher_logits, labels, lam,
 def ard_loss(student_logits, student_adv_logits, teacher_logits, labels, lam,
              temperature=1.0, kl_reduction="batchmean"):
     """Eq. (2): (1-lam) CE(S(x), y) + lam KL(T(x) || S(x')); (B, K) x3, (B,) -> ()."""
-    targets = mix_labels(teacher_logits, labels, 1.0, temperature)
-    distilled = kl(targets, student_adv_logits, temperature, kl_reduction)
-    return (1 - lam) * F.cross_entropy(student_logits, labels) + lam * distilled
+    return ard_plus_loss(student_logits, student_adv_logits, teacher_logits, labels, lam, 1.0,
+                         temperature, kl_reduction)
 
 
 def rslad_loss(student_logits, student_adv_logits, teacher_logits, labels, lam,
                temperature=1.0, kl_reduction="batchmean"):
     """Eq. (3): (1-lam) KL(T(x) || S(x)) + lam KL(T(x) || S(x')); (B, K) x3, (B,) -> ()."""
-    targets = mix_labels(teacher_logits, labels, 1.0, temperature)  # alpha 1: no label counts
-    clean = kl(targets, student_logits, temperature, kl_reduction)
-    return (1 - lam) * clean + lam * kl(targets, student_adv_logits, temperature, kl_reduction)
+    return rslad_plus_loss(student_logits, student_adv_logits, teacher_logits, labels, lam, 1.0,
+                           temperature, kl_reduction)
 
 
 def akd_loss(student_adv_logits, teacher_adv_logits, labels, temperature=1.0):
@@ -187,10 +204,12 @@ def akd_plus_loss(student_adv_logits, teacher_adv_logits, labels, alpha, tempera
 LOSSES = {
     "st": st_loss, "at": at_loss, "ckd": ckd_loss, "ard": ard_loss, "rslad": rslad_loss,
     "akd": akd_loss, "ard+": ard_plus_loss, "rslad+": rslad_plus_loss, "akd+": akd_plus_loss,
+    "trades": trades_loss,
 }
 # fmt: on
 
 
+@functools.cache
 def needs(loss):
     """The names of the arguments of a loss: only what it names is computed in a step."""
     return inspect.signature(LOSSES[loss]).parameters
@@ -202,148 +221,158 @@ def needs_teacher(args):
 
 
 # ------------------------------------------------------------------------------------------------
-# What a teacher is trained on: (model, x, labels, eps, args) -> x or x' (B, C, H, W)
+# How each model is trained, of the flags (a dict, as they are kept with every run)
 
 
-def step_size(eps, args):
+def step_size(eps, flags):
     """PGD step for a radius: a quarter of it; --step-size is that of --eps, scaled to it."""
-    return eps / 4 if args.step_size is None else args.step_size * eps / (args.eps or 1)
+    given = flags["step_size"]
+    return eps / 4 if given is None else given * eps / (flags["eps"] or 1)
 
 
-def pgd_attack(model, x, labels, eps, args):
-    """Adversarial training (Madry et al. 2018)."""
-    return common.pgd(model, x, labels, eps, step_size(eps, args), args.steps)
+def teacher_trainings(flags):
+    """The training of each teacher: --teacher-training, if it is one --teachers times."""
+    trainings = flags["teacher_training"]
+    return trainings * flags["teachers"] if len(trainings) == 1 else trainings
 
 
-def ffgsm_attack(model, x, labels, eps, args):
-    """Fast adversarial training (Wong et al. 2020)."""
-    return common.ffgsm(model, x, labels, eps, args.ffgsm_step * eps)
+def teacher_recipe(flags, i=0):
+    """How teacher i is trained: with equal recipes, two runs have the same teacher."""
+    training, eps = teacher_trainings(flags)[i], flags["teacher_eps"]
+    names = "data train_subset val_size deterministic precision momentum weight_decay teacher_ckpt"
+    recipe = {name: flags[name] for name in names.split()} | {"attack_loss": None}
+    recipe |= {
+        "training": training,
+        "loss": TEACHERS.get(training),
+        "seed": flags["seed"] + 100 * i,
+    }
+    recipe |= {name: flags["teacher_" + name] for name in ("lr", "gamma", "batch_size")}
+    recipe |= {name: flags["teacher_" + name] or flags[name] for name in ("model", "width")}
+    recipe["epochs"] = flags["teacher_es"] or flags["teacher_epochs"]
+    if training in ("at", "ffgsm", "trades"):
+        recipe["eps"] = eps = flags["eps"] if eps is None else eps
+        recipe |= {name: flags[name] for name in ("attack_bn", "steps")} | {"attack_loss": "ce"}
+        recipe["step_size"] = step_size(eps, flags)
+    if training == "ffgsm":  # one long step from a uniform start (Wong et al. 2020)
+        recipe |= {"steps": 1, "step_size": flags["ffgsm_step"] * eps}
+    if training == "trades":
+        recipe |= {"attack_loss": "kl-self", "trades_beta": flags["trades_beta"]}
+    return recipe
 
 
-def trades_attack(model, x, labels, eps, args):
-    """x' that maximises KL(f(x) || f(x')) (Zhang et al. 2019)."""
-    with torch.no_grad():
-        targets = model(x).softmax(1)
-    return common.pgd(model, x, targets, eps, step_size(eps, args), args.steps, "gaussian")
+def student_recipe(flags):
+    """How the student is trained."""
+    names = "loss model width seed eps steps epochs lr batch_size attack_bn"
+    recipe = {name: flags[name] for name in names.split()}
+    default = {"rslad": "kl-teacher", "rslad+": "kl-teacher", "trades": "kl-self"}  # differs: 2
+    recipe["attack_loss"] = flags["attack_loss"] or default.get(flags["loss"], "ce")
+    return recipe | {"training": flags["loss"], "step_size": step_size(flags["eps"], flags)}
 
 
-TEACHERS = {"st": lambda model, x, *rest: x, "at": pgd_attack, "ffgsm": ffgsm_attack}
-TEACHERS |= {"trades": trades_attack}
-
-
-def teacher_model(flags):
-    """(name, width) of the teacher's net: the student's unless given."""
-    return flags["teacher_model"] or flags["model"], flags["teacher_width"] or flags["width"]
-
-
-def teacher_settings(flags):
-    """What a teacher depends on, of the flags (a dict): equal settings, equal teacher."""
-    training, eps = flags["teacher_training"], flags["teacher_eps"]
-    names = "data train_subset val_size seed deterministic precision momentum weight_decay"
-    names += " teacher_ckpt teacher_training teacher_lr teacher_gamma teacher_batch_size"
-    own = {"at": " steps", "trades": " steps trades_beta", "ffgsm": " ffgsm_step"}.get(training, "")
-    settings = {name: flags[name] for name in (names + own).split()}
-    settings["model"] = list(teacher_model(flags))
-    settings["epochs"] = flags["teacher_es"] or flags["teacher_epochs"]
-    if own:
-        settings["eps"] = eps = flags["eps"] if eps is None else eps
-        settings["attack_bn"] = flags["attack_bn"]
-        settings["step_size"] = "steps" in own and step_size(eps, SimpleNamespace(**flags))
-    return settings
+def ensemble_weights(betas, trainings):
+    """beta_i of each teacher, their sum 1; a single beta is shared by those that are not `st`."""
+    n, robust = len(trainings), sum(training != "st" for training in trainings)
+    if betas is None:
+        return [1 / n] * n
+    if len(betas) == 1 and 0 < robust < n:
+        standard, other = (1 - betas[0]) / (n - robust), betas[0] / robust
+        return [standard if training == "st" else other for training in trainings]
+    if len(betas) != n or abs(sum(betas) - 1) > 1e-6:
+        common.fail(f"--beta: expected {n} that sum to 1, or one if st and others are mixed")
+    return betas
 
 
 # ------------------------------------------------------------------------------------------------
 # Training
 
 
-def train_teacher(model, data, args, run, stage, training, total):
-    """Train a teacher for `total` epochs; the learning rate decays with every epoch."""
-    eps, perturb = teacher_settings(run.flags).get("eps", 0.0), TEACHERS[training]
-    seed = common.derive_seed(args.seed, stage)  # other batches than the student's
-    optimizer = common.sgd(model, args.teacher_lr, args.momentum, args.weight_decay)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, args.teacher_gamma)
-
-    def train_step(x, labels):
-        with common.autocast(run):
-            model.train(args.attack_bn == "train")  # differs: 5
-            x_adv = perturb(model, x, labels, eps, args)
-            model.train()
-            if training == "trades":
-                clean_logits, logits = model(x), model(x_adv)
-                loss = trades_loss(clean_logits, logits, labels, args.trades_beta)
-            else:
-                logits = model(x_adv)
-                loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return common.metrics(loss, logits, labels)
-
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    for epoch in common.epochs(run, stage, total, **parts):
-        history = []
-        for x, labels in common.batches(data, args.teacher_batch_size, seed, epoch, run):
-            history.append(train_step(x, labels))
-        schedule.step()  # per epoch
-        common.end_epoch(run, epoch, history, data, args.eps, step_size(args.eps, args), args.steps)
-    meta = {"training": training, "epoch": total, "seconds": run.seconds}
-    common.save_model(run.dir / f"{stage}.pt", model, meta)
+def perturb(model, x, known, how):
+    """x' (B, C, H, W) by PGD: away from the labels, the teacher's T(x) or (TRADES) its own S(x)."""
+    if how.attack_loss == "ce":
+        targets, start = known["labels"], "uniform"
+    else:
+        with torch.no_grad():
+            logits = model(x) if how.attack_loss == "kl-self" else known["teacher_logits"]
+        targets, start = logits.softmax(1), "gaussian"
+    return common.pgd(model, x, targets, how.eps, how.step_size, how.steps, start)
 
 
-def train_student(student, teacher, data, args, run):
-    """Train the student for --epochs epochs with --loss; teacher: in eval mode, or None."""
-    loss_fn, wanted = LOSSES[args.loss], needs(args.loss)
-    names = ("alpha", "lam", "temperature", "kl_reduction")
+def tensors(model, teacher, x, labels, how):
+    """The tensors of a step by the names that the losses use; only what the loss names is made."""
+    known, wanted = {"labels": labels}, needs(how.loss)
+    if "teacher_logits" in wanted or how.attack_loss == "kl-teacher":
+        known["teacher_logits"] = teacher(x)
+    if "student_adv_logits" in wanted:
+        x_adv = perturb(model.train(how.attack_bn == "train"), x, known, how)  # differs: 5
+        known["student_adv_logits"] = model.train()(x_adv)
+    if "teacher_adv_logits" in wanted:
+        known["teacher_adv_logits"] = teacher(x_adv)
+    if "student_logits" in wanted:
+        known["student_logits"] = model.train()(x)
+    return known
+
+
+def collapsed(run, how):
+    """Whether single-step training lost 20 points of held-out PGD accuracy (Wong et al. 2020)."""
+    key = f"val_pgd{run.args.steps}_acc"
+    return how.training == "ffgsm" and run.best.get(key, 0) - run.row.get(key, 0) > 0.2
+
+
+def train_model(run, data, stage, recipe, teacher=None):
+    """Train a model by its recipe into <stage>.pt; teacher: frozen, in eval mode, or None."""
+    args, how, wanted = run.args, SimpleNamespace(**recipe), needs(recipe["loss"])
+    model = common.model_for(data, how.model, how.seed, stage, how.width)
+    names = ("alpha", "lam", "temperature", "kl_reduction", "trades_beta")
     settings = {name: getattr(args, name) for name in names if name in wanted}
-    default = "kl-teacher" if args.loss.startswith("rslad") else "ce"  # differs: 2
-    kl_attack = (args.attack_loss or default) == "kl-teacher"
-    optimizer = common.sgd(student, args.lr, args.momentum, args.weight_decay)
-    total, step = args.epochs * -(-len(data.x_train) // args.batch_size), step_size(args.eps, args)
-    cycle = {"cycle_momentum": args.cycle_momentum == "yes"}
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total, **cycle)
+    optimizer = common.sgd(model, how.lr, args.momentum, args.weight_decay)
+    schedules, n = torch.optim.lr_scheduler, -(-len(data.x_train) // how.batch_size)
+    if stage == "student":
+        cycle, seed = args.cycle_momentum == "yes", how.seed
+        schedule = schedules.OneCycleLR(optimizer, how.lr, how.epochs * n, cycle_momentum=cycle)
+    else:
+        seed = common.derive_seed(how.seed, stage)  # other batches than the student's
+        schedule = schedules.LambdaLR(optimizer, lambda step: how.gamma ** (step // n))
 
     def train_step(x, labels):
-        known = {"labels": labels}  # every tensor of the step, by the name that the losses use
         with common.autocast(run):
-            if "teacher_logits" in wanted or kl_attack:
-                with torch.no_grad():
-                    known["teacher_logits"] = teacher(x)
-            if "student_adv_logits" in wanted:
-                student.train(args.attack_bn == "train")  # differs: 5
-                targets = known["teacher_logits"].softmax(1) if kl_attack else labels
-                start = "gaussian" if kl_attack else "uniform"
-                x_adv = common.pgd(student, x, targets, args.eps, step, args.steps, start)
-                student.train()
-                known["student_adv_logits"] = student(x_adv)
-            if "teacher_adv_logits" in wanted:
-                with torch.no_grad():
-                    known["teacher_adv_logits"] = teacher(x_adv)
-            if "student_logits" in wanted:
-                known["student_logits"] = student.train()(x)
-            loss = loss_fn(**{name: known[name] for name in wanted if name in known}, **settings)
+            known = tensors(model, teacher, x, labels, how) | settings
+            loss = LOSSES[how.loss](**{name: known[name] for name in wanted if name in known})
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
         logits = known.get("student_adv_logits", known.get("student_logits"))
         return common.metrics(loss, logits, labels)
 
-    parts = {"model": student, "optimizer": optimizer, "schedule": schedule}
-    for epoch in common.epochs(run, "student", args.epochs, **parts):
-        history = []
-        for x, labels in common.batches(data, args.batch_size, args.seed, epoch, run):
-            history.append(train_step(x, labels))
-            schedule.step()  # per batch
-        common.end_epoch(run, epoch, history, data, args.eps, step, args.steps)
-    meta = {"training": args.loss, "epoch": args.epochs, "seconds": run.seconds}
-    common.save_model(run.dir / "student.pt", student, meta | {"best": run.best})
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    attack = (args.eps, step_size(args.eps, vars(args)), args.steps)  # of the held-out images
+    for epoch in common.epochs(run, stage, how.epochs, **parts):
+        if collapsed(run, how):
+            break
+        batches = common.batches(data, how.batch_size, seed, epoch, run)
+        common.end_epoch(run, epoch, [train_step(x, y) for x, y in batches], data, *attack)
+        if stage != "student" and (epoch + 1) % (args.teacher_save_every or how.epochs + 1) == 0:
+            common.save_model(run.dir / f"{stage}-ep{epoch + 1}.pt", model, run.row)
+    meta = {"training": how.training, "epoch": run.row["epoch"], "seconds": run.seconds}
+    if collapsed(run, how):
+        meta["epoch"] = run.best["epoch"]
+        model.load_state_dict(common.load(run.dir / f"{stage}_best.pt")["weights"])
+        print(f"{stage}: PGD accuracy fell by over 20 points; epoch {meta['epoch']} is kept")
+    common.save_model(run.dir / f"{stage}.pt", model, meta | {"best": run.best})
 
 
-def first_teacher(data, args, run):
-    """Train the teacher of --teacher-training into the run's teacher.pt."""
-    name, width = teacher_model(run.flags)
-    teacher = common.model_for(data, name, args.seed, "teacher", width)
-    total = args.teacher_es or args.teacher_epochs
-    train_teacher(teacher, data, args, run, "teacher", args.teacher_training, total)
+def trained(run, data, stage, recipe, teacher=None):
+    """-> (model in eval mode, its meta) of <stage>.pt, trained now if it is not there."""
+    if not (run.dir / f"{stage}.pt").exists():
+        train_model(run, data, stage, recipe, teacher)
+    return common.load_model(run.dir / f"{stage}.pt", run.device)
+
+
+def get_teacher(run, data, i):
+    """-> (teacher i, its meta): given, found in a run with the same recipe, or trained."""
+    stage, recipe = f"teacher{i + 1}" if i else "teacher", functools.partial(teacher_recipe, i=i)
+    train = functools.partial(trained, run, data, stage, recipe(run.flags))
+    return common.get_teacher(run, data, recipe, train, f"{stage}.pt")
 
 
 def main(argv=None):
@@ -363,23 +392,25 @@ def train_and_evaluate(args):
             return run
         models, teacher = {}, None  # models: row of the table -> (model, numbers on its training)
         if args.demo:
-            if not (run.dir / "standard.pt").exists():
-                standard = common.model_for(data, args.model, args.seed, "standard", args.width)
-                train_teacher(standard, data, args, run, "standard", "st", args.epochs)
-            models["standard training"] = common.load_model(run.dir / "standard.pt", device)
+            short = {"teacher_training": ["st"], "teachers": 1, "teacher_es": args.epochs}
+            standard = trained(run, data, "standard", teacher_recipe(run.flags | short))
+            models["standard training"] = standard
         if needs_teacher(args):
-            teacher, meta = common.get_teacher(
-                run, data, teacher_settings, lambda: first_teacher(data, args, run)
-            )
-            models[f"teacher ({meta.get('training', 'given')})"] = teacher, meta
-        if not (run.dir / "student.pt").exists():
-            student = common.model_for(data, args.model, args.seed, "student", args.width)
-            train_student(student, teacher, data, args, run)
-        student, meta = common.load_model(run.dir / "student.pt", device)
+            trainings = teacher_trainings(run.flags)
+            found = [get_teacher(run, data, i) for i in range(len(trainings))]
+            for i, (teacher, meta) in enumerate(found):
+                number = f" {i + 1}" * (len(found) > 1)
+                models[f"teacher{number} ({meta.get('training', 'given')})"] = teacher, meta
+            if len(found) > 1:
+                betas = ensemble_weights(args.beta, trainings)
+                teacher = common.Ensemble([model for model, _ in found], betas).eval()
+                models[f"ensemble of {len(found)} teachers"] = teacher, {}
+        student, meta = trained(run, data, "student", student_recipe(run.flags), teacher)
         models[f"student ({args.loss})"] = student, meta
         if meta["best"].get("epoch", args.epochs) != args.epochs:
             best = common.load_model(run.dir / "student_best.pt", device)
             models[f"student ({args.loss}), best on held-out images"] = best
+
         import eval_robustness
 
         rows, attacks = [], ["clean", f"pgd{args.eval_steps}"]

@@ -1,6 +1,7 @@
 """The losses against loops over the equations, and the limits that tie them together."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +60,7 @@ def by_hand(name, lam, alpha, tau):
             "ard": lambda: (1 - lam) * ce(hard, s, 1) + lam * tau**2 * kl(clean, s_adv, tau),
             "rslad": lambda: tau**2 * ((1 - lam) * kl(clean, s, tau) + lam * kl(clean, s_adv, tau)),
             "akd": lambda: tau**2 * ce(adv, s_adv, tau),
+            "trades": lambda: ce(hard, s, 1) + 6 * kl(softmax(s, 1), s_adv, 1),
         }[name.removesuffix("+")]()
     return total / B
 
@@ -67,7 +69,7 @@ def value(name, lam=0.3, alpha=0.6, tau=1.0, **changes):
     tensors = {
         "student_logits": S, "student_adv_logits": S_ADV, "teacher_logits": T,
         "teacher_adv_logits": T_ADV, "labels": LABELS, "lam": lam, "alpha": alpha,
-        "temperature": tau,
+        "temperature": tau, "trades_beta": 6.0,
     } | changes  # fmt: skip
     return rk.LOSSES[name](
         **{k: v for k, v in tensors.items() if k in rk.needs(name) or k in changes}
@@ -114,7 +116,9 @@ def test_a_student_equal_to_its_teacher_has_no_kl():
     )
 
 
-@pytest.mark.parametrize("name", [name for name in rk.LOSSES if name not in ("st", "at")])
+@pytest.mark.parametrize(
+    "name", [name for name in rk.LOSSES if any("teacher" in n for n in rk.needs(name))]
+)
 def test_no_gradient_reaches_the_teacher(name):
     t, t_adv = T.clone().requires_grad_(), T_ADV.clone().requires_grad_()
     teachers = {"teacher_logits": t, "teacher_adv_logits": t_adv}
@@ -157,18 +161,70 @@ def test_trades_is_cross_entropy_at_beta_zero_and_moves_both_sides():
     assert s.grad.abs().max() > 0 and s_adv.grad.abs().max() > 0
 
 
-def test_the_trades_attack_leaves_the_clean_prediction():
-    model = common.build_model("mlp-16", 10, size=8).eval()
-    x = torch.rand(6, 3, 8, 8)
-    args = rk.parse_args(["--steps", "5"])
-    x_adv = rk.trades_attack(model, x, None, 0.1, args)
-    clean = model(x).softmax(1)
-    assert rk.kl(clean, model(x_adv)) > 100 * rk.kl(clean, model(x)).abs() + 1e-4
+@pytest.mark.parametrize("attack_loss", ["ce", "kl-self", "kl-teacher"])
+def test_the_attack_raises_the_loss_that_it_names(attack_loss):
+    torch.manual_seed(0)
+    model, x = common.build_model("mlp-16", 10, size=8).eval(), torch.rand(6, 3, 8, 8)
+    teacher_logits, labels = torch.randn(6, 10), torch.arange(6)
+    how = SimpleNamespace(attack_loss=attack_loss, eps=0.1, step_size=0.025, steps=5)
+    x_adv = rk.perturb(model, x, {"labels": labels, "teacher_logits": teacher_logits}, how)
+    targets = {"ce": F.one_hot(labels, 10).float(), "kl-self": model(x).softmax(1).detach()}
+    targets["kl-teacher"] = teacher_logits.softmax(1)
+    with torch.no_grad():
+        gains = {
+            k: (rk.kl(t, model(x_adv)) - rk.kl(t, model(x))).item() for k, t in targets.items()
+        }
+    assert gains[attack_loss] > 0 and gains[attack_loss] == max(gains.values())
 
 
 def test_the_step_is_a_quarter_of_the_radius_and_scales_with_it():
-    assert rk.step_size(8 / 255, rk.parse_args([])) == pytest.approx(2 / 255)
-    assert rk.step_size(2 / 255, rk.parse_args([])) == pytest.approx(0.5 / 255)
-    given = rk.parse_args(["--step-size", "4/255"])
+    plain, given = (vars(rk.parse_args(a)) for a in ([], ["--step-size", "4/255"]))
+    assert rk.step_size(8 / 255, plain) == pytest.approx(2 / 255)
+    assert rk.step_size(2 / 255, plain) == pytest.approx(0.5 / 255)
     assert rk.step_size(8 / 255, given) == pytest.approx(4 / 255)
     assert rk.step_size(2 / 255, given) == pytest.approx(1 / 255)
+
+
+# Ensembles and the teachers' recipes ------------------------------------------------------------
+
+
+def test_an_ensemble_averages_probabilities_by_its_weights():
+    models = [common.build_model("mlp-8", 5, size=4).eval() for _ in range(3)]
+    x, weights = torch.rand(7, 3, 4, 4), [0.2, 0.0, 0.8]
+    mean = sum(w * model(x).softmax(1) for w, model in zip(weights, models))
+    torch.testing.assert_close(common.Ensemble(models, weights)(x).softmax(1), mean)
+    torch.testing.assert_close(common.Ensemble(models, weights)(x).exp(), mean)
+    equal = common.Ensemble(models)(x).exp()
+    torch.testing.assert_close(equal, sum(model(x).softmax(1) for model in models) / 3)
+    one = common.Ensemble(models[:1])(x)
+    torch.testing.assert_close(one, models[0](x).log_softmax(1))
+
+
+def test_the_weights_of_an_ensemble(refused):
+    mixed = ["st", "st", "at", "at"]
+    assert rk.ensemble_weights(None, mixed) == [0.25] * 4
+    assert rk.ensemble_weights([0.3], mixed) == pytest.approx([0.35, 0.35, 0.15, 0.15])
+    assert rk.ensemble_weights([0.0], ["at", "st"]) == [0.0, 1.0]
+    assert rk.ensemble_weights([0.5, 0.25, 0.25, 0.0], mixed) == [0.5, 0.25, 0.25, 0.0]
+    assert rk.ensemble_weights([1.0], ["at"]) == [1.0]
+    for betas, trainings in [
+        ([0.5], ["at", "at"]),
+        ([0.5, 0.6], ["st", "at"]),
+        ([1.0, 0.0], mixed),
+    ]:
+        assert "--beta" in refused(rk.ensemble_weights, betas, trainings)
+
+
+def test_teachers_differ_by_seed_and_kind_alone():
+    def recipes(flags):
+        flags = vars(rk.parse_args(flags.split()))
+        return [rk.teacher_recipe(flags, i) for i in range(len(rk.teacher_trainings(flags)))]
+
+    first, second, third = recipes("--teachers 3 --seed 2")
+    assert [first["seed"], second["seed"], third["seed"]] == [2, 102, 202]
+    assert first | {"seed": 0} == second | {"seed": 0} == third | {"seed": 0}
+    assert [r["training"] for r in recipes("--teacher-training st ffgsm")] == ["st", "ffgsm"]
+    ffgsm, trades = recipes("--teacher-training ffgsm trades --teacher-eps 4/255")
+    assert (ffgsm["steps"], ffgsm["step_size"]) == (1, pytest.approx(5 / 255))
+    assert (trades["steps"], trades["step_size"]) == (7, pytest.approx(1 / 255))
+    assert trades["attack_loss"] == "kl-self" and trades["trades_beta"] == 6

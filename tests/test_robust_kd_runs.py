@@ -1,7 +1,9 @@
 """Runs of robust_kd.py: schedules, teachers, what each model sees, and in which mode."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -97,7 +99,7 @@ def test_a_given_teacher_is_not_taken_for_one_of_the_flags(tmp_path, capsys):
 
 def test_settings_that_a_teacher_does_not_have_do_not_count():
     def settings(flags):
-        return rk.teacher_settings(vars(rk.parse_args(flags.split())))
+        return rk.teacher_recipe(vars(rk.parse_args(flags.split())))
 
     st, at = "--teacher-training st", "--teacher-training at"
     assert settings(st) == settings(st + " --eps 4/255 --steps 3")
@@ -113,6 +115,63 @@ def test_a_given_teacher_is_used_as_it_is(tmp_path, capsys):
     run(tmp_path / "b", f"--loss ard --teacher-ckpt {path} --teacher-training none")
     assert "teacher (st)" in capsys.readouterr().out
     assert path.read_bytes() == next((tmp_path / "b").glob("*/*/teacher.pt")).read_bytes()
+
+
+def trained_stages(tmp_path):
+    rows = [row for log in tmp_path.rglob("log.jsonl") for row in map(json.loads, log.open())]
+    return [(row["stage"], row["epoch"]) for row in rows if "stage" in row]
+
+
+def test_early_stopping_picks_from_a_longer_training(tmp_path, capsys):
+    long = "--loss akd+ --teacher-epochs 3 --teacher-save-every 2"
+    run(tmp_path / "a", long)
+    run(tmp_path / "a", "--loss akd+ --teacher-epochs 3 --teacher-es 2 --alpha 0.5")
+    assert "teacher: taken from" in capsys.readouterr().out
+    run(tmp_path / "b", "--loss akd+ --teacher-epochs 3 --teacher-es 2 --alpha 0.5")
+    a, b = (next((tmp_path / x).glob("*/*alpha*/student.pt")) for x in "ab")
+    a, b = common.load(a)["weights"], common.load(b)["weights"]
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    run(tmp_path / "a", "--loss akd+ --teacher-epochs 3 --teacher-es 1")  # was not kept
+    assert trained_stages(tmp_path / "a").count(("teacher", 1)) == 2
+
+
+def test_an_ensemble_is_trained_from_other_seeds_and_evaluated(tmp_path, capsys):
+    run(tmp_path, "--loss akd+ --teachers 2 --epochs 1")
+    out = capsys.readouterr().out
+    assert "teacher 1 (at)" in out and "teacher 2 (at)" in out and "ensemble of 2" in out
+    (folder,) = tmp_path.glob("*/*")
+    one, two = (common.load(folder / name)["weights"] for name in ("teacher.pt", "teacher2.pt"))
+    assert not torch.equal(one["layers.2.weight"], two["layers.2.weight"])
+    run(tmp_path, "--loss rslad+ --teachers 2 --epochs 1")
+    assert capsys.readouterr().out.count("taken from") == 2
+
+
+def test_single_step_training_that_collapses_is_stopped_and_the_epoch_before_kept(
+    tmp_path, capsys, monkeypatch
+):
+    rows = iter([0.5, 0.6, 0.3, 0.9])
+    accuracies = lambda *_: {"val_clean_acc": 0.5, "val_pgd2_acc": next(rows)}  # noqa: E731
+    monkeypatch.setattr(common, "_validate", accuracies)
+    flags = (
+        "--loss akd+ --teacher-training ffgsm --teacher-epochs 4 --epochs 1 --teacher-save-every 1"
+    )
+    run(tmp_path, flags)
+    assert "fell by over 20 points; epoch 2 is kept" in capsys.readouterr().out
+    stages = [stage for stage in trained_stages(tmp_path) if stage[0] == "teacher"]
+    assert stages == [("teacher", 1), ("teacher", 2), ("teacher", 3)]
+    (folder,) = tmp_path.glob("*/*")
+    kept, second = (common.load(folder / n)["weights"] for n in ("teacher.pt", "teacher-ep2.pt"))
+    assert all(torch.equal(kept[key], second[key]) for key in kept)
+
+
+def test_several_seeds_end_in_mean_and_standard_deviation(tmp_path, capsys):
+    run(tmp_path, "--loss at --seeds 3 1")
+    out = capsys.readouterr().out
+    logs = [json.loads(log.open().readlines()[-1]) for log in sorted(tmp_path.rglob("log.jsonl"))]
+    values = [log["summary"][0]["clean_acc"] for log in logs]
+    expected = f"{np.mean(values):.4f} +- {np.std(values, ddof=1):.4f}"
+    assert expected in out.split("mean +- std of seeds 3 1")[1]
+    assert [p.name[-2:] for p in sorted(tmp_path.glob("*/*"))] == ["s1", "s3"]
 
 
 def test_a_finished_run_says_so_and_does_nothing(tmp_path, capsys):
@@ -172,6 +231,7 @@ class Spied(nn.Module):
 SEES = {  # loss -> what the student is trained on, what the teacher is shown: clean or adversarial
     "st": ("c", ""), "at": ("a", ""), "ckd": ("c", "c"), "ard": ("ac", "c"), "rslad": ("ac", "c"),
     "akd": ("a", "a"), "ard+": ("ac", "c"), "rslad+": ("ac", "c"), "akd+": ("a", "a"),
+    "trades": ("ac", ""),
 }  # fmt: skip
 
 
@@ -196,7 +256,8 @@ def test_student_and_teacher_see_what_the_equation_says_in_the_right_mode(
     teacher, student = Spied(seen, "teacher").eval(), Spied(seen, "student")
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     monkeypatch.setattr(common, "pgd", attack)
-    rk.train_student(student, teacher, data, args, run)
+    monkeypatch.setattr(common, "model_for", lambda *_: student)
+    rk.train_model(run, data, "student", rk.student_recipe(vars(args)), teacher)
     student_sees, teacher_sees = SEES[name]
     assert len(attacks) == ("a" in student_sees)
     x_adv = attacks[0][3] if attacks else None
@@ -218,7 +279,7 @@ def test_student_and_teacher_see_what_the_equation_says_in_the_right_mode(
             assert mode == training and torch.equal(image, images[letter])
     if attacks:
         training, targets, settings, _ = attacks[0]
-        soft = name.startswith("rslad")
+        soft = name.startswith("rslad") or name == "trades"
         assert not training and targets.is_floating_point() == soft
         assert settings == (args.eps, args.eps / 4, 2, "gaussian" if soft else "uniform")
     assert not teacher.training

@@ -164,6 +164,8 @@ VARIANTS += [
     "--model wrn-10-1 --loss ard+ --attack-bn train --batch-size 32",
     "--teacher-eps 2/255 --teacher-model mlp-12 --restarts 2 --val-size 0 --eval-steps 1",
     "--loss at --teacher-training none --deterministic",
+    "--loss rslad+ --teachers 2",
+    "--teacher-training st at --beta 0.25 --teacher-save-every 1",
 ]
 
 
@@ -223,6 +225,12 @@ BAD_FLAGS = {
     "--seed -1": "--seed",
     "--name ../up": "--name",
     "--teacher-training none": "--teacher-training none",
+    "--teacher-training at none": "--teacher-training none",
+    "--teachers 2 --teacher-training st at ffgsm": "--teachers",
+    "--teachers 2 --teacher-ckpt a.pt": "--teacher-ckpt",
+    "--teachers 2 --beta 0.5 0.6": "--beta",
+    "--teachers 2 --beta 0.5": "--beta",
+    "--seeds 1 1": "--seeds",
     "--loss ckd --attack-loss ce": "--attack-loss",
     "--loss rslad --alpha 0.3": "--alpha: --loss rslad has none",
     "--loss akd+ --kl-reduction=mean": "--kl-reduction",
