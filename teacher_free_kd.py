@@ -1,0 +1,660 @@
+"""Distillation from a larger, a smaller, an equal and no teacher, clean and adversarially trained.
+
+Paper    "Knowledge Distillation: Current Understanding and Future Directions in an Adversarial
+         Context", Zhang, Zhuo, Kuo (Duke University), Eqs. (1) to (7). S, T: probabilities of
+         student and teacher, S_t, T_t: of logits / t; x' the student's adversarial example on x.
+Loss     plain, at          CE(S, y)                                <- plain_loss      on x, x'
+         label-smoothing    CE of (1 - s) y + s / K                 <- smoothing_loss
+         vanilla, re-kd     (1-alpha) CE(S, y) + alpha t^2 KL(T_t || S_t)  <- kd_loss  Eqs. 1, 2
+         tf-kd-self         the same, T the same net                <- kd_loss         Eq. 3
+         tf-kd-reg          the same, T the virtual teacher p^d     <- reg_loss        Eq. 4
+         self-distillation  every stage has an exit, the last teaches the others
+                                                                    <- self_distillation_loss
+         at-kd              CE(alpha T(x') + (1-alpha) y, S(x'))    <- akd_plus_loss   Table 5
+         at-tf-kd-self, -reg  Eqs. 3 and 4 with S(x') and T(x)      <- kd_loss, reg_loss  Eqs. 6, 7
+Usage    python teacher_free_kd.py --method vanilla                 # Table 1, MNIST, on a CPU
+         python teacher_free_kd.py --method vanilla --omit-digit 1 --bias-correction    # Table 2
+         python teacher_free_kd.py --method re-kd --seeds 0 1 2     # Table 3
+         python teacher_free_kd.py --method tf-kd-reg               # Table 4; and tf-kd-self, plain
+         python teacher_free_kd.py --method self-distillation       # exits and their ensemble
+         python teacher_free_kd.py --method at-tf-kd-self           # Table 5; and at, at-kd, ...
+         python teacher_free_kd.py --method plain --grad-heatmap plain.npz              # Figure 1
+         python teacher_free_kd.py --demo                           # 1 minute on a CPU
+         Data: MNIST for vanilla, else CIFAR-10. What a flag that is None becomes: RECIPES.
+Expect   docs/teacher_free_kd.md: MNIST, and small nets on CIFAR-10. ResNets: not measured yet.
+Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); targets and logits (B, K)
+Differs  1. 1,024 training images are held out to report the best epoch too (--val-size 0: none).
+         2. The paper gives no alpha, t, batch, eps, nor an optimizer but for Table 5: RECIPES are
+            those of Yuan et al. (clean CIFAR), of Maroto et al. (at), or what reaches Table 1.
+         3. t^2 is in none of its equations (--no-tau2). KL: averaged over the batch; the code of
+            Yuan et al. averages over the classes too (--kl-reduction mean).
+         4. Their tf-kd-reg softens p^d, not its logarithm, and not the student, without t^2: nearly
+            uniform targets, whatever delta; that is label smoothing. It is the default, as their
+            numbers come from it (--reg-form paper: Eq. 4 as written; plain: t = 1).
+         5. The MNIST teacher learns from digits shifted by up to 2 pixels (Hinton et al. 2015): one
+            trained without has nothing to teach (--teacher-shift 0).
+         6. at-kd is AKD of Maroto et al.; the paper does not say what its row was trained with.
+         7. self-distillation: the paper gives no number of it. Heads: bottlenecks of ResNet-50; the
+            hint is the L2 distance of the pooled features, in the mean over the batch; no t^2.
+"""
+
+import argparse
+import copy
+import dataclasses
+import inspect
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.flop_counter import FlopCounterMode
+
+import common
+
+# What --demo sets
+DEMO = {"data": "shapes", "epochs": 4, "teacher-epochs": 4, "batch-size": 32, "lr": 0.05}
+DEMO |= {"gamma": 0.5, "steps": 3, "step-size": "4/255"}
+DEMO |= {"train-subset": 2000, "test-subset": 500, "val-size": 200}
+
+# (small, large) net of the data; other data: as CIFAR
+NETS = {"mnist": ("mlp-400", "mlp-1200-1200"), "shapes": ("wrn-10-1", "wrn-16-2")}
+NETS["cifar10"] = ("resnet18", "resnet50")
+ATTACKS = ["clean", "pgd20", "pgd50", "aa", "aa-plus"]
+# Defaults by the kind of training; a teacher_* that is not here is that of the student
+RECIPES = {
+    "digits": {"epochs": 20, "teacher_epochs": 10, "batch_size": 128, "teacher_batch_size": 256}
+    | {"lr": 0.02, "teacher_lr": 0.1, "schedule": "cosine", "weight_decay": 0.0, "warmup": 0}
+    | {"teacher_shift": 2},  # differs: 5
+    "clean": {"epochs": 200, "batch_size": 128, "lr": 0.1, "schedule": "steps", "gamma": 0.2}
+    | {"weight_decay": 5e-4, "warmup": 1},  # Yuan et al.: x 0.2 at 30, 60 and 80 % of the epochs
+    "at": {"epochs": 50, "batch_size": 128, "lr": 0.1, "schedule": "exponential", "gamma": 0.9}
+    | {"weight_decay": 5e-4, "warmup": 0},
+}
+# alpha and temperature; the paper prints but the temperature of vanilla
+WEIGHTS = {"vanilla": (1.0, 10.0), "re-kd": (0.6, 20.0), "tf-kd-self": (0.95, 6.0)}
+WEIGHTS |= {"tf-kd-reg": (0.1, 20.0), "at-kd": (1.0, 1.0), "at-tf-kd-self": (0.9, 1.0)}
+WEIGHTS |= {"at-tf-kd-reg": (0.3, 20.0)}
+
+
+def parse_args(argv=None):
+    """The flags of this script as a namespace; errors are one line with exit status 2."""
+    parser = common.make_parser(__doc__)
+    add = parser.add_argument_group("method (None: by --method and --data)").add_argument
+    add("--method", choices=METHODS, default="at-tf-kd-self", help="what the student minimises")
+    add("--model", help="student: resnet18, wrn-16-2, mlp-400, ...")
+    add("--width", type=common.positive, default=1.0, help="factor on the channels of ResNets")
+    add("--alpha", type=common.probability, help="weight of the KL; at-kd: of T in the targets")
+    add("--temperature", type=common.positive, help="of both softmaxes in the KL")
+    add("--tau2", action=argparse.BooleanOptionalAction, help="the KL times temperature^2")
+    add("--kl-reduction", choices=["batchmean", "mean"], default="batchmean", help="mean: / K too")
+    add("--delta", type=common.fraction, default=0.99, help="virtual teacher's p of the label")
+    add("--reg-form", choices=REG_FORMS, default="repo", help="how the virtual teacher is softened")
+    add("--smoothing", type=common.probability, default=0.1, help="of label-smoothing")
+    add("--omit-digit", type=int, choices=range(10), help="left out of the student's MNIST images")
+    add("--bias-correction", action="store_true", help="also with the bias of that digit raised")
+    add("--byot-alpha", type=common.probability, default=0.3, help="weight of the KL at an exit")
+    add("--byot-lambda", type=common.fraction, default=0.03, help="weight of the feature distance")
+    add("--byot-temperature", type=common.positive, default=3.0, help="of the softmaxes at an exit")
+    add = parser.add_argument_group("teacher (None: as the student, or by RECIPES)").add_argument
+    add("--teacher-model", help="None: as the student; vanilla: a larger, re-kd: a smaller net")
+    add("--teacher-ckpt", help="take this finished teacher and train none")
+    add("--teacher-epochs", type=common.count, help="length of its training")
+    add("--teacher-es", type=common.count, help="stop it after so many epochs; None: at the end")
+    add("--teacher-lr", type=common.positive, help="its learning rate")
+    add("--teacher-batch-size", type=common.count, help="images of a step")
+    add("--teacher-shift", type=common.count0, help="random shift of its images, in pixels")
+    add = parser.add_argument_group("attack").add_argument
+    add("--eps", type=common.probability, default="8/255", help="radius, training and evaluation")
+    add("--steps", type=common.count, default=7, help="PGD steps in training")
+    add("--step-size", type=common.fraction, default="2/255", help="PGD step in training")
+    add("--attack-bn", choices=["eval", "train"], default="eval", help="BatchNorm in the attack")
+    add("--eval-attack", nargs="+", choices=ATTACKS, help="None: clean, at*: clean pgd20 aa")
+    add = parser.add_argument_group("gradients (Figure 1)").add_argument
+    add("--grad-heatmap", metavar="FILE.npz", help="write the mean |gradient| of each layer")
+    add("--grad-epochs", type=common.count, nargs="+", help="None: first, middle and last")
+    add("--grad-loss", choices=["own", "ce"], default="own", help="ce: of the cross-entropy alone")
+    add = parser.add_argument_group("optimisation (None: by --method and --data)").add_argument
+    add("--epochs", type=common.count, help="epochs of the student")
+    add("--batch-size", type=common.count, help="images of a step")
+    add("--lr", type=common.positive, help="learning rate of SGD")
+    add("--momentum", type=common.probability, default=0.9, help="of SGD")
+    add("--weight-decay", type=common.fraction, help="on all parameters")
+    add("--schedule", choices=["steps", "exponential", "cosine"], help="of the learning rate")
+    add(
+        "--milestones",
+        type=common.count,
+        nargs="+",
+        help="of steps; None: 30, 60, 80 %% of --epochs",
+    )
+    add("--gamma", type=common.positive, help="decay at each milestone, or of each epoch")
+    add("--warmup", type=common.fraction, help="epochs in which the learning rate rises to --lr")
+    common.add_run_flags(parser)
+    parser.set_defaults(data=None)
+    parser.set_defaults(**recipe(parser.parse_known_args(argv)[0]))
+    args = common.parse(parser, argv, DEMO)
+    check(args, parser.error)
+    return args
+
+
+def recipe(known):
+    """What --method and --data make of the flags that are None, given those known: a dict."""
+    vanilla, attacked = known.method == "vanilla", known.method.startswith("at")
+    data = known.data or ("shapes" if known.demo else "mnist" if vanilla else "cifar10")
+    small, large = NETS.get(data, NETS["cifar10"])
+    chosen = {"data": data, "model": large if known.method == "re-kd" else small}
+    chosen["teacher_model"] = {"vanilla": large, "re-kd": small}.get(known.method)
+    chosen["alpha"], chosen["temperature"] = WEIGHTS.get(known.method, (None, None))
+    chosen["tau2"] = known.method != "self-distillation"  # differs: 7
+    slow = [] if known.demo else ["aa"]
+    chosen["eval_attack"] = ["clean", "pgd20", *slow] if attacked else ["clean"]
+    return chosen | RECIPES["at" if attacked else "digits" if data == "mnist" else "clean"]
+
+
+def check(args, error):
+    """Call error(line) for flags that do not go together."""
+    given = {word.split("=")[0].replace("--no-tau2", "--tau2") for word in args.argv}
+    loss, _, teaches = METHODS[args.method]
+    weights = "--alpha --temperature --tau2 --kl-reduction --delta --reg-form --smoothing"
+    weights += " --byot-alpha --byot-lambda --byot-temperature" + " --teacher-ckpt" * (not teaches)
+    for flag in weights.split():
+        if flag in given and flag[2:].replace("-", "_") not in needs(loss):
+            error(f"{flag}: --method {args.method} has none")
+    if args.omit_digit is not None and args.data != "mnist":
+        error(f"--omit-digit: goes with --data mnist, not {args.data}")
+    if args.bias_correction and args.omit_digit is None:
+        error("--bias-correction: goes with --omit-digit")
+    if (args.teacher_es or 1) > (most := args.teacher_epochs or args.epochs):
+        error(f"--teacher-es: at most --teacher-epochs {most}")
+    if max(args.grad_epochs or [1]) > args.epochs:
+        error(f"--grad-epochs: at most --epochs {args.epochs}")
+    path = Path(args.grad_heatmap or "x.npz")
+    if path.suffix != ".npz" or not path.absolute().parent.is_dir():
+        error(f"--grad-heatmap: expected FILE.npz in a folder that exists, got {path}")
+    if args.method == "self-distillation" and args.model.startswith("mlp"):
+        error(f"--model: self-distillation needs a ResNet or WideResNet, got {args.model}")
+    if args.method in SAME_NET and args.teacher_model not in (None, args.model):
+        error(f"--teacher-model: --method {args.method} needs {args.model} there too")
+    common.check_model("--model", args.model, args.width)
+    if teaches:
+        common.check_model("--teacher-model", args.teacher_model or args.model, args.width)
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses. The names of the arguments are the contract: the student's step hands in what a loss names
+
+
+# Copied from robust_kd.mix_labels
+def mix_labels(teacher_logits, labels, alpha, temperature=1.0):
+    """alpha T + (1 - alpha) y, the mixed targets of Eqs. (5) to (7): (B, K), (B,) -> (B, K)."""
+    teacher_probs = (teacher_logits.float() / temperature).softmax(1)
+    return alpha * teacher_probs + (1 - alpha) * F.one_hot(labels, teacher_probs.shape[1])
+
+
+# Copied from robust_kd.kl
+def kl(targets, student_logits, temperature=1.0, kl_reduction="batchmean"):
+    """tau^2 KL(targets || S), S softened by tau: (B, K) x2 -> (); `mean` divides by K too."""
+    student_log_probs = (student_logits.float() / temperature).log_softmax(1)
+    terms = F.kl_div(student_log_probs, targets.detach(), reduction="none")  # (B, K)
+    return temperature**2 * (terms.mean() if kl_reduction == "mean" else terms.sum(1).mean())
+
+
+def plain_loss(student_logits, labels):
+    """CE(S, y), standard training on x, adversarial training on x'; (B, K), (B,) -> ()."""
+    return F.cross_entropy(student_logits, labels)
+
+
+def smoothing_loss(student_logits, labels, smoothing):
+    """CE of (1 - s) y + s / K, label smoothing (Szegedy et al. 2016); (B, K), (B,) -> ()."""
+    return F.cross_entropy(student_logits, labels, label_smoothing=smoothing)
+
+
+def kd_loss(student_logits, teacher_logits, labels, alpha, temperature, tau2, kl_reduction):
+    """Eqs. (2), (3), (6): (1-alpha) CE(S, y) + alpha t^2 KL(T_t || S_t); (B, K) x2, (B,) -> ()."""
+    targets = mix_labels(teacher_logits, labels, 1.0, temperature)  # no label in them
+    distilled = kl(targets, student_logits, temperature, kl_reduction)
+    distilled = distilled if tau2 else distilled / temperature**2
+    return (1 - alpha) * F.cross_entropy(student_logits, labels) + alpha * distilled
+
+
+def virtual_teacher(labels, classes, delta):
+    """p^d of Eq. (4): delta for the label, (1 - delta) / (K - 1) for the others; (B,) -> (B, K)."""
+    other = (1 - delta) / (classes - 1)
+    return other + (delta - other) * F.one_hot(labels, classes)
+
+
+REG_FORMS = {  # p^d (B, K), t -> targets, the student's temperature
+    "repo": lambda probs, t: ((probs / t).softmax(1), 1.0),  # differs: 4
+    "paper": lambda probs, t: ((probs.log() / t).softmax(1), t),
+    "plain": lambda probs, t: (probs, 1.0),
+}
+
+
+# fmt: off
+def reg_loss(student_logits, labels, alpha, temperature, delta, reg_form, tau2, kl_reduction):
+    """Eqs. (4), (7): (1-alpha) CE(S, y) + alpha KL(p^d_t || S_t), times t^2 if S is softened too;
+    (B, K), (B,) -> ()."""
+    probs = virtual_teacher(labels, student_logits.shape[1], delta)
+    targets, softened = REG_FORMS[reg_form](probs, temperature)
+    distilled = kl(targets, student_logits, softened, kl_reduction)
+    distilled = distilled if tau2 else distilled / softened**2
+    return (1 - alpha) * F.cross_entropy(student_logits, labels) + alpha * distilled
+
+
+def at_kd_loss(student_logits, teacher_logits, labels, alpha, temperature):
+    """CE(alpha T(x') + (1-alpha) y, S(x')), AKD (Maroto et al. 2022); (B, K) x2, (B,) -> ()."""
+    targets = mix_labels(teacher_logits, labels, alpha, temperature).detach()
+    return temperature**2 * F.cross_entropy(student_logits / temperature, targets)
+
+
+def self_distillation_loss(exit_logits, exit_features, labels,
+                           byot_alpha, byot_lambda, byot_temperature, tau2, kl_reduction):
+    """CE(S_n, y) + sum over exits i < n of (1-a) CE(S_i, y) + a KL(S_n || S_i) + lambda |f_i - f_n|
+    (Zhang et al. 2019), KL softened by t; lists of n (B, K), n (B, C); labels (B,) -> ()."""
+    *early, last = exit_logits
+    target = exit_features[-1].detach()  # the last exit learns from the labels alone
+    loss = F.cross_entropy(last, labels)
+    for logits, features in zip(early, exit_features):
+        settings = byot_alpha, byot_temperature, tau2, kl_reduction
+        loss = loss + kd_loss(logits, last.detach(), labels, *settings)
+        loss = loss + byot_lambda * (features - target).float().norm(dim=1).mean()
+    return loss
+# fmt: on
+
+
+METHODS = {  # the loss, what the student is shown, what the teacher is shown
+    "plain": (plain_loss, "x", None),
+    "label-smoothing": (smoothing_loss, "x", None),
+    "vanilla": (kd_loss, "x", "x"),
+    "re-kd": (kd_loss, "x", "x"),
+    "tf-kd-self": (kd_loss, "x", "x"),
+    "tf-kd-reg": (reg_loss, "x", None),
+    "self-distillation": (self_distillation_loss, "x", None),
+    "at": (plain_loss, "x'", None),
+    "at-kd": (at_kd_loss, "x'", "x'"),
+    "at-tf-kd-self": (kd_loss, "x'", "x"),  # paper: Eq. 6, the teacher never sees x'
+    "at-tf-kd-reg": (reg_loss, "x'", None),
+}
+SAME_NET = ("tf-kd-self", "at-tf-kd-self")  # of teacher and student
+COMPARED = ("vanilla", "re-kd")  # also train the student without the teacher
+
+
+def needs(loss):
+    """The names of the arguments of a loss: only what it names is computed in a step."""
+    return inspect.signature(loss).parameters
+
+
+# ------------------------------------------------------------------------------------------------
+# Self-distillation: an exit after each stage
+
+
+class Exits(nn.Module):
+    """Heads for all stages of a ConvNet but the last: bottlenecks to its shape, mean, linear.
+
+    forward(net, x, only=None): x (B, C, H, W) -> logits, features: a (B, K) and a (B, C') for each
+    exit, the last being the net's own; with `only`, for that exit, computing no more than it needs.
+    """
+
+    def __init__(self, net):
+        super().__init__()
+        convs = [[m for m in s.modules() if isinstance(m, nn.Conv2d)] for s in net.stages]
+        widths = [max(conv.out_channels for conv in stage) for stage in convs]
+        if widths[1] % 4:
+            common.fail(f"--width: self-distillation needs multiples of 4 channels, got {widths}")
+        self.adaptors, self.heads = nn.ModuleList(), nn.ModuleList()
+        for i in range(len(widths) - 1):
+            pairs = zip(widths[i:], widths[i + 1 :])
+            blocks = [common.PostActBlock(a, b // 4, stride=2, expansion=4) for a, b in pairs]
+            self.adaptors.append(nn.Sequential(*blocks))
+            self.heads.append(nn.Linear(widths[-1], net.fc.out_features))
+
+    def forward(self, net, x, only=None):
+        logits, features, h = [], [], net.stem(net.normalize(x))
+        for i, stage in enumerate(net.stages[: len(net.stages) if only is None else only + 1]):
+            h, last = stage(h), i == len(self.heads)
+            if only in (i, None):
+                features.append((net.head_norm(h) if last else self.adaptors[i](h)).mean((2, 3)))
+                logits.append((net.fc if last else self.heads[i])(features[-1]).float())
+        return logits, features
+
+
+@torch.no_grad()
+def exit_rows(net, exits, data):
+    """Rows of the table: accuracy and cost of each exit and of the two ensembles of all exits."""
+    parts = [torch.stack(exits(net, common.to_float(x))[0]) for x in data.x_test.split(500)]
+    logits = torch.cat(parts, 1)  # (exits, N, K)
+    found = {f"exit {i + 1}": (each, i) for i, each in enumerate(logits)}
+    found["ensemble: mean of probabilities"] = logits.softmax(2).mean(0), None
+    found["ensemble: mean of logits"] = logits.mean(0), None
+    right = {name: each.argmax(1) == data.y_test for name, (each, _) in found.items()}
+    cost = {name: macs(lambda x, i=i: exits(net, x, i), data) for name, (_, i) in found.items()}
+    return [
+        {"model": n, "macs": cost[n], "clean_acc": right[n].double().mean().item()} for n in found
+    ]
+
+
+def macs(forward, data):
+    """Multiply-adds of the layers in forward(x), x one image: what Table 1 calls FLOPS."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward(common.to_float(data.x_test[:1]))
+    return counter.get_total_flops() // 2
+
+
+# ------------------------------------------------------------------------------------------------
+# An omitted digit
+
+
+def without(data, digit):
+    """`data` without the training and held-out images of a digit; with None all of it."""
+    train, val = data.y_train != digit, data.y_val != digit
+    images = {"x_train": data.x_train[train], "x_val": data.x_val[val]}
+    labels = {"y_train": data.y_train[train], "y_val": data.y_val[val]}
+    return data if digit is None else dataclasses.replace(data, **images, **labels)
+
+
+def bias_for(logits, digit, share):
+    """What to add to a digit's logit so that a `share` of the images goes to it; (N, K) -> ()."""
+    others = torch.cat([logits[:, :digit], logits[:, digit + 1 :]], 1).amax(1)
+    return (others - logits[:, digit]).quantile(share)
+
+
+@torch.no_grad()
+def corrected(model, data, digit):
+    """A copy of the model with that bias: of all training images, by the share of the digit."""
+    model = copy.deepcopy(model)
+    logits = torch.cat([model(common.to_float(x)) for x in data.x_train.split(500)])
+    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    last.bias[digit] += bias_for(logits, digit, (data.y_train == digit).double().mean().item())
+    return model
+
+
+# ------------------------------------------------------------------------------------------------
+# Figure 1
+
+
+def layers(model):
+    """{"1.1": weight, ..., "1.shortcut": ...}: the convolutions by stage; an MLP is one stage."""
+    found = {}
+    for i, stage in enumerate(model.stages if hasattr(model, "stages") else [model], 1):
+        kinds = [(n, m) for n, m in stage.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        straight = [m.weight for name, m in kinds if "shortcut" not in name]
+        found |= {f"{i}.{k}": weight for k, weight in enumerate(straight, 1)}
+        found |= {f"{i}.shortcut": m.weight for name, m in kinds if "shortcut" in name}
+    return found
+
+
+def mean_gradients(loss, weights):
+    """(L,): the mean over the elements of |d loss / d W|, for each of the L weights."""
+    gradients = torch.autograd.grad(loss, weights, retain_graph=True)
+    return torch.stack([gradient.abs().mean() for gradient in gradients])
+
+
+def draw_heatmaps(path, models):
+    """Write what models {row: (model, meta)} have of gradients to `path`, print it, draw a .png."""
+    found = [(name, meta["gradients"]) for name, (_, meta) in models.items() if "gradients" in meta]
+    arrays, rows, panels = {}, [], []
+    for name, record in found:
+        arrays |= {f"{name}/{key}": np.array(value) for key, value in record.items()}
+        columns = sorted({layer[2:] for layer in record["layers"]}, key=lambda c: (len(c), c))
+        for epoch, means in zip(record["epochs"], record["means"].tolist()):
+            grid = [[math.nan] * len(columns) for _ in range(int(record["layers"][-1][0]))]
+            for layer, mean in zip(record["layers"], means):
+                grid[int(layer[0]) - 1][columns.index(layer[2:])] = mean
+            panels.append((f"{name}, epoch {epoch}", columns, grid))
+            for stage, line in enumerate(grid, 1):
+                cells = {f"layer {c}": f"{v:.2g}" for c, v in zip(columns, line) if v == v}
+                rows.append({"mean |gradient|": f"{panels[-1][0]}, stage {stage}"} | cells)
+    common.write_atomically(path, lambda file: np.savez(file, **arrays))
+    print(common.table(rows), f"written to {path}", sep="\n", flush=True)
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import colors, pyplot
+
+    every = [v for _, _, grid in panels for line in grid for v in line if v > 0]
+    shared = colors.LogNorm(min(every), max(every))  # one scale of colours for all
+    wide = -(-len(panels) // len(found))
+    figure, axes = pyplot.subplots(len(found), wide, squeeze=False, layout="constrained")
+    figure.set_size_inches(3 * wide + 1, 2.4 * len(found))
+    for axis, (title, columns, grid) in zip(axes.flat, panels):
+        image = axis.imshow(grid, norm=shared, aspect="auto")
+        axis.set_title(title, fontsize=8)
+        axis.set(xticks=range(len(columns)), yticks=range(len(grid)), ylabel="stage")
+        axis.set(xticklabels=columns, yticklabels=range(1, len(grid) + 1))
+    figure.colorbar(image, ax=axes, label="mean |dL/dW|")
+    picture = path.with_suffix(".png")
+    common.write_atomically(picture, lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+
+
+def recorded_epochs(args, total):
+    """The epochs of a heat map, counted from 0, of a training of `total` epochs; [] without one."""
+    chosen = args.grad_epochs or [1, (total + 1) // 2, total]
+    return sorted({e - 1 for e in chosen if e <= total}) if args.grad_heatmap else []
+
+
+def plan(stage, args):
+    """(method, epochs of the schedule, epochs, learning rate, batch size) of a stage."""
+    if stage != "teacher":
+        method = args.method if stage == "student" else "plain"
+        return method, args.epochs, args.epochs, args.lr, args.batch_size
+    method, total = METHODS[args.method][1], args.teacher_epochs or args.epochs
+    numbers = args.teacher_lr or args.lr, args.teacher_batch_size or args.batch_size
+    return "at" if method == "x'" else "plain", total, args.teacher_es or total, *numbers
+
+
+def lr_factor(step, steps, total, args):
+    """The factor on the learning rate at a step, of `steps` an epoch and `total` epochs."""
+    milestones = [m / args.epochs for m in args.milestones or []] or [0.3, 0.6, 0.8]
+    factor = {
+        "steps": lambda: args.gamma ** sum(step // steps >= m * total for m in milestones),
+        "exponential": lambda: args.gamma ** (step // steps),
+        "cosine": lambda: (1 + math.cos(math.pi * step / (steps * total))) / 2,
+    }[args.schedule]()
+    return factor * min(1.0, (step + 1) / max(1.0, steps * args.warmup))
+
+
+def teacher_settings(flags):
+    """What a teacher depends on, of the flags (a dict): equal settings, equal teacher."""
+    names = "data train_subset val_size seed deterministic precision width momentum weight_decay"
+    names += " schedule gamma warmup teacher_shift teacher_ckpt"
+    settings = {"plan": plan("teacher", SimpleNamespace(**flags))}
+    if settings["plan"][0] == "at":
+        names += " eps steps step_size attack_bn"
+    settings["milestones"] = [m / flags["epochs"] for m in flags["milestones"] or []]
+    settings["model"] = flags["teacher_model"] or flags["model"]
+    return settings | {name: flags[name] for name in names.split()}
+
+
+@torch.no_grad()
+def fixed_logits(teacher, data, teaches):
+    """The teacher's logits (N, K) on the training images if they are the same in all epochs."""
+    if teaches != "x" or data.pad or data.flip:
+        return None
+    return torch.cat([teacher(common.to_float(x)) for x in data.x_train.split(500)])
+
+
+def train_model(model, teacher, data, stage, args, run):
+    """Train the model of a stage into the run's <stage>.pt; teacher: in eval mode, or None."""
+    method, total, stop, lr, batch_size = plan(stage, args)
+    loss_fn, sees, teaches = METHODS[method]
+    settings = {name: value for name, value in vars(args).items() if name in needs(loss_fn)}
+    pgd, steps = (args.eps, args.step_size, args.steps), -(-len(data.x_train) // batch_size)
+    parts, device = {"model": model}, data.x_train.device
+    if method == "self-distillation":
+        parts["exits"] = Exits(model).to(device, memory_format=torch.channels_last)
+    optimizer = common.sgd(nn.ModuleList(parts.values()), lr, args.momentum, args.weight_decay)
+    schedule = LambdaLR(optimizer, lambda step: lr_factor(step, steps, total, args))
+    recorded, weights = recorded_epochs(args, stop), layers(model)
+    record = nn.Module()  # a module, for its state to be in the checkpoints
+    record.register_buffer("means", torch.zeros(len(recorded), len(weights), device=device))
+    fixed, indexed = fixed_logits(teacher, data, teaches), copy.copy(data)
+    indexed.y_train = torch.arange(len(data.y_train), device=device)  # batches of (x, index)
+    seed = common.derive_seed(args.seed, stage) if stage == "teacher" else args.seed
+
+    def train_step(x, index, epoch):
+        known, shown = {"labels": data.y_train[index]}, {"x": x}  # known: by the losses' names
+        with common.autocast(run):
+            if sees == "x'":
+                model.train(args.attack_bn == "train")
+                shown["x'"] = common.pgd(model, x, known["labels"], *pgd)
+            if fixed is not None:
+                known["teacher_logits"] = fixed[index]
+            elif teaches:
+                with torch.no_grad():
+                    known["teacher_logits"] = teacher(shown[teaches])
+            model.train()
+            if "exits" in parts:
+                known["exit_logits"], known["exit_features"] = parts["exits"](model, x)
+                known["student_logits"] = known["exit_logits"][-1]
+            else:
+                known["student_logits"] = model(shown[sees])
+            loss = loss_fn(
+                **{name: known[name] for name in needs(loss_fn) if name in known}, **settings
+            )
+            ce = F.cross_entropy(known["student_logits"], known["labels"])
+        if epoch in recorded:
+            means = mean_gradients(ce if args.grad_loss == "ce" else loss, [*weights.values()])
+            record.means[recorded.index(epoch)] += means / steps
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return common.metrics(loss, known["student_logits"], known["labels"])
+
+    everything = parts | {"optimizer": optimizer, "schedule": schedule, "record": record}
+    for epoch in common.epochs(run, stage, stop, **everything):
+        history = []
+        for x, index in common.batches(indexed, batch_size, seed, epoch, run):
+            history.append(train_step(x, index, epoch))
+            schedule.step()  # per batch
+        common.end_epoch(run, epoch, history, data, *(pgd if sees == "x'" else ()))
+    meta = {"training": method, "epoch": stop, "seconds": run.seconds, "best": run.best}
+    if recorded:
+        epochs = [epoch + 1 for epoch in recorded]
+        meta["gradients"] = {"epochs": epochs, "layers": [*weights], "means": record.means}
+    if "exits" in parts:
+        meta["exits"] = parts["exits"].state_dict()
+    common.save_model(run.dir / f"{stage}.pt", model, meta)
+
+
+def work(args):
+    """[(stage, epochs, passes an image and epoch)] of what may be trained, for the time left."""
+    stages = ["teacher"] if METHODS[args.method][2] else []
+    stages += ["student-alone"] * (args.method in COMPARED) + ["student"]
+    plans = [(stage, *plan(stage, args)) for stage in stages]
+    return [
+        (stage, stop, 3 + 2 * args.steps * (METHODS[method][1] == "x'"))
+        for stage, method, _, stop, *_ in plans
+    ]
+
+
+def check_teacher(args, data):
+    """An error if --delta or --teacher-ckpt does not go with the data and the method."""
+    if "delta" in needs(METHODS[args.method][0]) and not 1 / len(data.classes) < args.delta <= 1:
+        bounds = f"above 1/{len(data.classes)} (that of a guess) and at most 1"
+        common.fail(f"--delta: expected a number {bounds}, got {args.delta:g}")
+    if args.teacher_ckpt:
+        same, given = args.method in SAME_NET, any("--teacher-model" in a for a in args.argv)
+        name = args.model if same else args.teacher_model if given else None
+        arch = common.load_model(args.teacher_ckpt, "cpu", data, name)[0].arch
+        if same and arch["width"] != args.width:
+            common.fail(
+                f"{args.teacher_ckpt}: has width {arch['width']:g}, expected {args.width:g}"
+            )
+
+
+def evaluated(name, model, meta, data, args):
+    """A row of the table: size, accuracies (with --omit-digit, of that digit and of the others)."""
+    import eval_robustness
+
+    print(f"evaluating {name} on {len(data.x_test)} test images", flush=True)
+    weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)  # as Table 1, no biases
+    row = {"model": name, "weights": weights, "parameters": common.parameters(model)}
+    row["macs"] = macs(model, data)
+    options = {"eps": args.eps, "seed": args.seed}
+    row |= eval_robustness.evaluate(model, data.x_test, data.y_test, args.eval_attack, **options)
+    if args.omit_digit is not None:
+        right, digit = (
+            common.correct(model, data.x_test, data.y_test),
+            data.y_test == args.omit_digit,
+        )
+        row[f"without_{args.omit_digit}_acc"] = right[~digit].double().mean().item()
+        row[f"only_{args.omit_digit}_acc"] = right[digit].double().mean().item()
+    return row | {"epochs": meta.get("epoch"), "seconds": meta.get("seconds")}
+
+
+def main(argv=None):
+    """For each seed: data, teacher, student alone, student, evaluation, one table."""
+    common.across_seeds([train_and_evaluate(args) for args in common.per_seed(parse_args(argv))])
+
+
+def train_and_evaluate(args):
+    """The run of one seed; everything is in its folder. -> Run"""
+    device = common.setup_device(args)
+    with common.open_run("teacher_free_kd", args, device, work(args)) as run:
+        sizes = (args.val_size, args.train_subset, args.test_subset)
+        data = common.load_data(args.data, args.data_root, device, *sizes)
+        if not (run.dir / "teacher.pt").exists():
+            check_teacher(args, data)
+        if not common.begin(run, data):
+            return run
+        names = [*recipe(args), "teacher_epochs", "gamma"]
+        print(
+            f"{args.method}: "
+            + " ".join(f"--{n.replace('_', '-')} {getattr(args, n)}" for n in dict.fromkeys(names))
+        )
+        taught, models, teacher = without(data, args.omit_digit), {}, None
+
+        def train(stage, name, data, init):
+            model = common.model_for(data, name, args.seed, init, args.width)
+            train_model(model, teacher, data, stage, args, run)
+
+        if METHODS[args.method][2]:
+            shifted = (
+                dataclasses.replace(data, pad=args.teacher_shift)
+                if args.teacher_shift is not None
+                else data
+            )
+            name = args.teacher_model or args.model
+            teacher, meta = common.get_teacher(
+                run, data, teacher_settings, lambda: train("teacher", name, shifted, "teacher")
+            )
+            models[f"teacher ({meta.get('training', 'given')})"] = teacher, meta
+        for stage in ["student-alone"] * (args.method in COMPARED) + ["student"]:
+            if not (run.dir / f"{stage}.pt").exists():
+                train(stage, args.model, taught, "student")
+            model, meta = common.load_model(run.dir / f"{stage}.pt", device)
+            models[f"{stage} ({meta['training']})"] = model, meta
+            if args.bias_correction:
+                models[f"{stage} ({meta['training']}), bias corrected"] = (
+                    corrected(model, data, args.omit_digit),
+                    meta,
+                )
+        rows = [evaluated(name, *pair, data, args) for name, pair in models.items()]
+        if "exits" in meta:
+            exits = Exits(model).to(device).eval()
+            exits.load_state_dict(meta["exits"])
+            rows += exit_rows(model, exits, data)
+        if meta["best"].get("epoch", args.epochs) != args.epochs:
+            best = common.load_model(run.dir / "student_best.pt", device)
+            rows.append(evaluated("student, best on held-out images", *best, data, args))
+        if args.grad_heatmap:
+            path = Path(args.grad_heatmap)
+            draw_heatmaps(
+                path if len(args.seeds or []) < 2 else path.with_stem(f"{path.stem}-s{args.seed}"),
+                models,
+            )
+        common.finish(run, rows)
+    return run
+
+
+if __name__ == "__main__":
+    main()
