@@ -39,6 +39,7 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -302,8 +303,6 @@ class Exits(nn.Module):
         super().__init__()
         convs = [[m for m in s.modules() if isinstance(m, nn.Conv2d)] for s in net.stages]
         widths = [max(conv.out_channels for conv in stage) for stage in convs]
-        if widths[1] % 4:
-            common.fail(f"--width: self-distillation needs multiples of 4 channels, got {widths}")
         self.adaptors, self.heads = nn.ModuleList(), nn.ModuleList()
         for i in range(len(widths) - 1):
             pairs = zip(widths[i:], widths[i + 1 :])
@@ -313,7 +312,7 @@ class Exits(nn.Module):
 
     def forward(self, net, x, only=None):
         logits, features, h = [], [], net.stem(net.normalize(x))
-        for i, stage in enumerate(net.stages[: len(net.stages) if only is None else only + 1]):
+        for i, stage in enumerate(net.stages[: None if only is None else only + 1]):
             h, last = stage(h), i == len(self.heads)
             if only in (i, None):
                 features.append((net.head_norm(h) if last else self.adaptors[i](h)).mean((2, 3)))
@@ -329,11 +328,12 @@ def exit_rows(net, exits, data):
     found = {f"exit {i + 1}": (each, i) for i, each in enumerate(logits)}
     found["ensemble: mean of probabilities"] = logits.softmax(2).mean(0), None
     found["ensemble: mean of logits"] = logits.mean(0), None
-    right = {name: each.argmax(1) == data.y_test for name, (each, _) in found.items()}
-    cost = {name: macs(lambda x, i=i: exits(net, x, i), data) for name, (_, i) in found.items()}
-    return [
-        {"model": n, "macs": cost[n], "clean_acc": right[n].double().mean().item()} for n in found
-    ]
+    rows = []
+    for name, (each, only) in found.items():
+        right = (each.argmax(1) == data.y_test).double().mean().item()
+        cost = macs(lambda x, only=only: exits(net, x, only), data)
+        rows.append({"model": name, "macs": cost, "clean_acc": right})
+    return rows
 
 
 def macs(forward, data):
@@ -344,30 +344,28 @@ def macs(forward, data):
 
 
 # ------------------------------------------------------------------------------------------------
-# An omitted digit
+# Table 2: a digit that the student never sees
 
 
 def without(data, digit):
-    """`data` without the training and held-out images of a digit; with None all of it."""
+    """`data` without the training and held-out images of a digit."""
     train, val = data.y_train != digit, data.y_val != digit
     images = {"x_train": data.x_train[train], "x_val": data.x_val[val]}
     labels = {"y_train": data.y_train[train], "y_val": data.y_val[val]}
-    return data if digit is None else dataclasses.replace(data, **images, **labels)
-
-
-def bias_for(logits, digit, share):
-    """What to add to a digit's logit so that a `share` of the images goes to it; (N, K) -> ()."""
-    others = torch.cat([logits[:, :digit], logits[:, digit + 1 :]], 1).amax(1)
-    return (others - logits[:, digit]).quantile(share)
+    return dataclasses.replace(data, **images, **labels)
 
 
 @torch.no_grad()
 def corrected(model, data, digit):
-    """A copy of the model with that bias: of all training images, by the share of the digit."""
+    """A copy of the model that predicts the digit on as many training images as show it.
+
+    The bias of the digit is raised for that; of these images, no label is used but their number.
+    """
     model = copy.deepcopy(model)
     logits = torch.cat([model(common.to_float(x)) for x in data.x_train.split(500)])
-    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-    last.bias[digit] += bias_for(logits, digit, (data.y_train == digit).double().mean().item())
+    lead = torch.cat([logits[:, :digit], logits[:, digit + 1 :]], 1).amax(1) - logits[:, digit]
+    *_, last = (m for m in model.modules() if isinstance(m, nn.Linear))
+    last.bias[digit] += lead.quantile((data.y_train == digit).double().mean().item())
     return model
 
 
@@ -378,7 +376,7 @@ def corrected(model, data, digit):
 def layers(model):
     """{"1.1": weight, ..., "1.shortcut": ...}: the convolutions by stage; an MLP is one stage."""
     found = {}
-    for i, stage in enumerate(model.stages if hasattr(model, "stages") else [model], 1):
+    for i, stage in enumerate(getattr(model, "stages", [model]), 1):
         kinds = [(n, m) for n, m in stage.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         straight = [m.weight for name, m in kinds if "shortcut" not in name]
         found |= {f"{i}.{k}": weight for k, weight in enumerate(straight, 1)}
@@ -392,53 +390,35 @@ def mean_gradients(loss, weights):
     return torch.stack([gradient.abs().mean() for gradient in gradients])
 
 
-def draw_heatmaps(path, models):
-    """Write what models {row: (model, meta)} have of gradients to `path`, print it, draw a .png."""
-    found = [(name, meta["gradients"]) for name, (_, meta) in models.items() if "gradients" in meta]
-    arrays, rows, panels = {}, [], []
-    for name, record in found:
-        arrays |= {f"{name}/{key}": np.array(value) for key, value in record.items()}
-        columns = sorted({layer[2:] for layer in record["layers"]}, key=lambda c: (len(c), c))
-        for epoch, means in zip(record["epochs"], record["means"].tolist()):
-            grid = [[math.nan] * len(columns) for _ in range(int(record["layers"][-1][0]))]
-            for layer, mean in zip(record["layers"], means):
-                grid[int(layer[0]) - 1][columns.index(layer[2:])] = mean
-            panels.append((f"{name}, epoch {epoch}", columns, grid))
-            for stage, line in enumerate(grid, 1):
-                cells = {f"layer {c}": f"{v:.2g}" for c, v in zip(columns, line) if v == v}
-                rows.append({"mean |gradient|": f"{panels[-1][0]}, stage {stage}"} | cells)
+def show_heatmaps(path, models):
+    """Write the gradients kept in models, {row: (model, meta)}, to `path`; print and draw them."""
+    found = {name: m["gradients"] for name, (_, m) in models.items() if "gradients" in m}
+    arrays = {f"{n}/{k}": np.array(v) for n, kept in found.items() for k, v in kept.items()}
     common.write_atomically(path, lambda file: np.savez(file, **arrays))
-    print(common.table(rows), f"written to {path}", sep="\n", flush=True)
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import colors, pyplot
+    grid, columns = {}, sorted({n[2:] for kept in found.values() for n in kept["layers"]}, key=len)
+    for name, kept in found.items():
+        for epoch, means in zip(kept["epochs"], kept["means"]):
+            for layer, mean in zip(kept["layers"], means):
+                line = grid.setdefault(f"{name}, epoch {epoch}, stage {layer[0]}", {})
+                line[layer[2:]] = mean
+    rows = [{k: f"{v:.1e}" for k, v in line.items()} for line in grid.values()]
+    print(common.table([{"mean |gradient|": title} | row for title, row in zip(grid, rows)]))
+    with contextlib.suppress(ImportError):
+        import matplotlib.figure
 
-    every = [v for _, _, grid in panels for line in grid for v in line if v > 0]
-    shared = colors.LogNorm(min(every), max(every))  # one scale of colours for all
-    wide = -(-len(panels) // len(found))
-    figure, axes = pyplot.subplots(len(found), wide, squeeze=False, layout="constrained")
-    figure.set_size_inches(3 * wide + 1, 2.4 * len(found))
-    for axis, (title, columns, grid) in zip(axes.flat, panels):
-        image = axis.imshow(grid, norm=shared, aspect="auto")
-        axis.set_title(title, fontsize=8)
-        axis.set(xticks=range(len(columns)), yticks=range(len(grid)), ylabel="stage")
-        axis.set(xticklabels=columns, yticklabels=range(1, len(grid) + 1))
-    figure.colorbar(image, ax=axes, label="mean |dL/dW|")
-    picture = path.with_suffix(".png")
-    common.write_atomically(picture, lambda file: figure.savefig(file, format="png", dpi=100))
+        figure = matplotlib.figure.Figure((3 + 0.6 * len(columns), 1 + 0.2 * len(grid)), dpi=100)
+        axes = figure.subplots()
+        cells = [[line.get(column, math.nan) for column in columns] for line in grid.values()]
+        figure.colorbar(axes.imshow(cells, norm="log", aspect="auto"), label="mean |dL/dW|")
+        axes.set(xlabel="layer", xticks=range(len(columns)), xticklabels=columns)
+        axes.set(yticks=range(len(grid)), yticklabels=grid)
+        options = {"format": "png", "bbox_inches": "tight"}
+        picture = path.with_suffix(".png")
+        common.write_atomically(picture, lambda file: figure.savefig(file, **options))
 
 
 # ------------------------------------------------------------------------------------------------
 # Training
-
-
-def recorded_epochs(args, total):
-    """The epochs of a heat map, counted from 0, of a training of `total` epochs; [] without one."""
-    chosen = args.grad_epochs or [1, (total + 1) // 2, total]
-    return sorted({e - 1 for e in chosen if e <= total}) if args.grad_heatmap else []
 
 
 def plan(stage, args):
@@ -453,9 +433,10 @@ def plan(stage, args):
 
 def lr_factor(step, steps, total, args):
     """The factor on the learning rate at a step, of `steps` an epoch and `total` epochs."""
+    done = step // steps / total
     milestones = [m / args.epochs for m in args.milestones or []] or [0.3, 0.6, 0.8]
     factor = {
-        "steps": lambda: args.gamma ** sum(step // steps >= m * total for m in milestones),
+        "steps": lambda: args.gamma ** sum(done >= m for m in milestones),
         "exponential": lambda: args.gamma ** (step // steps),
         "cosine": lambda: (1 + math.cos(math.pi * step / (steps * total))) / 2,
     }[args.schedule]()
@@ -464,22 +445,13 @@ def lr_factor(step, steps, total, args):
 
 def teacher_settings(flags):
     """What a teacher depends on, of the flags (a dict): equal settings, equal teacher."""
+    settings = {"plan": plan("teacher", SimpleNamespace(**flags))}
     names = "data train_subset val_size seed deterministic precision width momentum weight_decay"
     names += " schedule gamma warmup teacher_shift teacher_ckpt"
-    settings = {"plan": plan("teacher", SimpleNamespace(**flags))}
-    if settings["plan"][0] == "at":
-        names += " eps steps step_size attack_bn"
+    names += " eps steps step_size attack_bn" * (settings["plan"][0] == "at")
     settings["milestones"] = [m / flags["epochs"] for m in flags["milestones"] or []]
     settings["model"] = flags["teacher_model"] or flags["model"]
     return settings | {name: flags[name] for name in names.split()}
-
-
-@torch.no_grad()
-def fixed_logits(teacher, data, teaches):
-    """The teacher's logits (N, K) on the training images if they are the same in all epochs."""
-    if teaches != "x" or data.pad or data.flip:
-        return None
-    return torch.cat([teacher(common.to_float(x)) for x in data.x_train.split(500)])
 
 
 def train_model(model, teacher, data, stage, args, run):
@@ -493,82 +465,72 @@ def train_model(model, teacher, data, stage, args, run):
         parts["exits"] = Exits(model).to(device, memory_format=torch.channels_last)
     optimizer = common.sgd(nn.ModuleList(parts.values()), lr, args.momentum, args.weight_decay)
     schedule = LambdaLR(optimizer, lambda step: lr_factor(step, steps, total, args))
-    recorded, weights = recorded_epochs(args, stop), layers(model)
-    record = nn.Module()  # a module, for its state to be in the checkpoints
-    record.register_buffer("means", torch.zeros(len(recorded), len(weights), device=device))
-    fixed, indexed = fixed_logits(teacher, data, teaches), copy.copy(data)
-    indexed.y_train = torch.arange(len(data.y_train), device=device)  # batches of (x, index)
-    seed = common.derive_seed(args.seed, stage) if stage == "teacher" else args.seed
+    chosen = args.grad_epochs or sorted({1, (stop + 1) // 2, stop})
+    weights, record = layers(model), nn.Module()  # a module, as checkpoints keep its state
+    record.register_buffer("means", torch.zeros(len(chosen), len(weights), device=device))
 
-    def train_step(x, index, epoch):
-        known, shown = {"labels": data.y_train[index]}, {"x": x}  # known: by the losses' names
+    def train_step(x, labels, epoch):
+        shown, known = {"x": x}, {"labels": labels}  # known: by the names that the losses use
         with common.autocast(run):
             if sees == "x'":
                 model.train(args.attack_bn == "train")
-                shown["x'"] = common.pgd(model, x, known["labels"], *pgd)
-            if fixed is not None:
-                known["teacher_logits"] = fixed[index]
-            elif teaches:
+                shown["x'"] = common.pgd(model, x, labels, *pgd)
+            if teaches:
                 with torch.no_grad():
                     known["teacher_logits"] = teacher(shown[teaches])
             model.train()
             if "exits" in parts:
                 known["exit_logits"], known["exit_features"] = parts["exits"](model, x)
-                known["student_logits"] = known["exit_logits"][-1]
-            else:
-                known["student_logits"] = model(shown[sees])
-            loss = loss_fn(
-                **{name: known[name] for name in needs(loss_fn) if name in known}, **settings
-            )
-            ce = F.cross_entropy(known["student_logits"], known["labels"])
-        if epoch in recorded:
-            means = mean_gradients(ce if args.grad_loss == "ce" else loss, [*weights.values()])
-            record.means[recorded.index(epoch)] += means / steps
+            logits = known["exit_logits"][-1] if "exits" in parts else model(shown[sees])
+            known["student_logits"] = logits
+            loss = loss_fn(**{k: known[k] for k in needs(loss_fn) if k in known}, **settings)
+        if args.grad_heatmap and epoch in chosen:
+            of = loss if args.grad_loss == "own" else F.cross_entropy(logits, labels)
+            record.means[chosen.index(epoch)] += mean_gradients(of, [*weights.values()]) / steps
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return common.metrics(loss, known["student_logits"], known["labels"])
+        return common.metrics(loss, logits, labels)
 
-    everything = parts | {"optimizer": optimizer, "schedule": schedule, "record": record}
-    for epoch in common.epochs(run, stage, stop, **everything):
+    seed = common.derive_seed(args.seed, stage) if stage == "teacher" else args.seed
+    state = parts | {"optimizer": optimizer, "schedule": schedule, "record": record}
+    for epoch in common.epochs(run, stage, stop, **state):
         history = []
-        for x, index in common.batches(indexed, batch_size, seed, epoch, run):
-            history.append(train_step(x, index, epoch))
+        for x, labels in common.batches(data, batch_size, seed, epoch, run):
+            history.append(train_step(x, labels, epoch + 1))
             schedule.step()  # per batch
         common.end_epoch(run, epoch, history, data, *(pgd if sees == "x'" else ()))
     meta = {"training": method, "epoch": stop, "seconds": run.seconds, "best": run.best}
-    if recorded:
-        epochs = [epoch + 1 for epoch in recorded]
-        meta["gradients"] = {"epochs": epochs, "layers": [*weights], "means": record.means}
-    if "exits" in parts:
-        meta["exits"] = parts["exits"].state_dict()
+    kept = {"epochs": chosen, "layers": [*weights], "means": record.means.tolist()}
+    meta |= {"gradients": kept} if args.grad_heatmap else {}
+    meta |= {"exits": parts["exits"].state_dict()} if "exits" in parts else {}
     common.save_model(run.dir / f"{stage}.pt", model, meta)
+
+
+def stages(args):
+    """The stages of a run: the teacher, the student without it (Tables 1 and 3), the student."""
+    teacher = ["teacher"] * (METHODS[args.method][2] is not None)
+    return [*teacher, *["student-alone"] * (args.method in COMPARED), "student"]
 
 
 def work(args):
     """[(stage, epochs, passes an image and epoch)] of what may be trained, for the time left."""
-    stages = ["teacher"] if METHODS[args.method][2] else []
-    stages += ["student-alone"] * (args.method in COMPARED) + ["student"]
-    plans = [(stage, *plan(stage, args)) for stage in stages]
-    return [
-        (stage, stop, 3 + 2 * args.steps * (METHODS[method][1] == "x'"))
-        for stage, method, _, stop, *_ in plans
-    ]
+    plans = {stage: plan(stage, args) for stage in stages(args)}
+    attacked = {stage: METHODS[method][1] == "x'" for stage, (method, *_) in plans.items()}
+    return [(s, p[2], 3 + 2 * args.steps * attacked[s]) for s, p in plans.items()]
 
 
-def check_teacher(args, data):
+def check_data(args, data):
     """An error if --delta or --teacher-ckpt does not go with the data and the method."""
     if "delta" in needs(METHODS[args.method][0]) and not 1 / len(data.classes) < args.delta <= 1:
-        bounds = f"above 1/{len(data.classes)} (that of a guess) and at most 1"
-        common.fail(f"--delta: expected a number {bounds}, got {args.delta:g}")
+        fail = f"expected more than 1/{len(data.classes)}, that of a guess, and at most 1"
+        common.fail(f"--delta: {fail}, got {args.delta:g}")
     if args.teacher_ckpt:
         same, given = args.method in SAME_NET, any("--teacher-model" in a for a in args.argv)
         name = args.model if same else args.teacher_model if given else None
         arch = common.load_model(args.teacher_ckpt, "cpu", data, name)[0].arch
         if same and arch["width"] != args.width:
-            common.fail(
-                f"{args.teacher_ckpt}: has width {arch['width']:g}, expected {args.width:g}"
-            )
+            common.fail(f"{args.teacher_ckpt}: of width {arch['width']:g}, not {args.width:g}")
 
 
 def evaluated(name, model, meta, data, args):
@@ -578,14 +540,11 @@ def evaluated(name, model, meta, data, args):
     print(f"evaluating {name} on {len(data.x_test)} test images", flush=True)
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)  # as Table 1, no biases
     row = {"model": name, "weights": weights, "parameters": common.parameters(model)}
-    row["macs"] = macs(model, data)
-    options = {"eps": args.eps, "seed": args.seed}
-    row |= eval_robustness.evaluate(model, data.x_test, data.y_test, args.eval_attack, **options)
+    row |= {"macs": macs(model, data)}
+    test, options = (data.x_test, data.y_test), {"eps": args.eps, "seed": args.seed}
+    row |= eval_robustness.evaluate(model, *test, args.eval_attack, **options)
     if args.omit_digit is not None:
-        right, digit = (
-            common.correct(model, data.x_test, data.y_test),
-            data.y_test == args.omit_digit,
-        )
+        right, digit = common.correct(model, *test), data.y_test == args.omit_digit
         row[f"without_{args.omit_digit}_acc"] = right[~digit].double().mean().item()
         row[f"only_{args.omit_digit}_acc"] = right[digit].double().mean().item()
     return row | {"epochs": meta.get("epoch"), "seconds": meta.get("seconds")}
@@ -603,42 +562,39 @@ def train_and_evaluate(args):
         sizes = (args.val_size, args.train_subset, args.test_subset)
         data = common.load_data(args.data, args.data_root, device, *sizes)
         if not (run.dir / "teacher.pt").exists():
-            check_teacher(args, data)
+            check_data(args, data)
         if not common.begin(run, data):
             return run
-        names = [*recipe(args), "teacher_epochs", "gamma"]
-        print(
-            f"{args.method}: "
-            + " ".join(f"--{n.replace('_', '-')} {getattr(args, n)}" for n in dict.fromkeys(names))
-        )
-        taught, models, teacher = without(data, args.omit_digit), {}, None
+        chosen = {name: getattr(args, name) for name in (*recipe(args), "gamma")}
+        print(f"{args.method}:", *(f"{k.replace('_', '-')} {v}," for k, v in chosen.items()))
+        models, rows, teacher = {}, [], None  # models: row of the table -> (model, its training)
 
-        def train(stage, name, data, init):
-            model = common.model_for(data, name, args.seed, init, args.width)
-            train_model(model, teacher, data, stage, args, run)
+        def train(stage):
+            name, seen = args.model, data
+            if stage == "teacher":
+                name = args.teacher_model or args.model
+                shift = data.pad if args.teacher_shift is None else args.teacher_shift
+                seen = dataclasses.replace(data, pad=shift)
+            elif args.omit_digit is not None:
+                seen = without(data, args.omit_digit)
+            # the student alone starts from the same weights, and sees the same batches
+            model = common.model_for(data, name, args.seed, stage.split("-")[0], args.width)
+            train_model(model, teacher, seen, stage, args, run)
 
-        if METHODS[args.method][2]:
-            shifted = (
-                dataclasses.replace(data, pad=args.teacher_shift)
-                if args.teacher_shift is not None
-                else data
-            )
-            name = args.teacher_model or args.model
-            teacher, meta = common.get_teacher(
-                run, data, teacher_settings, lambda: train("teacher", name, shifted, "teacher")
-            )
-            models[f"teacher ({meta.get('training', 'given')})"] = teacher, meta
-        for stage in ["student-alone"] * (args.method in COMPARED) + ["student"]:
-            if not (run.dir / f"{stage}.pt").exists():
-                train(stage, args.model, taught, "student")
-            model, meta = common.load_model(run.dir / f"{stage}.pt", device)
-            models[f"{stage} ({meta['training']})"] = model, meta
-            if args.bias_correction:
-                models[f"{stage} ({meta['training']}), bias corrected"] = (
-                    corrected(model, data, args.omit_digit),
-                    meta,
-                )
-        rows = [evaluated(name, *pair, data, args) for name, pair in models.items()]
+        for stage in stages(args):
+            if stage == "teacher":
+                options = teacher_settings, lambda: train("teacher")
+                model, meta = teacher, _ = common.get_teacher(run, data, *options)
+            else:
+                if not (run.dir / f"{stage}.pt").exists():
+                    train(stage)
+                model, meta = common.load_model(run.dir / f"{stage}.pt", device)
+            models[f"{stage} ({meta.get('training', 'given')})"] = model, meta
+        for name, (model, meta) in models.items():
+            rows.append(evaluated(name, model, meta, data, args))
+            if args.bias_correction and "student" in name:
+                raised = corrected(model, data, args.omit_digit)
+                rows.append(evaluated(f"{name}, bias corrected", raised, meta, data, args))
         if "exits" in meta:
             exits = Exits(model).to(device).eval()
             exits.load_state_dict(meta["exits"])
@@ -648,10 +604,8 @@ def train_and_evaluate(args):
             rows.append(evaluated("student, best on held-out images", *best, data, args))
         if args.grad_heatmap:
             path = Path(args.grad_heatmap)
-            draw_heatmaps(
-                path if len(args.seeds or []) < 2 else path.with_stem(f"{path.stem}-s{args.seed}"),
-                models,
-            )
+            own = path.with_stem(f"{path.stem}-s{args.seed}")
+            show_heatmaps(own if args.seeds else path, models)
         common.finish(run, rows)
     return run
 
