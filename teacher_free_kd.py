@@ -64,12 +64,11 @@ DEMO |= {"train-subset": 2000, "test-subset": 500, "val-size": 200}
 # (small, large) net of the data; other data: as CIFAR
 NETS = {"mnist": ("mlp-400", "mlp-1200-1200"), "shapes": ("wrn-10-1", "wrn-16-2")}
 NETS["cifar10"] = ("resnet18", "resnet50")
-ATTACKS = ["clean", "pgd20", "pgd50", "aa", "aa-plus"]
 # Defaults by the kind of training; a teacher_* that is not here is that of the student
 RECIPES = {
     "digits": {"epochs": 20, "teacher_epochs": 10, "batch_size": 128, "teacher_batch_size": 256}
-    | {"lr": 0.02, "teacher_lr": 0.1, "schedule": "cosine", "weight_decay": 0.0, "warmup": 0}
-    | {"teacher_shift": 2},  # differs: 5
+    | {"lr": 0.02, "teacher_lr": 0.1, "schedule": "cosine", "gamma": 0.2}
+    | {"weight_decay": 0.0, "warmup": 0, "teacher_shift": 2},  # differs: 5
     "clean": {"epochs": 200, "batch_size": 128, "lr": 0.1, "schedule": "steps", "gamma": 0.2}
     | {"weight_decay": 5e-4, "warmup": 1},  # Yuan et al.: x 0.2 at 30, 60 and 80 % of the epochs
     "at": {"epochs": 50, "batch_size": 128, "lr": 0.1, "schedule": "exponential", "gamma": 0.9}
@@ -113,7 +112,7 @@ def parse_args(argv=None):
     add("--steps", type=common.count, default=7, help="PGD steps in training")
     add("--step-size", type=common.fraction, default="2/255", help="PGD step in training")
     add("--attack-bn", choices=["eval", "train"], default="eval", help="BatchNorm in the attack")
-    add("--eval-attack", nargs="+", choices=ATTACKS, help="None: clean, at*: clean pgd20 aa")
+    add("--eval-attack", nargs="+", type=attack, help="None: clean, at*: and pgd20 aa")
     add = parser.add_argument_group("gradients (Figure 1)").add_argument
     add("--grad-heatmap", metavar="FILE.npz", help="write the mean |gradient| of each layer")
     add("--grad-epochs", type=common.count, nargs="+", help="None: first, middle and last")
@@ -125,12 +124,7 @@ def parse_args(argv=None):
     add("--momentum", type=common.probability, default=0.9, help="of SGD")
     add("--weight-decay", type=common.fraction, help="on all parameters")
     add("--schedule", choices=["steps", "exponential", "cosine"], help="of the learning rate")
-    add(
-        "--milestones",
-        type=common.count,
-        nargs="+",
-        help="of steps; None: 30, 60, 80 %% of --epochs",
-    )
+    add("--milestones", type=common.count, nargs="+", help="epochs; None: at 30, 60 and 80 %%")
     add("--gamma", type=common.positive, help="decay at each milestone, or of each epoch")
     add("--warmup", type=common.fraction, help="epochs in which the learning rate rises to --lr")
     common.add_run_flags(parser)
@@ -177,11 +171,22 @@ def check(args, error):
         error(f"--grad-heatmap: expected FILE.npz in a folder that exists, got {path}")
     if args.method == "self-distillation" and args.model.startswith("mlp"):
         error(f"--model: self-distillation needs a ResNet or WideResNet, got {args.model}")
+    if args.method == "self-distillation" and args.width * 32 % 1:
+        error(f"--width: self-distillation needs a multiple of 1/32, got {args.width:g}")
     if args.method in SAME_NET and args.teacher_model not in (None, args.model):
         error(f"--teacher-model: --method {args.method} needs {args.model} there too")
     common.check_model("--model", args.model, args.width)
     if teaches:
         common.check_model("--teacher-model", args.teacher_model or args.model, args.width)
+
+
+def attack(text):
+    """The `type=` of --eval-attack: `clean` or the name of an attack of eval_robustness.py."""
+    import eval_robustness
+
+    if text in {*eval_robustness.POINTS} - {"clean"}:
+        raise argparse.ArgumentTypeError(f"expected clean, pgdN, aa, ..., got {text!r}")
+    return eval_robustness.attack_name(text)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -454,6 +459,14 @@ def teacher_settings(flags):
     return settings | {name: flags[name] for name in names.split()}
 
 
+@torch.no_grad()
+def fixed_logits(teacher, data, teaches):
+    """The teacher's logits (N, K) on the training images, if these are the same in every epoch."""
+    if teaches == "x" and not data.pad and not data.flip:
+        return torch.cat([teacher(common.to_float(x)) for x in data.x_train.split(500)])
+    return None
+
+
 def train_model(model, teacher, data, stage, args, run):
     """Train the model of a stage into the run's <stage>.pt; teacher: in eval mode, or None."""
     method, total, stop, lr, batch_size = plan(stage, args)
@@ -465,11 +478,14 @@ def train_model(model, teacher, data, stage, args, run):
         parts["exits"] = Exits(model).to(device, memory_format=torch.channels_last)
     optimizer = common.sgd(nn.ModuleList(parts.values()), lr, args.momentum, args.weight_decay)
     schedule = LambdaLR(optimizer, lambda step: lr_factor(step, steps, total, args))
-    chosen = args.grad_epochs or sorted({1, (stop + 1) // 2, stop})
+    chosen = sorted(e for e in {*(args.grad_epochs or [1, (stop + 1) // 2, stop])} if e <= stop)
     weights, record = layers(model), nn.Module()  # a module, as checkpoints keep its state
     record.register_buffer("means", torch.zeros(len(chosen), len(weights), device=device))
+    asked, indexed = fixed_logits(teacher, data, teaches), copy.copy(data)
+    indexed.y_train = torch.arange(len(data.y_train), device=device)  # batches: images, indices
 
-    def train_step(x, labels, epoch):
+    def train_step(x, index, epoch):
+        labels = data.y_train[index]
         shown, known = {"x": x}, {"labels": labels}  # known: by the names that the losses use
         with common.autocast(run):
             if sees == "x'":
@@ -477,7 +493,9 @@ def train_model(model, teacher, data, stage, args, run):
                 shown["x'"] = common.pgd(model, x, labels, *pgd)
             if teaches:
                 with torch.no_grad():
-                    known["teacher_logits"] = teacher(shown[teaches])
+                    known["teacher_logits"] = (
+                        teacher(shown[teaches]) if asked is None else asked[index]
+                    )
             model.train()
             if "exits" in parts:
                 known["exit_logits"], known["exit_features"] = parts["exits"](model, x)
@@ -496,8 +514,8 @@ def train_model(model, teacher, data, stage, args, run):
     state = parts | {"optimizer": optimizer, "schedule": schedule, "record": record}
     for epoch in common.epochs(run, stage, stop, **state):
         history = []
-        for x, labels in common.batches(data, batch_size, seed, epoch, run):
-            history.append(train_step(x, labels, epoch + 1))
+        for x, index in common.batches(indexed, batch_size, seed, epoch, run):
+            history.append(train_step(x, index, epoch + 1))
             schedule.step()  # per batch
         common.end_epoch(run, epoch, history, data, *(pgd if sees == "x'" else ()))
     meta = {"training": method, "epoch": stop, "seconds": run.seconds, "best": run.best}
@@ -565,7 +583,7 @@ def train_and_evaluate(args):
             check_data(args, data)
         if not common.begin(run, data):
             return run
-        chosen = {name: getattr(args, name) for name in (*recipe(args), "gamma")}
+        chosen = {name: getattr(args, name) for name in recipe(args)}
         print(f"{args.method}:", *(f"{k.replace('_', '-')} {v}," for k, v in chosen.items()))
         models, rows, teacher = {}, [], None  # models: row of the table -> (model, its training)
 
