@@ -314,6 +314,7 @@ class Exits(nn.Module):
             blocks = [common.PostActBlock(a, b // 4, stride=2, expansion=4) for a, b in pairs]
             self.adaptors.append(nn.Sequential(*blocks))
             self.heads.append(nn.Linear(widths[-1], net.fc.out_features))
+        self.to(net.fc.weight.device, memory_format=torch.channels_last)
 
     def forward(self, net, x, only=None):
         logits, features, h = [], [], net.stem(net.normalize(x))
@@ -378,26 +379,40 @@ def corrected(model, data, digit):
 # Figure 1
 
 
-def layers(model):
-    """{"1.1": weight, ..., "1.shortcut": ...}: the convolutions by stage; an MLP is one stage."""
-    found = {}
-    for i, stage in enumerate(getattr(model, "stages", [model]), 1):
-        kinds = [(n, m) for n, m in stage.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-        straight = [m.weight for name, m in kinds if "shortcut" not in name]
-        found |= {f"{i}.{k}": weight for k, weight in enumerate(straight, 1)}
-        found |= {f"{i}.shortcut": m.weight for name, m in kinds if "shortcut" in name}
-    return found
+class Gradients(nn.Module):
+    """The mean |dL/dW| of each layer in the epochs of a heat map; a module, to be in checkpoints.
 
+    A layer is named by its stage and number, or as the stage's shortcut; an MLP is one stage.
+    """
 
-def mean_gradients(loss, weights):
-    """(L,): the mean over the elements of |d loss / d W|, for each of the L weights."""
-    gradients = torch.autograd.grad(loss, weights, retain_graph=True)
-    return torch.stack([gradient.abs().mean() for gradient in gradients])
+    def __init__(self, model, epochs):
+        super().__init__()
+        self.epochs, self.weights = epochs, {}
+        for i, stage in enumerate(getattr(model, "stages", [model]), 1):
+            kinds = (nn.Conv2d, nn.Linear)
+            found = [(name, m.weight) for name, m in stage.named_modules() if isinstance(m, kinds)]
+            straight = [weight for name, weight in found if "shortcut" not in name]
+            self.weights |= {f"{i}.{k}": weight for k, weight in enumerate(straight, 1)}
+            self.weights |= {f"{i}.shortcut": w for name, w in found if "shortcut" in name}
+        means = torch.zeros(len(epochs), len(self.weights), device=straight[0].device)
+        self.register_buffer("means", means)
+
+    def add(self, epoch, loss, steps):
+        """Add the gradients of one of the `steps` of an epoch, before they are used."""
+        if epoch in self.epochs:
+            found = torch.autograd.grad(loss, [*self.weights.values()], retain_graph=True)
+            means = torch.stack([gradient.abs().mean() for gradient in found])
+            self.means[self.epochs.index(epoch)] += means / steps
+
+    def numbers(self):
+        """{epochs: (E,), layers: (L,), means: (E, L)}, as lists."""
+        means = self.means.tolist()
+        return {"epochs": self.epochs, "layers": [*self.weights], "means": means}
 
 
 def show_heatmaps(path, models):
     """Write the gradients kept in models, {row: (model, meta)}, to `path`; print and draw them."""
-    found = {name: m["gradients"] for name, (_, m) in models.items() if "gradients" in m}
+    found = {name: meta["gradients"] for name, (_, meta) in models.items() if "gradients" in meta}
     arrays = {f"{n}/{k}": np.array(v) for n, kept in found.items() for k, v in kept.items()}
     common.write_atomically(path, lambda file: np.savez(file, **arrays))
     grid, columns = {}, sorted({n[2:] for kept in found.values() for n in kept["layers"]}, key=len)
@@ -473,45 +488,40 @@ def train_model(model, teacher, data, stage, args, run):
     loss_fn, sees, teaches = METHODS[method]
     settings = {name: value for name, value in vars(args).items() if name in needs(loss_fn)}
     pgd, steps = (args.eps, args.step_size, args.steps), -(-len(data.x_train) // batch_size)
-    parts, device = {"model": model}, data.x_train.device
-    if method == "self-distillation":
-        parts["exits"] = Exits(model).to(device, memory_format=torch.channels_last)
+    parts = {"model": model} | ({"exits": Exits(model)} if method == "self-distillation" else {})
     optimizer = common.sgd(nn.ModuleList(parts.values()), lr, args.momentum, args.weight_decay)
     schedule = LambdaLR(optimizer, lambda step: lr_factor(step, steps, total, args))
-    chosen = sorted(e for e in {*(args.grad_epochs or [1, (stop + 1) // 2, stop])} if e <= stop)
-    weights, record = layers(model), nn.Module()  # a module, as checkpoints keep its state
-    record.register_buffer("means", torch.zeros(len(chosen), len(weights), device=device))
-    asked, indexed = fixed_logits(teacher, data, teaches), copy.copy(data)
-    indexed.y_train = torch.arange(len(data.y_train), device=device)  # batches: images, indices
+    chosen = {*(args.grad_epochs or [1, (stop + 1) // 2, stop])} if args.grad_heatmap else {}
+    gradients = Gradients(model, sorted(epoch for epoch in chosen if epoch <= stop))
+    known_logits, indexed = fixed_logits(teacher, data, teaches), copy.copy(data)
+    indexed.y_train = torch.arange(len(data.y_train), device=data.y_train.device)
 
     def train_step(x, index, epoch):
-        labels = data.y_train[index]
-        shown, known = {"x": x}, {"labels": labels}  # known: by the names that the losses use
+        shown, known = {"x": x}, {"labels": data.y_train[index]}  # known: as the losses name it
         with common.autocast(run):
             if sees == "x'":
                 model.train(args.attack_bn == "train")
-                shown["x'"] = common.pgd(model, x, labels, *pgd)
-            if teaches:
+                shown["x'"] = common.pgd(model, x, known["labels"], *pgd)
+            if known_logits is not None:
+                known["teacher_logits"] = known_logits[index]
+            elif teaches:
                 with torch.no_grad():
-                    known["teacher_logits"] = (
-                        teacher(shown[teaches]) if asked is None else asked[index]
-                    )
+                    known["teacher_logits"] = teacher(shown[teaches])
             model.train()
             if "exits" in parts:
                 known["exit_logits"], known["exit_features"] = parts["exits"](model, x)
             logits = known["exit_logits"][-1] if "exits" in parts else model(shown[sees])
             known["student_logits"] = logits
             loss = loss_fn(**{k: known[k] for k in needs(loss_fn) if k in known}, **settings)
-        if args.grad_heatmap and epoch in chosen:
-            of = loss if args.grad_loss == "own" else F.cross_entropy(logits, labels)
-            record.means[chosen.index(epoch)] += mean_gradients(of, [*weights.values()]) / steps
+        traced = loss if args.grad_loss == "own" else plain_loss(logits, known["labels"])
+        gradients.add(epoch, traced, steps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return common.metrics(loss, logits, labels)
+        return common.metrics(loss, logits, known["labels"])
 
     seed = common.derive_seed(args.seed, stage) if stage == "teacher" else args.seed
-    state = parts | {"optimizer": optimizer, "schedule": schedule, "record": record}
+    state = parts | {"optimizer": optimizer, "schedule": schedule, "gradients": gradients}
     for epoch in common.epochs(run, stage, stop, **state):
         history = []
         for x, index in common.batches(indexed, batch_size, seed, epoch, run):
@@ -519,8 +529,7 @@ def train_model(model, teacher, data, stage, args, run):
             schedule.step()  # per batch
         common.end_epoch(run, epoch, history, data, *(pgd if sees == "x'" else ()))
     meta = {"training": method, "epoch": stop, "seconds": run.seconds, "best": run.best}
-    kept = {"epochs": chosen, "layers": [*weights], "means": record.means.tolist()}
-    meta |= {"gradients": kept} if args.grad_heatmap else {}
+    meta |= {"gradients": gradients.numbers()} if chosen else {}
     meta |= {"exits": parts["exits"].state_dict()} if "exits" in parts else {}
     common.save_model(run.dir / f"{stage}.pt", model, meta)
 
@@ -614,7 +623,7 @@ def train_and_evaluate(args):
                 raised = corrected(model, data, args.omit_digit)
                 rows.append(evaluated(f"{name}, bias corrected", raised, meta, data, args))
         if "exits" in meta:
-            exits = Exits(model).to(device).eval()
+            exits = Exits(model).eval()
             exits.load_state_dict(meta["exits"])
             rows += exit_rows(model, exits, data)
         if meta["best"].get("epoch", args.epochs) != args.epochs:
