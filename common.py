@@ -838,7 +838,7 @@ def end_epoch(run: Run, epoch: int, history: list, data: Data, *attack) -> None:
     finite.append(torch.stack([p.isfinite().all() for p in model.state_dict().values()]).all())
     if not all(finite):
         where = f"{run.stage}, epoch {epoch + 1}, step {min(finite.index(False) + 1, len(steps))}"
-        flag = "--lr" if run.stage == "student" else "--teacher-lr"
+        flag = "--lr" if run.stage.startswith("student") else "--teacher-lr"
         fail(f"{where}: not finite; try a lower {flag} ({run.dir} has the epochs before)")
     loss, right, images = steps.sum(0).tolist()
     row = {"stage": run.stage, "epoch": epoch + 1, "loss": loss / images}
