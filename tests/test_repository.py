@@ -17,7 +17,7 @@ LINES = {
     "eval_robustness": 1150,
     "corruptions": 650,
     "robust_kd": 420,
-    "teacher_free_kd": 400,
+    "teacher_free_kd": 650,
 }
 COPY = re.compile(r"^# Copied from (\w+)\.(\w+)", re.M)
 
