@@ -577,6 +577,18 @@ def evaluated(name, model, meta, data, args):
     return row | {"epochs": meta.get("epoch"), "seconds": meta.get("seconds")}
 
 
+def start(stage, data, args):
+    """-> (the new model of a stage, the data that it is trained on)."""
+    name, digit = args.model, args.omit_digit
+    if stage == "teacher":
+        shift = data.pad if args.teacher_shift is None else args.teacher_shift
+        name, data = args.teacher_model or args.model, dataclasses.replace(data, pad=shift)
+    elif digit is not None:
+        data = without(data, digit)
+    # student and student-alone start from the same weights and see the same batches
+    return common.model_for(data, name, args.seed, stage.split("-")[0], args.width), data
+
+
 def main(argv=None):
     """For each seed: data, teacher, student alone, student, evaluation, one table."""
     common.across_seeds([train_and_evaluate(args) for args in common.per_seed(parse_args(argv))])
@@ -598,16 +610,8 @@ def train_and_evaluate(args):
         models, rows, teacher = {}, [], None  # models: row of the table -> (model, its training)
 
         def train(stage):
-            name, seen = args.model, data
-            if stage == "teacher":
-                name = args.teacher_model or args.model
-                shift = data.pad if args.teacher_shift is None else args.teacher_shift
-                seen = dataclasses.replace(data, pad=shift)
-            elif args.omit_digit is not None:
-                seen = without(data, args.omit_digit)
-            # the student alone starts from the same weights, and sees the same batches
-            model = common.model_for(data, name, args.seed, stage.split("-")[0], args.width)
-            train_model(model, teacher, seen, stage, args, run)
+            model, images = start(stage, data, args)
+            train_model(model, teacher, images, stage, args, run)
 
         for stage in stages(args):
             if stage == "teacher":
