@@ -63,6 +63,7 @@ def _number(expected: str, low: float, high: float = sys.float_info.max, kind=fl
 fraction = _number("a number or a fraction like 8/255", 0.0)
 probability = _number("a number or a fraction like 8/255, between 0 and 1", 0.0, 1.0)
 positive = _number("a number above 0", sys.float_info.min)
+rate = _number("a number or a fraction of at least 0 and below 1", 0.0, math.nextafter(1, 0))
 count = _number("a whole number of at least 1", 1, 10**12, int)
 count0 = _number("a whole number of at least 0", 0, 10**12, int)
 
@@ -335,26 +336,59 @@ def to_float(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2).float() / 255
 
 
-def batches(data: Data, batch_size: int, seed: int, epoch: int, run=None):
+def batches(data: Data, batch_size: int, seed: int, epoch: int, run=None, views=False):
     """Yield (x, labels) over the shuffled, cropped, flipped training set; the last may be smaller.
 
     x float32 (B, C, H, W) in [0, 1], labels int64 (B,). Order, crops and flips depend on (seed,
     epoch) alone: not on device, batch size or a global generator. One gather a batch on the device,
-    one host copy an epoch. With `run`, the live line on a terminal moves.
+    one host copy an epoch. With `run`, the live line on a terminal moves. With `views`, a third
+    tensor int64 (B,) says which rows of `teacher_table` belong to x.
     """
-    n, height, width, _ = data.x_train.shape
+    n, ways = len(data.x_train), (2 * data.pad + 1, 2 * data.pad + 1, 1 + data.flip)
     g = torch.Generator().manual_seed(derive_seed("batches", seed, epoch))
-    draws = (2 * data.pad + 1, 2 * data.pad + 1, 1 + data.flip)
-    plan = [torch.randperm(n, generator=g), *(torch.randint(k, (n,), generator=g) for k in draws)]
+    plan = [torch.randperm(n, generator=g), *(torch.randint(k, (n,), generator=g) for k in ways)]
     plan = torch.stack(plan).to(data.x_train.device)  # (4, N): image, top, left, flip
-    rows, columns = (torch.arange(k, device=plan.device) for k in (height, width))
     for start in range(0, n, batch_size):
-        image, top, left, flip = plan[:, start : start + batch_size, None]  # each (B, 1)
-        row = (top + rows)[:, :, None]  # (B, H, 1)
-        column = (left + torch.where(flip == 1, width - 1 - columns, columns))[:, None]  # (B, 1, W)
-        yield to_float(data.x_padded[image[:, None], row, column]), data.y_train[image[:, 0]]
+        view, *draws = part = plan[:, start : start + batch_size]  # (4, B)
+        for k, draw in zip(ways, draws):
+            view = view * k + draw
+        yield (_cut(data, part), data.y_train[part[0]], view)[: 2 + views]
         if run is not None:
             _show(run, epoch + 1, f"{min(start + batch_size, n) / n:.0%}")
+
+
+def _cut(data: Data, plan: Tensor) -> Tensor:
+    """The views `plan` (4, B), rows image, top, left, flip: -> float32 (B, C, H, W)."""
+    height, width = data.x_train.shape[1:3]
+    rows, columns = (torch.arange(k, device=plan.device) for k in (height, width))
+    image, top, left, flip = plan[:, :, None]  # each (B, 1)
+    row = (top + rows)[:, :, None]  # (B, H, 1)
+    column = (left + torch.where(flip == 1, width - 1 - columns, columns))[:, None]  # (B, 1, W)
+    return to_float(data.x_padded[image[:, None], row, column])
+
+
+@torch.no_grad()
+def teacher_table(teacher: nn.Module, data: Data, run: "Run", passes: int) -> Tensor | None:
+    """float32 (N x views, K): logits of an unchanging teacher for every crop and flip; or None.
+
+    By --teacher-table; auto: if the students of this command look at each image (`passes` times)
+    more often than it has views, and a quarter of the memory is enough. `batches` has the rows.
+    """
+    ways = (len(data.x_train), 2 * data.pad + 1, 2 * data.pad + 1, 1 + data.flip)
+    views, size, device = math.prod(ways[1:]), 4 * math.prod(ways) * len(data.classes), run.device
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = torch.cuda.mem_get_info()[0] if device.type == "cuda" else memory
+    use = {"yes": True, "no": False, "auto": passes > views and 4 * size < memory}
+    use = use[run.args.teacher_table]
+    sizes = f"{views} views an image, {passes} passes, {size / 1e6:,.0f} MB"
+    print(f"teacher's logits: {'from a table' if use else 'live'} ({sizes})", flush=True)
+    if not use:
+        return None
+    table = torch.empty(math.prod(ways), len(data.classes), device=device)
+    with autocast(run):
+        for rows in torch.arange(len(table), device=device).split(1024):
+            table[rows] = teacher(_cut(data, torch.stack(torch.unravel_index(rows, ways))))
+    return table
 
 
 # ------------------------------------------------------------------------------------------------
@@ -838,7 +872,8 @@ def end_epoch(run: Run, epoch: int, history: list, data: Data, *attack) -> None:
     finite.append(torch.stack([p.isfinite().all() for p in model.state_dict().values()]).all())
     if not all(finite):
         where = f"{run.stage}, epoch {epoch + 1}, step {min(finite.index(False) + 1, len(steps))}"
-        flag = "--lr" if run.stage.startswith("student") else "--teacher-lr"
+        own = not run.stage.startswith("student") and hasattr(run.args, "teacher_lr")
+        flag = "--teacher-lr" if own else "--lr"
         fail(f"{where}: not finite; try a lower {flag} ({run.dir} has the epochs before)")
     loss, right, images = steps.sum(0).tolist()
     row = {"stage": run.stage, "epoch": epoch + 1, "loss": loss / images}
