@@ -97,6 +97,28 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--demo", action="store_true", help="the whole job on the embedded shapes, on a CPU")
 
 
+def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `evaluate_files`, with the attack of the papers that train without one."""
+
+    def path(text):
+        if text != "generate" and not Path(text).exists():
+            raise argparse.ArgumentTypeError(f"expected a file or a folder, there is no {text}")
+        return text
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add(
+        "--eval", choices=["fast", "full"], default="fast", help="fast: clean, PGD; full: all below"
+    )
+    add("--eps", type=probability, default=0.031, help="radius of PGD")
+    add("--step-size", type=fraction, default=0.003, help="of PGD")
+    add("--eval-steps", type=count, default=20, help="of PGD; full: 10 and 15 too")
+    add("--restarts", type=count, default=5, help="random starts of PGD, the worst counts")
+    add("--corruptions", type=path, default="generate", help="CIFAR-10-C; generate: made here")
+    add("--cinic", type=path, help="CINIC-10, of which the images from ImageNet count")
+    add("--cinic-per-class", type=count, help="a fixed choice (paper: 2100); None: all")
+    add("--ood", type=path, help="other images: an .npz or a folder of class folders")
+
+
 # Flags that do not change what is computed: a run may be resumed with others.
 FREE_FLAGS = {"data_root", "device", "runs", "name", "tensorboard", "argv", "seeds"}
 
@@ -368,27 +390,30 @@ def _cut(data: Data, plan: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def teacher_table(teacher: nn.Module, data: Data, run: "Run", passes: int) -> Tensor | None:
+def teacher_table(teacher: nn.Module, data: Data, run: "Run", epochs: int, cache: dict):
     """float32 (N x views, K): logits of an unchanging teacher for every crop and flip; or None.
 
-    By --teacher-table; auto: if the students of this command look at each image (`passes` times)
-    more often than it has views, and a quarter of the memory is enough. `batches` has the rows.
+    By --teacher-table; auto: if students of that many epochs, of all --seeds, look at an image more
+    often than it has views, and a quarter of the memory is enough. `batches` says which rows
+    belong to a batch. cache: what the seeds share, at first {}.
     """
+    if "table" in cache:
+        return cache["table"]
     ways = (len(data.x_train), 2 * data.pad + 1, 2 * data.pad + 1, 1 + data.flip)
     views, size, device = math.prod(ways[1:]), 4 * math.prod(ways) * len(data.classes), run.device
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     memory = torch.cuda.mem_get_info()[0] if device.type == "cuda" else memory
-    use = {"yes": True, "no": False, "auto": passes > views and 4 * size < memory}
-    use = use[run.args.teacher_table]
-    sizes = f"{views} views an image, {passes} passes, {size / 1e6:,.0f} MB"
+    epochs *= len(run.args.seeds or [0])
+    use = {"yes": True, "no": False, "auto": epochs > views and 4 * size < memory}
+    use, cache["table"] = use[run.args.teacher_table], None
+    sizes = f"{views} views of an image in {epochs} epochs; {size / 1e6:,.0f} MB"
     print(f"teacher's logits: {'from a table' if use else 'live'} ({sizes})", flush=True)
-    if not use:
-        return None
-    table = torch.empty(math.prod(ways), len(data.classes), device=device)
-    with autocast(run):
+    if use:
+        table = cache["table"] = torch.empty(math.prod(ways), len(data.classes), device=device)
         for rows in torch.arange(len(table), device=device).split(1024):
-            table[rows] = teacher(_cut(data, torch.stack(torch.unravel_index(rows, ways))))
-    return table
+            with autocast(run):
+                table[rows] = teacher(_cut(data, torch.stack(torch.unravel_index(rows, ways))))
+    return cache["table"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -949,6 +974,71 @@ def get_teacher(run: Run, data: Data, settings, train, file="teacher.pt"):
             train()
     teacher, meta = load_model(own, run.device, data)
     return teacher.requires_grad_(False), meta
+
+
+def choose_teacher(run: Run, data: Data, settings, train):
+    """get_teacher of the most accurate of the teachers of seeds 0 to --teacher-seeds - 1.
+
+    By --pick-teacher: on held-out training images, or on the test images as some papers do.
+    settings: as for get_teacher, without a seed; train(seed) writes teacher<seed>.pt.
+    """
+    n, on = run.args.teacher_seeds, run.args.pick_teacher
+
+    def choose():
+        x, labels = (data.x_test, data.y_test) if on == "test" else (data.x_val, data.y_val)
+        files, scores = [run.dir / f"teacher{seed}.pt" for seed in range(n)], [0.0]
+        for seed, file in enumerate(files):
+            teacher, _ = get_teacher(run, data, settings, lambda: train(seed), file.name)  # noqa: B023
+            if n > 1:
+                with evaluating(teacher):
+                    scores[seed:] = [correct(teacher, x, labels).double().mean().item()]
+                print(f"teacher of seed {seed}: {on} accuracy {scores[seed]:.4f}", flush=True)
+        best = files[scores.index(max(scores))]
+        write_atomically(run.dir / "teacher.pt", lambda out: out.write(best.read_bytes()))
+
+    names = ("teacher_seeds", "pick_teacher", "test_subset")
+    return get_teacher(run, data, lambda f: settings(f) | {k: f[k] for k in names}, choose)
+
+
+def check_flags(args: argparse.Namespace, data: Data) -> None:
+    """An error before the training if --pick-teacher or --eval could not be done after it."""
+    if args.teacher_seeds > 1 and args.pick_teacher == "val" and not len(data.x_val):
+        fail("--pick-teacher val: needs held-out images, --val-size above 0")
+    if args.eval == "full" and data.x_test.shape[1:] != (32, 32, 3):
+        fail(f"--eval full: needs colour images of 32 x 32, {data.name} has others")
+
+
+def evaluate_files(run: Run, files: dict, main) -> list[dict]:
+    """{name: saved model} -> rows of the summary, by `main` of eval_robustness.py.
+
+    All its numbers are in evaluation.json, its tables in evaluation.txt; it goes on if stopped.
+    """
+    args, names = run.args, "eps step_size restarts seed data data_root device"
+    flags = [*files.values(), "--json", run.dir / "evaluation.json"]
+    flags += ["--attack", "clean", f"pgd{args.eval_steps}"]
+    if args.eval == "full":
+        flags += ["pgd10", "pgd15", "corruptions", "calibration"]
+        flags += [name for name in ("cinic", "ood") if getattr(args, name)]
+        names += " corruptions cinic cinic_per_class ood"
+    for name in names.split():
+        value = getattr(args, name)
+        flags += [f"--{name.replace('_', '-')}", value] * (value is not None)
+    flags += ["--n", args.test_subset] * bool(args.test_subset)
+    print(f"evaluating {', '.join(files)}: {run.dir / 'evaluation.txt'}", flush=True)
+    try:
+        with open(run.dir / "evaluation.txt", "w") as out, contextlib.redirect_stdout(out):
+            main([str(flag) for flag in flags])
+    except SystemExit as stop:
+        if stop.code == 2:
+            raise
+        raise KeyboardInterrupt(*[stop.code] * (stop.code == 143)) from None  # as in training
+    found = json.loads((run.dir / "evaluation.json").read_text())["rows"]
+    rows = []
+    for name, row in zip(files, found):
+        meta = load(files[name])["meta"]
+        rows.append({"model": name} | {k: v for k, v in row.items() if k.endswith("_acc")})
+        rows[-1] |= {"epochs": meta.get("epoch"), "seconds": meta.get("seconds")}
+    return rows
 
 
 def finish(run: Run, rows: list[dict]) -> None:
