@@ -1,5 +1,6 @@
 """The scripts lie one folder up; they are imported and run from there."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that the tests start
 torch.set_num_threads(1)  # the test files run side by side
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shapes_once():
+    """The shapes are drawn once per process: it takes longer than most of the small runs."""
+    import common
+
+    common.make_shapes = functools.cache(common.make_shapes)
 
 
 @pytest.fixture
