@@ -174,8 +174,9 @@ def swap_logits(teacher_logits, temperature, swap, probability, threshold, gap="
 def teacher_settings(flags):
     """What a teacher depends on, of the flags (a dict), but for its seed."""
     names = "data train_subset val_size deterministic precision lr gamma batch_size momentum"
-    names += " weight_decay teacher_model teacher_epochs teacher_milestones teacher_ckpt"
-    return {name: flags[name] for name in names.split()} | {"dropout": teacher_dropout(flags)}
+    names += " weight_decay teacher_model teacher_milestones teacher_ckpt"
+    settings = {name: flags[name] for name in names.split()} | {"epochs": flags["teacher_epochs"]}
+    return settings | {"dropout": teacher_dropout(flags)}
 
 
 def stretch(schedule, epochs):

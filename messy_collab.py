@@ -117,9 +117,8 @@ def hinton_loss(student_logits, teacher_logits, labels, alpha, temperature):
 def vary_labels(labels, rate, classes, draw="exclusive"):
     """Target variability: each label is wrong with probability `rate`: (B,) -> (B,)."""
     moved = labels + torch.randint_like(labels, DRAWS[draw], classes)  # uniform over what remains
-    return torch.where(
-        torch.rand(labels.shape, device=labels.device) < rate, moved % classes, labels
-    )
+    wrong = torch.rand_like(labels, dtype=torch.float32) < rate
+    return torch.where(wrong, moved % classes, labels)
 
 
 def corrupt_labels(labels, rate, classes, seed, draw="exclusive"):
@@ -176,9 +175,10 @@ def corrupted(data, args, run):
 def teacher_settings(flags):
     """What a teacher depends on, of the flags (a dict), but for its seed."""
     names = "data train_subset val_size deterministic precision lr gamma batch_size momentum"
-    names += " weight_decay teacher_model teacher_epochs teacher_milestones teacher_ckpt"
-    settings = {name: flags[name] for name in names.split()} | {"wrong": wrong_labels(flags, "t")}
-    return settings | {"draw": any(settings["wrong"]) and flags["label_draw"]}
+    names += " weight_decay teacher_model teacher_milestones teacher_ckpt"
+    settings = {name: flags[name] for name in names.split()} | {"epochs": flags["teacher_epochs"]}
+    wrong = wrong_labels(flags, "t")
+    return settings | {"wrong": wrong, "draw": any(wrong) and flags["label_draw"]}
 
 
 # Copied from fickle_teacher.stretch
@@ -228,9 +228,8 @@ def train_teacher(data, args, run, seed):
     net = common.model_for(data, args.teacher_model, seed, "teacher")
     milestones = args.teacher_milestones or stretch(STANDARD, total)
     seed = common.derive_seed(seed, "teacher")  # other batches than the student's
-    train_net(
-        net, wrong_labels(vars(args), "t")[0], None, data, args, run, stage, seed, total, milestones
-    )
+    rate = wrong_labels(vars(args), "t")[0]
+    train_net(net, rate, None, data, args, run, stage, seed, total, milestones)
 
 
 def train_student(teacher, data, args, run, tables):
@@ -274,19 +273,16 @@ def train_and_evaluate(args, tables):
         if not common.begin(run, data):
             return run
         files, teacher, noisy = {}, None, corrupted(data, args, run)
-        data_of = {net: noisy if wrong_labels(vars(args), net)[1] else data for net in "ts"}
+        of = {net: noisy if wrong_labels(vars(args), net)[1] else data for net in "ts"}
         if args.method != "student":
             teacher, _ = common.choose_teacher(
-                run,
-                data,
-                teacher_settings,
-                lambda seed: train_teacher(data_of["t"], args, run, seed),
+                run, data, teacher_settings, lambda seed: train_teacher(of["t"], args, run, seed)
             )
             files["teacher"] = run.dir / "teacher.pt"
         if args.method != "teacher":
             file = files[f"student ({args.method})"] = run.dir / "student.pt"
             if not file.exists():
-                train_student(teacher, data_of["s"], args, run, tables)
+                train_student(teacher, of["s"], args, run, tables)
             meta = common.load(file)["meta"]
             if meta["best"].get("epoch", meta["epoch"]) != meta["epoch"]:
                 files["student, best on held-out images"] = run.dir / "student_best.pt"

@@ -109,8 +109,9 @@ def add_noise(x, sigma, clip=False):
 def teacher_settings(flags):
     """What a teacher depends on, of the flags (a dict), but for its seed."""
     names = "data train_subset val_size deterministic precision lr gamma batch_size momentum"
-    names += " weight_decay teacher_model teacher_epochs teacher_milestones teacher_ckpt"
-    return {name: flags[name] for name in names.split()}
+    names += " weight_decay teacher_model teacher_milestones teacher_ckpt"
+    settings = {name: flags[name] for name in names.split()} | {"epochs": flags["teacher_epochs"]}
+    return settings
 
 
 # Copied from fickle_teacher.stretch

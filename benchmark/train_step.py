@@ -1,13 +1,16 @@
-"""Time of one adversarial training step (PGD-7): this repository against a plain loop, a ratio.
+"""Time of one training step, as ratios: PGD-7 against a plain loop; a table against the teacher.
 
 Usage    python benchmark/train_step.py                          # WRN-10-1, batch 128, on the CPU
          python benchmark/train_step.py --model resnet18 --device cuda --batch-size 128
+         python benchmark/train_step.py --job distillation --model wrn-16-2 --teacher-model wrn-40-2
 Plain    what most published code does: DataLoader with torchvision transforms, float32, NCHW, the
          attack by loss.backward(), which also makes the gradients of all weights in every step.
 Ours     data on the device, one gather a batch, channels_last (and bf16 on CUDA), the gradient of
          the input alone in the attack. The loss, the attack and the update are the same.
 Both     live in one process and are timed in turn, a few steps each; medians and quartiles. Before
          that, both do one step from the same weights on the same images, and must agree.
+Table    --job distillation: a step of fickle_teacher.py --method hinton, with the live teacher and
+         with the table of its logits, which must give the same loss; and the student alone.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import torchvision.transforms as transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import fickle_teacher
 
 EPS, STEP, STEPS = 8 / 255, 2 / 255, 7
 
@@ -93,6 +97,60 @@ def ours(data, model, batch_size):
         epoch += 1
 
 
+def distilling(data, model, batch_size, teach):
+    """Yield the loss of one step of a student after another; teach(x, view): or None, alone."""
+    optimizer = common.sgd(model, 0.1, 0.9, 5e-4)
+    epoch = 0
+    while True:
+        for x, labels, view in common.batches(data, batch_size, 0, epoch, views=True):
+            with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda, cache_enabled=False):
+                logits = model(x)
+                if teach is None:
+                    loss = F.cross_entropy(logits, labels)
+                else:
+                    with torch.no_grad():
+                        teacher_logits = teach(x, view)
+                    loss = fickle_teacher.hinton_loss(logits, teacher_logits, labels, 0.9, 4.0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield loss.detach()
+        epoch += 1
+
+
+def distillation(args, device):
+    """{name: loop} of the student alone, with a live teacher and with the table of its logits."""
+    data = common.load_data(args.data, args.data_root, device, train_subset=args.batch_size)
+    teacher = common.model_for(data, args.teacher_model, 0, "teacher").eval().requires_grad_(False)
+    flags = argparse.Namespace(teacher_table="yes", seeds=None, precision="bf16", runs="", name="")
+    run = common.Run("train_step", argparse.Namespace(**vars(flags), seed=0), device)
+    table = common.teacher_table(teacher, data, run, 1, {})
+    ways = {"alone": None, "live": lambda x, view: teacher(x), "table": lambda x, view: table[view]}
+    loops, first = {}, {}
+    for name, teach in ways.items():
+        model = common.model_for(data, args.model, 0, "student")
+        loops[name] = distilling(data, model, args.batch_size, teach)
+        first[name] = next(loops[name]).item()
+    print(f"first losses: live {first['live']:.6f}, table {first['table']:.6f}")
+    if abs(first["live"] - first["table"]) > (1e-2 if device.type == "cuda" else 1e-4):
+        common.fail("the table and the live teacher give different losses")
+    return loops
+
+
+def adversarial(args, device):
+    """{name: loop} of the plain and of our adversarial training."""
+    data = common.load_data(args.data, args.data_root, device)
+    gap = agree(data, args.model, 32)
+    print(f"largest difference of the weights after one step: {gap:.1e}")
+    if gap > 1e-3:  # lr 0.1: the sign of a gradient of about 0 may differ at a few pixels
+        common.fail(f"the two do not do the same: weights differ by {gap:.1e} after one step")
+    models = [common.model_for(data, args.model, 0, "benchmark") for _ in range(2)]
+    return {
+        "plain": plain(data, models[0], args.batch_size, args.workers),
+        "ours": ours(data, models[1], args.batch_size),
+    }
+
+
 def our_pgd(model, x, labels):
     """The attack of the scripts."""
     return common.pgd(model, x, labels, EPS, STEP, STEPS)
@@ -116,7 +174,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--job", default="pgd", choices=["pgd", "distillation"])
     parser.add_argument("--model", default="wrn-10-1")
+    parser.add_argument("--teacher-model", default="wrn-16-1", help="of --job distillation")
     parser.add_argument("--batch-size", type=common.count, default=128)
     parser.add_argument("--data", default="shapes")
     parser.add_argument("--data-root", default="data")
@@ -132,16 +192,7 @@ def main(argv=None):
     args = parse_args(argv)
     args.deterministic = False
     device = common.setup_device(args)
-    data = common.load_data(args.data, args.data_root, device)
-    gap = agree(data, args.model, 32)
-    print(f"largest difference of the weights after one step: {gap:.1e}")
-    if gap > 1e-3:  # lr 0.1: the sign of a gradient of about 0 may differ at a few pixels
-        common.fail(f"the two do not do the same: weights differ by {gap:.1e} after one step")
-    models = [common.model_for(data, args.model, 0, "benchmark") for _ in range(2)]
-    loops = {
-        "plain": plain(data, models[0], args.batch_size, args.workers),
-        "ours": ours(data, models[1], args.batch_size),
-    }
+    loops = adversarial(args, device) if args.job == "pgd" else distillation(args, device)
     seconds = {name: [] for name in loops}
     for round_ in range(max(args.rounds, 2) + 1):
         for name, loop in loops.items():
@@ -158,13 +209,15 @@ def main(argv=None):
         if device.type == "cuda"
         else f"{torch.get_num_threads()} CPU threads"
     )
-    print(f"{args.model}, PGD-7, batch {args.batch_size}, {where}, torch {torch.__version__}")
+    job = "PGD-7" if args.job == "pgd" else f"distilled from {args.teacher_model}"
+    print(f"{args.model}, {job}, batch {args.batch_size}, {where}, torch {torch.__version__}")
     for name, times in seconds.items():
         low, middle, high = statistics.quantiles(times, n=4)
         spread, rate = f"({low * 1e3:.1f} to {high * 1e3:.1f})", args.batch_size / middle
         print(f"{name:6} {middle * 1e3:8.1f} ms a step {spread}  {rate:,.0f} images/s")
-    ratios = [b / a for a, b in zip(seconds["plain"], seconds["ours"])]
-    print(f"ratio  {statistics.median(ratios):8.3f} (ours / plain, median of {args.rounds} rounds)")
+    for a, b in {"pgd": [("plain", "ours")]}.get(args.job, [("live", "table"), ("alone", "table")]):
+        ratio = statistics.median(y / x for x, y in zip(seconds[a], seconds[b]))
+        print(f"ratio  {ratio:8.3f} ({b} / {a}, median of {args.rounds} rounds)")
 
 
 if __name__ == "__main__":
