@@ -12,7 +12,7 @@ Usage    python fickle_teacher.py --dropout 0.4                      # 350 epoch
          python fickle_teacher.py --method swap --swap top2 --swap-probability 0.3
          python fickle_teacher.py --method hinton --dropout 0.4      # dropout off to teach
          python fickle_teacher.py --seeds 0 1 2 3 4 --teacher-seeds 5 --eval full
-         python fickle_teacher.py --demo                             # about a minute on a CPU
+         python fickle_teacher.py --demo                             # a minute or two on a CPU
 Expect   CIFAR-10, WRN-40-2 and WRN-16-2: not measured. Small nets: docs/noisy_collaboration.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); logits (B, K)
 Differs  1. Momentum 0.9, weight decay 5e-4, PGD steps of 0.003: from later code of the authors. The
@@ -44,8 +44,9 @@ ONLY = {"--dropout": ["teacher", "hinton", "fickle"], "--teacher-mode": ["fickle
 ONLY |= {"--sigma": ["signal"], "--noise-per": ["signal"], "--swap": ["swap"]}
 ONLY |= {"--swap-probability": ["swap"], "--swap-threshold": ["swap"], "--swap-gap": ["swap"]}
 # What --demo sets
-DEMO = {"data": "shapes", "model": "wrn-10-1", "teacher-model": "wrn-16-1", "epochs": 6}
-DEMO |= {"teacher-epochs": 6, "batch-size": 32, "train-subset": 2000, "test-subset": 500}
+DEMO = {"data": "shapes", "model": "wrn-10-1", "teacher-model": "wrn-16-1", "epochs": 5}
+DEMO |= {"teacher-epochs": 5, "batch-size": 32, "train-subset": 1000, "test-subset": 200}
+DEMO |= {"val-size": 100, "restarts": 1}
 
 
 def parse_args(argv=None):

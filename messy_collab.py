@@ -13,7 +13,7 @@ Usage    python messy_collab.py --noise-rate 0.5                     # mc-ts
          python messy_collab.py --method mc-s --noise-rate 0.1 --corruption-rate 0.25   # Figure 10
          python messy_collab.py --method student --corruption-rate 0.25                 # its row
          python messy_collab.py --seeds 0 1 2 3 4 --teacher-seeds 5 --eval full
-         python messy_collab.py --demo                               # about a minute on a CPU
+         python messy_collab.py --demo                               # a minute or two on a CPU
 Expect   CIFAR-10, WRN-40-2 and WRN-16-2: not measured. Small nets: docs/noisy_collaboration.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); logits (B, K)
 Differs  1. Momentum 0.9, weight decay 5e-4, PGD steps of 0.003: from later code of the authors. The
@@ -47,8 +47,9 @@ ONLY = {"--noise-rate": VARIED}
 # How wrong labels are drawn -> how far at least to move on from the true class
 DRAWS = {"exclusive": 1, "inclusive": 0}
 # What --demo sets
-DEMO = {"data": "shapes", "model": "wrn-10-1", "teacher-model": "wrn-16-1", "epochs": 6}
-DEMO |= {"teacher-epochs": 6, "batch-size": 32, "train-subset": 2000, "test-subset": 500}
+DEMO = {"data": "shapes", "model": "wrn-10-1", "teacher-model": "wrn-16-1", "epochs": 5}
+DEMO |= {"teacher-epochs": 5, "batch-size": 32, "train-subset": 1000, "test-subset": 200}
+DEMO |= {"val-size": 100, "restarts": 1}
 
 
 def parse_args(argv=None):

@@ -10,7 +10,7 @@ Usage    python soft_randomization.py --sigma 0.05
          python soft_randomization.py --method gaussian --sigma 0.05
          python soft_randomization.py --method hinton                # sigma 0
          python soft_randomization.py --seeds 0 1 2 3 4 --teacher-seeds 5 --eval full
-         python soft_randomization.py --demo                         # about a minute on a CPU
+         python soft_randomization.py --demo                         # a minute or two on a CPU
 Expect   CIFAR-10, WRN-40-2 and WRN-16-2: not measured. Small nets: docs/noisy_collaboration.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); logits (B, K)
 Differs  1. Momentum 0.9, weight decay 5e-4, PGD steps of 0.003: from later code of the authors. The
@@ -34,8 +34,9 @@ STANDARD = (200, [60, 120, 150])
 # Flags that only some methods have
 ONLY = {"--sigma": METHODS[3:], "--clip": METHODS[3:]}
 # What --demo sets
-DEMO = {"data": "shapes", "model": "wrn-10-1", "teacher-model": "wrn-16-1", "epochs": 6}
-DEMO |= {"teacher-epochs": 6, "batch-size": 32, "train-subset": 2000, "test-subset": 500}
+DEMO = {"data": "shapes", "model": "wrn-10-1", "teacher-model": "wrn-16-1", "epochs": 5}
+DEMO |= {"teacher-epochs": 5, "batch-size": 32, "train-subset": 1000, "test-subset": 200}
+DEMO |= {"val-size": 100, "restarts": 1}
 
 
 def parse_args(argv=None):

@@ -187,6 +187,15 @@ def test_every_method_runs_and_ends_in_finite_numbers(script, method, tmp_path):
         assert row["pgd2_acc"] == pytest.approx(row["pgd2_conditional_acc"] * row["clean_acc"])
 
 
+@pytest.mark.parametrize("script", TRIO)
+def test_the_demo_shows_hinton_and_then_its_method(script, tmp_path, capsys):
+    run(script, tmp_path, "--demo --epochs 1 --teacher-epochs 1")
+    said, method = capsys.readouterr().out, TRIO[script].parse_args([]).method
+    assert "--demo sets --data shapes" in said
+    assert said.index("\nstudent (hinton)") < said.index(f"\nstudent ({method})")
+    assert {path.name[:6] for path in tmp_path.glob("*/*")} == {"demo-s"}
+
+
 @pytest.mark.parametrize("method", ["teacher", "student", "hinton"])
 def test_a_baseline_is_the_same_in_each_script_bit_for_bit(method, tmp_path):
     folders = [run(script, tmp_path, f"--method {method}") for script in TRIO]
