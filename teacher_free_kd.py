@@ -540,13 +540,6 @@ def stages(args):
     return [*teacher, *["student-alone"] * (args.method in COMPARED), "student"]
 
 
-def work(args):
-    """[(stage, epochs, passes an image and epoch)] of what may be trained, for the time left."""
-    plans = {stage: plan(stage, args) for stage in stages(args)}
-    attacked = {stage: METHODS[method][1] == "x'" for stage, (method, *_) in plans.items()}
-    return [(s, p[2], 3 + 2 * args.steps * attacked[s]) for s, p in plans.items()]
-
-
 def check_data(args, data):
     """An error if --delta or --teacher-ckpt does not go with the data and the method."""
     if "delta" in needs(METHODS[args.method][0]) and not 1 / len(data.classes) < args.delta <= 1:
@@ -597,7 +590,7 @@ def main(argv=None):
 def train_and_evaluate(args):
     """The run of one seed; everything is in its folder. -> Run"""
     device = common.setup_device(args)
-    with common.open_run("teacher_free_kd", args, device, work(args)) as run:
+    with common.open_run("teacher_free_kd", args, device) as run:
         sizes = (args.val_size, args.train_subset, args.test_subset)
         data = common.load_data(args.data, args.data_root, device, *sizes)
         if not (run.dir / "teacher.pt").exists():

@@ -186,7 +186,7 @@ def test_student_and_teacher_are_shown_what_the_paper_says(method, tmp_path, mon
     flags = f"--method {method} --model mlp-8 --epochs 1 --eps 8/255"
     args = tf.parse_args([*MINIMAL.split(), *flags.split()])
     data = common.load_data("shapes", train_subset=16, val_size=0)
-    found = common.Run("teacher_free_kd", args, torch.device("cpu"), tf.work(args))
+    found = common.Run("teacher_free_kd", args, torch.device("cpu"))
     found.dir, found.log = tmp_path, tmp_path / "log.jsonl"
     student, teacher = Spied("student"), Spied("teacher").eval().requires_grad_(False)
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
