@@ -280,12 +280,12 @@ def _check(part, name, arrays):
     return np.ascontiguousarray(x), y.astype(np.int64)
 
 
-def _read_npz(path: Path) -> dict:
+def _read_npz(path: Path, needed=("x_train", "y_train", "x_test", "y_test")) -> dict:
     try:
         with np.load(path, allow_pickle=False) as file:
             names = file.files
-            if missing := {"x_train", "y_train", "x_test", "y_test"} - set(names):
-                fail(f"{path}: expected x_train, y_train, x_test, y_test; no {min(missing)} there")
+            if missing := set(needed) - set(names):
+                fail(f"{path}: expected {', '.join(needed)}; no {min(missing)} there")
             arrays = {key: file[key] for key in names if key[:2] in ("x_", "y_")}
             if "classes" in names:
                 arrays["classes"] = [str(name) for name in np.atleast_1d(file["classes"])]

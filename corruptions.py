@@ -16,8 +16,6 @@ import io
 import itertools
 import math
 import re
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -96,13 +94,11 @@ def _at(x, row, column):
 def _bilinear(x, row, column, border):
     """x (B, C, 32, 32) at fractional row, column (B, 32, 32)."""
     total = 0
-    for near in (0, 1):
-        for side in (0, 1):
-            r, c = row.floor() + near, column.floor() + side
-            weight = (1 - (row - r).abs()) * (1 - (column - c).abs())
-            total = total + weight[:, None] * _at(
-                x, _inside(r.long(), border), _inside(c.long(), border)
-            )
+    for near, side in itertools.product((0, 1), (0, 1)):
+        r, c = row.floor() + near, column.floor() + side
+        weight = (1 - (row - r).abs()) * (1 - (column - c).abs())
+        corner = _at(x, _inside(r.long(), border), _inside(c.long(), border))
+        total = total + weight[:, None] * corner
     return total
 
 
@@ -288,8 +284,9 @@ def _elastic_transform(x, draw, alpha, sigma, jitter):
     grid = torch.arange(32, device=x.device).double()
     a = torch.linalg.solve(moved, points.expand(len(x), 3, 2))  # (B, 3, 2): back to x, y
     a = a[:, :, None, None]
+    down = grid[:, None]
     column, row = (
-        a[:, 0, ..., i] * grid + a[:, 1, ..., i] * grid[:, None] + a[:, 2, ..., i] for i in (0, 1)
+        a[:, 0, ..., i] * grid + a[:, 1, ..., i] * down + a[:, 2, ..., i] for i in (0, 1)
     )
     x = _bilinear(x, (row * 32).round() / 32, (column * 32).round() / 32, "mirror101")
     if alpha:
@@ -453,24 +450,22 @@ def corruption_accuracy(
             counts = []
             for severity in range(5):
                 right = []
-                for part in torch.arange(len(labels)).split(batch_size):
+                for start in range(0, len(labels), batch_size):
+                    part = slice(start, start + batch_size)
                     if folder:
                         batch = files[name][(rows[part] + severity * len(y)).numpy()]
                         batch = torch.from_numpy(batch).to(labels.device)
                     else:
-                        start = part[0].item()
-                        batch = x[start : start + len(part)]
-                        batch = corrupt(batch, name, severity + 1, seed, start, frost_dir)
-                    right.append(common.correct(model, batch, labels[part.to(labels.device)]))
+                        batch = corrupt(x[part], name, severity + 1, seed, start, frost_dir)
+                    right.append(common.correct(model, batch, labels[part]))
                 right = torch.cat(right)
                 both = right if clean is None else right & clean
                 counts.append([right.sum().item(), both.sum().item()])
             done[name] = counts
             if save:
                 save(done)
-    return summarise(done, len(labels), None if clean is None else clean.sum().item()) | {
-        "note": note
-    }
+    right = None if clean is None else clean.sum().item()
+    return summarise(done, len(labels), right) | {"note": note}
 
 
 def summarise(counts, n, clean=None):
@@ -480,30 +475,30 @@ def summarise(counts, n, clean=None):
     but frost. clean: how many are right when clean; with it conditional_acc, over those alone, and
     mca_acc, the paper's: its mean over severities, then over the 19; mca18_acc: without frost.
     """
-    result = {"n": n, "clean_acc": None if clean is None else clean / n}
     kept = [name for name in CORRUPTIONS if name != "frost"]
-    groups = {"mean15": list(CORRUPTIONS)[:15], "mean18": kept, "mean19": list(CORRUPTIONS)}
     acc = {name: [right / n for right, _ in counts[name]] for name in CORRUPTIONS}
-    result |= {
-        f"{key}_acc": np.mean([acc[k] for k in names]).item() for key, names in groups.items()
+    of_right = {k: [both / clean for _, both in counts[k]] for k in CORRUPTIONS} if clean else None
+    means = {
+        "mean15_acc": (acc, list(CORRUPTIONS)[:15]),
+        "mean18_acc": (acc, kept),
+        "mean19_acc": (acc, list(CORRUPTIONS)),
+        "mca_acc": (of_right, list(CORRUPTIONS)),
+        "mca18_acc": (of_right, kept),
     }
-    result |= {"mca_acc": None, "mca18_acc": None, "corruptions_acc": acc, "conditional_acc": None}
-    if clean:
-        conditional = {name: [both / clean for _, both in counts[name]] for name in CORRUPTIONS}
-        result["mca_acc"] = np.mean(list(conditional.values())).item()
-        result["mca18_acc"] = np.mean([conditional[name] for name in kept]).item()
-        result["conditional_acc"] = conditional
-    return result
+    result = {"n": n, "clean_acc": None if clean is None else clean / n}
+    for key, (table, names) in means.items():
+        result[key] = np.mean([table[name] for name in names]).item() if table else None
+    return result | {"corruptions_acc": acc, "conditional_acc": of_right}
 
 
 def corruption_rows(result):
     """A row for each corruption, for common.table: accuracy by severity, mean, conditional mean."""
     rows = []
     for name, acc in result["corruptions_acc"].items():
-        conditional = result["conditional_acc"] and np.mean(result["conditional_acc"][name]).item()
-        by_severity = {f"{severity}_acc": value for severity, value in enumerate(acc, 1)}
-        means = {"mean_acc": np.mean(acc).item(), "conditional_acc": conditional}
-        rows.append({"corruption": name, **by_severity, **means})
+        row = {"corruption": name} | {f"{k}_acc": value for k, value in enumerate(acc, 1)}
+        row["mean_acc"], of_right = np.mean(acc).item(), result["conditional_acc"]
+        row["conditional_acc"] = np.mean(of_right[name]).item() if of_right else None
+        rows.append(row)
     return rows
 
 
@@ -560,8 +555,11 @@ def load_ood(path, classes, per_class=None, seed=0, cinic=False, size=(32, 32)):
     per_class: so many of each class, a fixed choice for a seed (the paper: 2100); the note holds
     the hash of the list. Errors (no file, an empty class folder, another image size): one line.
     """
-    path = Path(path)
-    x, labels = _read_ood_npz(path) if path.suffix == ".npz" else _list_images(path, classes, cinic)
+    path, npz = Path(path), Path(path).suffix == ".npz"
+    if npz:
+        x, labels = common._check("test", path, common._read_npz(path, ("x_test", "y_test")))
+    else:
+        x, labels = _list_images(path, classes, cinic)
     if labels.max() >= len(classes):
         common.fail(f"{path}: label {labels.max()}, but the model has {len(classes)} classes")
     keep = [np.flatnonzero(labels == k) for k in np.unique(labels)]
@@ -573,53 +571,41 @@ def load_ood(path, classes, per_class=None, seed=0, cinic=False, size=(32, 32)):
     keep = np.sort(np.concatenate(keep))
     out = np.empty((len(keep), *size, 3), np.uint8)
     for row, i in enumerate(keep):
-        image = x[i] if path.suffix == ".npz" else _read_image(x[i])
+        image = x[i] if npz else _read_image(x[i])
         if image.shape != out.shape[1:]:
-            name = path if path.suffix == ".npz" else x[i]
-            common.fail(f"{name}: an image of {image.shape}, not {out.shape[1:]}")
+            common.fail(f"{path if npz else x[i]}: an image of {image.shape}, not {out.shape[1:]}")
         out[row] = image
-    chosen = [str(i) if path.suffix == ".npz" else str(x[i].relative_to(path)) for i in keep]
-    digest = hashlib.sha256("\n".join(chosen).encode()).hexdigest()[:12]
+    chosen = "\n".join(str(i if npz else x[i].relative_to(path)) for i in keep)
+    digest = hashlib.sha256(chosen.encode()).hexdigest()[:12]
     note = f"{len(keep)} images; sha256 of their list: {digest}"
     return torch.from_numpy(out), torch.from_numpy(labels[keep]), note
 
 
-def _read_ood_npz(path):
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("x_test", "y_test")}
-    except FileNotFoundError:
-        common.fail(f"{path}: no such file")
-    except KeyError:
-        common.fail(f"{path}: expected x_test (uint8 images) and y_test (labels)")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        common.fail(f"{path}: truncated, or not an .npz file ({error})")
-    return common._check("test", path, arrays)
-
-
 def _list_images(path, classes, cinic):
-    """The image files below a folder, class by class and sorted, and their labels."""
-    found = {}
+    """The image files below a folder, class by class and sorted, and their labels (N,)."""
+    from torchvision.datasets import ImageFolder
+
+    def wanted(file):  # the images of CIFAR-10 have cifar in their names
+        name = Path(file).name
+        return name[0] != "." and not (cinic and "cifar" in name)
+
+    found = []
     for part in [path / part for part in ("train", "valid", "test")] if cinic else [path]:
-        if not part.is_dir():
-            common.fail(f"{part}: no such folder" + "; CINIC-10 has train, valid, test" * cinic)
-        for folder in sorted(p for p in part.iterdir() if p.is_dir()):
-            files = sorted(f for f in folder.iterdir() if f.name[0] != ".")
-            if cinic:  # images of CIFAR-10 have cifar in their names
-                files = [f for f in files if "cifar" not in f.name]
-                if odd := [f for f in files if not re.fullmatch(r"n\d{8}_\d+\.png", f.name)]:
-                    common.fail(f"{odd[0]}: neither an ImageNet name nor a CIFAR one")
-            if folder.name not in classes or not files:
-                what = (
-                    "an empty class folder" if folder.name in classes else "not one of the classes"
-                )
-                common.fail(f"{folder}: {what} (classes: {', '.join(classes)})")
-            found.setdefault(folder.name, []).extend(files)
-    if not found or (cinic and len(found) < len(classes)):
+        try:
+            folder = ImageFolder(part, is_valid_file=wanted)
+        except OSError as error:
+            common.fail(f"{part}: expected class folders of images, none of them empty ({error})")
+        if foreign := set(folder.classes) - set(classes):
+            common.fail(f"{part / min(foreign)}: none of the classes {', '.join(classes)}")
+        found += [(classes.index(folder.classes[k]), Path(file)) for file, k in folder.samples]
+    for _, file in found if cinic else ():
+        if not re.fullmatch(r"n\d{8}_\d+\.png", file.name):
+            common.fail(f"{file}: neither an ImageNet name nor a CIFAR one")
+    found.sort(key=lambda pair: pair[0])  # stable: the order within a class stays
+    labels = np.array([label for label, _ in found])
+    if cinic and len(np.unique(labels)) < len(classes):
         common.fail(f"{path}: expected folders named {', '.join(classes)}")
-    names = [name for name in classes if name in found]
-    labels = np.repeat([classes.index(k) for k in names], [len(found[k]) for k in names])
-    return [file for name in names for file in found[name]], labels
+    return [file for _, file in found], labels
 
 
 def _read_image(file):
