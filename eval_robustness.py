@@ -29,7 +29,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -109,9 +109,13 @@ def parse_args(argv=None):
         parser.error(f"--eps: expected at most 1 in L-infinity, got {args.eps:g}")
     if args.save_examples and (rows, len(adversarial)) != (1, 1):
         parser.error("--save-examples: goes with one model (or --ensemble) and one attack")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot: needs matplotlib; pip install matplotlib")
     for path in filter(None, (args.json, args.save_examples, args.plot)):
         if not Path(path).absolute().parent.is_dir():  # before the work, not after
             parser.error(f"{path}: there is no folder {Path(path).parent}")
+    if args.eps is None:
+        args.eps = 8 / 255 if args.norm == "linf" else 0.5
     args.deterministic, args.argv = False, sys.argv[1:] if argv is None else list(argv)
     return args
 
@@ -234,23 +238,32 @@ def gradient(model, x, loss, eot=1):
     return logits.detach(), value.detach(), total
 
 
-def compact(a, x_adv, i, last):
-    """After iteration i = 1, 2, ...: at some, write what was found to x_adv (B, C, H, W), drop it.
+def survivors(a, x_adv, last):
+    """Yield i = 1, 2, ..., last; now and then write what was found to x_adv (B, C, H, W), drop it.
 
     a: namespace of tensors with rows in common, among them row (of x_adv), done, found. The one
     host sync of a run happens here: after 1, 2, 4, ... iterations, all 50, and the last.
     """
-    if i & (i - 1) and i % 50 and i != last:
-        return a
-    x_adv[a.row] = torch.where(a.done[:, None, None, None], a.found, x_adv[a.row])
-    keep = (~a.done).nonzero()[:, 0]
-    if len(keep) == len(a.row):
-        return a
-    return SimpleNamespace(**{k: None if v is None else v[keep] for k, v in vars(a).items()})
+    for i in range(1, last + 1):
+        yield i
+        if i & (i - 1) and i % 50 and i != last:
+            continue
+        x_adv[a.row] = torch.where(a.done[:, None, None, None], a.found, x_adv[a.row])
+        keep = (~a.done).nonzero()[:, 0]
+        if not len(keep):
+            return
+        if len(keep) < len(a.row):
+            vars(a).update({k: v[keep] for k, v in vars(a).items() if v is not None})
 
 
 # ------------------------------------------------------------------------------------------------
 # APGD: Croce and Hein 2020a, algorithm 1
+
+
+def margin(logits, labels):
+    """z_y - max_{k != y} z_k (B,), what Square lowers and DLR scales."""
+    labels = labels[:, None]
+    return logits.gather(1, labels)[:, 0] - logits.scatter(1, labels, -math.inf).amax(1)
 
 
 def ce_loss(logits, labels, target=None):
@@ -260,10 +273,9 @@ def ce_loss(logits, labels, target=None):
 
 def dlr_loss(logits, labels, target=None):
     """Eq. (6): -(z_y - max_{i != y} z_i) / (z_(1) - z_(3)), (B,); the numerator if K < 3."""
-    top, order = logits.sort(1, descending=True)
-    own = logits.gather(1, labels[:, None])[:, 0]
-    numerator = torch.where(order[:, 0] == labels, top[:, 1], top[:, 0]) - own
-    return numerator / (top[:, 0] - top[:, 2] + 1e-12) if logits.shape[1] > 2 else numerator
+    top = logits.topk(min(3, logits.shape[1])).values
+    scale = top[:, 0] - top[:, 2] + 1e-12 if logits.shape[1] > 2 else 1
+    return -margin(logits, labels) / scale
 
 
 def targeted_dlr_loss(logits, labels, target):
@@ -309,13 +321,12 @@ def apgd(model, b, loss):
     a.rises, a.halved = torch.zeros_like(f), torch.ones_like(a.done)
     a.step = torch.full_like(f, 2 * s.eps)[:, None, None, None]
     checkpoints = apgd_checkpoints(s.steps)
-    for i in range(1, s.steps + 1):
+    for i in survivors(a, x_adv, s.steps):
         g = a.g.sign() if s.norm == "linf" else a.g / (length(a.g, "l2") + 1e-12)
         z = project(a.now + a.step * g, a.x, s.eps, s.norm)
         if i > 1:  # momentum
-            z = project(
-                a.now + 0.75 * (z - a.now) + 0.25 * (a.now - a.previous), a.x, s.eps, s.norm
-            )
+            z = a.now + 0.75 * (z - a.now) + 0.25 * (a.now - a.previous)
+            z = project(z, a.x, s.eps, s.norm)
         a.previous = a.now
         f, wrong = move_to(z)
         a.found, a.done = torch.where(wrong[:, None, None, None], z, a.found), a.done | wrong
@@ -331,9 +342,6 @@ def apgd(model, b, loss):
             image = a.halved[:, None, None, None]
             a.step = torch.where(image, a.step / 2, a.step)
             a.now, a.g = torch.where(image, a.best, z), torch.where(image, a.best_g, a.g)
-        a = compact(a, x_adv, i, s.steps)
-        if not len(a.row):
-            break
     return x_adv
 
 
@@ -373,21 +381,19 @@ def boundary(model, x, labels, target, norm):
     with torch.enable_grad():
         logits = model(x).float()
         gaps = logits - logits.gather(1, labels[:, None])
-    classes = [target] if target is not None else logits.new_tensor(range(gaps.shape[1])).long()
-    best = torch.full_like(gaps[:, 0], math.inf)
-    df, w = torch.zeros_like(gaps[:, 0]), torch.zeros_like(x)
-    for k in classes:
-        k = k.expand(len(x))
-        with torch.enable_grad():
-            gap = gaps.gather(1, k[:, None])[:, 0]
-        (g,) = torch.autograd.grad(gap, x, torch.ones_like(gap), target is None)
-        gap = gap.detach()
+        each = gaps.unbind(1)
         if target is not None:
-            return gap, g
+            df = gaps.gather(1, target[:, None])[:, 0]
+            return df.detach(), torch.autograd.grad(df, x, torch.ones_like(df))[0]
+    best = torch.full_like(labels, math.inf, dtype=torch.float32)
+    df, w = torch.zeros_like(best), torch.zeros_like(x)
+    for k, gap in enumerate(each):
+        (g,) = torch.autograd.grad(gap, x, torch.ones_like(gap), retain_graph=True)
         dual = g.abs().sum((1, 2, 3)) if norm == "linf" else length(g, "l2")[:, 0, 0, 0]
-        ratio = torch.where(k == labels, math.inf, gap.abs() / (dual + 1e-12))
+        ratio = torch.where(labels == k, math.inf, gap.detach().abs() / (dual + 1e-12))
         nearer, best = ratio < best, torch.minimum(ratio, best)
-        df, w = torch.where(nearer, gap, df), torch.where(nearer[:, None, None, None], g, w)
+        df = torch.where(nearer, gap.detach(), df)
+        w = torch.where(nearer[:, None, None, None], g, w)
     return df, w
 
 
@@ -403,7 +409,7 @@ def fab(model, b, targeted=False, stop=None):
     a.now = b.x if targeted or b.which == 0 else random_start(b, s.eps / 2)
     a.target, a.found = b.target() if targeted else None, b.x
     a.size = torch.full((len(b.x), 1, 1, 1), math.inf, device=b.x.device)
-    for i in range(1, s.steps + 1):
+    for i in survivors(a, x_adv, s.steps):
         df, w = boundary(model, a.now, a.labels, a.target, s.norm)
         at_x = df + (w * (a.x - a.now)).sum((1, 2, 3))
         both = torch.cat([a.now, a.x]), torch.cat([w, w]), torch.cat([df, at_x])
@@ -418,9 +424,6 @@ def fab(model, b, targeted=False, stop=None):
         a.found, a.size = torch.where(better, a.now, a.found), torch.where(better, size, a.size)
         a.now = torch.where(wrong, a.x + 0.9 * d, a.now)  # the backward step
         a.done = a.size[:, 0, 0, 0] <= (stop if i < s.steps else 1e30)
-        a = compact(a, x_adv, i, s.steps)
-        if not len(a.row):
-            break
     return x_adv
 
 
@@ -432,12 +435,6 @@ def square_side(i, height, width):
     """The side of the square of query i = 0, 1, ...: a share of 0.8 of the pixels, then halved."""
     halvings = sum(i > at for at in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
     return min(max(round(math.sqrt(0.8 / 2**halvings * height * width)), 1), height, width)
-
-
-def margin(logits, labels):
-    """z_y - max_{k != y} z_k (B,), what Square lowers."""
-    labels = labels[:, None]
-    return logits.gather(1, labels)[:, 0] - logits.scatter(1, labels, -math.inf).amax(1)
 
 
 def square(model, b):
@@ -454,8 +451,8 @@ def square(model, b):
     signs = signs.to(b.x.device) if s.norm == "linf" else b.draw(signs.shape[1:], use="signs")
     a.found, a.signs = square_start(b), (signs - 0.5).sign()  # (B, Q, C)
     a.margin = margin(model(a.found).float(), a.labels)
-    for i, (*corners, turn) in enumerate(draws):
-        sign = a.signs[:, i, :, None, None]  # (B, C, 1, 1)
+    for i, (*corners, turn) in zip(survivors(a, x_adv, s.queries), draws):
+        i, sign = i - 1, a.signs[:, i - 1, :, None, None]  # (B, C, 1, 1)
         side = square_side(i, height, width)
         if s.norm == "l2":
             side = min(max(side, 3) // 2 * 2 + 1, height, width)
@@ -476,9 +473,6 @@ def square(model, b):
         a.found[window] = torch.where(take[:, None, None, None], new, old)
         a.margin = torch.where(take, value, a.margin)
         a.done = a.margin <= 0
-        a = compact(a, x_adv, i + 1, s.queries)
-        if not len(a.row):
-            break
     return x_adv
 
 
@@ -607,15 +601,14 @@ def foreign_model(spec, weights, device):
     return model.to(device).eval()
 
 
-class Affine(nn.Module):
+class Affine(nn.BatchNorm2d):
     """What a BatchNorm2d in eval mode computes, in one pass over x (B, C, H, W)."""
 
-    def __init__(self, norm):
-        super().__init__()
-        scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
-        shift = (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
-        self.register_buffer("scale", scale.detach()[:, None, None])
-        self.register_buffer("shift", shift.detach()[:, None, None])
+    def fold(self):
+        """Make `scale` and `shift` of the statistics and the weights, which stay."""
+        scale = (self.running_var + self.eps).rsqrt() * (1 if self.weight is None else self.weight)
+        shift = (0 if self.bias is None else self.bias) - self.running_mean * scale
+        self.scale, self.shift = scale.detach()[:, None, None], shift.detach()[:, None, None]
 
     def forward(self, x):
         return torch.addcmul(self.shift, x, self.scale)
@@ -624,15 +617,15 @@ class Affine(nn.Module):
 def faster(model):
     """A copy for the search, with Affine for BatchNorm2d: the same logits up to rounding."""
     model = copy.deepcopy(model)
-    for module in [*model.modules()]:
-        for name, norm in module.named_children():
-            if type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
-                setattr(module, name, Affine(norm))
+    for norm in model.modules():
+        if type(norm) is nn.BatchNorm2d and norm.running_mean is not None and not norm.training:
+            norm.__class__ = Affine
+            norm.fold()
     return model
 
 
 @torch.no_grad()
-def clean_logits(model, x, labels, batch_size=500, classes=None):
+def clean_logits(model, x, labels, batch_size=500, classes=None, name="the model"):
     """Logits (N, K) of x; an error if they are none: shape, classes, values that are not finite."""
     if x.dtype != torch.uint8 and not (x.min() >= 0 and x.max() <= 1):
         common.fail(f"images must be in [0, 1], got {x.min():.4g} to {x.max():.4g}")
@@ -643,17 +636,16 @@ def clean_logits(model, x, labels, batch_size=500, classes=None):
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            common.fail(f"the model does not take images {tuple(part.shape)}: {error}")
+            common.fail(f"{name} does not take images {tuple(part.shape)}: {error}")
         shape = tuple(getattr(logits, "shape", [type(logits).__name__]))
         if len(shape) != 2 or shape[0] != len(part):
-            common.fail(f"the model must return logits ({len(part)}, K), got {shape}")
+            common.fail(f"{name} must return logits ({len(part)}, K), got {shape}")
         parts.append(logits.float())
-    logits = torch.cat(parts)
-    wanted = classes or max(int(labels.max()) + 1, logits.shape[1])
-    if logits.shape[1] != wanted:
-        common.fail(f"the model returns {logits.shape[1]} logits, the data has {wanted} classes")
+    logits, wanted = torch.cat(parts), classes or max(int(labels.max()) + 1, shape[1])
+    if shape[1] != wanted:
+        common.fail(f"{name} returns {shape[1]} logits, the data has {wanted} classes")
     if len(bad := (~logits.isfinite().all(1)).nonzero()):
-        common.fail(f"the logits of {len(bad)} images are not finite, the first is {int(bad[0])}")
+        common.fail(f"{name}: the logits of {len(bad)} images are not finite, as of {int(bad[0])}")
     return logits
 
 
@@ -682,20 +674,15 @@ def warnings_of(model, x, logits, random=False):
 # Where an evaluation stands, on the disk
 
 
-@dataclasses.dataclass
-class Store:
-    """The small state file `path` (None: nothing is kept) and, beside it, the examples found."""
-
-    path: Path | None
-    record: dict  # flags; entries {key: how far an attack came}
-    file: object  # float32 images (C, H, W): of entry k and image i at place k * N + i
-
-
 def open_store(path=None, flags=None):
-    """A new Store, or the one that a killed evaluation with the same flags left; else an error."""
+    """A new store, or the one that a killed evaluation with the same flags left; else an error.
+
+    path: the small state file (None: nothing is kept); record: flags, and entries {key: how far an
+    attack came}; file: the float32 examples (C, H, W), entry k and image i at place k * N + i.
+    """
+    record, old = {"flags": flags, "entries": {}}, path is not None and path.exists()
     if path is None:
-        return Store(None, {"entries": {}}, tempfile.TemporaryFile())
-    record, old = {"flags": flags, "entries": {}}, path.exists()
+        return SimpleNamespace(path=None, record=record, file=tempfile.TemporaryFile())
     if old:
         record = common.load(path)
         if not {"flags", "entries", "bytes"} <= record.keys():
@@ -705,7 +692,8 @@ def open_store(path=None, flags=None):
     examples = path.with_suffix(".examples")
     if old and (not examples.exists() or examples.stat().st_size < record["bytes"]):
         common.fail(f"{examples}: missing or truncated; delete {path} to begin again")
-    return Store(path, record, open(examples, "r+b" if old else "w+b"))
+    file = open(examples, "r+b" if old else "w+b")  # noqa: SIM115
+    return SimpleNamespace(path=path, record=record, file=file)
 
 
 def compare_flags(path, old, new):
@@ -817,8 +805,7 @@ def verdict(model, points, entry, name, s, store):
         if stage["attack"] == "square" and before["robust_acc"] - stage["robust_acc"] > 0.002:
             lower = f"{before['robust_acc']:.4f} to {stage['robust_acc']:.4f} without gradients"
             lines.append(f"Square goes from {lower}: they may be masked; try an adaptive attack")
-    needed = {"apgd-dlr": 3, "apgd-t": 4}
-    for attack, k in needed.items():
+    for attack, k in (("apgd-dlr", 3), ("apgd-t", 4)):
         if classes < k and attack in dict(plan):
             lines.append(f"{attack}: DLR needs {k} classes; with {classes} its numerator is used")
     if entry["zero"]:
@@ -858,7 +845,11 @@ def evaluate_all(model, x, labels, attacks, *settings, classes=None, store=None,
             if name == "clean":
                 row["clean_acc"] = (logits.argmax(1) == labels).double().mean().item()
             elif name == "calibration":
-                row["calibration"] = calibrate(model, points, s)
+                row["calibration"] = {"clean": calibration(logits, labels)}
+                if s.norm == "linf":
+                    every = batches(points, torch.arange(len(x)), s, "pgd20")
+                    parts = [model(pgd(model, b)).detach().float() for _, b in every]
+                    row["calibration"]["pgd20"] = calibration(torch.cat(parts), labels)
             elif name not in POINTS:
                 entry = run_attack(model, points, name, s, store, f"{key} {name}")
                 reports[name] = report = verdict(model, points, entry, name, s, store)
@@ -887,16 +878,6 @@ def calibration(logits, labels, bins=15):
     numbers = {"nll": F.nll_loss(logs, labels).item(), "entropy": entropy}
     numbers["ece"] = (gap @ bin_of).abs().sum().item() / len(labels)
     return numbers | {"confidence": bin_of.mean(0).tolist()}
-
-
-@torch.no_grad()
-def calibrate(model, points, s):
-    """{clean, pgd20: calibration} on the clean and, in L-infinity, on the PGD-20 points of all."""
-    results, every = {"clean": calibration(points[2], points[1])}, torch.arange(len(points[0]))
-    if s.norm == "linf":
-        parts = [model(pgd(model, b)).float() for _, b in batches(points, every, s, "pgd20")]
-        results["pgd20"] = calibration(torch.cat(parts), points[1])
-    return results
 
 
 def other_images(args, data, x):
@@ -940,14 +921,7 @@ def accuracy_curve(model, x, labels, s):
         points = x, labels, clean_logits(model, x, labels, s.batch_size)
         right = (points[2].argmax(1) == labels).cpu()
         curve, fast = [(0.0, right.double().mean().item())], faster(model)
-        for factor in [
-            0.25,
-            0.5,
-            0.75,
-            1,
-            1.5,
-            *(f * 2**k for k in range(1, 12) for f in (1, 1.5)),
-        ]:
+        for factor in (0.25, 0.5, 0.75, 1, *(k * 2**j for j in range(11) for k in (1.5, 2))):
             if not right.any() or s.norm == "linf" and curve[-1][0] >= 1:
                 break
             eps = factor * s.eps if s.norm == "l2" else min(factor * s.eps, 1.0)
@@ -963,25 +937,16 @@ def accuracy_curve(model, x, labels, s):
 # Input and output
 
 
-def pyplot():
-    """matplotlib.pyplot, without a display; an error that names the package if it is not there."""
-    try:
-        import matplotlib
-    except ImportError:
-        common.fail("--plot: needs matplotlib; pip install matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
-
-
 def plot(path, record):
-    """Write a figure: accuracy against eps of all rows, and their confidence histograms."""
+    """Write a figure: accuracy against eps of all rows, confidence histograms, corruptions."""
+    from matplotlib.figure import Figure
+
     rows = {short(row["model"])[-36:]: row for row in record["rows"]}
     histograms = [(n, k, v) for n, r in rows.items() for k, v in r.get("calibration", {}).items()]
     maps = [(n, r["corruptions"]["corruptions_acc"]) for n, r in rows.items() if "corruptions" in r]
     columns = 1 + bool(histograms) + len(maps)
-    figure, axes = pyplot().subplots(1, columns, figsize=(5 * columns, 4.5), squeeze=False)
+    figure = Figure((5 * columns, 4.5), layout="tight")
+    axes = figure.subplots(1, columns, squeeze=False)
     for name, row in rows.items():
         eps, accuracy = np.array(row["curve"]).T
         axes[0, 0].plot(255 * eps, accuracy, marker=".", label=name)
@@ -997,7 +962,6 @@ def plot(path, record):
         axis.set_yticklabels(table, fontsize=6)
     for axis in axes[0, : columns - len(maps)]:
         axis.legend(fontsize=7)
-    figure.tight_layout()
     kind = Path(path).suffix[1:] or "png"
     common.write_atomically(Path(path), lambda file: figure.savefig(file, format=kind, dpi=150))
 
@@ -1009,9 +973,10 @@ def short(name):
 
 def show(record):
     """Print the record of main: a table of the models, of their attacks, of their calibration."""
-    step, eps, norm = 255 * record["step_size"], 255 * record["eps"], record["norm"]
-    attack = f"{norm} eps {eps:.4g}/255, PGD step {step:.4g}/255, float32"
-    print(f"{record['data']}, {record['n']} test images, {attack}\n")
+    norm, eps = record["norm"], f"{record['eps']:.4g}"
+    if norm == "linf":
+        eps = f"{255 * record['eps']:.4g}/255, PGD step {255 * record['step_size']:.4g}/255"
+    print(f"{record['data']}, {record['n']} test images, {norm} eps {eps}, float32\n")
     rows, stages, points = record["rows"], [], []
     for row in rows:
         for name, r in row["reports"].items():
@@ -1048,10 +1013,11 @@ def load_models(args, data, device):
     models = {path: common.load_model(path, device, data)[0] for path in args.checkpoints}
     if args.model:
         models[args.model] = foreign_model(args.model, args.weights, device)
+    torch.set_float32_matmul_precision("highest")  # whatever the module of a foreign model has set
+    few = data.x_test[:100], data.y_test[:100], 100, len(data.classes)
     for name, model in models.items():
         with common.evaluating(model):
-            few = data.x_test[:100], data.y_test[:100], 100, len(data.classes)
-            if is_probabilities(clean_logits(model, *few)):
+            if is_probabilities(clean_logits(model, *few, name)):
                 common.fail(f"{name}: returns probabilities; hand it over without its softmax")
     if args.ensemble:
         models = {f"ensemble of {len(models)}": Ensemble(models.values()).eval()}
@@ -1067,8 +1033,6 @@ FREE_FLAGS = {"json", "save_examples", "data_root", "device", "batch_size", "arg
 def main(argv=None):
     """Evaluate every model, print the tables, write the JSON; go on where a killed run stopped."""
     args = parse_args(argv)
-    if args.plot:
-        pyplot()
     device = common.setup_device(args)
     data = common.load_data(args.data, args.data_root, device)
     if (args.n or 0) > len(data.x_test):
@@ -1077,9 +1041,7 @@ def main(argv=None):
     x, labels = data.x_test[chosen], data.y_test[chosen]
     others = other_images(args, data, x)
     models, digests = load_models(args, data, device)
-    eps = args.eps if args.eps is not None else 8 / 255 if args.norm == "linf" else 0.5
     settings = {k: v for k, v in vars(args).items() if k in Settings.__dataclass_fields__}
-    s = Settings(**settings | {"eps": eps})
     flags = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items() if k not in FREE_FLAGS}
     flags |= digests
     out, base = args.json and Path(args.json), args.json or args.save_examples
@@ -1097,11 +1059,11 @@ def main(argv=None):
     try:
         for name, model in models.items():
             known = {"classes": len(data.classes), "store": store, "key": name}
-            row = evaluate_all(model, x, labels, args.attack, **dataclasses.asdict(s), **known)
+            row = evaluate_all(model, x, labels, args.attack, **settings, **known)
             row = {"model": name} | row | natural(model, x, labels, others, args, store, name)
-            rows.append(row)
             if args.plot:
-                rows[-1]["curve"] = accuracy_curve(model, x, labels, s)
+                row["curve"] = accuracy_curve(model, x, labels, Settings(**settings))
+            rows.append(row)
         if args.save_examples:
             save_examples(args.save_examples, x, labels, store)
     except KeyboardInterrupt:
@@ -1116,8 +1078,9 @@ def main(argv=None):
         signal.signal(signal.SIGTERM, handler)
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     record = {"command": command, "flags": flags, "torch": torch.__version__, "gpu": gpu}
-    record |= {"data": data.name, "n": len(x), "norm": s.norm, "eps": eps, "precision": "float32"}
-    record |= {"step_size": eps / 4 if s.step_size is None else s.step_size, "rows": rows}
+    record |= {"data": data.name, "n": len(x), "norm": args.norm, "eps": args.eps}
+    step_size = args.eps / 4 if args.step_size is None else args.step_size
+    record |= {"precision": "float32", "step_size": step_size, "rows": rows}
     record["logits"] = "log of the averaged probabilities" if args.ensemble else "of the model"
     show(record)
     if args.plot:
