@@ -483,14 +483,14 @@ def square_start(b):
         stripes = (b.draw((channels, 1, width)) - 0.5).sign()
         start = b.x + b.s.eps * stripes
         return start.clamp_(0, 1).contiguous(memory_format=torch.channels_last)
-    signs = (b.draw((25, channels + 1, 1, 1)) - 0.5).sign()
-    side, d = max(min(height, width) // 5, 1), torch.zeros_like(b.x)
+    side = max(min(height, width) // 5, 1)
     tiles, shape = min(height // side, width // side, 5), bump(side).to(b.x)
-    for tile in range(tiles * tiles):
-        row = (height - tiles * side) // 2 + tile // tiles * side
-        column = (width - tiles * side) // 2 + tile % tiles * side
-        turned = torch.where(signs[:, tile, -1:] > 0, shape, shape.T)
-        d[:, :, row : row + side, column : column + side] = turned * signs[:, tile, :-1]
+    signs = (b.draw((25, channels + 1, 1, 1)) - 0.5).sign()[:, : tiles * tiles]
+    grid = torch.where(signs[:, :, -1:] > 0, shape, shape.T) * signs[:, :, :-1]  # (B, T, C, ...)
+    grid = grid.unflatten(1, (tiles, tiles)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    top, left = (height - tiles * side) // 2, (width - tiles * side) // 2
+    d = torch.zeros_like(b.x)
+    d[:, :, top : top + tiles * side, left : left + tiles * side] = grid
     return (b.x + b.s.eps * d / (length(d, "l2") + 1e-12)).clamp_(0, 1)
 
 
@@ -591,10 +591,10 @@ def foreign_model(spec, weights, device):
     if not isinstance(model, nn.Module):
         common.fail(f"--model {spec}: returned a {type(model).__name__}, not a torch.nn.Module")
     try:
-        state = torch.load(weights, map_location="cpu", weights_only=True) if weights else {}
-        for key in ("state_dict", "model", "weights"):
-            state = state[key] if isinstance(state.get(key), dict) else state
         if weights:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            for key in ("state_dict", "model", "weights"):
+                state = state[key] if isinstance(state.get(key), dict) else state
             model.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
     except Exception as error:  # torch raises half a dozen types for a damaged file
         common.fail(f"--weights {weights}: {str(error)[:200] or repr(error)}")
@@ -680,18 +680,18 @@ def open_store(path=None, flags=None):
     path: the small state file (None: nothing is kept); record: flags, and entries {key: how far an
     attack came}; file: the float32 examples (C, H, W), entry k and image i at place k * N + i.
     """
-    record, old = {"flags": flags, "entries": {}}, path is not None and path.exists()
+    record = {"flags": flags, "entries": {}, "bytes": 0}
     if path is None:
         return SimpleNamespace(path=None, record=record, file=tempfile.TemporaryFile())
+    examples, old = path.with_suffix(".examples"), path.exists()
     if old:
         record = common.load(path)
         if not {"flags", "entries", "bytes"} <= record.keys():
             common.fail(f"{path}: not the state of an evaluation; delete it to begin again")
         compare_flags(path, record["flags"], flags)
+        if not examples.exists() or examples.stat().st_size < record["bytes"]:
+            common.fail(f"{examples}: missing or truncated; delete {path} to begin again")
         print(f"goes on from {path}", flush=True)
-    examples = path.with_suffix(".examples")
-    if old and (not examples.exists() or examples.stat().st_size < record["bytes"]):
-        common.fail(f"{examples}: missing or truncated; delete {path} to begin again")
     file = open(examples, "r+b" if old else "w+b")  # noqa: SIM115
     return SimpleNamespace(path=path, record=record, file=file)
 
@@ -785,19 +785,17 @@ def verdict(model, points, entry, name, s, store):
 
     An example that is right now, or not allowed, counts its image as robust (`unverified`).
     """
-    broken, classes = entry["broken"].clone(), points[2].shape[1]
-    plan = passes(name, classes, s)
-    n, worst, stages, unverified = len(broken), 0.0, [], 0
+    broken, classes, worst, stages = entry["broken"].clone(), points[2].shape[1], 0.0, []
+    plan, unverified = passes(name, classes, s), 0
     for index, b in batches(points, (broken > 0).nonzero()[:, 0], s):
         x_adv = read_examples(store, entry, index, b.x)
         hit = misclassified(model(x_adv).float(), b.labels) & allowed(x_adv, b.x, s)
         worst = max(worst, float(length(x_adv - b.x, s.norm).max()))
         broken[index[~hit.cpu()]] = 0
         unverified += int((~hit).sum())
-    for attack in dict.fromkeys(attack for attack, _ in plan):
-        last = max(i for i, (other, _) in enumerate(plan, 1) if other == attack)
+    for attack, last in {attack: i for i, (attack, _) in enumerate(plan, 1)}.items():
         robust = int(((broken == 0) | (broken > last)).sum())
-        stage = {"attack": attack, "robust_acc": robust / n}
+        stage = {"attack": attack, "robust_acc": robust / len(broken)}
         stage["conditional_acc"] = robust / max(int((broken >= 0).sum()), 1)
         stages.append(stage | {"seconds": entry["seconds"].get(attack, 0.0)})
     lines = []
@@ -808,12 +806,12 @@ def verdict(model, points, entry, name, s, store):
     for attack, k in (("apgd-dlr", 3), ("apgd-t", 4)):
         if classes < k and attack in dict(plan):
             lines.append(f"{attack}: DLR needs {k} classes; with {classes} its numerator is used")
-    if entry["zero"]:
-        lines.append(f"{entry['zero']} starts of APGD have no gradient: it is weaker than it looks")
-    if entry["bad"]:
-        lines.append(f"logits that are not finite in {entry['bad']} evaluations of APGD")
-    if unverified:
-        lines.append(f"{unverified} examples failed the last check: their images count as robust")
+    told = {
+        "starts of APGD have no gradient: it is weaker than it looks": entry["zero"],
+        "evaluations of APGD gave logits that are not finite": entry["bad"],
+        "examples failed the last check: their images count as robust": unverified,
+    }
+    lines += [f"{number} {what}" for what, number in told.items() if number]
     report = {"stages": stages, "verified": int((broken > 0).sum()), "unverified": unverified}
     return report | {"max_perturbation": worst, "warnings": lines}
 
@@ -822,8 +820,7 @@ def evaluate(model, x, labels, attacks, eps=8 / 255, step_size=None, restarts=1,
     """{'clean_acc': ..., 'pgd20_acc': ...} of a model on x uint8 (N, H, W, C), labels (N,).
 
     attacks: names of --attack; eps, step_size (None: eps / 4) in units of [0, 1]; x may also be
-    float (N, C, H, W) in [0, 1]. more: fields of Settings, and of `evaluate_all`, which has the
-    errors.
+    float (N, C, H, W) in [0, 1]. more: fields of Settings; what `evaluate_all` takes.
     """
     row = evaluate_all(model, x, labels, attacks, eps, step_size, restarts, seed, **more)
     return {k: v for k, v in row.items() if k.endswith("_acc") and "conditional" not in k}
@@ -913,10 +910,7 @@ def natural(model, x, labels, others, args, store, key):
 
 
 def accuracy_curve(model, x, labels, s):
-    """[(eps, accuracy)] under APGD-CE of 20 iterations, from eps 0 to where the accuracy is 0.
-
-    An image broken at a smaller radius stays broken.
-    """
+    """[(eps, accuracy)] under APGD-CE of 20 iterations, from eps 0 to where all are broken."""
     with common.evaluating(model), torch.no_grad():
         points = x, labels, clean_logits(model, x, labels, s.batch_size)
         right = (points[2].argmax(1) == labels).cpu()
