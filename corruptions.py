@@ -45,7 +45,7 @@ def corrupt(x, name, severity, seed=0, start=0, frost_dir=None):
         common.fail(f"corruptions: need uint8 (N, 32, 32, 3), got {x.dtype} {tuple(x.shape)}")
     function, parameters = CORRUPTIONS[name]
     images = torch.arange(start, start + len(x), device=x.device)
-    draw = _uniform(images, "corrupt", seed, name, severity)
+    draw = uniform(images, "corrupt", seed, name, severity)
     extra = (frost_dir,) if name == "frost" else ()
     clean = torch.from_numpy(LEVELS).to(x.device)[x.permute(0, 3, 1, 2).long()]
     out = function(clean, draw, *np.atleast_1d(parameters[severity - 1]).tolist(), *extra)
@@ -54,8 +54,11 @@ def corrupt(x, name, severity, seed=0, start=0, frost_dir=None):
     return out.permute(0, 2, 3, 1).contiguous()
 
 
-def _uniform(images, *key):
-    """draw(*shape) -> (B, *shape) in (0, 1), new ones at each call: splitmix64 of a counter."""
+def uniform(images, *key):
+    """-> draw(*shape): float64 (B, *shape) in (0, 1), others at each call; images int64 (B,).
+
+    splitmix64 of a counter: they depend on the image's number and `key`, not on batch or device.
+    """
     calls = itertools.count()
 
     def mix(z):
@@ -211,7 +214,7 @@ def _frost(x, draw, weight, frost_weight, folder=None):
 def _frost_textures(folder):
     """Five textures as float64 (5, H, W, 3), 0..255, padded to one size, and their own sizes."""
     if folder is None:  # ridges and grain, about as bright and as contrasted as the published ones
-        draw = _uniform(torch.arange(5), "frost textures")
+        draw = uniform(torch.arange(5), "frost textures")
         ice = _plasma(draw, 1.7, 128)[..., None] * torch.tensor([225.0, 235.0, 245.0])
         return (ice + 24 + 60 * draw(128, 128, 1)).clamp(0, 255), [(128, 128)] * 5
     from PIL import Image  # comes with torchvision

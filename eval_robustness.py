@@ -153,20 +153,17 @@ class Batch:
     x: Tensor
     labels: Tensor
     logits: Tensor
-    index: list  # of the images in the data set
+    index: Tensor  # (B,) of the images in the data set
     s: Settings
     attack: str
     which: int = 0  # the number of the restart or target
     zero: Tensor | int = 0  # out: starts without gradient
     bad: Tensor | int = 0  # out: evaluations with logits that are not finite
 
-    def draw(self, shape, kind="uniform_", use="start"):
-        """Random (B, *shape) in [0, 1] (or `normal_`), by seed, attack, pass, use and image."""
-        out, generator = torch.empty(len(self.index), *shape), torch.Generator()
-        for row, image in zip(out, self.index):
-            parts = self.attack, use, self.s.seed, self.which, image
-            getattr(row, kind)(generator=generator.manual_seed(common.derive_seed(*parts)))
-        return out.to(self.x.device)
+    def draw(self, *shape, use="start"):
+        """Uniform (B, *shape) in [0, 1], by seed, attack, pass, use and image alone."""
+        key = self.attack, use, self.s.seed, self.which
+        return corruptions.uniform(self.index, *key)(*shape).float()
 
     def target(self):
         """The class (B,) with the (which + 2)-nd largest clean logit, the label counted as 1st."""
@@ -179,8 +176,8 @@ def batches(points, index, s, attack="", which=0):
     """Yield (part, Batch) over the images `index` of points = (x, labels, logits)."""
     x, labels, logits = points
     for part in index.split(s.batch_size) if len(index) else ():
-        given = images(x[part]), labels[part], logits[part]
-        yield part, Batch(*given, part.tolist(), s, attack, which)
+        given = images(x[part]), labels[part], logits[part], part.to(x.device)
+        yield part, Batch(*given, s, attack, which)
 
 
 def images(x):
@@ -215,8 +212,9 @@ def project(v, x, eps, norm):
 
 def random_start(b, radius):
     """x plus noise whose largest coordinate (or L2 norm) is `radius`, clipped to [0, 1]."""
-    l2 = b.s.norm == "l2"
-    noise = b.draw(b.x.shape[1:], "normal_") if l2 else 2 * b.draw(b.x.shape[1:]) - 1
+    noise = 2 * b.draw(*b.x.shape[1:]) - 1
+    if b.s.norm == "l2":  # normal: every direction is as likely
+        noise = torch.erfinv(noise.clamp(-1 + 1e-6, 1 - 1e-6))
     start = b.x + radius * noise / (length(noise, b.s.norm) + 1e-12)
     return start.clamp_(0, 1).contiguous(memory_format=torch.channels_last)
 
@@ -448,7 +446,7 @@ def square(model, b):
     draws = torch.rand(s.queries, 5, generator=generator).tolist()
     a = SimpleNamespace(row=torch.arange(n, device=b.x.device), x=b.x, labels=b.labels)
     signs = torch.rand(s.queries, channels, generator=generator).expand(n, -1, -1)
-    signs = signs.to(b.x.device) if s.norm == "linf" else b.draw(signs.shape[1:], use="signs")
+    signs = signs.to(b.x.device) if s.norm == "linf" else b.draw(*signs.shape[1:], use="signs")
     a.found, a.signs = square_start(b), (signs - 0.5).sign()  # (B, Q, C)
     a.margin = margin(model(a.found).float(), a.labels)
     for i, (*corners, turn) in zip(survivors(a, x_adv, s.queries), draws):
@@ -464,8 +462,8 @@ def square(model, b):
             new = a.found[window] = (a.x[window] + s.eps * sign).clamp_(0, 1)
         else:
             other = slice(None), slice(None), slice(r2, r2 + side), slice(c2, c2 + side)
-            shape = bump(side).T if turn < 0.5 else bump(side)
-            old, content = a.found, sign * shape.to(b.x)
+            shape = bump(side, b.x.device)
+            old, content = a.found, sign * (shape.T if turn < 0.5 else shape)
             new = a.found = l2_proposal(a.x, old, window, other, content, s.eps)
             window = ...
         value = margin(model(a.found).float(), a.labels)
@@ -480,12 +478,12 @@ def square_start(b):
     """x with vertical stripes of +-eps; in L2 with a grid of 5 x 5 bumps of norm eps together."""
     _, channels, height, width = b.x.shape
     if b.s.norm == "linf":
-        stripes = (b.draw((channels, 1, width)) - 0.5).sign()
+        stripes = (b.draw(channels, 1, width) - 0.5).sign()
         start = b.x + b.s.eps * stripes
         return start.clamp_(0, 1).contiguous(memory_format=torch.channels_last)
     side = max(min(height, width) // 5, 1)
-    tiles, shape = min(height // side, width // side, 5), bump(side).to(b.x)
-    signs = (b.draw((25, channels + 1, 1, 1)) - 0.5).sign()[:, : tiles * tiles]
+    tiles, shape = min(height // side, width // side, 5), bump(side, b.x.device)
+    signs = (b.draw(25, channels + 1, 1, 1) - 0.5).sign()[:, : tiles * tiles]
     grid = torch.where(signs[:, :, -1:] > 0, shape, shape.T) * signs[:, :, :-1]  # (B, T, C, ...)
     grid = grid.unflatten(1, (tiles, tiles)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
     top, left = (height - tiles * side) // 2, (width - tiles * side) // 2
@@ -495,7 +493,7 @@ def square_start(b):
 
 
 @functools.cache
-def bump(side):
+def bump(side, device="cpu"):
     """Eq. (2): two halves of opposite sign, each of nested rectangles, of norm 1: (side, side)."""
     halves = []
     for rows in side // 2, side - side // 2:
@@ -505,7 +503,7 @@ def bump(side):
         half = tail[torch.maximum(y[:, None], x)]
         halves.append(half / half.norm().clamp(min=1e-12))
     both = torch.cat([halves[0], -halves[1]])
-    return (both / both.norm()).float()
+    return (both / both.norm()).float().to(device)
 
 
 def l2_proposal(x, found, first, second, content, eps):
@@ -532,7 +530,7 @@ def l2_proposal(x, found, first, second, content, eps):
 def pgd(model, b):
     """`common.pgd` of the number of steps in the attack's name, from a uniform start."""
     eps = b.s.eps
-    noise = b.draw(b.x.shape[1:]).mul_(2 * eps).sub_(eps)
+    noise = b.draw(*b.x.shape[1:]).mul_(2 * eps).sub_(eps)
     step_size = eps / 4 if b.s.step_size is None else b.s.step_size
     return common.pgd(model, b.x, b.labels, eps, step_size, int(b.attack[3:]), noise)
 

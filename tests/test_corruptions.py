@@ -134,7 +134,7 @@ def shapes():
 
 def textured(n=64, seed=3):
     """Coloured fractal images with the range of photographs: uint8 (n, 32, 32, 3)."""
-    draw = part._uniform(torch.arange(3 * n), "test images", seed)
+    draw = part.uniform(torch.arange(3 * n), "test images", seed)
     x = part._plasma(draw, 1.5).view(n, 3, 32, 32)
     return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
@@ -256,7 +256,7 @@ def test_noise_on_a_grey_image_has_the_published_standard_deviation(name):
 
 def test_poisson_counts_have_the_mean_and_the_third_moment_of_the_law():
     x = torch.full((200, 32, 32, 3), 51, dtype=torch.uint8)  # rate 50 / 5 = 10
-    draw = part._uniform(torch.arange(200), "poisson")
+    draw = part.uniform(torch.arange(200), "poisson")
     counts = 50 * part._shot_noise(x.permute(0, 3, 1, 2).double() / 255, draw, 50)
     assert (counts - counts.round()).abs().max() < 1e-9
     assert counts.mean().item() == pytest.approx(10, abs=0.03)
@@ -264,7 +264,7 @@ def test_poisson_counts_have_the_mean_and_the_third_moment_of_the_law():
 
 
 def test_uniform_draws_are_uniform_and_independent_between_images_and_calls():
-    draw = part._uniform(torch.arange(1000), "uniformity")
+    draw = part.uniform(torch.arange(1000), "uniformity")
     a, b = draw(1000), draw(1000)
     counts = torch.histc(a.float(), 64, 0, 1)
     assert ((counts - 15625) ** 2 / 15625).sum() < 63 + 5 * math.sqrt(126)  # chi squared
@@ -374,7 +374,7 @@ def test_zoom_factors_and_the_enlarged_crop_are_those_of_the_reference():
 
 def test_glass_blur_only_moves_pixels_right_or_down_by_one_per_pass():
     x = torch.arange(1024).view(1, 1, 32, 32).expand(5, 3, 32, 32).double() / 1024
-    draw = part._uniform(torch.arange(5), "glass")
+    draw = part.uniform(torch.arange(5), "glass")
     out = part._glass_blur(x, draw, 0.05, 1)
     allowed = torch.stack([x, *(x.roll(s, d) for s, d in ((1, 2), (1, 3), ((1, 1), (2, 3))))])
     allowed = (allowed * 255).floor() / 255
@@ -384,7 +384,7 @@ def test_glass_blur_only_moves_pixels_right_or_down_by_one_per_pass():
 
 def test_elastic_transform_without_jitter_is_the_identity_and_moves_smoothly_with_it():
     x = textured(8).permute(0, 3, 1, 2).double() / 255
-    draw = part._uniform(torch.arange(8), "elastic")
+    draw = part.uniform(torch.arange(8), "elastic")
     assert torch.allclose(part._elastic_transform(x, draw, 0, 0, 0.0), x)
     ramp = (torch.arange(32.0).double() / 64 + 0.25).expand(8, 3, 32, 32)
     moved = part._elastic_transform(ramp, draw, 0, 0, 2.56)
@@ -392,7 +392,7 @@ def test_elastic_transform_without_jitter_is_the_identity_and_moves_smoothly_wit
 
 
 def test_fog_is_a_fractal_from_zero_to_one_and_keeps_the_brightest_level():
-    plasma = part._plasma(part._uniform(torch.arange(50), "fog"), 3)
+    plasma = part._plasma(part.uniform(torch.arange(50), "fog"), 3)
     assert plasma.amin((1, 2)).eq(0).all() and plasma.amax((1, 2)).eq(1).all()
     step = plasma.diff(dim=1).abs().mean() / (plasma.std() * math.sqrt(2))
     assert step < 0.3  # smooth: independent pixels would give 0.8
@@ -438,7 +438,7 @@ def test_draws_differ_between_seeds_severities_corruptions_and_images(shapes):
         out, other = (part.corrupt(x, name, 4, seed=seed) for seed in (0, 1))
         assert not torch.equal(out, other), name
         assert not torch.equal(out[0], out[1]), name
-    a, b = (part._uniform(torch.arange(1), "corrupt", 0, "snow", s)(9) for s in (1, 2))
+    a, b = (part.uniform(torch.arange(1), "corrupt", 0, "snow", s)(9) for s in (1, 2))
     assert not torch.equal(a, b)
 
 

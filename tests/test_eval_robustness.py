@@ -90,7 +90,7 @@ def small():
 def batch(model, x, labels, attack="apgd-ce", which=0, **settings):
     """A Batch of all images."""
     logits = model(ev.images(x)).detach()
-    given = ev.images(x), labels, logits, list(range(len(x)))
+    given = ev.images(x), labels, logits, torch.arange(len(x))
     return ev.Batch(*given, ev.Settings(**settings), attack, which)
 
 
@@ -222,7 +222,9 @@ def test_the_step_of_apgd_is_halved_where_it_oscillates():
 
 def test_targets_are_ranked_without_the_label():
     logits = torch.tensor([[3.0, 1.0, 2.0, 0.0], [0.0, 5.0, 5.0, 1.0]])
-    b = ev.Batch(torch.zeros(2, 1, 1, 1), torch.tensor([0, 2]), logits, [0, 1], ev.Settings(), "a")
+    b = ev.Batch(
+        torch.zeros(2, 1, 1, 1), torch.tensor([0, 2]), logits, torch.arange(2), ev.Settings(), "a"
+    )
     targets = []
     for b.which in range(3):
         targets.append(b.target().tolist())
