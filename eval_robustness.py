@@ -523,10 +523,6 @@ def l2_proposal(x, found, first, second, content, eps):
     return (x + eps * d / (length(d, "l2") + 1e-12)).clamp_(0, 1)
 
 
-# ------------------------------------------------------------------------------------------------
-# The attacks by name: f(model, batch) -> x_adv (B, C, H, W)
-
-
 def pgd(model, b):
     """`common.pgd` of the number of steps in the attack's name, from a uniform start."""
     eps = b.s.eps
@@ -535,6 +531,7 @@ def pgd(model, b):
     return common.pgd(model, b.x, b.labels, eps, step_size, int(b.attack[3:]), noise)
 
 
+# By name: f(model, batch) -> x_adv (B, C, H, W)
 ATTACKS = {
     "apgd-ce": lambda model, b: apgd(model, b, ce_loss),
     "apgd-dlr": lambda model, b: apgd(model, b, dlr_loss),
@@ -557,7 +554,7 @@ def passes(name, classes, s):
 
 
 # ------------------------------------------------------------------------------------------------
-# Models
+# Models, and where an evaluation stands on the disk
 
 
 class Ensemble(nn.Module):
@@ -666,10 +663,6 @@ def warnings_of(model, x, logits, random=False):
     if not random and (passes - passes[:1]).norm(dim=2).max() > 1e-4:
         lines.append("the model is randomised: take aa-rand, other attacks overstate robustness")
     return lines
-
-
-# ------------------------------------------------------------------------------------------------
-# Where an evaluation stands, on the disk
 
 
 def open_store(path=None, flags=None):
@@ -925,10 +918,6 @@ def accuracy_curve(model, x, labels, s):
     return curve
 
 
-# ------------------------------------------------------------------------------------------------
-# Input and output
-
-
 def plot(path, record):
     """Write a figure: accuracy against eps of all rows, confidence histograms, corruptions."""
     from matplotlib.figure import Figure
@@ -992,7 +981,7 @@ def show(record):
 
 def save_examples(path, x, labels, store):
     """Write an .npz: x_adv float32 (N, H, W, C), clean where not broken; labels; broken (N,)."""
-    (entry,) = store.record["entries"].values()
+    (entry,) = (entry for entry in store.record["entries"].values() if "broken" in entry)
     x_adv, broken = images(x).cpu(), entry["broken"] > 0
     x_adv[broken] = read_examples(store, entry, broken.nonzero()[:, 0], x_adv[broken])
     arrays = {"x_adv": x_adv.permute(0, 2, 3, 1).numpy(), "labels": labels.cpu().numpy()}
@@ -1022,9 +1011,8 @@ def load_models(args, data, device):
 FREE_FLAGS = {"json", "save_examples", "data_root", "device", "batch_size", "argv", "deterministic"}
 
 
-def main(argv=None):
+def run(args, command):
     """Evaluate every model, print the tables, write the JSON; go on where a killed run stopped."""
-    args = parse_args(argv)
     device = common.setup_device(args)
     data = common.load_data(args.data, args.data_root, device)
     if (args.n or 0) > len(data.x_test):
@@ -1036,7 +1024,7 @@ def main(argv=None):
     settings = {k: v for k, v in vars(args).items() if k in Settings.__dataclass_fields__}
     flags = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items() if k not in FREE_FLAGS}
     flags |= digests
-    out, base = args.json and Path(args.json), args.json or args.save_examples
+    out, base, rows = args.json and Path(args.json), args.json or args.save_examples, []
     if out and out.exists():
         try:
             record = json.loads(out.read_text())
@@ -1046,28 +1034,15 @@ def main(argv=None):
         except (ValueError, KeyError, TypeError, AttributeError):
             common.fail(f"--json: {out} is there and holds something else; take another")
     store = open_store(Path(f"{base}.state") if base else None, flags)
-    command, rows = shlex.join(["python", "eval_robustness.py", *args.argv]), []
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        for name, model in models.items():
-            known = {"classes": len(data.classes), "store": store, "key": name}
-            row = evaluate_all(model, x, labels, args.attack, **settings, **known)
-            row = {"model": name} | row | natural(model, x, labels, others, args, store, name)
-            if args.plot:
-                row["curve"] = accuracy_curve(model, x, labels, Settings(**settings))
-            rows.append(row)
-        if args.save_examples:
-            save_examples(args.save_examples, x, labels, store)
-    except KeyboardInterrupt:
-        kept = "what is finished is kept; to go on" if base else "without --json nothing is kept"
-        print(f"\nstopped; {kept}: {command}", flush=True)
-        raise SystemExit(130) from None
-    except torch.OutOfMemoryError:
-        common.fail("--batch-size: out of GPU memory; take a smaller one, the same command goes on")
-    except OSError as error:
-        common.fail(f"{error.filename or base}: {error.strerror or error}")
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    for name, model in models.items():
+        known = {"classes": len(data.classes), "store": store, "key": name}
+        row = evaluate_all(model, x, labels, args.attack, **settings, **known)
+        row = {"model": name} | row | natural(model, x, labels, others, args, store, name)
+        if args.plot:
+            row["curve"] = accuracy_curve(model, x, labels, Settings(**settings))
+        rows.append(row)
+    if args.save_examples:
+        save_examples(args.save_examples, x, labels, store)
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     record = {"command": command, "flags": flags, "torch": torch.__version__, "gpu": gpu}
     record |= {"data": data.name, "n": len(x), "norm": args.norm, "eps": args.eps}
@@ -1083,6 +1058,30 @@ def main(argv=None):
     store.file.close()
     for path in (store.path, store.path.with_suffix(".examples")) if base else ():
         path.unlink(missing_ok=True)
+
+
+def main(argv=None):
+    """`run` with these flags; when it is stopped, the last lines say how to go on."""
+    args = parse_args(argv)
+    command = shlex.join(["python", os.path.relpath(__file__), *args.argv])
+
+    def on_sigterm(number, frame):
+        raise KeyboardInterrupt("SIGTERM")
+
+    handler = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        run(args, command)
+    except KeyboardInterrupt as stop:
+        kept = "finished batches are kept; go on with:"
+        kept = kept if args.json or args.save_examples else "without --json nothing is kept; again:"
+        print(f"\nstopped; {kept}\n{command}", file=sys.stderr)
+        raise SystemExit(143 if stop.args else 130) from None
+    except torch.OutOfMemoryError:
+        common.fail("--batch-size: out of GPU memory; take a smaller one, the same command goes on")
+    except OSError as error:
+        common.fail(f"{error.filename or args.json}: {error.strerror or error}")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from conftest import ROOT
 
 import common
 import eval_robustness as ev
@@ -583,7 +586,10 @@ def test_every_checkpoint_gets_a_row_and_the_json_holds_all(files, tmp_path, cap
     assert out.name in error_of(again, capsys)
 
 
-def test_sigterm_says_how_to_go_on_and_the_same_command_does(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_says_how_to_go_on_and_the_same_command_does(
+    number, code, tmp_path, capsys, monkeypatch
+):
     argv = ["net0.pt", "--attack", "aa", "--batch-size", "20", "--json", tmp_path / "out.json"]
     saved, calls = ev.save_store, []
 
@@ -591,13 +597,17 @@ def test_sigterm_says_how_to_go_on_and_the_same_command_does(tmp_path, capsys, m
         saved(store)
         calls.append(1)
         if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(ev, "save_store", dying)
     with pytest.raises(SystemExit) as stop:
         main(*argv)
-    out = capsys.readouterr().out
-    assert stop.value.code == 130 and "to go on: python eval_robustness.py net0.pt" in out
+    *_, kept, command = capsys.readouterr().err.splitlines()
+    assert stop.value.code == code and kept == "stopped; finished batches are kept; go on with:"
+    script, *flags = shlex.split(command)[1:]
+    assert Path(script).resolve() == ROOT / "eval_robustness.py"
+    assert flags[: len(argv)] == [str(a) for a in argv]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert {p.suffix for p in tmp_path.iterdir()} == {".state", ".examples"}
     main(*argv)
     assert "goes on from" in capsys.readouterr().out
