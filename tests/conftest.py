@@ -1,4 +1,4 @@
-"""The scripts lie one folder up; they are imported and run from there."""
+"""The scripts lie one folder up; they are imported and run from there. Nets and images to test."""
 
 import functools
 import os
@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that the tests start
 torch.set_num_threads(1)  # the test files run side by side
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+import corruptions  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,3 +47,78 @@ def refused(capsys):
 def seeded():
     """Every test draws the same numbers, in whatever order the tests run."""
     torch.manual_seed(0)
+
+
+class Linear(nn.Module):
+    """Logits of one linear layer on the flattened image."""
+
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.zeros(len(weight)) if bias is None else bias)
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weight.T + self.bias
+
+
+class Made(nn.Module):
+    """Another model with a function applied to its logits."""
+
+    def __init__(self, model, function):
+        super().__init__()
+        self.model, self.function = model, function
+        self.eval()
+
+    def forward(self, x):
+        return self.function(self.model(x))
+
+
+def linear_problem(classes=4, n=30, size=6, low=60, high=196, seed=0):
+    """A linear model, images uint8 (n, size, size, 3) and labels on which it is right."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(low, high, (n, size, size, 3), generator=g, dtype=torch.uint8)
+    model = Linear(torch.randn(classes, 3 * size * size, generator=g) / 10)
+    return model, x, model(common.to_float(x)).argmax(1)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A net of a few hundred parameters, trained on 8x8 shapes to be partly robust; 80 images."""
+    torch.manual_seed(0)
+    arrays = common.make_shapes(1500, 80, 1)
+    x, x_test = (torch.from_numpy(arrays[k][:, ::4, ::4].copy()) for k in ("x_train", "x_test"))
+    y, y_test = (torch.from_numpy(arrays[k]) for k in ("y_train", "y_test"))
+    layers = [nn.Conv2d(3, 12, 3, 2, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(192, 10))
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(6):
+        for part in torch.randperm(1500).split(100):
+            clean = common.to_float(x[part])
+            x_adv = common.pgd(model.eval(), clean, y[part], 4 / 255, 4 / 255, 1)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model.train()(x_adv), y[part]).backward()
+            optimizer.step()
+    optimizer.zero_grad()
+    return model.eval().requires_grad_(False), x_test, y_test
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    """60 generated images, uint8 (60, 32, 32, 3), and labels."""
+    arrays = common.make_shapes(10, 60)
+    return torch.from_numpy(arrays["x_test"]), torch.from_numpy(arrays["y_test"])
+
+
+def textured(n=64, seed=3):
+    """Coloured fractal images with the range of photographs: uint8 (n, 32, 32, 3)."""
+    draw = corruptions.uniform(torch.arange(3 * n), "test images", seed)
+    x = corruptions._plasma(draw, 1.5).view(n, 3, 32, 32)
+    return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def statistics(out, x):
+    """Per image, float64 (N,): mean |change|, mean, mean square, mean |neighbour difference|."""
+    out, x = out.double(), x.double()
+    down, right = (out.diff(dim=k).abs().mean((1, 2, 3)) for k in (1, 2))
+    axes = (1, 2, 3)
+    return (out - x).abs().mean(axes), out.mean(axes), (out**2).mean(axes), (down + right) / 2
