@@ -181,10 +181,6 @@ def _defocus_blur(x, draw, radius, alias):
     return sum(float(w) * padded[..., i : i + 32, j : j + 32] for i, j, w in taps)
 
 
-def _motion_blur(x, draw, radius, sigma):
-    return _motion((x * 255).round(), radius, sigma, 90 * draw(1)[:, 0] - 45).to(torch.uint8)
-
-
 def _zoom_blur(x, draw, end):
     factors = np.arange(1, end, 0.01)
     return (x + sum(_zoom(x, factor) for factor in factors)) / (len(factors) + 1)
@@ -298,10 +294,6 @@ def _elastic_transform(x, draw, alpha, sigma, jitter):
     return x
 
 
-def _pixelate(x, draw, side):
-    return _box(_box((x * 255).round(), int(side)), 32).to(torch.uint8)
-
-
 def _box(v, out):
     """Pillow's box filter from v (B, C, n, n) to (B, C, out, out): columns, then rows, rounded."""
     n = v.shape[2]
@@ -400,7 +392,9 @@ CORRUPTIONS = {
     "impulse_noise": (_impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07)),
     "defocus_blur": (_defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))),
     "glass_blur": (_glass_blur, ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2))),
-    "motion_blur": (_motion_blur, ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
+    "motion_blur": (lambda x, draw, radius, sigma: _motion(
+        (x * 255).round(), radius, sigma, 90 * draw(1)[:, 0] - 45).to(torch.uint8),
+                    ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
     "zoom_blur": (_zoom_blur, (1.06, 1.11, 1.16, 1.21, 1.26)),
     "snow": (_snow, ((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
                     (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9), (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
@@ -411,7 +405,8 @@ CORRUPTIONS = {
     "contrast": (_contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
     "elastic_transform": (_elastic_transform, ((0, 0, 2.56), (1.6, 6.4, 2.24), (2.56, 1.92, 1.92),
                                               (3.2, 1.28, 1.6), (3.2, 0.96, 0.96))),
-    "pixelate": (_pixelate, (30, 28, 27, 24, 20)),
+    "pixelate": (lambda x, draw, n: _box(_box((x * 255).round(), int(n)), 32).to(torch.uint8),
+                 (30, 28, 27, 24, 20)),
     "jpeg_compression": (_jpeg_compression, (80, 65, 58, 50, 40)),
     "speckle_noise": (lambda x, draw, c: x + c * x * _normal(draw, 3, 32, 32),
                       (0.06, 0.1, 0.12, 0.16, 0.2)),
@@ -481,13 +476,9 @@ def summarise(counts, n, clean=None):
     kept = [name for name in CORRUPTIONS if name != "frost"]
     acc = {name: [right / n for right, _ in counts[name]] for name in CORRUPTIONS}
     of_right = {k: [both / clean for _, both in counts[k]] for k in CORRUPTIONS} if clean else None
-    means = {
-        "mean15_acc": (acc, list(CORRUPTIONS)[:15]),
-        "mean18_acc": (acc, kept),
-        "mean19_acc": (acc, list(CORRUPTIONS)),
-        "mca_acc": (of_right, list(CORRUPTIONS)),
-        "mca18_acc": (of_right, kept),
-    }
+    every = list(CORRUPTIONS)
+    means = {"mean15_acc": (acc, every[:15]), "mean18_acc": (acc, kept), "mean19_acc": (acc, every)}
+    means |= {"mca_acc": (of_right, every), "mca18_acc": (of_right, kept)}
     result = {"n": n, "clean_acc": None if clean is None else clean / n}
     for key, (table, names) in means.items():
         result[key] = np.mean([table[name] for name in names]).item() if table else None

@@ -54,7 +54,6 @@ import corruptions
 
 VERSIONS = {
     "aa": "apgd-ce+apgd-t+fab-t+square",
-    "aa-standard": "apgd-ce+apgd-t+fab-t+square",
     "aa-plus": "apgd-ce:5+apgd-dlr:5+fab:5+square+apgd-t+fab-t",
     "aa-rand": "apgd-ce+apgd-dlr",  # with 20 gradients a step
 }
@@ -116,6 +115,7 @@ def parse_args(argv=None):
             parser.error(f"{path}: there is no folder {Path(path).parent}")
     if args.eps is None:
         args.eps = 8 / 255 if args.norm == "linf" else 0.5
+    args.step_size = args.eps / 4 if args.step_size is None else args.step_size
     args.deterministic, args.argv = False, sys.argv[1:] if argv is None else list(argv)
     return args
 
@@ -220,10 +220,7 @@ def random_start(b, radius):
 
 
 def gradient(model, x, loss, eot=1):
-    """-> logits (B, K), loss (B,), gradient of the loss in x, averaged over `eot` passes.
-
-    No gradient of weights is made; a loss that does not depend on x has gradient 0.
-    """
+    """-> logits (B, K), loss (B,), its gradient in x alone, averaged over `eot` passes (or 0)."""
     total = torch.zeros_like(x)
     for _ in range(eot):
         x = x.detach().requires_grad_()
@@ -231,16 +228,15 @@ def gradient(model, x, loss, eot=1):
             logits = model(x).float()
             value = loss(logits)
         if value.requires_grad:
-            (part,) = torch.autograd.grad(value, x, torch.ones_like(value), allow_unused=True)
-            total = total if part is None else part if eot == 1 else total + part / eot
+            (part,) = torch.autograd.grad(value, x, torch.ones_like(value), materialize_grads=True)
+            total = total + part / eot
     return logits.detach(), value.detach(), total
 
 
 def survivors(a, x_adv, last):
-    """Yield i = 1, 2, ..., last; now and then write what was found to x_adv (B, C, H, W), drop it.
+    """Yield i = 1, ..., last; after 1, 2, 4, ..., all 50 and the last move what is done to x_adv.
 
-    a: namespace of tensors with rows in common, among them row (of x_adv), done, found. The one
-    host sync of a run happens here: after 1, 2, 4, ... iterations, all 50, and the last.
+    a: namespace of tensors with a row per image: row (of x_adv), done, found, ... No other sync.
     """
     for i in range(1, last + 1):
         yield i
@@ -297,10 +293,9 @@ def apgd_checkpoints(steps):
 
 
 def apgd(model, b, loss):
-    """APGD with momentum from a random start -> x_adv (B, C, H, W), x where nothing was found.
+    """APGD from a random start on loss(logits, labels, target) -> x_adv (B, C, H, W), or x.
 
-    loss(logits, labels, target) -> (B,) is maximised. An image is done at the first evaluation,
-    the start included, that is misclassified, as any class.
+    An image is done at the first evaluation, the start included, that is wrong, as any class.
     """
     s, x_adv = b.s, b.x.clone()
     a = SimpleNamespace(row=torch.arange(len(b.x), device=b.x.device), x=b.x, labels=b.labels)
@@ -371,9 +366,9 @@ def to_hyperplane(x, w, c, norm, iterations=8):
 
 
 def boundary(model, x, labels, target, norm):
-    """-> z_t - z_y (B,) and its gradient w in x, for the target (B,), or the nearest if None.
+    """-> z_t - z_y (B,) and its gradient w in x, for the target t (B,).
 
-    Nearest: the class with the least |z_k - z_y| / |w_k| in the dual norm, one gradient a class.
+    None: the class with the least |z_k - z_y| / |w_k| in the dual norm, one gradient a class.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -395,14 +390,13 @@ def boundary(model, x, labels, target, norm):
     return df, w
 
 
-def fab(model, b, targeted=False, stop=None):
+def fab(model, b, targeted=False):
     """FAB, algorithm 1 -> x_adv (B, C, H, W): the nearest misclassified point found, else x.
 
-    An image is done when its norm is at most `stop` (None: eps); 0 looks for the minimum to the
-    end. The first restart begins at x, the others at random points of half the radius.
+    An image is done when its norm is at most eps; 0 looks for the minimum to the end. The first
+    restart begins at x, the others at random points of half the radius.
     """
     s, x_adv = b.s, b.x.clone()
-    stop = s.eps if stop is None else stop
     a = SimpleNamespace(row=torch.arange(len(b.x), device=b.x.device), x=b.x, labels=b.labels)
     a.now = b.x if targeted or b.which == 0 else random_start(b, s.eps / 2)
     a.target, a.found = b.target() if targeted else None, b.x
@@ -421,7 +415,7 @@ def fab(model, b, targeted=False, stop=None):
         better = wrong & (size < a.size)
         a.found, a.size = torch.where(better, a.now, a.found), torch.where(better, size, a.size)
         a.now = torch.where(wrong, a.x + 0.9 * d, a.now)  # the backward step
-        a.done = a.size[:, 0, 0, 0] <= (stop if i < s.steps else 1e30)
+        a.done = a.size[:, 0, 0, 0] <= (s.eps if i < s.steps else 1e30)
     return x_adv
 
 
@@ -507,10 +501,7 @@ def bump(side, device="cpu"):
 
 
 def l2_proposal(x, found, first, second, content, eps):
-    """Algorithm 3: the norm of both windows, and what eps leaves, goes to the first window.
-
-    x, found (B, C, H, W); first, second: indices of windows; content (B, C, side, side).
-    """
+    """Algorithm 3: the norm of both windows, and what eps leaves, goes to the first: new x_adv."""
     d, either = found - x, torch.zeros_like(x[:1, :1])
     either[first], either[second] = 1, 1
     spare = (eps**2 - length(d, "l2") ** 2).clamp(min=0) / d.shape[1]
@@ -652,10 +643,7 @@ def is_probabilities(logits):
 
 @torch.no_grad()
 def warnings_of(model, x, logits, random=False):
-    """What makes attacks on this model unreliable: lines, from five passes over x.
-
-    logits (N, K): the clean ones. random: the model is said to be randomised (aa-rand).
-    """
+    """Lines on what makes attacks unreliable, from clean logits (N, K) and five passes over x."""
     lines = []
     if is_probabilities(logits):
         lines.append("the model seems to return probabilities: the attacks need logits")
@@ -753,14 +741,13 @@ def run_attack(model, points, name, s, store, key):
             now = time.monotonic()
             seconds[attack], begin = seconds.get(attack, 0.0) + now - begin, now
             write_examples(store, entry, where, x_adv[hit])
-            if sys.stdout.isatty():
-                at = f"{attack}, pass {serial} of {len(plan)}, image {entry['position']:,}"
-                robust = (broken == 0).double().mean()
-                print(f"\r\x1b[2K{key}: {at} of {len(alive):,}, {robust:.4f}", end="", flush=True)
+            done = entry["position"] == len(alive) and [*plan, ("", 0)][serial][0] != attack
+            if key[0] != " " and (sys.stdout.isatty() or done):  # of a named model
+                at = f"{attack} {serial} of {len(plan)}, image {entry['position']} of {len(alive)}"
+                at += f", {(broken == 0).double().mean():.4f} left, {seconds[attack]:,.0f} s"
+                clear, end = "\r\x1b[2K" * sys.stdout.isatty(), "\n" * done
+                print(f"{clear}{key}: {at}", end=end, flush=True)
         entry["serial"], entry["position"] = serial + 1, 0
-        if key[:1].strip() and [*plan, (None, 0)][serial][0] != attack:  # a named model
-            done = f"{attack} {(broken == 0).double().mean():.4f}, {seconds.get(attack, 0):,.0f} s"
-            print("\r\x1b[2K" * sys.stdout.isatty() + f"{key}: after {done}", flush=True)
     return entry
 
 
@@ -772,10 +759,7 @@ def allowed(x_adv, x, s):
 
 @torch.no_grad()
 def verdict(model, points, entry, name, s, store):
-    """Classify the stored examples once more, clean, in float32 -> the numbers of an attack.
-
-    An example that is right now, or not allowed, counts its image as robust (`unverified`).
-    """
+    """Classify the stored examples once more, clean: what is right or not allowed is robust."""
     broken, classes, worst, stages = entry["broken"].clone(), points[2].shape[1], 0.0, []
     plan, unverified = passes(name, classes, s), 0
     for index, b in batches(points, (broken > 0).nonzero()[:, 0], s):
@@ -797,11 +781,9 @@ def verdict(model, points, entry, name, s, store):
     for attack, k in (("apgd-dlr", 3), ("apgd-t", 4)):
         if classes < k and attack in dict(plan):
             lines.append(f"{attack}: DLR needs {k} classes; with {classes} its numerator is used")
-    told = {
-        "starts of APGD have no gradient: it is weaker than it looks": entry["zero"],
-        "evaluations of APGD gave logits that are not finite": entry["bad"],
-        "examples failed the last check: their images count as robust": unverified,
-    }
+    told = {"starts of APGD have no gradient: it is weaker than it looks": entry["zero"]}
+    told["evaluations of APGD gave logits that are not finite"] = entry["bad"]
+    told["examples failed the last check: their images count as robust"] = unverified
     lines += [f"{number} {what}" for what, number in told.items() if number]
     report = {"stages": stages, "verified": int((broken > 0).sum()), "unverified": unverified}
     return report | {"max_perturbation": worst, "warnings": lines}
@@ -820,8 +802,7 @@ def evaluate(model, x, labels, attacks, eps=8 / 255, step_size=None, restarts=1,
 def evaluate_all(model, x, labels, attacks, *settings, classes=None, store=None, key="", **more):
     """As `evaluate`, but all numbers of the model: a row of the JSON.
 
-    classes: the number that the model must have; store, key: where and as what the state is kept.
-    Errors, one line with exit status 2: the model returns no finite logits for the classes.
+    classes: how many the model must have, else an error; store, key: where the state is kept.
     """
     s, store = Settings(*settings, **more), store or open_store()
     row, reports = {}, {}
@@ -845,7 +826,7 @@ def evaluate_all(model, x, labels, attacks, *settings, classes=None, store=None,
                 row[f"{field}_acc"] = report["stages"][-1]["robust_acc"]
                 row[f"{field}_conditional_acc"] = report["stages"][-1]["conditional_acc"]
                 lines += report.pop("warnings")
-    gap = row.get("pgd20_acc", 0) - min(row.get("aa_acc", 1), row.get("aa_standard_acc", 1))
+    gap = row.get("pgd20_acc", 0) - row.get("aa_acc", row.get("aa_plus_acc", 1))
     if gap > 0.06:
         lines.append(f"PGD-20 is {100 * gap:.1f} points above AutoAttack: gradients may be masked")
     seconds = sum(stage["seconds"] for report in reports.values() for stage in report["stages"])
@@ -853,10 +834,9 @@ def evaluate_all(model, x, labels, attacks, *settings, classes=None, store=None,
 
 
 def calibration(logits, labels, bins=15):
-    """Of logits (N, K) and labels (N,): dict of nll, ece, entropy (nats) and confidence (bins,).
+    """nll, ece, entropy (nats) and confidence (bins,) of logits (N, K) and labels (N,).
 
-    ece: Guo et al. 2017, Eq. (3), equal bins ](i - 1) / bins, i / bins] of the largest probability;
-    confidence: the share of the images in each bin.
+    Bins ](i - 1) / bins, i / bins] of the largest probability: Guo et al. 2017, Eq. (3).
     """
     logs = logits.double().log_softmax(1)
     confidence, predicted = logs.exp().max(1)
@@ -954,10 +934,13 @@ def short(name):
 
 def show(record):
     """Print the record of main: a table of the models, of their attacks, of their calibration."""
-    norm, eps = record["norm"], f"{record['eps']:.4g}"
-    if norm == "linf":
-        eps = f"{255 * record['eps']:.4g}/255, PGD step {255 * record['step_size']:.4g}/255"
-    print(f"{record['data']}, {record['n']} test images, {norm} eps {eps}, float32\n")
+    step, eps = (f"{255 * record[key]:.4g}/255" for key in ("step_size", "eps"))
+    ball = (
+        f"l2 eps {record['eps']:g}"
+        if record["norm"] == "l2"
+        else f"linf eps {eps}, PGD step {step}"
+    )
+    print(f"{record['data']}, {record['n']} test images, {ball}, float32\n")
     rows, stages, points = record["rows"], [], []
     for row in rows:
         for name, r in row["reports"].items():
@@ -973,10 +956,9 @@ def show(record):
         if result := row.get("corruptions"):
             table = common.table(corruptions.corruption_rows(result))
             print(f"\n{row['model']}: {result['note']}\n{table}")
-        for line in row.get("cinic_note", []) + row.get("ood_note", []):
+        notes = row.get("cinic_note", []) + row.get("ood_note", [])
+        for line in notes + [f"warning: {line}" for line in row["warnings"]]:
             print(f"{row['model']}: {line}")
-        for line in row["warnings"]:
-            print(f"warning: {row['model']}: {line}")
 
 
 def save_examples(path, x, labels, store):
@@ -1046,8 +1028,7 @@ def run(args, command):
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     record = {"command": command, "flags": flags, "torch": torch.__version__, "gpu": gpu}
     record |= {"data": data.name, "n": len(x), "norm": args.norm, "eps": args.eps}
-    step_size = args.eps / 4 if args.step_size is None else args.step_size
-    record |= {"precision": "float32", "step_size": step_size, "rows": rows}
+    record |= {"precision": "float32", "step_size": args.step_size, "rows": rows}
     record["logits"] = "log of the averaged probabilities" if args.ensemble else "of the model"
     show(record)
     if args.plot:

@@ -79,8 +79,8 @@ def test_the_box_counts_in_the_closed_form():
 @pytest.mark.parametrize("norm", [INF, L2])
 def test_fab_finds_the_minimal_perturbation_of_a_linear_model(norm):
     model, x, labels = linear_problem(5)
-    b = batch(model, x, labels, "fab", norm=norm, steps=60, eps=1.0)
-    x_adv = ev.fab(model, b, stop=0)
+    b = batch(model, x, labels, "fab", norm=norm, steps=60, eps=0.0)
+    x_adv = ev.fab(model, b)
     size = ev.length(x_adv - b.x, norm)[:, 0, 0, 0]
     assert ev.misclassified(model(x_adv), labels).all()
     np.testing.assert_allclose(size, distances(model, x, labels, norm), rtol=1e-2)
