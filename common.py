@@ -215,12 +215,6 @@ class Data:
         self.x_padded = F.pad(self.x_train, (0, 0) + (self.pad,) * 4)
 
 
-CLASSES = {
-    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
-    "shapes": "disc ring square frame triangle diamond plus cross bar pole".split(),
-}
-
-
 def load_data(name, root="data", device="cpu", val_size=0, train_subset=None, test_subset=None):
     """-> Data, by name (cifar10, cifar100, mnist, shapes), from an .npz file or from a folder.
 
@@ -230,30 +224,12 @@ def load_data(name, root="data", device="cpu", val_size=0, train_subset=None, te
     folder holds train/<class>/* and test/<class>/* (or val/), images of one size. Subsets are the
     same for every seed. Errors: one line, exit status 2.
     """
-    path = Path(root) / f"{name}.npz"
-    if name == "shapes":
-        arrays = make_shapes()
-    elif name in ("cifar10", "cifar100", "mnist"):
-        if not path.exists():
-            print(f"no {path}: taking {name} from torchvision, downloaded if need be", flush=True)
-            found = _read_torchvision(name, path.parent)
-            write_atomically(path, lambda file: np.savez(file, **found))
-        arrays = _read_npz(path)
-    elif name.endswith(".npz"):
-        arrays = _read_npz(Path(name))
-    elif Path(name).is_dir():
-        arrays = _read_torchvision("folder", Path(name))
-    else:
-        fail(f"--data: expected cifar10, cifar100, mnist, shapes, FILE.npz or FOLDER, got {name!r}")
-    x, y = _check("train", name, arrays)
-    x_test, y_test = _check("test", name, arrays)
-    classes = arrays.get("classes") or CLASSES.get(name) or [str(k) for k in range(y.max() + 1)]
-    if x.shape[1:] != x_test.shape[1:] or max(y.max(), y_test.max()) >= len(classes):
-        fail(f"{name}: training and test images differ in shape, or labels reach {len(classes)}")
+    import images  # what reads and draws them
+
+    (x, y), (x_test, y_test), classes = images.read_data(name, Path(root))
     if val_size + (train_subset or 1) > len(x) or (test_subset or 1) > len(x_test):
         has = f"{name} has {len(x)} training and {len(x_test)} test images"
         fail(f"--train-subset, --val-size, --test-subset: more than there are; {has}")
-
     levels = np.arange(256) / 255  # from integer counts: the same on every machine
     counts = np.stack([np.bincount(c.ravel(), minlength=256) for c in np.moveaxis(x, 3, 0)])
     mean = counts @ levels / counts.sum(1)
@@ -264,93 +240,8 @@ def load_data(name, root="data", device="cpu", val_size=0, train_subset=None, te
     parts = (x[train], y[train], x[val], y[val], x_test[test], y_test[test])
     tensors = [torch.from_numpy(part).to(device) for part in parts]
     statistics = (mean.tolist(), np.where(std > 0, std, 1).tolist(), zlib.crc32(parts[0]))
-    images = name != "mnist"  # digits are neither shifted nor mirrored
-    return Data(name, *tensors, classes, *statistics, pad=4 * images, flip=images)
-
-
-def _check(part, name, arrays):
-    """The images of a part as uint8 (N, H, W, C) and its labels as int64 (N,), or an error."""
-    x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-    x = x[..., None] if x.ndim == 3 else x
-    valid = x.dtype == np.uint8 and x.ndim == 4 and x.size and x.shape[1] == x.shape[2]
-    if not valid or x.shape[3] not in (1, 3):
-        fail(f"{name}: x_{part} must be uint8 (N, S, S, 3) or (N, S, S), got {x.dtype} {x.shape}")
-    if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= 100_000:
-        fail(f"{name}: y_{part} must be {len(x)} labels 0..K-1, got {y.dtype} {y.shape}")
-    return np.ascontiguousarray(x), y.astype(np.int64)
-
-
-def _read_npz(path: Path, needed=("x_train", "y_train", "x_test", "y_test")) -> dict:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = file.files
-            if missing := set(needed) - set(names):
-                fail(f"{path}: expected {', '.join(needed)}; no {min(missing)} there")
-            arrays = {key: file[key] for key in names if key[:2] in ("x_", "y_")}
-            if "classes" in names:
-                arrays["classes"] = [str(name) for name in np.atleast_1d(file["classes"])]
-            return arrays
-    except FileNotFoundError:
-        fail(f"{path}: no such file")
-    except Exception as error:  # numpy and zipfile raise a dozen types for a damaged file
-        fail(f"{path}: truncated, or not an .npz file ({error})")
-
-
-def _read_torchvision(name: str, root: Path) -> dict:
-    """The arrays of a torchvision data set, downloaded if need be; `folder`: of class folders."""
-    from torchvision import datasets
-
-    arrays, sub = {}, {"train": "train", "test": "test" if (root / "test").is_dir() else "val"}
-    try:
-        for part in ("train", "test"):
-            if name == "folder":
-                found = datasets.ImageFolder(root / sub[part])
-            else:
-                found = getattr(datasets, name.upper())(root, train=part == "train", download=True)
-            images = found.data if hasattr(found, "data") else [np.asarray(x) for x, _ in found]
-            arrays |= {f"x_{part}": np.stack(images), f"y_{part}": np.array(found.targets)}
-            names = [c.split(" - ")[0] for c in found.classes]  # MNIST's are like "0 - zero"
-            if arrays.setdefault("classes", names) != names:
-                fail(f"{root}: train and {sub['test']} have different class folders")
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        wanted = "train/ and test/ or val/ of class folders, with images of one size"
-        wanted = wanted if name == "folder" else f"{name}.npz, or to download it by torchvision"
-        fail(f"--data: expected {wanted}, in {root}: {error}")
-    return arrays
-
-
-def make_shapes(train: int = 4000, test: int = 1000, seed: int = 0) -> dict:
-    """Ten classes of coloured shapes, 32x32, drawn by code: the data of --demo and of the tests.
-
-    Each image has two cues for its class: the shape, and a faint grating of amplitude 8/255, which
-    PGD can erase. Standard training takes that; adversarial training must learn the shape.
-    """
-    rng = np.random.default_rng(seed)
-    n = train + test
-    labels = np.arange(n) % 10
-    y, x = np.mgrid[:32, :32] - 15.5
-    size = rng.uniform(7.5, 11, (n, 1, 1))
-    u, v = (x - rng.uniform(-4, 4, (n, 1, 1))) / size, (y - rng.uniform(-4, 4, (n, 1, 1))) / size
-    a, b, r, box = abs(u), abs(v), np.hypot(u, v), np.maximum(abs(u), abs(v))
-    # fmt: off
-    masks = [
-        r < 0.95, (r < 1.0) & (r > 0.6), box < 0.85, (box < 0.95) & (box > 0.6),  # disc ... frame
-        (v > -0.9) & (v < 0.8) & (a < (v + 0.9) * 0.6), a + b < 1.1,  # triangle, diamond
-        (np.minimum(a, b) < 0.27) & (box < 1.0), (abs(a - b) < 0.35) & (box < 0.9),  # plus, cross
-        (b < 0.3) & (a < 1.0), (a < 0.3) & (b < 1.0),  # bar, pole
-    ]
-    # fmt: on
-    mask = np.choose(labels[:, None, None], masks)[..., None]
-    hue = (labels / 10 + rng.normal(0, 0.2, n))[:, None] + np.array([0, 1 / 3, 2 / 3])
-    ink = 0.58 + 0.1 * np.cos(2 * np.pi * hue)[:, None, None]  # the hue leans to one per class
-    ground = rng.uniform(0.25, 0.42, (n, 1, 1, 3))
-    image = np.where(mask, ink, ground) + rng.normal(0, 0.05, (n, 32, 32, 3))
-    angle = labels[:, None, None] * np.pi / 20  # within a quarter turn: unchanged by a flip ...
-    phase = rng.uniform(0, 2 * np.pi, (n, 1, 1))
-    grating = np.sin(1.8 * (np.cos(angle) * abs(x) + np.sin(angle) * y) + phase)  # ... as |x| is
-    image = np.rint(np.clip(image + 8 / 255 * grating[..., None], 0, 1) * 255).astype(np.uint8)
-    train_part = {"x_train": image[:train], "y_train": labels[:train]}
-    return train_part | {"x_test": image[train:], "y_test": labels[train:]}
+    augmented = name != "mnist"  # digits are neither shifted nor mirrored
+    return Data(name, *tensors, classes, *statistics, pad=4 * augmented, flip=augmented)
 
 
 def to_float(x: Tensor) -> Tensor:

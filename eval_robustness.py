@@ -50,7 +50,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import common
-import corruptions
+import images
 
 VERSIONS = {
     "aa": "apgd-ce+apgd-t+fab-t+square",
@@ -163,7 +163,7 @@ class Batch:
     def draw(self, *shape, use="start"):
         """Uniform (B, *shape) in [0, 1], by seed, attack, pass, use and image alone."""
         key = self.attack, use, self.s.seed, self.which
-        return corruptions.uniform(self.index, *key)(*shape).float()
+        return images.uniform(self.index, *key)(*shape).float()
 
     def target(self):
         """The class (B,) with the (which + 2)-nd largest clean logit, the label counted as 1st."""
@@ -176,11 +176,11 @@ def batches(points, index, s, attack="", which=0):
     """Yield (part, Batch) over the images `index` of points = (x, labels, logits)."""
     x, labels, logits = points
     for part in index.split(s.batch_size) if len(index) else ():
-        given = images(x[part]), labels[part], logits[part], part.to(x.device)
+        given = as_float(x[part]), labels[part], logits[part], part.to(x.device)
         yield part, Batch(*given, s, attack, which)
 
 
-def images(x):
+def as_float(x):
     """float32 (B, C, H, W) of uint8 (B, H, W, C), or x as it is."""
     return common.to_float(x) if x.dtype == torch.uint8 else x.float()
 
@@ -616,7 +616,7 @@ def clean_logits(model, x, labels, batch_size=500, classes=None, name="the model
     if x.dtype != torch.uint8 and not (x.min() >= 0 and x.max() <= 1):
         common.fail(f"images must be in [0, 1], got {x.min():.4g} to {x.max():.4g}")
     parts = []
-    for part in map(images, x.split(batch_size)):
+    for part in map(as_float, x.split(batch_size)):
         try:
             logits = model(part)
         except torch.OutOfMemoryError:
@@ -647,7 +647,7 @@ def warnings_of(model, x, logits, random=False):
     lines = []
     if is_probabilities(logits):
         lines.append("the model seems to return probabilities: the attacks need logits")
-    passes = torch.stack([F.normalize(model(images(x)).float()) for _ in range(5)])
+    passes = torch.stack([F.normalize(model(as_float(x)).float()) for _ in range(5)])
     if not random and (passes - passes[:1]).norm(dim=2).max() > 1e-4:
         lines.append("the model is randomised: take aa-rand, other attacks overstate robustness")
     return lines
@@ -851,14 +851,14 @@ def calibration(logits, labels, bins=15):
 def other_images(args, data, x):
     """{name: (x uint8 (M, H, W, C), labels (M,), note)} of --cinic, --ood; checks --corruptions."""
     if "corruptions" in args.attack and args.corruptions != "generate":
-        corruptions.read_corruptions(args.corruptions, len(data.classes))
+        images.read_corruptions(args.corruptions, len(data.classes))
     elif "corruptions" in args.attack:
-        corruptions.corrupt(x[:1], "frost", 1, frost_dir=args.frost_dir)
+        images.corrupt(x[:1], "frost", 1, frost_dir=args.frost_dir)
     found = {}
     for name in [name for name in ("cinic", "ood") if name in args.attack]:
         number = args.cinic_per_class if name == "cinic" else None
         rest = number, args.seed, name == "cinic", tuple(x.shape[1:3])
-        *tensors, note = corruptions.load_ood(getattr(args, name), data.classes, *rest)
+        *tensors, note = images.load_ood(getattr(args, name), data.classes, *rest)
         found[name] = *(tensor.to(x.device) for tensor in tensors), note
     return found
 
@@ -870,12 +870,12 @@ def natural(model, x, labels, others, args, store, key):
         folder = None if args.corruptions == "generate" else args.corruptions
         done = store.record["entries"].setdefault(f"{key} corruptions", {})
         rest = args.seed, args.batch_size, done, lambda done: save_store(store)
-        result = corruptions.corruption_accuracy(model, x, labels, folder, args.frost_dir, *rest)
+        result = images.corruption_accuracy(model, x, labels, folder, args.frost_dir, *rest)
         found |= {k: result[k] for k in ("mean15_acc", "mean18_acc", "mean19_acc", "mca_acc")}
         found["corruptions"] = result
-    for name, (images, classes, note) in others.items():
+    for name, (x_other, classes, note) in others.items():
         with common.evaluating(model):
-            right = common.correct(model, images, classes, args.batch_size)
+            right = common.correct(model, x_other, classes, args.batch_size)
         found |= {f"{name}_acc": right.double().mean().item(), f"{name}_note": [note]}
     return found
 
@@ -954,7 +954,7 @@ def show(record):
     print("\n\n".join(common.table(part) for part in (main_rows, stages, points) if part))
     for row in rows:
         if result := row.get("corruptions"):
-            table = common.table(corruptions.corruption_rows(result))
+            table = common.table(images.corruption_rows(result))
             print(f"\n{row['model']}: {result['note']}\n{table}")
         notes = row.get("cinic_note", []) + row.get("ood_note", [])
         for line in notes + [f"warning: {line}" for line in row["warnings"]]:
@@ -964,7 +964,7 @@ def show(record):
 def save_examples(path, x, labels, store):
     """Write an .npz: x_adv float32 (N, H, W, C), clean where not broken; labels; broken (N,)."""
     (entry,) = (entry for entry in store.record["entries"].values() if "broken" in entry)
-    x_adv, broken = images(x).cpu(), entry["broken"] > 0
+    x_adv, broken = as_float(x).cpu(), entry["broken"] > 0
     x_adv[broken] = read_examples(store, entry, broken.nonzero()[:, 0], x_adv[broken])
     arrays = {"x_adv": x_adv.permute(0, 2, 3, 1).numpy(), "labels": labels.cpu().numpy()}
     arrays["broken"] = broken.numpy()

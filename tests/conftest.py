@@ -15,15 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
-import corruptions  # noqa: E402
+import images  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
 def shapes_once():
     """The shapes are drawn once per process: it takes longer than most of the small runs."""
-    import common
-
-    common.make_shapes = functools.cache(common.make_shapes)
+    images.make_shapes = functools.cache(images.make_shapes)
 
 
 @pytest.fixture
@@ -85,7 +83,7 @@ def linear_problem(classes=4, n=30, size=6, low=60, high=196, seed=0):
 def small():
     """A net of a few hundred parameters, trained on 8x8 shapes to be partly robust; 80 images."""
     torch.manual_seed(0)
-    arrays = common.make_shapes(1500, 80, 1)
+    arrays = images.make_shapes(1500, 80, 1)
     x, x_test = (torch.from_numpy(arrays[k][:, ::4, ::4].copy()) for k in ("x_train", "x_test"))
     y, y_test = (torch.from_numpy(arrays[k]) for k in ("y_train", "y_test"))
     layers = [nn.Conv2d(3, 12, 3, 2, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten()]
@@ -105,14 +103,14 @@ def small():
 @pytest.fixture(scope="module")
 def shapes():
     """60 generated images, uint8 (60, 32, 32, 3), and labels."""
-    arrays = common.make_shapes(10, 60)
+    arrays = images.make_shapes(10, 60)
     return torch.from_numpy(arrays["x_test"]), torch.from_numpy(arrays["y_test"])
 
 
 def textured(n=64, seed=3):
     """Coloured fractal images with the range of photographs: uint8 (n, 32, 32, 3)."""
-    draw = corruptions.uniform(torch.arange(3 * n), "test images", seed)
-    x = corruptions._plasma(draw, 1.5).view(n, 3, 32, 32)
+    draw = images.uniform(torch.arange(3 * n), "test images", seed)
+    x = images._plasma(draw, 1.5).view(n, 3, 32, 32)
     return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import statistics, textured
 
-import corruptions as part
+import images as part
 
 
 @pytest.mark.parametrize("name", "gaussian_noise shot_noise impulse_noise speckle_noise".split())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, statistics, textured
 
-import corruptions as part
+import images as part
 
 # The reference generator on 1,000 CIFAR-10 test images (clean: mean 120.45, std 62.96, gradient
 # 14.57): mean |change|, std and mean |neighbour difference|, severities 1..5, in grey levels.

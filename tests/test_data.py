@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import images
 
 
 def tiny(n=40, size=8, classes=3, channels=3):
@@ -23,7 +24,7 @@ def saved(path, **changes):
 
 
 def test_shapes_are_the_same_every_time_and_balanced():
-    a, b = common.make_shapes(200, 50), common.make_shapes(200, 50)
+    a, b = images.make_shapes(200, 50), images.make_shapes(200, 50)
     assert all((a[key] == b[key]).all() for key in a)
     assert np.bincount(a["y_train"]).tolist() == [20] * 10
     assert a["x_train"].shape == (200, 32, 32, 3) and a["x_train"].dtype == np.uint8

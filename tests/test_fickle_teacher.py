@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import common
 import fickle_teacher as ft
+import images
 import messy_collab
 import soft_randomization
 
@@ -340,7 +341,7 @@ def test_a_run_from_the_table_has_the_losses_of_a_run_with_the_live_teacher(
 
 
 def test_the_full_evaluation_has_every_measure_of_the_paper(tmp_path):
-    arrays = common.make_shapes(10, 20)
+    arrays = images.make_shapes(10, 20)
     np.savez(tmp_path / "other.npz", **arrays)
     flags = f"--method student --eval full --ood {tmp_path / 'other.npz'} --test-subset 10"
     folder = run("fickle_teacher", tmp_path, flags)

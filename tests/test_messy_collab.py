@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import common
+import images
 import messy_collab as mc
 
 SMALL = (
@@ -134,7 +135,7 @@ def test_the_defaults_disturb_by_the_method():
 
 
 def test_the_true_labels_of_corrupted_images_are_never_used(tmp_path):
-    arrays = common.make_shapes()
+    arrays = images.make_shapes()
     np.savez(tmp_path / "a.npz", **arrays)
     lie = {"y_train": np.roll(arrays["y_train"], 1)}  # other truths of the same images
     np.savez(tmp_path / "b.npz", **(arrays | lie))

@@ -6,7 +6,7 @@ import torch
 from conftest import textured
 
 import common
-import corruptions as part
+import images as part
 
 
 class Brightness(torch.nn.Module):

@@ -17,6 +17,7 @@ from conftest import ROOT
 
 import common
 import eval_robustness
+import images
 import robust_kd
 
 # with convolutions, BatchNorm and two student passes: all that a resumed run must restore
@@ -331,7 +332,7 @@ def test_a_summary_torn_by_a_kill_is_written_again(tmp_path, capsys):
 
 
 def test_other_images_under_the_same_name_are_refused(tmp_path, refused):
-    arrays = common.make_shapes(100, 40)
+    arrays = images.make_shapes(100, 40)
     path = tmp_path / "mine.npz"
     np.savez(path, **arrays)
     argv = [*SMALL.split(), "--data", str(path), "--loss", "at", "--runs", str(tmp_path / "runs")]

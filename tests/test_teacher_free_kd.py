@@ -10,16 +10,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import images
 import teacher_free_kd as tf
 
-SHAPES = functools.cache(common.make_shapes)  # drawn once, not for each run
+SHAPES = functools.cache(images.make_shapes)  # drawn once, not for each run
 B, K = 5, 4
 LABELS = torch.tensor([0, 3, 1, 1, 2])
 
 
 @pytest.fixture(autouse=True)
 def shapes_once(monkeypatch):
-    monkeypatch.setattr(common, "make_shapes", SHAPES)
+    monkeypatch.setattr(images, "make_shapes", SHAPES)
 
 
 def logits(seed, classes=K):

@@ -10,16 +10,17 @@ import torch.nn as nn
 
 import common
 import eval_robustness
+import images
 import teacher_free_kd as tf
 
-SHAPES = functools.cache(common.make_shapes)  # drawn once, not for each run
+SHAPES = functools.cache(images.make_shapes)  # drawn once, not for each run
 MINIMAL = "--data shapes --train-subset 40 --test-subset 20 --val-size 20 --batch-size 16"
 MINIMAL += " --epochs 2 --steps 2 --eval-attack clean pgd2 --device cpu"
 
 
 @pytest.fixture(autouse=True)
 def shapes_once(monkeypatch):
-    monkeypatch.setattr(common, "make_shapes", SHAPES)
+    monkeypatch.setattr(images, "make_shapes", SHAPES)
 
 
 # An omitted digit ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The 19 corruptions of CIFAR-10-C as functions, accuracy under them, CINIC-10 and other images.
+"""Images: data sets read or drawn, the 19 corruptions of CIFAR-10-C, CINIC-10 and other images.
 
 Paper    Hendrycks and Dietterich, ICLR 2019 (1903.12261); CINIC-10: Darlow et al. 2018.
 Usage    x = corrupt(x, "fog", severity=3)       # any uint8 images (B, 32, 32, 3), on any device
@@ -7,7 +7,7 @@ Shapes   images uint8 (B, 32, 32, 3), labels (B,)
 Differs  1. Draws depend on (seed, corruption, severity, image) alone, not on the batch.
          2. Frost is a texture drawn by code unless the published pictures are given.
 
-Only eval_robustness.py needs this file; whoever wants the corruptions copies it and common.py.
+common.load_data and eval_robustness.py use it; for the corruptions alone copy it with common.py.
 """
 
 import functools
@@ -23,6 +23,133 @@ import torch
 import torch.nn.functional as F
 
 import common
+
+# ------------------------------------------------------------------------------------------------
+# Data sets
+
+
+CLASSES = {
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
+    "shapes": "disc ring square frame triangle diamond plus cross bar pole".split(),
+}
+
+
+def read_data(name, root):
+    """-> (x_train, y_train), (x_test, y_test), class names of common.load_data, as numpy arrays."""
+    path = root / f"{name}.npz"
+    if name == "shapes":
+        arrays = make_shapes()
+    elif name in ("cifar10", "cifar100", "mnist"):
+        if not path.exists():
+            print(f"no {path}: taking {name} from torchvision, downloaded if need be", flush=True)
+            found = read_torchvision(name, root)
+            common.write_atomically(path, lambda file: np.savez(file, **found))
+        arrays = read_npz(path)
+    elif name.endswith(".npz"):
+        arrays = read_npz(Path(name))
+    elif Path(name).is_dir():
+        arrays = read_torchvision("folder", Path(name))
+    else:
+        known = "cifar10, cifar100, mnist, shapes, FILE.npz or FOLDER"
+        common.fail(f"--data: expected {known}, got {name!r}")
+    train, test = (check(part, name, arrays) for part in ("train", "test"))
+    most = max(train[1].max(), test[1].max())
+    classes = (
+        arrays.get("classes") or CLASSES.get(name) or [str(k) for k in range(train[1].max() + 1)]
+    )
+    if train[0].shape[1:] != test[0].shape[1:] or most >= len(classes):
+        wrong = f"training and test images differ in shape, or labels reach {len(classes)}"
+        common.fail(f"{name}: {wrong}")
+    return train, test, classes
+
+
+def check(part, name, arrays):
+    """The images of a part as uint8 (N, H, W, C) and its labels as int64 (N,), or an error."""
+    x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+    x = x[..., None] if x.ndim == 3 else x
+    valid = x.dtype == np.uint8 and x.ndim == 4 and x.size and x.shape[1] == x.shape[2]
+    if not valid or x.shape[3] not in (1, 3):
+        common.fail(
+            f"{name}: x_{part} must be uint8 (N, S, S, 3) or (N, S, S), got {x.dtype} {x.shape}"
+        )
+    if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= 100_000:
+        common.fail(f"{name}: y_{part} must be {len(x)} labels 0..K-1, got {y.dtype} {y.shape}")
+    return np.ascontiguousarray(x), y.astype(np.int64)
+
+
+def read_npz(path, needed=("x_train", "y_train", "x_test", "y_test")) -> dict:
+    """The arrays x_*, y_* and the class names of an .npz file, or an error; no pickles."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = file.files
+            if missing := set(needed) - set(names):
+                common.fail(f"{path}: expected {', '.join(needed)}; no {min(missing)} there")
+            arrays = {key: file[key] for key in names if key[:2] in ("x_", "y_")}
+            if "classes" in names:
+                arrays["classes"] = [str(name) for name in np.atleast_1d(file["classes"])]
+            return arrays
+    except FileNotFoundError:
+        common.fail(f"{path}: no such file")
+    except Exception as error:  # numpy and zipfile raise a dozen types for a damaged file
+        common.fail(f"{path}: truncated, or not an .npz file ({error})")
+
+
+def read_torchvision(name: str, root: Path) -> dict:
+    """The arrays of a torchvision data set, downloaded if need be; `folder`: of class folders."""
+    from torchvision import datasets
+
+    arrays, sub = {}, {"train": "train", "test": "test" if (root / "test").is_dir() else "val"}
+    try:
+        for part in ("train", "test"):
+            if name == "folder":
+                found = datasets.ImageFolder(root / sub[part])
+            else:
+                found = getattr(datasets, name.upper())(root, train=part == "train", download=True)
+            images = found.data if hasattr(found, "data") else [np.asarray(x) for x, _ in found]
+            arrays |= {f"x_{part}": np.stack(images), f"y_{part}": np.array(found.targets)}
+            names = [c.split(" - ")[0] for c in found.classes]  # MNIST's are like "0 - zero"
+            if arrays.setdefault("classes", names) != names:
+                common.fail(f"{root}: train and {sub['test']} have different class folders")
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        wanted = "train/ and test/ or val/ of class folders, with images of one size"
+        wanted = wanted if name == "folder" else f"{name}.npz, or to download it by torchvision"
+        common.fail(f"--data: expected {wanted}, in {root}: {error}")
+    return arrays
+
+
+def make_shapes(train: int = 4000, test: int = 1000, seed: int = 0) -> dict:
+    """Ten classes of coloured shapes, 32x32, drawn by code: the data of --demo and of the tests.
+
+    Each image has two cues for its class: the shape, and a faint grating of amplitude 8/255, which
+    PGD can erase. Standard training takes that; adversarial training must learn the shape.
+    """
+    rng = np.random.default_rng(seed)
+    n = train + test
+    labels = np.arange(n) % 10
+    y, x = np.mgrid[:32, :32] - 15.5
+    size = rng.uniform(7.5, 11, (n, 1, 1))
+    u, v = (x - rng.uniform(-4, 4, (n, 1, 1))) / size, (y - rng.uniform(-4, 4, (n, 1, 1))) / size
+    a, b, r, box = abs(u), abs(v), np.hypot(u, v), np.maximum(abs(u), abs(v))
+    # fmt: off
+    masks = [
+        r < 0.95, (r < 1.0) & (r > 0.6), box < 0.85, (box < 0.95) & (box > 0.6),  # disc ... frame
+        (v > -0.9) & (v < 0.8) & (a < (v + 0.9) * 0.6), a + b < 1.1,  # triangle, diamond
+        (np.minimum(a, b) < 0.27) & (box < 1.0), (abs(a - b) < 0.35) & (box < 0.9),  # plus, cross
+        (b < 0.3) & (a < 1.0), (a < 0.3) & (b < 1.0),  # bar, pole
+    ]
+    # fmt: on
+    mask = np.choose(labels[:, None, None], masks)[..., None]
+    hue = (labels / 10 + rng.normal(0, 0.2, n))[:, None] + np.array([0, 1 / 3, 2 / 3])
+    ink = 0.58 + 0.1 * np.cos(2 * np.pi * hue)[:, None, None]  # the hue leans to one per class
+    ground = rng.uniform(0.25, 0.42, (n, 1, 1, 3))
+    image = np.where(mask, ink, ground) + rng.normal(0, 0.05, (n, 32, 32, 3))
+    angle = labels[:, None, None] * np.pi / 20  # within a quarter turn: unchanged by a flip ...
+    phase = rng.uniform(0, 2 * np.pi, (n, 1, 1))
+    grating = np.sin(1.8 * (np.cos(angle) * abs(x) + np.sin(angle) * y) + phase)  # ... as |x| is
+    image = np.rint(np.clip(image + 8 / 255 * grating[..., None], 0, 1) * 255).astype(np.uint8)
+    train_part = {"x_train": image[:train], "y_train": labels[:train]}
+    return train_part | {"x_test": image[train:], "y_test": labels[train:]}
+
 
 # ------------------------------------------------------------------------------------------------
 # The 19 corruptions of CIFAR-10-C (Hendrycks and Dietterich 2019), with its parameters for 32x32.
@@ -44,8 +171,8 @@ def corrupt(x, name, severity, seed=0, start=0, frost_dir=None):
     if x.dtype != torch.uint8 or x.shape[1:] != (32, 32, 3):
         common.fail(f"corruptions: need uint8 (N, 32, 32, 3), got {x.dtype} {tuple(x.shape)}")
     function, parameters = CORRUPTIONS[name]
-    images = torch.arange(start, start + len(x), device=x.device)
-    draw = uniform(images, "corrupt", seed, name, severity)
+    numbers = torch.arange(start, start + len(x), device=x.device)
+    draw = uniform(numbers, "corrupt", seed, name, severity)
     extra = (frost_dir,) if name == "frost" else ()
     clean = torch.from_numpy(LEVELS).to(x.device)[x.permute(0, 3, 1, 2).long()]
     out = function(clean, draw, *np.atleast_1d(parameters[severity - 1]).tolist(), *extra)
@@ -551,7 +678,7 @@ def load_ood(path, classes, per_class=None, seed=0, cinic=False, size=(32, 32)):
     """
     path, npz = Path(path), Path(path).suffix == ".npz"
     if npz:
-        x, labels = common._check("test", path, common._read_npz(path, ("x_test", "y_test")))
+        x, labels = check("test", path, read_npz(path, ("x_test", "y_test")))
     else:
         x, labels = _list_images(path, classes, cinic)
     if labels.max() >= len(classes):
