@@ -437,7 +437,7 @@ TUNED = "alpha and temperature are not printed"
 
 def paper3():
     """The rows of the adversarial-context paper."""
-    t, alone, distilled = "paper3-table1", "student alone", "student (vanilla"
+    t, alone, distilled = "paper3-table1", "student-alone", "student"
     for name, net, macs in (("large", "mlp-1200-1200", 2392800.0), ("small", "mlp-400", 317600.0)):
         yield Row(t, f"{name} model, size", {"macs": (macs, None), "weights": (macs, None)},
                   f"count {net} 10 28 1", "a", note="FLOPs in the paper; multiply-adds, no biases")
