@@ -59,7 +59,7 @@ FILES = {
 TINY = "--data shapes --train-subset 60 --test-subset 12 --val-size 12 --batch-size 16 --epochs 1"
 TINY += " --teacher-epochs 1 --device cpu"
 TINY_SCRIPT = {"robust_kd": "--teacher-batch-size 16 --steps 1", "teacher_free_kd": "--steps 1"}
-TINY_NOISY = "--model wrn-10-1 --teacher-model wrn-10-1 --restarts 1"
+TINY_NOISY = "--teacher-model mlp-16 --restarts 1"
 TINY_REPLACED = {"--teacher-es": "1", "--milestones": "1", "--extra-data": "{data}/extra.npz"}
 TINY_EVALUATION = "--n 12 --queries 20 --steps 3 --targets 2 --batch-size 12 --cinic-per-class 1"
 
@@ -121,12 +121,15 @@ def tiny(script, flags, args):
     flags, given = list(flags), " ".join(flags)
     more = f"{TINY} {TINY_SCRIPT.get(script, TINY_NOISY)}"
     if "vanilla" in flags:  # real digits: Table 2 leaves one out
-        more = more.replace("shapes", "mnist") + " --model mlp-16 --teacher-model mlp-16"
-    elif "--model resnet" in given or script == "robust_kd" and "--model wrn" not in given:
+        more = more.replace("shapes", "mnist") + " --teacher-model mlp-16"
+    if re.search("--width|--model resnet", given):
         more += " --width 1/16"
-    for flag, small in {"--model": "wrn-10-1-silu", "--teacher-model": "wrn-10-1-silu"}.items():
-        if f"{flag} wrn" in given:
-            more += f" {flag} {small}" + " --teacher-width 1" * (flag == "--teacher-model")
+    elif "self-distillation" in flags or "--model wrn" in given:
+        more += " --model wrn-10-1"
+    else:
+        more += " --model mlp-16"
+    if "--teacher-model" in flags:
+        more += " --teacher-model wrn-10-1-silu --teacher-width 1"
     for flag, value in TINY_REPLACED.items():
         if flag in flags:
             more += f" {flag} {value.format(data=args.runs)}"
@@ -211,14 +214,19 @@ def cost(run, seen, args):
     each = macs * (3 + 2 * steps * (attacked or kind == "at"))
     epochs = flags.epochs or script.student_schedule(flags)[0]
     total, students = 0.0, kind != "teacher"
+    same = re.compile("teacher|(model|width|data|eps|steps|dropout|noise_rate|corruption_rate)$")
     alone = kind in ("st", "at", "student", "plain", "label-smoothing", "tf-kd-reg", "at-tf-kd-reg")
     if not alone and kind != "self-distillation":
         teacher = getattr(flags, "teacher_model", None) or flags.model
         teacher = size_of(teacher, *shape, getattr(flags, "teacher_width", None) or width)[0]
         number = max(getattr(flags, "teachers", None) or 1, getattr(flags, "teacher_seeds", 1))
-        key = json.dumps([run.split()[0], script.teacher_settings(vars(flags))], default=str)
+        key = run.split()[0] + str(
+            [(k, v) for k, v in sorted(vars(flags).items()) if same.match(k)]
+        )
         training = getattr(flags, "teacher_training", "at" if kind[:3] == "at-" else "st")
-        passes = {"st": 3, "ffgsm": 5}.get(training, 3 + 2 * steps)
+        training = training if isinstance(training, list) else [training]
+        number, passes = max(number, len(training)), {"st": 3, "ffgsm": 5}
+        passes = np.mean([passes.get(one, 3 + 2 * steps) for one in training])
         length = getattr(flags, "teacher_es", None) or flags.teacher_epochs or epochs
         total += (key not in seen) * number * length * images * passes * teacher
         seen.add(key)
@@ -327,6 +335,8 @@ def call(script, flags, limit, args):
                 with contextlib.redirect_stdout(log), contextlib.redirect_stderr(error):
                     importlib.import_module(script).main(flags)
             except SystemExit as end:
+                if end.code in (130, 143):  # the script was stopped, and so is this program
+                    raise KeyboardInterrupt from end
                 return f"status {end.code}: {error.getvalue().strip()[-300:]}" if end.code else ""
             except Exception as end:  # a crash of one row must not hide the next
                 return f"{type(end).__name__}: {end}"
@@ -358,11 +368,18 @@ def attacks_for(pairs, args):
     return {take: sorted(names) for take, names in found.items()}
 
 
+TRIED = set()  # what --scale tiny has evaluated
+
+
 def evaluate(folder, pairs, record, limit, args):
     """Evaluate the checkpoints of a run for the pairs, into the record; -> "" or what failed."""
     flags, files = record["flags"], {"student": ["student.pt", "student_best.pt"]}
-    files["ensemble"] = ["teacher[0-9]*.pt"]
+    files["ensemble"] = ["teacher.pt", "teacher[0-9]*.pt"]
     for take, attacks in attacks_for(pairs, args).items():
+        job = record["run"].split()[0], take, *attacks
+        if args.scale == "tiny" and job in TRIED:  # seconds each: once for a script
+            continue
+        TRIED.add(job)
         found = [p for name in files.get(take, [f"{take}.pt"]) for p in sorted(folder.glob(name))]
         out = folder / f"{take}-{'-'.join(attacks)}.json"
         argv = [*map(str, found), *["--ensemble"] * (take == "ensemble"), "--attack", *attacks]
@@ -408,10 +425,17 @@ for _row in tables.ROWS:
     FIRST.setdefault(_row.run, _row.id)
 
 
+def form(run):
+    """The run without its numbers: --scale tiny runs one of each form, and parses all."""
+    return re.sub(r"(?<= )[\d./]+(?= |$)", "#", run)
+
+
 def jobs(args):
     """[(turn, run, seed, rows)] of the selected rows in the order in which they are run."""
-    found = {}
+    found, forms = {}, {}
     for place, row in enumerate(tables.ROWS):
+        if args.scale == "tiny" and row.run != forms.setdefault(form(row.run), row.run):
+            continue
         if row.run and not row.run.startswith("count ") and selected(row, args.tables):
             for seed in range(1 if args.scale == "tiny" else min(row.seeds, args.seeds or 99)):
                 turn = "b" if row.turn == "a" and seed else row.turn
@@ -428,7 +452,7 @@ def plan(args, device):
     for turn, run, seed, rows in jobs(args):
         waits = waits_for(run, args)
         pairs = missing(rows, done.get((run, seed)))
-        if (run, seed) in done and not attacks_for(pairs, args):
+        if (run, seed) in done and (args.scale == "tiny" or not attacks_for(pairs, args)):
             continue
         job = {"turn": turn, "run": run, "seed": seed, "rows": rows, "waits": waits}
         if not waits:
@@ -473,22 +497,15 @@ def prepare(args):
         np.savez(folder / "extra.npz", image=image, label=np.arange(200) % 10)
         from PIL import Image
 
-        for i, name in enumerate(common.CLASSES["shapes"]):
-            path = folder / CINIC / "train" / name / f"n0000000{i}_1.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image[i]).save(path)
+        for part in ("train", "valid", "test"):
+            for i, name in enumerate(common.CLASSES["shapes"]):
+                path = folder / CINIC / part / name / f"n0000000{i}_1.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image[i]).save(path)
 
 
-def main(argv=None):
-    """Show what is left; unless --list, run what fits, write results, show what is left then."""
-    args = parse_args(argv)
-    cuda = args.device != "cpu" and args.scale == "full" and torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else "cpu"
-    Path(args.runs).mkdir(parents=True, exist_ok=True)
-    total, left = len(jobs(args)), plan(args, device)
-    if args.list:
-        return show(left, total)
-    prepare(args)
+def run_all(left, args):
+    """Run what fits of the jobs, one after the other; -> the lines of those that failed."""
     ends = time.monotonic() + 60 * (args.minutes or 1e6)
     failures, begun = [], False
     for job in left:
@@ -501,6 +518,29 @@ def main(argv=None):
         spent = f"{(time.monotonic() - started) / 60:.1f} min"
         print(f"{text}: {spent}{'  FAILED: ' + failure if failure else ''}", flush=True)
         failures += [f"{text}: {failure}"] if failure and "minutes are over" not in failure else []
+    return failures
+
+
+def main(argv=None):
+    """Show what is left; unless --list, run what fits, write results, show what is left then."""
+    args = parse_args(argv)
+    cuda = args.device != "cpu" and args.scale == "full" and torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else "cpu"
+    Path(args.runs).mkdir(parents=True, exist_ok=True)
+    total, left = len(jobs(args)), plan(args, device)
+    if args.list:
+        return show(left, total)
+    prepare(args)
+
+    def on_sigterm(number, frame):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        failures = run_all(left, args)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
     show(plan(args, device), total)
     if failures:
         print(f"\n{len(failures)} failed:", *failures, sep="\n")
