@@ -78,6 +78,7 @@ def parse_args(argv=None):
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there")
     add("--data", default="data", help="the folder with the data sets")
     add("--runs", help="folder of the runs; None: runs/benchmark or runs/tiny")
+    add("--finished", metavar="RUNS", help="take finished runs with the same flags from here too")
     add("--results", help="folder of the results; None: benchmark/results or runs/tiny/results")
     args = parser.parse_args(argv)
     for name in args.tables:
@@ -286,8 +287,9 @@ def missing(rows, record):
 
 def log_rows(folder):
     """(rows of the epochs, summary) of a run's log.jsonl."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [row for row in rows if "stage" in row], rows[-1].get("summary")
+    log = folder / "log.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [row for row in rows if "stage" in row], (rows or [{}])[-1].get("summary")
 
 
 def summarise(folder, rows, run, seed, each, args):
@@ -296,7 +298,8 @@ def summarise(folder, rows, run, seed, each, args):
     epochs, summary = log_rows(folder)
     given = {re.sub("-", "_", flag[2:]) for flag in script_of(run)[1] if flag.startswith("--")}
     record = {"row": rows[0].id, "run": run, "seed": seed, "scale": args.scale}
-    record |= {key: config[key] for key in ("command", "commit", "python", "torch", "gpu")}
+    record["command"] = f"python {run} --seed {seed}"  # without the paths of this machine
+    record |= {key: config[key] for key in ("commit", "python", "torch", "gpu")}
     flags = {k: v for k, v in config["flags"].items() if k in given or v is not None}
     record |= {"device": config["gpu"] or "cpu", "model": flags["model"], "flags": flags}
     record["stages"] = {}
@@ -402,15 +405,27 @@ def evaluate(folder, pairs, record, limit, args):
     return ""
 
 
+def finished(run, seed, args):
+    """The folder of a finished run with the same flags below --finished; None if there is none."""
+    wanted = vars(parsed(run, args.scale, args.data, args.runs)[0]) | {"seed": seed}
+    wanted = {k: v for k, v in wanted.items() if k not in common.FREE_FLAGS}
+    for path in Path(args.finished or "-").glob(f"{script_of(run)[0]}/*/config.json"):
+        flags = json.loads(path.read_text())["flags"]
+        if flags == json.loads(json.dumps(wanted)) and log_rows(path.parent)[1]:
+            return path.parent
+    return None
+
+
 def execute(run, seed, rows, limit, args):
     """Train and evaluate a run of a seed and write its result; -> "" or what failed."""
     script, flags = script_of(run)[0], flags_of(run, args)
-    name = FIRST[run]
-    folder = Path(args.runs) / script / f"{name}-s{seed}"
+    name, folder = FIRST[run], finished(run, seed, args)
     ends, each = time.monotonic() + limit, cost(run, set(), args)[1]
-    flags += ["--name", name, "--seed", str(seed), "--runs", args.runs]
-    if failure := call(script, flags, limit, args):
-        return failure
+    if folder is None:
+        folder = Path(args.runs) / script / f"{name}-s{seed}"
+        flags += ["--name", name, "--seed", str(seed), "--runs", args.runs]
+        if failure := call(script, flags, limit, args):
+            return failure
     record = summarise(folder, rows, run, seed, each, args)
     if old := read_results(args.results).get((run, seed)):
         record["rows"] += [row for row in old["rows"] if "attacks" in row]
@@ -506,7 +521,7 @@ def prepare(args):
 
 def run_all(left, args):
     """Run what fits of the jobs, one after the other; -> the lines of those that failed."""
-    ends = time.monotonic() + 60 * (args.minutes or 1e6)
+    ends = time.monotonic() + 60 * (args.minutes or 20_000)
     failures, begun = [], False
     for job in left:
         seconds = ends - time.monotonic()
