@@ -35,6 +35,7 @@ PAPERS = {
 VERDICTS = ["reproduced", "direction only", "not reproduced", "not run"]
 NAMES = {"clean_acc": "clean", "aa_acc": "AutoAttack", "cinic_acc": "CINIC-10", "mca_acc": "mCA"}
 NAMES |= {"others_acc": "other digits", "digit_acc": "that digit", "millions": "million weights"}
+MOST = 10  # lines in the README
 MARKS = "<!-- results: begin -->", "<!-- results: end -->"
 
 
@@ -191,12 +192,12 @@ def section(table, rows, done):
     hidden = len({row.run for row, _ in pairs} - {row.run for row, _ in shown})
     if hidden:
         parts.append(f"{hidden} runs without a result here.")
-    wrong = (
-        {row: None for row, m in shown if verdict(row, m, done) in VERDICTS[1:3]} if shown else {}
-    )
-    notes = [f"- {row.name}: {row.note}." for row in unique(wrong) if row.note]
+    wrong = unique(row for row, m in shown if verdict(row, m, done) in VERDICTS[1:3])
+    notes = [f"- {row.name}: {row.note}." for row in wrong if row.note]
     if notes:
         parts.append("What may explain the differences:\n\n" + "\n".join(notes))
+    if table.endswith("-choices"):
+        parts += nearest(rows, done)
     if how := origin([row for row, _ in shown], done):
         parts.append(how)
     commands = {row.run: row.name for row in rows if row.run[:6] != "count " and row.run}
@@ -204,6 +205,26 @@ def section(table, rows, done):
         lines = "\n".join(f"{command}" for command in commands)
         parts.append(f"<details><summary>commands</summary>\n\n```\n{lines}\n```\n\n</details>")
     return "\n\n".join(parts)
+
+
+def nearest(rows, done):
+    """A list for the page: which open choice of a headline row comes nearest to the paper."""
+    found = []
+    by_id = {row.id: row for row in tables.ROWS}
+    for row in filter(None, map(by_id.get, tables.CHOICES)):
+        tried = [r for r in rows if r.name.startswith(f"{row.name}: ")]
+        tried, gaps = [r for r in tried if r.table[:6] == row.table[:6]], {}
+        for name, one in [("the default", row), *((r.name.split(": ")[1], r) for r in tried)]:
+            ours = {metric: measured(one, metric, done) for metric in row.printed}
+            if all(ours.values()):
+                gaps[name] = max(
+                    abs(mean(ours[m]) - value) / tolerance(m, value, std)
+                    for m, (value, std) in row.printed.items()
+                )
+        if len(gaps) > 1:
+            choice = min(gaps, key=gaps.get)
+            found.append(f"- {title(row.table)}, {row.name}: {choice}, of {len(gaps)} tried.")
+    return ["Nearest to the paper:\n\n" + "\n".join(found)] if found else []
 
 
 def unique(rows):
@@ -243,24 +264,25 @@ def page(done, figures):
 
 
 def headline(done):
-    """The table of the README: the headline rows that have been measured, and what is left."""
-    rows = [r for r in tables.ROWS if r.turn == "a" and r.printed and not r.run.startswith("count")]
-    lines, left = [], 0
-    for row in rows:
-        for metric in row.printed:
-            text = verdict(row, metric, done)
-            left += text == "not run"
-            if text in VERDICTS[:3]:
-                name = f"paper {row.table[5]}, {title(row.table)}: {row.name}"
-                _, _, paper, here, _, seeds, *_ = cells(row, metric, done)
-                lines.append([name, label(metric), paper, here, seeds, text])
+    """The table of the README: measured headline rows, a line a run, and the count of numbers.
+
+    Of rows that share a run and print the same, the first; MOST lines at most.
+    """
+    lines = {}
+    for row in tables.ROWS:
+        texts = {verdict(row, metric, done) for metric in row.printed}
+        if row.turn == "a" and not row.run.startswith("count") and texts & set(VERDICTS[:3]):
+            parts = [cells(row, metric, done) for metric in row.printed]
+            _, numbers, paper, here, *_, text = [" / ".join(column) for column in zip(*parts)]
+            name = f"paper {row.table[5]}, {title(row.table)}: {row.name}"
+            seeds = max(part[5] for part in parts)
+            lines.setdefault((row.run, row.take), [name, numbers, paper, here, seeds, text])
     total = {v: sum(counts(paper, done)[v] for paper in PAPERS) for v in VERDICTS}
-    summary = f"Of {sum(total.values())} printed numbers: " + ", ".join(
-        f"{total[v]} {v}" for v in VERDICTS
-    )
+    text = ", ".join(f"{total[v]} {v}" for v in VERDICTS)
+    text = f"Of {sum(total.values())} printed numbers: {text}; "
     head = ["line", "number", "paper", "here", "seeds", "verdict"]
-    parts = [markdown(head, lines)] if lines else []
-    return "\n\n".join([*parts, f"{summary} (all of them: [docs/RESULTS.md](docs/RESULTS.md))."])
+    parts = [markdown(head, list(lines.values())[:MOST])] if lines else []
+    return "\n\n".join([*parts, text + "all of them are in [docs/RESULTS.md](docs/RESULTS.md)."])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -271,7 +293,9 @@ def curves(rows, done):
     """{(metric, line): [(value, mean, std)]} of rows whose names hold a rate or a sigma."""
     found = {}
     for row in rows:
-        name = re.search(r"\b(sigma|dropout|r|corruption|ES|alpha|beta) ([\d.]+)", row.name)
+        names = re.finditer(r"\b(sigma|dropout|r|corruption|ES|alpha|beta) ([\d.]+)", row.name)
+        name, *more = [*names, None]  # what varies, if it is one thing
+        name = None if len(more) > 1 else name
         for metric in row.printed if name else ():
             if ours := measured(row, metric, done):
                 line = row.name.replace(name[0], "").strip(", ") or name[1]

@@ -495,6 +495,20 @@ def show(left, total):
     print(f"{minutes / 60:,.1f} hours ({note}); {len(left) - len(ready)} wait")
 
 
+def compare(args):
+    """Print the selected tables, paper against here, with the verdicts of report.py."""
+    from benchmark import report  # which imports this file
+
+    done, keys = read_results(args.results), ("line", "number", "paper", "here", "best epoch")
+    keys += ("seeds", "difference", "in stds", "verdict")
+    for table in dict.fromkeys(row.table for row in tables.ROWS if selected(row, args.tables)):
+        rows = [row for row in tables.ROWS if row.table == table and selected(row, args.tables)]
+        cells = [report.cells(row, metric, done) for row in rows for metric in row.printed]
+        if cells:
+            title = f"{table[:5]} {table[5]}, {report.title(table)}"
+            print(f"\n{title}\n{common.table([dict(zip(keys, line)) for line in cells])}")
+
+
 def prepare(args):
     """Make the small files that runs of this scale need."""
     folder, root = Path(args.runs), Path(args.data)
@@ -556,6 +570,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from there", file=sys.stderr)
         raise SystemExit(130) from None
+    if args.tables and args.scale == "full":
+        compare(args)
+        print()
     show(plan(args, device), total)
     if failures:
         print(f"\n{len(failures)} failed:", *failures, sep="\n")

@@ -266,6 +266,36 @@ def test_the_rule_of_the_verdicts(monkeypatch, printed, values, base, expected):
     assert report.verdict(rows[1], "aa_acc", done) == expected
 
 
+def test_the_page_shows_paper_and_ours_and_what_may_explain_a_failure(tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    values = {"paper2-table3-at": [0.855, 0.464], "paper2-table3-rslad+-pgd-7": [0.79, 0.45]}
+    flags = {"eps": 8 / 255, "step_size": None, "restarts": 1, "test_subset": None}
+    for name, (clean, robust) in values.items():
+        for seed in (0, 1):
+            row = {"model": "student (x)", "clean_acc": clean + seed / 1000, "aa_acc": robust}
+            record = {"row": name, "run": ROWS[name].run, "seed": seed, "scale": "full"}
+            record |= {"rows": [row], "flags": flags, "gpu": "a GPU", "torch": "2", "commit": "c0"}
+            (folder / f"{name}-s{seed}.json").write_text(json.dumps(record))
+    (folder / "broken.json").write_text("{")
+    page, readme = tmp_path / "page.md", tmp_path / "README.md"
+    readme.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
+    report.main(["--results", str(folder), "--page", str(page), "--readme", str(readme)])
+    text = page.read_text()
+    at = "85.54 ± 0.18 | 85.55 ± 0.07 | - | 2 | +0.01 | +0.1 | reproduced |"
+    assert f"| AT | clean | {at}" in text
+    rslad = "83.13 ± 0.61 | 79.05 ± 0.07 | - | 2 | -4.08 | -6.7 | direction only |"
+    assert f"| RSLAD+, PGD-7 | clean | {rslad}" in text
+    rslad = "48.64 ± 0.34 | 45.00 ± 0.00 | - | 2 | -3.64 | -10.7 | not reproduced |"
+    assert f"| RSLAD+, PGD-7 | AutoAttack | {rslad}" in text
+    part = text.split("### Table 3")[1].split("### ")[0]
+    assert "- RSLAD+, PGD-7: Table 3 prints 83.13" in part and "a GPU, torch 2, commit c0" in part
+    assert "AKD+, ST | clean | 87.21 ± 0.03 | - | - | - | - | - | not run |" in part
+    new = readme.read_text()
+    assert new.startswith("before\n") and new.endswith("after\n") and "old" not in new
+    assert "direction only / not reproduced" in new and new.count(report.MARKS[0]) == 1
+
+
 def test_student_rows_are_told_from_the_best_epoch_and_from_other_rows():
     names = [
         "student-alone (plain)",
