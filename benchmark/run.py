@@ -1,6 +1,7 @@
 """Run the rows of tables.py that are not done yet: the papers' tables, number by number.
 
 Usage    python benchmark/run.py --list                      # what is left, in order, and its cost
+         python benchmark/run.py --list --device cuda        # its cost on a GPU, here or not
          python benchmark/run.py table3 --minutes 120        # both papers' Table 3, two hours of it
          python benchmark/run.py paper1 paper2-table5        # a paper, a table
          python benchmark/run.py paper2-choices --seeds 1    # one open choice at a time
@@ -242,7 +243,8 @@ def cost(run, seen, args):
 
 def speed(model, done, device):
     """(multiply-adds a second, whether measured here): of the same net, or the fastest known."""
-    known = [r for r in done.values() if r["device"] == device and r.get("macs_per_second")]
+    known = [r for r in done.values() if r.get("macs_per_second")]
+    known = [r for r in known if r["device"] == device or device == "cuda" and r["gpu"]]
     same = [r["macs_per_second"] for r in known if r["model"] == model]
     rates = same or [r["macs_per_second"] for r in known]
     return (max(rates), True) if rates else (GUESS["cpu" if device == "cpu" else "cuda"], False)
@@ -470,6 +472,9 @@ def plan(args, device):
         if (run, seed) in done and (args.scale == "tiny" or not attacks_for(pairs, args)):
             continue
         job = {"turn": turn, "run": run, "seed": seed, "rows": rows, "waits": waits}
+        cinic = args.scale == "full" and any(metric == "cinic_acc" for _, metric in pairs)
+        if cinic and not (Path(args.data) / CINIC).is_dir():
+            job["partly"] = f"cinic_acc: {args.data}/{CINIC} (doi 10.7488/ds/2448)"
         if not waits:
             flags = parsed(run, args.scale, args.data, args.runs)[0]
             rate, job["measured"] = speed(flags.model, done, device)
@@ -484,7 +489,8 @@ def show(left, total):
     for job in left:
         minutes = f"{job['minutes']:.1f}" if "minutes" in job else None
         first = {"turn": job["turn"], "row": FIRST[job["run"]], "seed": job["seed"]}
-        rows.append(first | {"minutes": minutes, "waits for": job["waits"] or None})
+        waits = job["waits"] or job.get("partly")
+        rows.append(first | {"minutes": minutes, "waits for": waits})
     if rows:
         print(common.table([{"row": row.pop("row")} | row for row in rows]))
     ready = [job for job in left if not job["waits"]]
@@ -543,6 +549,9 @@ def run_all(left, args):
             continue
         begun, started = True, time.monotonic()
         text = f"{FIRST[job['run']]} seed {job['seed']}"
+        if args.scale == "full":
+            about = f"about {job['minutes']:.1f} min" + ", not measured" * (not job["measured"])
+            print(f"{text}: {about}, progress in {args.runs}/benchmark.log", flush=True)
         failure = execute(job["run"], job["seed"], job["rows"], seconds, args)
         spent = f"{(time.monotonic() - started) / 60:.1f} min"
         print(f"{text}: {spent}{'  FAILED: ' + failure if failure else ''}", flush=True)
@@ -553,8 +562,9 @@ def run_all(left, args):
 def main(argv=None):
     """Show what is left; unless --list, run what fits, write results, show what is left then."""
     args = parse_args(argv)
-    cuda = args.device != "cpu" and args.scale == "full" and torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else "cpu"
+    device = "cuda" if args.device == "cuda" else "cpu"
+    if args.device != "cpu" and args.scale == "full" and torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
     Path(args.runs).mkdir(parents=True, exist_ok=True)
     total, left = len(jobs(args)), plan(args, device)
     if args.list:
