@@ -14,8 +14,8 @@ Result   benchmark/results/<row>-s<seed>.json, a few KB: flags, versions, GPU, c
          a script does not evaluate them, are evaluated from its checkpoints.
 Stop     Ctrl-C, --minutes or a kill at any time: the same command goes on where it stopped.
 Waits    A row whose script, flag or data is not there is listed with what it waits for.
-Minutes  multiply-adds over what this device was measured to do in an earlier result, or else over
-         a guess, which is then called "estimate, not measured".
+Minutes  multiply-adds over what this device was measured to do with the same net in an earlier
+         result, or else over a guess, which is then called "estimate, not measured".
 Tiny     Results and runs are kept in runs/tiny, marked, and never reported.
 """
 
@@ -242,12 +242,11 @@ def cost(run, seen, args):
 
 
 def speed(model, done, device):
-    """(multiply-adds a second, whether measured here): of the same net, or the fastest known."""
-    known = [r for r in done.values() if r.get("macs_per_second")]
+    """(multiply-adds a second, whether measured here): that of the same net, or else a guess."""
+    known = [r for r in done.values() if r.get("macs_per_second") and r["model"] == model]
     known = [r for r in known if r["device"] == device or device == "cuda" and r["gpu"]]
-    same = [r["macs_per_second"] for r in known if r["model"] == model]
-    rates = same or [r["macs_per_second"] for r in known]
-    return (max(rates), True) if rates else (GUESS["cpu" if device == "cpu" else "cuda"], False)
+    guess = GUESS["cpu" if device == "cpu" else "cuda"]
+    return max((r["macs_per_second"] for r in known), default=guess), bool(known)
 
 
 # ------------------------------------------------------------------------------------------------

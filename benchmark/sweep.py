@@ -3,7 +3,7 @@
 Usage    python benchmark/sweep.py robust_kd.py --grid alpha=0.2,0.6,1 teacher-es=2,4 -- --demo
          python benchmark/sweep.py robust_kd.py --grid teacher-es=20,60,100 alpha=0.4,0.6,0.8,1
          python benchmark/sweep.py robust_kd.py --grid alpha=0.4,0.8 --baseline "--loss at"
-         python benchmark/sweep.py soft_randomization.py --grid sigma=0.05,0.5 -- --seeds 0 1 2
+         python benchmark/sweep.py robust_kd.py --grid lam=0.5,5/6,1 -- --loss ard+ --seeds 0 1
 Grid     Every combination is one call of the script's own main with the flags after `--`; data are
          read once, teachers are shared as the script does it. The same command goes on where it
          stopped: a finished run is not run again.
