@@ -20,7 +20,8 @@ Usage    python teacher_free_kd.py --method vanilla                 # Table 1, M
          python teacher_free_kd.py --method tf-kd-self --grad-heatmap figure1.npz       # Figure 1
          python teacher_free_kd.py --demo                           # 1 minute on a CPU
          Data: MNIST for vanilla, else CIFAR-10. What a flag that is None becomes: RECIPES.
-Expect   docs/teacher_free_kd.md: MNIST, and small nets on CIFAR-10. ResNets: not measured yet.
+Expect   MNIST, seed 0: teacher 99.00, student alone 98.23, distilled 98.73 % (docs/). CIFAR-10: not
+         measured yet.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); targets and logits (B, K)
 Differs  1. 1,024 training images are held out to report the best epoch too (--val-size 0: none).
          2. The paper gives T = 10 for Table 2, and for Table 5 SGD, lr 0.1, 50 epochs, PGD-7; no
@@ -57,8 +58,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import common
 
 # What --demo sets
-DEMO = {"data": "shapes", "epochs": 4, "teacher-epochs": 4, "batch-size": 32, "lr": 0.05}
-DEMO |= {"gamma": 0.5, "steps": 3, "step-size": "4/255"}
+DEMO = {"data": "shapes", "epochs": 5, "teacher-epochs": 4, "batch-size": 32, "lr": 0.1}
+DEMO |= {"gamma": 0.7, "steps": 3, "step-size": "4/255"}
 DEMO |= {"train-subset": 2000, "test-subset": 500, "val-size": 200}
 
 # (small, large) net of the data; other data: as CIFAR
