@@ -97,11 +97,8 @@ def parse_args(argv=None):
     trainings = teacher_trainings(vars(args))
     if args.teachers not in (1, len(trainings)) or args.teacher_ckpt and len(trainings) > 1:
         parser.error("--teachers: goes with one training or as many, without --teacher-ckpt")
-    if (
-        "none" in trainings
-        and (needs_teacher(args) or len(trainings) > 1)
-        and not args.teacher_ckpt
-    ):
+    needy = needs_teacher(args) and not args.teacher_ckpt
+    if "none" in trainings and (needy or len(trainings) > 1):
         parser.error("--teacher-training none: goes with --loss at, st or with --teacher-ckpt")
     ensemble_weights(args.beta, trainings)
     given = {flag.split("=")[0] for flag in args.argv}
@@ -111,8 +108,8 @@ def parse_args(argv=None):
     if args.attack_loss and "student_adv_logits" not in needs(args.loss):
         parser.error(f"--attack-loss: {args.loss} trains on clean images, without an attack")
     common.check_model("--model", args.model, args.width)
-    name, width = args.teacher_model or args.model, args.teacher_width or args.width
-    common.check_model("--teacher-model", name, width)
+    teacher = args.teacher_model or args.model, args.teacher_width or args.width
+    common.check_model("--teacher-model", *teacher)
     return args
 
 
@@ -393,8 +390,8 @@ def train_and_evaluate(args):
         models, teacher = {}, None  # models: row of the table -> (model, numbers on its training)
         if args.demo:
             short = {"teacher_training": ["st"], "teachers": 1, "teacher_es": args.epochs}
-            standard = trained(run, data, "standard", teacher_recipe(run.flags | short))
-            models["standard training"] = standard
+            recipe = teacher_recipe(run.flags | short)
+            models["standard training"] = trained(run, data, "standard", recipe)
         if needs_teacher(args):
             trainings = teacher_trainings(run.flags)
             found = [get_teacher(run, data, i) for i in range(len(trainings))]
@@ -414,12 +411,12 @@ def train_and_evaluate(args):
         import eval_robustness
 
         rows, attacks = [], ["clean", f"pgd{args.eval_steps}"]
+        options = {"eps": args.eps, "restarts": args.restarts, "seed": args.seed}
         for name, (model, meta) in models.items():
             print(f"evaluating {name} on {len(data.x_test)} test images", flush=True)
-            options = dict(eps=args.eps, restarts=args.restarts, seed=args.seed)
             row = eval_robustness.evaluate(model, data.x_test, data.y_test, attacks, **options)
-            training = {"epochs": meta.get("epoch"), "seconds": meta.get("seconds")}
-            rows.append({"model": name} | row | training)
+            rows.append({"model": name} | row)
+            rows[-1] |= {"epochs": meta.get("epoch"), "seconds": meta.get("seconds")}
         common.finish(run, rows)
     return run
 
