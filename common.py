@@ -655,6 +655,7 @@ class Run:
     writer: object = None  # TensorBoard's
     command: str = ""  # that starts and resumes the run
     fingerprint: int = 0  # of the data
+    finished: bool = False
 
     def __post_init__(self):
         self.dir = Path(self.args.runs) / self.script / f"{self.args.name}-s{self.args.seed}"
@@ -663,13 +664,14 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(script: str, args: argparse.Namespace, device: torch.device):
-    """Yield the Run of these flags; `begin` makes or finds its folder.
+def open_run(script: str, args: argparse.Namespace, check=lambda data: None):
+    """Yield (run, data) of these flags; with run.finished nothing is left to do.
 
-    In the `with`, Ctrl-C and SIGTERM end with the command that resumes, errors of the file system
-    and of GPU memory with one line. What is on the disk then is the last finished epoch.
+    Wrong data or --teacher-ckpt, and what check(data) refuses, end it before a folder is made. In
+    the `with`, Ctrl-C and SIGTERM end with the command that resumes, errors of the file system and
+    of GPU memory with one line. What is on the disk then is the last finished epoch.
     """
-    run = Run(script, args, device)
+    run = Run(script, args, setup_device(args))
     here, python = Path(__file__).resolve().parent / f"{script}.py", Path(sys.executable)
     paths = [python if Path.cwd() not in python.parents else os.path.relpath(python)]
     run.command = shlex.join(map(str, [*paths, os.path.relpath(here), *args.argv]))
@@ -679,7 +681,14 @@ def open_run(script: str, args: argparse.Namespace, device: torch.device):
 
     handler = signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        yield run
+        sizes = (args.val_size, args.train_subset, args.test_subset)
+        data = load_data(args.data, args.data_root, run.device, *sizes)
+        if args.teacher_ckpt and not (run.dir / "teacher.pt").exists():
+            named = any(flag.startswith("--teacher-model") for flag in args.argv)
+            load_model(args.teacher_ckpt, "cpu", data, args.teacher_model if named else None)
+        check(data)
+        _begin(run, data)
+        yield run, data
     except KeyboardInterrupt as stop:
         print(f"\nstopped; finished epochs are in {run.dir}; go on with:", file=sys.stderr)
         print(run.command, file=sys.stderr)
@@ -694,8 +703,8 @@ def open_run(script: str, args: argparse.Namespace, device: torch.device):
             run.writer.close()
 
 
-def begin(run: Run, data: Data) -> bool:
-    """Make the run's folder, or find it with the same flags and images; False if it is finished."""
+def _begin(run: Run, data: Data) -> None:
+    """Make the run's folder, or find it with the same flags and images, perhaps finished."""
     if run.args.tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -726,7 +735,7 @@ def begin(run: Run, data: Data) -> bool:
         write_atomically(path, lambda file: file.write(json.dumps(config, indent=1).encode()))
     if run.args.tensorboard:
         run.writer = SummaryWriter(run.dir)
-    return not _finished(run)
+    run.finished = _finished(run)
 
 
 def _rows(run: Run) -> list[dict]:
@@ -855,7 +864,7 @@ def get_teacher(run: Run, data: Data, settings, train, file="teacher.pt"):
     own = run.dir / file
     if not own.exists():
         path = run.args.teacher_ckpt or find_model(run, file, settings)
-        kept = f"{own.stem}-ep{settings(run.flags)['epochs']}.pt"
+        kept = f"{own.stem}-ep{settings(run.flags).get('epochs')}.pt"
         path = path or find_model(run, kept, lambda flags: settings(flags) | {"epochs": None})
         if path:
             load_model(path, "cpu", data)  # an error before anything is copied
@@ -891,7 +900,7 @@ def choose_teacher(run: Run, data: Data, settings, train):
     return get_teacher(run, data, lambda f: settings(f) | {k: f[k] for k in names}, choose)
 
 
-def check_flags(args: argparse.Namespace, data: Data) -> None:
+def check_evaluation(args: argparse.Namespace, data: Data) -> None:
     """An error before the training if --pick-teacher or --eval could not be done after it."""
     if args.teacher_seeds > 1 and args.pick_teacher == "val" and not len(data.x_val):
         fail("--pick-teacher val: needs held-out images, --val-size above 0")
@@ -951,10 +960,13 @@ def _finished(run: Run) -> bool:
 
 def across_seeds(runs: list[Run]) -> None:
     """Show mean +- standard deviation (n - 1) of the summaries of runs that differ by seed."""
-    rows = []
-    for same in zip(*(_rows(run)[-1]["summary"] for run in runs)) if len(runs) > 1 else ():
-        rows.append(dict(same[0]))
-        for key in (key for key, value in same[0].items() if isinstance(value, float)):
+    summaries, rows = [_rows(run)[-1]["summary"] for run in runs], []
+    for first in summaries[0] if len(runs) > 1 else ():
+        same = [row for rows_ in summaries for row in rows_ if row["model"] == first["model"]]
+        if len(same) < len(runs):  # a best epoch that is not the last has a row of its own
+            continue
+        rows.append(dict(first))
+        for key in (key for key, value in first.items() if isinstance(value, float)):
             values, digits = [row[key] for row in same], 4 if "_acc" in key else 1
             mean, std = np.mean(values), np.std(values, ddof=1)
             rows[-1][key] = f"{mean:.{digits}f} +- {std:.{digits}f}"

@@ -28,6 +28,8 @@ Differs  1. Momentum 0.9, weight decay 5e-4, PGD steps of 0.003: from later code
             larger softened probability, as in the caption of Figure 13 (--swap-gap absolute).
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -124,13 +126,6 @@ def varies(args):
     """Whether the teacher's net itself answers anew each time that it sees the same image."""
     noisy = args.teacher_mode == "train" or teacher_dropout(vars(args)) > 0
     return args.method == "fickle" and noisy
-
-
-def check_teacher(teacher, args):
-    """An error if a given teacher was not trained with the dropout that it is to teach with."""
-    rate, given = teacher_dropout(vars(args)), teacher.arch["dropout"]
-    if args.method == "fickle" and rate != given:
-        common.fail(f"--teacher-ckpt: has learned with dropout {given:g}, not --dropout {rate:g}")
 
 
 def make_fickle(teacher, mode):
@@ -266,16 +261,19 @@ def main(argv=None):
     common.across_seeds([train_and_evaluate(one, tables) for one in common.per_seed(args)])
 
 
+def check(args, data):
+    """An error for what cannot be done with these data and the teacher that is given."""
+    common.check_evaluation(args, data)
+    if args.method == "fickle" and args.teacher_ckpt and Path(args.teacher_ckpt).exists():
+        given = common.load_model(args.teacher_ckpt, "cpu", data)[0].arch["dropout"]
+        if given != (rate := teacher_dropout(vars(args))):
+            common.fail(f"--teacher-ckpt: learned with dropout {given:g}, not --dropout {rate:g}")
+
+
 def train_and_evaluate(args, tables):
     """The run of one seed; everything is in its folder, but for the tables of all. -> Run"""
-    device = common.setup_device(args)
-    with common.open_run("fickle_teacher", args, device) as run:
-        sizes = (args.val_size, args.train_subset, args.test_subset)
-        data = common.load_data(args.data, args.data_root, device, *sizes)
-        common.check_flags(args, data)
-        if args.teacher_ckpt and not (run.dir / "teacher.pt").exists():
-            check_teacher(common.load_model(args.teacher_ckpt, "cpu", data)[0], args)
-        if not common.begin(run, data):
+    with common.open_run("fickle_teacher", args, lambda data: check(args, data)) as (run, data):
+        if run.finished:
             return run
         files, teacher = {}, None
         if args.method != "student":

@@ -260,18 +260,17 @@ def main(argv=None):
     common.across_seeds([train_and_evaluate(one, tables) for one in common.per_seed(args)])
 
 
+def check(args, data):
+    """An error for what cannot be done with these data."""
+    common.check_evaluation(args, data)
+    if args.labels_file:
+        read_labels(args.labels_file, data)
+
+
 def train_and_evaluate(args, tables):
     """The run of one seed; everything is in its folder, but for the tables of all. -> Run"""
-    device = common.setup_device(args)
-    with common.open_run("messy_collab", args, device) as run:
-        sizes = (args.val_size, args.train_subset, args.test_subset)
-        data = common.load_data(args.data, args.data_root, device, *sizes)
-        common.check_flags(args, data)
-        if args.teacher_ckpt and not (run.dir / "teacher.pt").exists():
-            common.load_model(args.teacher_ckpt, "cpu", data)
-        if args.labels_file:
-            read_labels(args.labels_file, data)
-        if not common.begin(run, data):
+    with common.open_run("messy_collab", args, lambda data: check(args, data)) as (run, data):
+        if run.finished:
             return run
         files, teacher, noisy = {}, None, corrupted(data, args, run)
         of = {net: noisy if wrong_labels(vars(args), net)[1] else data for net in "ts"}

@@ -379,13 +379,8 @@ def main(argv=None):
 
 def train_and_evaluate(args):
     """The run of one seed; everything is in its folder. -> Run"""
-    device = common.setup_device(args)
-    with common.open_run("robust_kd", args, device) as run:
-        sizes = (args.val_size, args.train_subset, args.test_subset)
-        data = common.load_data(args.data, args.data_root, device, *sizes)
-        if args.teacher_ckpt and not (run.dir / "teacher.pt").exists():
-            common.load_model(args.teacher_ckpt, "cpu", data, args.teacher_model)
-        if not common.begin(run, data):
+    with common.open_run("robust_kd", args) as (run, data):
+        if run.finished:
             return run
         models, teacher = {}, None  # models: row of the table -> (model, numbers on its training)
         if args.demo:
@@ -405,7 +400,7 @@ def train_and_evaluate(args):
         student, meta = trained(run, data, "student", student_recipe(run.flags), teacher)
         models[f"student ({args.loss})"] = student, meta
         if meta["best"].get("epoch", args.epochs) != args.epochs:
-            best = common.load_model(run.dir / "student_best.pt", device)
+            best = common.load_model(run.dir / "student_best.pt", run.device)
             models[f"student ({args.loss}), best on held-out images"] = best
 
         import eval_robustness

@@ -546,11 +546,9 @@ def check_data(args, data):
     if "delta" in needs(METHODS[args.method][0]) and not 1 / len(data.classes) < args.delta <= 1:
         fail = f"expected more than 1/{len(data.classes)}, that of a guess, and at most 1"
         common.fail(f"--delta: {fail}, got {args.delta:g}")
-    if args.teacher_ckpt:
-        same, given = args.method in SAME_NET, any("--teacher-model" in a for a in args.argv)
-        name = args.model if same else args.teacher_model if given else None
-        arch = common.load_model(args.teacher_ckpt, "cpu", data, name)[0].arch
-        if same and arch["width"] != args.width:
+    if args.teacher_ckpt and args.method in SAME_NET and Path(args.teacher_ckpt).exists():
+        arch = common.load_model(args.teacher_ckpt, "cpu", data, args.model)[0].arch
+        if arch["width"] != args.width:
             common.fail(f"{args.teacher_ckpt}: of width {arch['width']:g}, not {args.width:g}")
 
 
@@ -590,13 +588,11 @@ def main(argv=None):
 
 def train_and_evaluate(args):
     """The run of one seed; everything is in its folder. -> Run"""
-    device = common.setup_device(args)
-    with common.open_run("teacher_free_kd", args, device) as run:
-        sizes = (args.val_size, args.train_subset, args.test_subset)
-        data = common.load_data(args.data, args.data_root, device, *sizes)
-        if not (run.dir / "teacher.pt").exists():
-            check_data(args, data)
-        if not common.begin(run, data):
+    with common.open_run("teacher_free_kd", args, lambda data: check_data(args, data)) as (
+        run,
+        data,
+    ):
+        if run.finished:
             return run
         used = {name: getattr(args, name) for name in recipe(args)}
         used = [f"--{k.replace('_', '-')} {v}" for k, v in used.items() if v is not None]
@@ -614,7 +610,7 @@ def train_and_evaluate(args):
             else:
                 if not (run.dir / f"{stage}.pt").exists():
                     train(stage)
-                model, meta = common.load_model(run.dir / f"{stage}.pt", device)
+                model, meta = common.load_model(run.dir / f"{stage}.pt", run.device)
             models[f"{stage} ({meta.get('training', 'given')})"] = model, meta
         for name, (model, meta) in models.items():
             rows.append(evaluated(name, model, meta, data, args))
@@ -626,7 +622,7 @@ def train_and_evaluate(args):
             exits.load_state_dict(meta["exits"])
             rows += exit_rows(model, exits, data)
         if meta["best"].get("epoch", args.epochs) != args.epochs:
-            best = common.load_model(run.dir / "student_best.pt", device)
+            best = common.load_model(run.dir / "student_best.pt", run.device)
             rows.append(evaluated("student, best on held-out images", *best, data, args))
         if args.grad_heatmap:
             path = Path(args.grad_heatmap)

@@ -381,9 +381,9 @@ def test_bad_flags_are_one_line_and_write_nothing(flags, tmp_path, refused):
 
 
 def test_a_teacher_that_does_not_fit_is_refused(tmp_path, refused):
-    common.save_model(tmp_path / "calm.pt", common.build_model("mlp-4"), {})
-    common.save_model(tmp_path / "other.pt", common.build_model("mlp-4", 7, dropout=0.3), {})
-    common.save_model(tmp_path / "good.pt", common.build_model("mlp-4", dropout=0.3), {})
+    common.save_model(tmp_path / "calm.pt", common.build_model("mlp-12"), {})
+    common.save_model(tmp_path / "other.pt", common.build_model("mlp-12", 7, dropout=0.3), {})
+    common.save_model(tmp_path / "good.pt", common.build_model("mlp-12", dropout=0.3), {})
     flags = [*SMALL.split(), "--runs", str(tmp_path / "runs"), "--dropout", "0.3", "--teacher-ckpt"]
     assert "dropout 0" in refused(ft.main, [*flags, str(tmp_path / "calm.pt")])
     assert "7 classes" in refused(ft.main, [*flags, str(tmp_path / "other.pt")])
