@@ -81,7 +81,11 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every training script shares: data, device, seed, folders."""
     add = parser.add_argument_group("run").add_argument
-    add("--data", default="cifar10", help="cifar10, cifar100, mnist, shapes, FILE.npz or a FOLDER")
+    add(
+        "--data",
+        default="cifar10",
+        help="cifar10, cifar100, mnist, tiny-imagenet, shapes, FILE.npz, FOLDER",
+    )
     add("--data-root", default="data", help="where data sets are, and missing ones are downloaded")
     add("--train-subset", type=count, help="train on so many images (a fixed choice); None: all")
     add("--test-subset", type=count, help="test on so many images (a fixed choice); None: all")
@@ -216,10 +220,11 @@ class Data:
 
 
 def load_data(name, root="data", device="cpu", val_size=0, train_subset=None, test_subset=None):
-    """-> Data, by name (cifar10, cifar100, mnist, shapes), from an .npz file or from a folder.
+    """-> Data, by name (see --data), from an .npz file or from a folder.
 
     A name is looked for in <root>/<name>.npz, then in torchvision's files below root, then
-    downloaded by torchvision (checksummed) and kept as that .npz. An .npz holds x_train, y_train,
+    downloaded by torchvision (checksummed) and kept as that .npz; tiny-imagenet is taken from
+    <root>/tiny-imagenet-200, the unpacked official zip. An .npz holds x_train, y_train,
     x_test, y_test (images uint8 (N, S, S, 3) or (N, S, S), labels 0..K-1), perhaps `classes`. A
     folder holds train/<class>/* and test/<class>/* (or val/), images of one size. Subsets are the
     same for every seed. Errors: one line, exit status 2.
@@ -656,6 +661,7 @@ class Run:
     command: str = ""  # that starts and resumes the run
     fingerprint: int = 0  # of the data
     finished: bool = False
+    lock: object = None  # an open file: no other process may use the folder
 
     def __post_init__(self):
         self.dir = Path(self.args.runs) / self.script / f"{self.args.name}-s{self.args.seed}"
@@ -699,8 +705,8 @@ def open_run(script: str, args: argparse.Namespace, check=lambda data: None):
         fail(f"{error.filename or run.dir}: {error.strerror or error}; finished epochs are kept")
     finally:
         signal.signal(signal.SIGTERM, handler)
-        if run.writer is not None:
-            run.writer.close()
+        for opened in filter(None, (run.writer, run.lock)):
+            opened.close()
 
 
 def _begin(run: Run, data: Data) -> None:
@@ -736,6 +742,20 @@ def _begin(run: Run, data: Data) -> None:
     if run.args.tensorboard:
         run.writer = SummaryWriter(run.dir)
     run.finished = _finished(run)
+    with contextlib.suppress(ImportError):  # Windows has no fcntl
+        import fcntl
+
+        if not run.finished:
+            run.lock = open(run.dir / "lock", "a+")  # noqa: SIM115
+            try:
+                fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+            except BlockingIOError:
+                run.lock.seek(0)
+                fail(
+                    f"{run.dir}: in use by process {run.lock.read()}; wait, or take another --name"
+                )
+            run.lock.truncate(0)
+            print(os.getpid(), end="", file=run.lock, flush=True)
 
 
 def _rows(run: Run) -> list[dict]:

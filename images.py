@@ -39,10 +39,12 @@ def read_data(name, root):
     path = root / f"{name}.npz"
     if name == "shapes":
         arrays = make_shapes()
-    elif name in ("cifar10", "cifar100", "mnist"):
+    elif name in ("cifar10", "cifar100", "mnist", "tiny-imagenet"):
         if not path.exists():
-            print(f"no {path}: taking {name} from torchvision, downloaded if need be", flush=True)
-            found = read_torchvision(name, root)
+            tiny = name == "tiny-imagenet"
+            source = root / "tiny-imagenet-200" if tiny else "torchvision, downloaded if need be"
+            print(f"no {path}: taking {name} from {source}", flush=True)
+            found = read_tiny_imagenet(source) if tiny else read_torchvision(name, root)
             common.write_atomically(path, lambda file: np.savez(file, **found))
         arrays = read_npz(path)
     elif name.endswith(".npz"):
@@ -50,7 +52,7 @@ def read_data(name, root):
     elif Path(name).is_dir():
         arrays = read_torchvision("folder", Path(name))
     else:
-        known = "cifar10, cifar100, mnist, shapes, FILE.npz or FOLDER"
+        known = "cifar10, cifar100, mnist, tiny-imagenet, shapes, FILE.npz or FOLDER"
         common.fail(f"--data: expected {known}, got {name!r}")
     train, test = (check(part, name, arrays) for part in ("train", "test"))
     most = max(train[1].max(), test[1].max())
@@ -114,6 +116,29 @@ def read_torchvision(name: str, root: Path) -> dict:
         wanted = "train/ and test/ or val/ of class folders, with images of one size"
         wanted = wanted if name == "folder" else f"{name}.npz, or to download it by torchvision"
         common.fail(f"--data: expected {wanted}, in {root}: {error}")
+    return arrays
+
+
+def read_tiny_imagenet(folder):
+    """The arrays of the unpacked official zip: 64x64; its validation images are the test images."""
+    try:
+        classes = sorted(path.name for path in (folder / "train").iterdir())
+        found = {
+            "train": [
+                (k, file)
+                for k, c in enumerate(classes)
+                for file in sorted((folder / "train" / c / "images").iterdir())
+            ]
+        }
+        lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
+        names = [line.split()[:2] for line in lines]
+        found["test"] = [(classes.index(c), folder / "val" / "images" / file) for file, c in names]
+    except (OSError, ValueError) as error:
+        common.fail(f"--data tiny-imagenet: expected the unpacked tiny-imagenet-200.zip: {error}")
+    arrays = {"classes": classes}
+    for part, pairs in found.items():
+        arrays[f"x_{part}"] = np.stack([_read_image(file) for _, file in pairs])
+        arrays[f"y_{part}"] = np.array([label for label, _ in pairs])
     return arrays
 
 

@@ -249,6 +249,21 @@ def test_bad_flags_are_one_line_and_write_nothing(flags, tmp_path, refused):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_in_use_is_refused_and_taken_over_after_the_end(tmp_path, refused):
+    fcntl = pytest.importorskip("fcntl")
+    argv = [*SMALL.split(), "--loss", "st", "--name", "x", "--runs", str(tmp_path)]
+    folder = tmp_path / "robust_kd" / "x-s0"
+    folder.mkdir(parents=True)
+    with open(folder / "lock", "w") as other:
+        other.write("4711")
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "in use by process 4711" in refused(robust_kd.main, argv)
+        assert not (folder / "log.jsonl").exists()
+    robust_kd.main(argv)  # the other has ended
+    assert "summary" in rows(tmp_path)[-1]
+
+
 def test_no_cuda_device_is_one_line(tmp_path, refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     argv = ["--data", "shapes", "--device", "cuda", "--runs", str(tmp_path / "runs")]
