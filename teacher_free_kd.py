@@ -416,7 +416,11 @@ def show_heatmaps(path, models):
     found = {name: meta["gradients"] for name, (_, meta) in models.items() if "gradients" in meta}
     arrays = {f"{n}/{k}": np.array(v) for n, kept in found.items() for k, v in kept.items()}
     common.write_atomically(path, lambda file: np.savez(file, **arrays))
-    grid, columns = {}, sorted({n[2:] for kept in found.values() for n in kept["layers"]}, key=len)
+    names = {layer[2:] for kept in found.values() for layer in kept["layers"]}
+    grid, columns = (
+        {},
+        sorted(names, key=lambda name: (len(name), name)),
+    )  # 1, ..., 10, ..., shortcut
     for name, kept in found.items():
         for epoch, means in zip(kept["epochs"], kept["means"]):
             for layer, mean in zip(kept["layers"], means):
@@ -427,7 +431,7 @@ def show_heatmaps(path, models):
     with contextlib.suppress(ImportError):
         import matplotlib.figure
 
-        figure = matplotlib.figure.Figure((3 + 0.6 * len(columns), 1 + 0.2 * len(grid)), dpi=100)
+        figure = matplotlib.figure.Figure((3 + 0.6 * len(columns), 1 + 0.2 * len(grid)), dpi=75)
         axes = figure.subplots()
         cells = [[line.get(column, math.nan) for column in columns] for line in grid.values()]
         figure.colorbar(axes.imshow(cells, norm="log", aspect="auto"), label="mean |dL/dW|")

@@ -351,7 +351,7 @@ def test_bad_flags_are_one_line_and_write_nothing(flags, tmp_path, refused):
 
 
 def test_a_teacher_of_another_architecture_is_refused_where_it_must_be_the_same(tmp_path, refused):
-    for name, width in (("mlp-4", 1.0), ("resnet18", 1 / 32)):
+    for name, width in (("preact-resnet18", 1 / 16), ("resnet18", 1 / 32)):
         path = tmp_path / "teacher.pt"
         common.save_model(path, common.build_model(name, 10, width), {"training": "at"})
         for method in tf.SAME_NET:
