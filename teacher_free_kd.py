@@ -20,8 +20,8 @@ Usage    python teacher_free_kd.py --method vanilla                 # Table 1, M
          python teacher_free_kd.py --method tf-kd-self --grad-heatmap figure1.npz       # Figure 1
          python teacher_free_kd.py --demo                           # 1 minute on a CPU
          Data: MNIST for vanilla, else CIFAR-10. What a flag that is None becomes: RECIPES.
-Expect   MNIST, seed 0: teacher 99.00, student alone 98.23, distilled 98.73 % (docs/). CIFAR-10: not
-         measured yet.
+Expect   MNIST, seed 0: teacher 99.00, student alone 98.23, distilled 98.73 %. Demo, 1 seed, clean
+         and PGD-20: teacher 0.994, 0.802, student 0.998, 0.892. ResNets: not measured yet.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); targets and logits (B, K)
 Differs  1. 1,024 training images are held out to report the best epoch too (--val-size 0: none).
          2. The paper gives T = 10 for Table 2, and for Table 5 SGD, lr 0.1, 50 epochs, PGD-7; no
@@ -407,8 +407,8 @@ class Gradients(nn.Module):
 
     def numbers(self):
         """{epochs: (E,), layers: (L,), means: (E, L)}, as lists."""
-        means = self.means.tolist()
-        return {"epochs": self.epochs, "layers": [*self.weights], "means": means}
+        layers = [*self.weights]
+        return {"epochs": self.epochs, "layers": layers, "means": self.means.tolist()}
 
 
 def show_heatmaps(path, models):
@@ -426,20 +426,19 @@ def show_heatmaps(path, models):
             for layer, mean in zip(kept["layers"], means):
                 line = grid.setdefault(f"{name}, epoch {epoch}, stage {layer[0]}", {})
                 line[layer[2:]] = mean
-    rows = [{k: f"{v:.1e}" for k, v in line.items()} for line in grid.values()]
-    print(common.table([{"mean |gradient|": title} | row for title, row in zip(grid, rows)]))
+    rows = [{"row": k} | {c: f"{v:.1e}" for c, v in line.items()} for k, line in grid.items()]
+    print(f"\nmean |gradient|\n{common.table(rows)}", flush=True)
     with contextlib.suppress(ImportError):
         import matplotlib.figure
 
-        figure = matplotlib.figure.Figure((3 + 0.6 * len(columns), 1 + 0.2 * len(grid)), dpi=75)
+        size = 4 + 0.6 * len(columns), 1 + 0.2 * len(grid)
+        figure = matplotlib.figure.Figure(size, dpi=75, layout="constrained")
         axes = figure.subplots()
         cells = [[line.get(column, math.nan) for column in columns] for line in grid.values()]
         figure.colorbar(axes.imshow(cells, norm="log", aspect="auto"), label="mean |dL/dW|")
         axes.set(xlabel="layer", xticks=range(len(columns)), xticklabels=columns)
         axes.set(yticks=range(len(grid)), yticklabels=grid)
-        options = {"format": "png", "bbox_inches": "tight"}
-        picture = path.with_suffix(".png")
-        common.write_atomically(picture, lambda file: figure.savefig(file, **options))
+        common.write_atomically(path.with_suffix(".png"), figure.savefig)
 
 
 # ------------------------------------------------------------------------------------------------
