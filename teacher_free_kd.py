@@ -29,9 +29,9 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
             al. (at, robust_kd.py's teacher), or what reaches Table 1 (MNIST).
          3. t^2 is in none of its equations (--no-tau2). KL: averaged over the batch; the code of
             Yuan et al. averages over the classes too (--kl-reduction mean).
-         4. Their tf-kd-reg softens p^d, not its logarithm, and not the student, without t^2: nearly
-            uniform targets, whatever delta; that is label smoothing. It is the default, as their
-            numbers come from it (--reg-form paper: Eq. 4 as written; plain: t = 1).
+         4. tf-kd-reg is Eq. 4 as written. The code of Yuan et al. softens p^d, not its logarithm,
+            and not the student, without t^2: nearly uniform targets, whatever delta, which is
+            label smoothing (--reg-form repo; their numbers come from it; plain: t = 1).
          5. The MNIST teacher learns from digits shifted by up to 2 pixels (Hinton et al. 2015): one
             trained without has nothing to teach (--teacher-shift 0).
          6. at-kd is AKD of Maroto et al.; the paper does not say what its row was trained with.
@@ -93,7 +93,9 @@ def parse_args(argv=None):
     add("--tau2", action=argparse.BooleanOptionalAction, help="the KL times temperature^2")
     add("--kl-reduction", choices=["batchmean", "mean"], default="batchmean", help="mean: / K too")
     add("--delta", type=common.fraction, default=0.99, help="virtual teacher's p of the label")
-    add("--reg-form", choices=REG_FORMS, default="repo", help="how the virtual teacher is softened")
+    add(
+        "--reg-form", choices=REG_FORMS, default="paper", help="how the virtual teacher is softened"
+    )
     add("--smoothing", type=common.probability, default=0.1, help="of label-smoothing")
     add("--omit-digit", type=int, choices=range(10), help="left out of the student's MNIST images")
     add("--bias-correction", action="store_true", help="also with the bias of that digit raised")

@@ -40,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import images
 from benchmark import tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -532,7 +533,7 @@ def prepare(args):
         from PIL import Image
 
         for part in ("train", "valid", "test"):
-            for i, name in enumerate(common.CLASSES["shapes"]):
+            for i, name in enumerate(images.CLASSES["shapes"]):
                 path = folder / CINIC / part / name / f"n0000000{i}_1.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image[i]).save(path)

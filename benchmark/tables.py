@@ -509,9 +509,9 @@ CHOICES = {
         "--kl-reduction mean", "--attack-loss kl-teacher", "--lam 1", "--temperature 30"],
     "paper2-table4-akd+-eps-2-255": ["--alpha 0.3", "--teacher-es 100", "--attack-bn train"],
     "paper3-table3-re-kd-resnet-50": ["--no-tau2", "--alpha 0.9", "--kl-reduction mean"],
-    "paper3-table4-tf-kd-reg": ["--reg-form paper", "--reg-form plain", "--alpha 0.3"],
+    "paper3-table4-tf-kd-reg": ["--reg-form repo", "--reg-form plain", "--alpha 0.3"],
     "paper3-table4-tf-kd-self": ["--alpha 0.9", "--no-tau2", "--kl-reduction mean"],
-    "paper3-table5-at-tf-kd-reg": ["--alpha 0.5", "--reg-form paper", "--attack-bn train"],
+    "paper3-table5-at-tf-kd-reg": ["--alpha 0.5", "--reg-form repo", "--attack-bn train"],
     "paper3-table5-at-tf-kd-self": ["--alpha 0.5", "--temperature 4", "--attack-bn train"],
 }
 # fmt: on

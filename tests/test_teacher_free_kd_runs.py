@@ -272,8 +272,8 @@ def test_the_heat_map_is_written_and_drawn(tmp_path, monkeypatch, capsys):
 
 def test_own_and_cross_entropy_gradients_differ_and_train_the_same_net(tmp_path):
     for kind in ("own", "ce"):
-        flags = f"--method tf-kd-reg --alpha 0.9 --model mlp-8 --grad-loss {kind} --grad-epochs 2"
-        run(tmp_path / kind, f"{flags} --grad-heatmap {tmp_path}/{kind}.npz")
+        flags = "--method tf-kd-reg --reg-form repo --alpha 0.9 --model mlp-8 --grad-epochs 2"
+        run(tmp_path / kind, f"{flags} --grad-loss {kind} --grad-heatmap {tmp_path}/{kind}.npz")
     own, ce_alone = (
         np.load(tmp_path / f"{k}.npz")["student (tf-kd-reg)/means"] for k in ("own", "ce")
     )
