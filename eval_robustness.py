@@ -10,15 +10,13 @@ Attacks  pgdN              N steps of size --step-size from --restarts uniform s
 Usage    python eval_robustness.py runs/robust_kd/*/student.pt --attack clean pgd20 aa --json a.json
          python eval_robustness.py CKPT CKPT --ensemble --attack clean aa --n 1000
          python eval_robustness.py --model package.module:function --weights FILE --attack aa
-         python eval_robustness.py CKPT --attack clean corruptions calibration
-         python eval_robustness.py CKPT --attack cinic --cinic DIR --cinic-per-class 2100
+         python eval_robustness.py CKPT --attack corruptions calibration cinic --cinic DIR
          With --json the same command goes on where a killed one stopped.
 Shapes   x uint8 (N, H, W, C); batches float32 (B, C, H, W) in [0, 1]; labels (N,); logits (B, K)
 Numbers  X_acc: share of all N images that are right when clean and that no attack of X breaks;
          X_conditional_acc: the same of those right when clean. An image is broken if the stored
          float32 example, in the ball and in [0, 1], is classified wrong by the model itself.
-Differs  1. Draws depend on (seed, attack, pass, image) alone: not on batches or interruptions. All
-            images share the squares of Square; in the authors' code those of a batch do.
+Differs  1. Draws depend on (seed, attack, pass, image) alone; all images share Square's squares.
          2. Broken images leave a run at the next compaction; FAB stops at a norm of eps.
          3. With fewer than 3 (targeted: 4) classes the numerator of DLR is used.
          4. Logits that are not finite are no success; the authors' code counts them as one.
@@ -57,8 +55,7 @@ VERSIONS = {
     "aa-plus": "apgd-ce:5+apgd-dlr:5+fab:5+square+apgd-t+fab-t",
     "aa-rand": "apgd-ce+apgd-dlr",  # with 20 gradients a step
 }
-# Names of --attack that perturb no images
-POINTS = ["clean", "calibration", "corruptions", "cinic", "ood"]
+POINTS = ["clean", "calibration", "corruptions", "cinic", "ood"]  # these perturb no images
 
 
 def parse_args(argv=None):
@@ -162,8 +159,8 @@ class Batch:
 
     def draw(self, *shape, use="start"):
         """Uniform (B, *shape) in [0, 1], by seed, attack, pass, use and image alone."""
-        key = self.attack, use, self.s.seed, self.which
-        return images.uniform(self.index, *key)(*shape).float()
+        draw = images.uniform(self.index, self.attack, use, self.s.seed, self.which)
+        return draw(*shape).float()
 
     def target(self):
         """The class (B,) with the (which + 2)-nd largest clean logit, the label counted as 1st."""
@@ -183,10 +180,6 @@ def batches(points, index, s, attack="", which=0):
 def as_float(x):
     """float32 (B, C, H, W) of uint8 (B, H, W, C), or x as it is."""
     return common.to_float(x) if x.dtype == torch.uint8 else x.float()
-
-
-# ------------------------------------------------------------------------------------------------
-# What the attacks share
 
 
 def misclassified(logits, labels):
@@ -267,18 +260,15 @@ def ce_loss(logits, labels, target=None):
 
 def dlr_loss(logits, labels, target=None):
     """Eq. (6): -(z_y - max_{i != y} z_i) / (z_(1) - z_(3)), (B,); the numerator if K < 3."""
-    top = logits.topk(min(3, logits.shape[1])).values
-    scale = top[:, 0] - top[:, 2] + 1e-12 if logits.shape[1] > 2 else 1
-    return -margin(logits, labels) / scale
+    top = logits.topk(min(3, logits.shape[1])).values.T
+    return -margin(logits, labels) / (top[0] - top[2] + 1e-12 if len(top) > 2 else 1)
 
 
 def targeted_dlr_loss(logits, labels, target):
     """Eq. (7): -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2), (B,); the numerator if K < 4."""
     numerator = (logits.gather(1, target[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
-    if logits.shape[1] < 4:
-        return numerator
-    top = logits.topk(4).values
-    return numerator / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+    top = logits.topk(min(4, logits.shape[1])).values.T
+    return numerator / (top[0] - (top[2] + top[3]) / 2 + 1e-12 if len(top) > 3 else 1)
 
 
 def apgd_checkpoints(steps):
@@ -345,9 +335,8 @@ def apgd(model, b, loss):
 def to_hyperplane(x, w, c, norm, iterations=8):
     """The smallest d (B, C, H, W) with <w, d> = -c and x + d in [0, 1]; if none, to the corner.
 
-    x, w (B, C, H, W), c (B,). Eq. (5): d_i = -sign(w_i) min(r, m_i) with the room m_i in the box,
-    in L2 min(r |w_i|, m_i). r is the root of a concave increasing function: Newton's method from
-    the left needs no sorting and no host sync (3 iterations are usual).
+    x, w (B, C, H, W), c (B,). Eq. (5): d_i = -sign(w_i) min(r, m_i), m_i the room in the box; in L2
+    min(r |w_i|, m_i). r: Newton's method, without sorting or sync (3 iterations are usual).
     """
     w = w * torch.where(c < 0, -1.0, 1.0)[:, None, None, None]
     scale = length(w, "linf") + 1e-38
@@ -472,8 +461,7 @@ def square_start(b):
     """x with vertical stripes of +-eps; in L2 with a grid of 5 x 5 bumps of norm eps together."""
     _, channels, height, width = b.x.shape
     if b.s.norm == "linf":
-        stripes = (b.draw(channels, 1, width) - 0.5).sign()
-        start = b.x + b.s.eps * stripes
+        start = b.x + b.s.eps * (b.draw(channels, 1, width) - 0.5).sign()
         return start.clamp_(0, 1).contiguous(memory_format=torch.channels_last)
     side = max(min(height, width) // 5, 1)
     tiles, shape = min(height // side, width // side, 5), bump(side, b.x.device)
@@ -506,8 +494,7 @@ def l2_proposal(x, found, first, second, content, eps):
     either[first], either[second] = 1, 1
     spare = (eps**2 - length(d, "l2") ** 2).clamp(min=0) / d.shape[1]
     budget = (spare + (d * either).square().sum((2, 3), keepdim=True)).sqrt()  # (B, C, 1, 1)
-    old = d[first] / (d[first].square().sum((2, 3), keepdim=True).sqrt() + 1e-10)
-    new = content + old
+    new = content + d[first] / (d[first].square().sum((2, 3), keepdim=True).sqrt() + 1e-10)
     new = new / (new.square().sum((2, 3), keepdim=True).sqrt() + 1e-12) * budget
     d[second] = 0
     d[first] = new
@@ -561,10 +548,9 @@ class Ensemble(nn.Module):
 
 
 def foreign_model(spec, weights, device):
-    """The net of `package.module:function`, with the state_dict of the file `weights` if given.
+    """The net of `package.module:function`; weights: None or the file of its state_dict.
 
-    The file is loaded as weights only; the state_dict may be below `state_dict`, `model` or
-    `weights`, its names may begin with `module.`. Errors are one line with exit status 2.
+    That may be below `state_dict`, `model` or `weights`, its names may begin with `module.`.
     """
     module, _, function = spec.partition(":")
     sys.path.insert(0, "")  # the current folder
@@ -590,23 +576,18 @@ def foreign_model(spec, weights, device):
 class Affine(nn.BatchNorm2d):
     """What a BatchNorm2d in eval mode computes, in one pass over x (B, C, H, W)."""
 
-    def fold(self):
-        """Make `scale` and `shift` of the statistics and the weights, which stay."""
-        scale = (self.running_var + self.eps).rsqrt() * (1 if self.weight is None else self.weight)
-        shift = (0 if self.bias is None else self.bias) - self.running_mean * scale
-        self.scale, self.shift = scale.detach()[:, None, None], shift.detach()[:, None, None]
-
     def forward(self, x):
         return torch.addcmul(self.shift, x, self.scale)
 
 
 def faster(model):
     """A copy for the search, with Affine for BatchNorm2d: the same logits up to rounding."""
-    model = copy.deepcopy(model)
-    for norm in model.modules():
-        if type(norm) is nn.BatchNorm2d and norm.running_mean is not None and not norm.training:
-            norm.__class__ = Affine
-            norm.fold()
+    model = copy.deepcopy(model).requires_grad_(False)
+    for n in model.modules():
+        if type(n) is nn.BatchNorm2d and n.running_mean is not None and not n.training:
+            scale = (n.running_var + n.eps).rsqrt() * (1 if n.weight is None else n.weight)
+            shift = (0 if n.bias is None else n.bias) - n.running_mean * scale
+            n.__class__, n.scale, n.shift = Affine, scale[:, None, None], shift[:, None, None]
     return model
 
 
@@ -636,28 +617,15 @@ def clean_logits(model, x, labels, batch_size=500, classes=None, name="the model
 
 
 def is_probabilities(logits):
-    """Whether rows (N, K) all lie in [0, 1] and sum to 1."""
-    inside = logits.min() > -1e-5 and logits.max() < 1 + 1e-5
-    return bool(inside and (logits.sum(1) - 1).abs().max() < 1e-5)
-
-
-@torch.no_grad()
-def warnings_of(model, x, logits, random=False):
-    """Lines on what makes attacks unreliable, from clean logits (N, K) and five passes over x."""
-    lines = []
-    if is_probabilities(logits):
-        lines.append("the model seems to return probabilities: the attacks need logits")
-    passes = torch.stack([F.normalize(model(as_float(x)).float()) for _ in range(5)])
-    if not random and (passes - passes[:1]).norm(dim=2).max() > 1e-4:
-        lines.append("the model is randomised: take aa-rand, other attacks overstate robustness")
-    return lines
+    """Whether rows (N, K) are nowhere negative and sum to 1."""
+    return bool(logits.min() > -1e-5 and (logits.sum(1) - 1).abs().max() < 1e-5)
 
 
 def open_store(path=None, flags=None):
     """A new store, or the one that a killed evaluation with the same flags left; else an error.
 
-    path: the small state file (None: nothing is kept); record: flags, and entries {key: how far an
-    attack came}; file: the float32 examples (C, H, W), entry k and image i at place k * N + i.
+    path: the small state file, or None; record: flags, and entries {key: how far an attack came};
+    file: the float32 examples (C, H, W), entry k and image i at place k * N + i.
     """
     record = {"flags": flags, "entries": {}, "bytes": 0}
     if path is None:
@@ -679,8 +647,8 @@ def compare_flags(path, old, new):
     """An error that names the first flag in which two dicts differ."""
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
-            made = f"made with {old.get(key)}, not {new.get(key)}"
-            common.fail(f"{key}: {path} was {made}; take another --json, or delete it")
+            was = f"{key}: {path} was made with {old.get(key)}, not {new.get(key)}"
+            common.fail(f"{was}; take another --json, or delete it")
 
 
 def write_examples(store, entry, index, x_adv):
@@ -716,15 +684,15 @@ def read_examples(store, entry, index, like):
 def run_attack(model, points, name, s, store, key):
     """Run the passes of `name` on the images that are still right; saves after each batch.
 
-    points: (x, labels, logits). A pass cuts one list of the survivors of the whole data set into
-    batches. -> dict: broken int16 (N,), 0 for survivors, -1 for wrong when clean, else the number
-    of the pass; seconds {attack: ...}; zero and bad counts; where it stands: serial, position.
+    points: (x, labels, logits). A pass cuts one list of all survivors into batches. -> dict: broken
+    int16 (N,), 0 for survivors, -1 for wrong when clean, else the number of the pass; seconds
+    {attack: ...}; zero and bad counts; where it stands: serial, position.
     """
     x, labels, logits = points
     right, entries = (logits.argmax(1) == labels).cpu(), store.record["entries"]
     new = {"broken": right.short() - 1, "serial": 1, "position": 0, "place": len(entries) * len(x)}
     entry = entries.setdefault(key, new | {"seconds": {}, "zero": 0, "bad": 0})
-    s = dataclasses.replace(s, eot=20) if name == "aa-rand" else s
+    s = dataclasses.replace(s, eot=20 if name == "aa-rand" else 1)
     plan, broken, seconds = passes(name, logits.shape[1], s), entry["broken"], entry["seconds"]
     fast = faster(model)
     for serial, (attack, which) in list(enumerate(plan, 1))[entry["serial"] - 1 :]:
@@ -736,8 +704,8 @@ def run_attack(model, points, name, s, store, key):
                 hit = misclassified(model(x_adv).float(), b.labels) & allowed(x_adv, b.x, s)
             where = index[hit.cpu()]
             broken[where] = serial
-            entry["zero"], entry["bad"] = entry["zero"] + int(b.zero), entry["bad"] + int(b.bad)
-            entry["position"] += len(index)
+            for what, more in {"zero": b.zero, "bad": b.bad, "position": len(index)}.items():
+                entry[what] += int(more)
             now = time.monotonic()
             seconds[attack], begin = seconds.get(attack, 0.0) + now - begin, now
             write_examples(store, entry, where, x_adv[hit])
@@ -792,24 +760,25 @@ def verdict(model, points, entry, name, s, store):
 def evaluate(model, x, labels, attacks, eps=8 / 255, step_size=None, restarts=1, seed=0, **more):
     """{'clean_acc': ..., 'pgd20_acc': ...} of a model on x uint8 (N, H, W, C), labels (N,).
 
-    attacks: names of --attack; eps, step_size (None: eps / 4) in units of [0, 1]; x may also be
-    float (N, C, H, W) in [0, 1]. more: fields of Settings; what `evaluate_all` takes.
+    x: or float (N, C, H, W) in [0, 1]; attacks: as --attack; step_size: or eps / 4; more: Settings.
     """
     row = evaluate_all(model, x, labels, attacks, eps, step_size, restarts, seed, **more)
     return {k: v for k, v in row.items() if k.endswith("_acc") and "conditional" not in k}
 
 
 def evaluate_all(model, x, labels, attacks, *settings, classes=None, store=None, key="", **more):
-    """As `evaluate`, but all numbers of the model: a row of the JSON.
-
-    classes: how many the model must have, else an error; store, key: where the state is kept.
-    """
+    """As `evaluate`, but a row of the JSON. classes: how many there must be; store, key: state."""
     s, store = Settings(*settings, **more), store or open_store()
     row, reports = {}, {}
     with common.evaluating(model):
         logits = clean_logits(model, x, labels, s.batch_size, classes)
         points = x, labels, logits
-        lines = warnings_of(model, x[: s.batch_size], logits, "aa-rand" in attacks)
+        lines, few = [], as_float(x[: s.batch_size])
+        if is_probabilities(logits):
+            lines.append("the model seems to return probabilities: the attacks need logits")
+        five = torch.stack([F.normalize(model(few).detach().float()) for _ in range(5)])
+        if "aa-rand" not in attacks and (five - five[:1]).norm(dim=2).max() > 1e-4:
+            lines.append("the model is randomised: only aa-rand does not overstate its robustness")
         for name in dict.fromkeys(attacks):
             if name == "clean":
                 row["clean_acc"] = (logits.argmax(1) == labels).double().mean().item()
@@ -843,41 +812,9 @@ def calibration(logits, labels, bins=15):
     bin_of = F.one_hot((confidence * bins).ceil().long().clamp(1, bins) - 1, bins).double()
     gap = (predicted == labels).double() - confidence
     entropy = -(logs.exp() * logs).nan_to_num(0).sum(1).mean().item()
-    numbers = {"nll": F.nll_loss(logs, labels).item(), "entropy": entropy}
-    numbers["ece"] = (gap @ bin_of).abs().sum().item() / len(labels)
+    ece = (gap @ bin_of).abs().sum().item() / len(labels)
+    numbers = {"nll": F.nll_loss(logs, labels).item(), "entropy": entropy, "ece": ece}
     return numbers | {"confidence": bin_of.mean(0).tolist()}
-
-
-def other_images(args, data, x):
-    """{name: (x uint8 (M, H, W, C), labels (M,), note)} of --cinic, --ood; checks --corruptions."""
-    if "corruptions" in args.attack and args.corruptions != "generate":
-        images.read_corruptions(args.corruptions, len(data.classes))
-    elif "corruptions" in args.attack:
-        images.corrupt(x[:1], "frost", 1, frost_dir=args.frost_dir)
-    found = {}
-    for name in [name for name in ("cinic", "ood") if name in args.attack]:
-        number = args.cinic_per_class if name == "cinic" else None
-        rest = number, args.seed, name == "cinic", tuple(x.shape[1:3])
-        *tensors, note = images.load_ood(getattr(args, name), data.classes, *rest)
-        found[name] = *(tensor.to(x.device) for tensor in tensors), note
-    return found
-
-
-def natural(model, x, labels, others, args, store, key):
-    """The fields of a row for --attack corruptions, cinic and ood: accuracies, tables and notes."""
-    found = {}
-    if "corruptions" in args.attack:
-        folder = None if args.corruptions == "generate" else args.corruptions
-        done = store.record["entries"].setdefault(f"{key} corruptions", {})
-        rest = args.seed, args.batch_size, done, lambda done: save_store(store)
-        result = images.corruption_accuracy(model, x, labels, folder, args.frost_dir, *rest)
-        found |= {k: result[k] for k in ("mean15_acc", "mean18_acc", "mean19_acc", "mca_acc")}
-        found["corruptions"] = result
-    for name, (x_other, classes, note) in others.items():
-        with common.evaluating(model):
-            right = common.correct(model, x_other, classes, args.batch_size)
-        found |= {f"{name}_acc": right.double().mean().item(), f"{name}_note": [note]}
-    return found
 
 
 def accuracy_curve(model, x, labels, s):
@@ -902,7 +839,7 @@ def plot(path, record):
     """Write a figure: accuracy against eps of all rows, confidence histograms, corruptions."""
     from matplotlib.figure import Figure
 
-    rows = {short(row["model"])[-36:]: row for row in record["rows"]}
+    rows = {"/".join(Path(r["model"]).parts[-2:])[-36:]: r for r in record["rows"]}
     histograms = [(n, k, v) for n, r in rows.items() for k, v in r.get("calibration", {}).items()]
     maps = [(n, r["corruptions"]["corruptions_acc"]) for n, r in rows.items() if "corruptions" in r]
     columns = 1 + bool(histograms) + len(maps)
@@ -927,29 +864,22 @@ def plot(path, record):
     common.write_atomically(Path(path), lambda file: figure.savefig(file, format=kind, dpi=150))
 
 
-def short(name):
-    """The last two parts of a path."""
-    return "/".join(Path(name).parts[-2:])
-
-
 def show(record):
     """Print the record of main: a table of the models, of their attacks, of their calibration."""
     step, eps = (f"{255 * record[key]:.4g}/255" for key in ("step_size", "eps"))
-    ball = (
-        f"l2 eps {record['eps']:g}"
-        if record["norm"] == "l2"
-        else f"linf eps {eps}, PGD step {step}"
-    )
+    ball = f"linf eps {eps}, PGD step {step}"
+    if record["norm"] == "l2":
+        ball = f"l2 eps {record['eps']:g}"
     print(f"{record['data']}, {record['n']} test images, {ball}, float32\n")
     rows, stages, points = record["rows"], [], []
     for row in rows:
+        model = {"model": "/".join(Path(row["model"]).parts[-2:])}
         for name, r in row["reports"].items():
             checked = {"verified": r["verified"], "largest": f"{r['max_perturbation']:.7f}"}
-            head = {"model": short(row["model"]), "in": name}
-            stages += [head | stage | checked for stage in r["stages"]]
+            stages += [model | {"in": name} | stage | checked for stage in r["stages"]]
         for kind, numbers in row.get("calibration", {}).items():
             cells = {k: f"{v:.4f}" for k, v in numbers.items() if k != "confidence"}
-            points.append({"model": short(row["model"]), "points": kind} | cells)
+            points.append(model | {"points": kind} | cells)
     main_rows = [{k: v for k, v in r.items() if not isinstance(v, list | dict)} for r in rows]
     print("\n\n".join(common.table(part) for part in (main_rows, stages, points) if part))
     for row in rows:
@@ -966,8 +896,7 @@ def save_examples(path, x, labels, store):
     (entry,) = (entry for entry in store.record["entries"].values() if "broken" in entry)
     x_adv, broken = as_float(x).cpu(), entry["broken"] > 0
     x_adv[broken] = read_examples(store, entry, broken.nonzero()[:, 0], x_adv[broken])
-    arrays = {"x_adv": x_adv.permute(0, 2, 3, 1).numpy(), "labels": labels.cpu().numpy()}
-    arrays["broken"] = broken.numpy()
+    arrays = {"x_adv": x_adv.permute(0, 2, 3, 1), "labels": labels.cpu(), "broken": broken}
     common.write_atomically(Path(path), lambda file: np.savez_compressed(file, **arrays))
 
 
@@ -990,18 +919,18 @@ def load_models(args, data, device):
 
 
 # Flags that change no number: an evaluation may go on with others
-FREE_FLAGS = {"json", "save_examples", "data_root", "device", "batch_size", "argv", "deterministic"}
+FREE_FLAGS = {"json", "data_root", "device", "batch_size", "argv", "deterministic"}
 
 
 def run(args, command):
     """Evaluate every model, print the tables, write the JSON; go on where a killed run stopped."""
     device = common.setup_device(args)
     data = common.load_data(args.data, args.data_root, device)
-    if (args.n or 0) > len(data.x_test):
-        common.fail(f"--n: {data.name} has {len(data.x_test)} test images, got {args.n}")
-    chosen = np.sort(np.random.default_rng(0).permutation(len(data.x_test))[: args.n])
+    if (total := len(data.x_test)) < (args.n or 0):
+        common.fail(f"--n: {data.name} has {total} test images, got {args.n}")
+    chosen = np.sort(np.random.default_rng(0).permutation(total)[: args.n])
     x, labels = data.x_test[chosen], data.y_test[chosen]
-    others = other_images(args, data, x)
+    others = images.load_others(args, data, x)
     models, digests = load_models(args, data, device)
     settings = {k: v for k, v in vars(args).items() if k in Settings.__dataclass_fields__}
     flags = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items() if k not in FREE_FLAGS}
@@ -1019,7 +948,9 @@ def run(args, command):
     for name, model in models.items():
         known = {"classes": len(data.classes), "store": store, "key": name}
         row = evaluate_all(model, x, labels, args.attack, **settings, **known)
-        row = {"model": name} | row | natural(model, x, labels, others, args, store, name)
+        done = store.record["entries"].setdefault(f"{name} corruptions", {})
+        rest = others, args, done, lambda done: save_store(store)
+        row = {"model": name} | row | images.natural(model, x, labels, *rest)
         if args.plot:
             row["curve"] = accuracy_curve(model, x, labels, Settings(**settings))
         rows.append(row)
@@ -1027,15 +958,15 @@ def run(args, command):
         save_examples(args.save_examples, x, labels, store)
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     record = {"command": command, "flags": flags, "torch": torch.__version__, "gpu": gpu}
-    record |= {"data": data.name, "n": len(x), "norm": args.norm, "eps": args.eps}
-    record |= {"precision": "float32", "step_size": args.step_size, "rows": rows}
+    record |= {"data": data.name, "n": len(x), "norm": args.norm, "precision": "float32"}
+    record |= {"eps": args.eps, "step_size": args.step_size, "rows": rows}
     record["logits"] = "log of the averaged probabilities" if args.ensemble else "of the model"
     show(record)
     if args.plot:
         plot(args.plot, record)
     if out:
-        text = json.dumps(record, indent=1) + "\n"
-        common.write_atomically(out, lambda file: file.write(text.encode()))
+        text = json.dumps(record, indent=1).encode() + b"\n"
+        common.write_atomically(out, lambda file: file.write(text))
     store.file.close()
     for path in (store.path, store.path.with_suffix(".examples")) if base else ():
         path.unlink(missing_ok=True)
@@ -1053,9 +984,9 @@ def main(argv=None):
     try:
         run(args, command)
     except KeyboardInterrupt as stop:
-        kept = "finished batches are kept; go on with:"
-        kept = kept if args.json or args.save_examples else "without --json nothing is kept; again:"
-        print(f"\nstopped; {kept}\n{command}", file=sys.stderr)
+        kept = args.json or args.save_examples
+        kept = "finished batches are kept; go on" if kept else "nothing is kept; begin again"
+        print(f"\nstopped; {kept} with:\n{command}", file=sys.stderr)
         raise SystemExit(143 if stop.args else 130) from None
     except torch.OutOfMemoryError:
         common.fail("--batch-size: out of GPU memory; take a smaller one, the same command goes on")

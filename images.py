@@ -761,3 +761,37 @@ def _read_image(file):
         return np.asarray(Image.open(file).convert("RGB"))
     except (OSError, SyntaxError) as error:
         common.fail(f"{file}: not a readable image ({error})")
+
+
+def load_others(args, data, x):
+    """{name: (x uint8 (M, H, W, C), labels (M,), note)} of --cinic, --ood; checks --corruptions."""
+    if "corruptions" in args.attack and args.corruptions != "generate":
+        read_corruptions(args.corruptions, len(data.classes))
+    elif "corruptions" in args.attack:
+        corrupt(x[:1], "frost", 1, frost_dir=args.frost_dir)
+    found = {}
+    for name in [name for name in ("cinic", "ood") if name in args.attack]:
+        number = args.cinic_per_class if name == "cinic" else None
+        rest = number, args.seed, name == "cinic", tuple(x.shape[1:3])
+        *tensors, note = load_ood(getattr(args, name), data.classes, *rest)
+        found[name] = *(tensor.to(x.device) for tensor in tensors), note
+    return found
+
+
+def natural(model, x, labels, others, args, done, save):
+    """The fields of a row for --attack corruptions, cinic and ood: accuracies, tables and notes.
+
+    others: of load_others; done, save: of corruption_accuracy.
+    """
+    found = {}
+    if "corruptions" in args.attack:
+        folder = None if args.corruptions == "generate" else args.corruptions
+        rest = folder, args.frost_dir, args.seed, args.batch_size, done, save
+        result = corruption_accuracy(model, x, labels, *rest)
+        found |= {k: result[k] for k in ("mean15_acc", "mean18_acc", "mean19_acc", "mca_acc")}
+        found["corruptions"] = result
+    for name, (x_other, y_other, note) in others.items():
+        with common.evaluating(model):
+            right = common.correct(model, x_other, y_other, args.batch_size)
+        found |= {f"{name}_acc": right.double().mean().item(), f"{name}_note": [note]}
+    return found

@@ -35,8 +35,8 @@ def middle(d):
 
 def batch(model, x, labels, attack="apgd-ce", which=0, **settings):
     """A Batch of all images."""
-    logits = model(ev.images(x)).detach()
-    given = ev.images(x), labels, logits, torch.arange(len(x))
+    logits = model(ev.as_float(x)).detach()
+    given = ev.as_float(x), labels, logits, torch.arange(len(x))
     return ev.Batch(*given, ev.Settings(**settings), attack, which)
 
 
@@ -281,4 +281,4 @@ def test_the_copy_for_the_search_has_no_batchnorm_and_the_same_logits(small):
     model, x, _ = small
     copy = ev.faster(model)
     assert isinstance(model[1], nn.BatchNorm2d) and isinstance(copy[1], ev.Affine)
-    np.testing.assert_allclose(copy(ev.images(x)), model(ev.images(x)), atol=1e-5)
+    np.testing.assert_allclose(copy(ev.as_float(x)), model(ev.as_float(x)), atol=1e-5)

@@ -15,7 +15,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 LINES = {
     "common": 930,
     "eval_robustness": 1000,
-    "images": 740,
+    "images": 775,
     "robust_kd": 420,
     "teacher_free_kd": 650,
 }
