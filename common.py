@@ -532,11 +532,6 @@ def pgd(model, x, targets, eps, step_size, steps, start="uniform") -> Tensor:
     return x_adv
 
 
-def ffgsm(model, x, labels, eps, step_size) -> Tensor:
-    """FGSM from a uniform start (Wong et al. 2020, with step_size = 1.25 eps): pgd, 1 step."""
-    return pgd(model, x, labels, eps, step_size, steps=1)
-
-
 @contextlib.contextmanager
 def evaluating(model: nn.Module):
     """The model in eval mode, weights frozen, no TF32; everything is put back afterwards."""

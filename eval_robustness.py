@@ -535,18 +535,6 @@ def passes(name, classes, s):
 # Models, and where an evaluation stands on the disk
 
 
-class Ensemble(nn.Module):
-    """The logarithm of the averaged probabilities of some models: logits (B, K) for the attacks."""
-
-    def __init__(self, models):
-        super().__init__()
-        self.models = nn.ModuleList(models)
-
-    def forward(self, x):
-        logs = torch.stack([model(x).float().log_softmax(1) for model in self.models])
-        return logs.logsumexp(0) - math.log(len(self.models))
-
-
 def foreign_model(spec, weights, device):
     """The net of `package.module:function`; weights: None or the file of its state_dict.
 
@@ -803,18 +791,25 @@ def evaluate_all(model, x, labels, attacks, *settings, classes=None, store=None,
 
 
 def calibration(logits, labels, bins=15):
-    """nll, ece, entropy (nats) and confidence (bins,) of logits (N, K) and labels (N,).
+    """nll, ece, entropy (nats) and two histograms (bins,) of logits (N, K) and labels (N,).
 
-    Bins ](i - 1) / bins, i / bins] of the largest probability: Guo et al. 2017, Eq. (3).
+    confidence: of the largest probability, in bins ](i - 1) / bins, i / bins] (Guo et al. 2017, Eq.
+    3); probabilities: of those of all classes (Figure 8 of the noisy collaboration paper).
     """
     logs = logits.double().log_softmax(1)
     confidence, predicted = logs.exp().max(1)
-    bin_of = F.one_hot((confidence * bins).ceil().long().clamp(1, bins) - 1, bins).double()
+
+    def bins_of(probs):
+        return F.one_hot((probs * bins).ceil().long().clamp(1, bins) - 1, bins).double()
+
+    bin_of = bins_of(confidence)
     gap = (predicted == labels).double() - confidence
     entropy = -(logs.exp() * logs).nan_to_num(0).sum(1).mean().item()
     ece = (gap @ bin_of).abs().sum().item() / len(labels)
     numbers = {"nll": F.nll_loss(logs, labels).item(), "entropy": entropy, "ece": ece}
-    return numbers | {"confidence": bin_of.mean(0).tolist()}
+    probabilities = sum(bins_of(probs).mean(0) for probs in logs.exp().T) / logs.shape[1]
+    numbers |= {"confidence": bin_of.mean(0).tolist(), "probabilities": probabilities.tolist()}
+    return numbers
 
 
 def accuracy_curve(model, x, labels, s):
@@ -851,8 +846,10 @@ def plot(path, record):
     axes[0, 0].set(xlabel=f"255 eps ({record['norm']})", ylabel="accuracy (APGD-CE, 20 iterations)")
     for name, kind, numbers in histograms:
         edges = np.linspace(0, 1, len(numbers["confidence"]) + 1)
-        axes[0, 1].stairs(numbers["confidence"], edges, label=f"{name}, {kind}")
-        axes[0, 1].set(xlabel="largest probability", ylabel="share of the images")
+        patch = axes[0, 1].stairs(numbers["confidence"], edges, label=f"{name}, {kind}")
+        color = patch.get_edgecolor()
+        axes[0, 1].stairs(numbers["probabilities"], edges, color=color, linestyle=":")
+        axes[0, 1].set(xlabel="probability: largest; dots: all", yscale="log", ylabel="share")
     for axis, (name, table) in zip(axes[0, ::-1], maps):
         figure.colorbar(axis.imshow(list(table.values()), vmin=0, vmax=1, aspect="auto"))
         axis.set(title=f"{name}: accuracy", xlabel="severity", xticks=range(5))
@@ -878,7 +875,7 @@ def show(record):
             checked = {"verified": r["verified"], "largest": f"{r['max_perturbation']:.7f}"}
             stages += [model | {"in": name} | stage | checked for stage in r["stages"]]
         for kind, numbers in row.get("calibration", {}).items():
-            cells = {k: f"{v:.4f}" for k, v in numbers.items() if k != "confidence"}
+            cells = {k: f"{v:.4f}" for k, v in numbers.items() if not isinstance(v, list)}
             points.append(model | {"points": kind} | cells)
     main_rows = [{k: v for k, v in r.items() if not isinstance(v, list | dict)} for r in rows]
     print("\n\n".join(common.table(part) for part in (main_rows, stages, points) if part))
@@ -912,7 +909,7 @@ def load_models(args, data, device):
             if is_probabilities(clean_logits(model, *few, name)):
                 common.fail(f"{name}: returns probabilities; hand it over without its softmax")
     if args.ensemble:
-        models = {f"ensemble of {len(models)}": Ensemble(models.values()).eval()}
+        models = {f"ensemble of {len(models)}": common.Ensemble([*models.values()]).eval()}
         print("ensemble: the attacks get the logarithm of the averaged probabilities as logits")
     files = [*args.checkpoints, *filter(None, [args.weights])]
     return models, {f: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in files}

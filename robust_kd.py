@@ -349,7 +349,8 @@ def train_model(run, data, stage, recipe, teacher=None):
         batches = common.batches(data, how.batch_size, seed, epoch, run)
         common.end_epoch(run, epoch, [train_step(x, y) for x, y in batches], data, *attack)
         if stage != "student" and (epoch + 1) % (args.teacher_save_every or how.epochs + 1) == 0:
-            common.save_model(run.dir / f"{stage}-ep{epoch + 1}.pt", model, run.row)
+            kept = run.row | {"training": how.training}
+            common.save_model(run.dir / f"{stage}-ep{epoch + 1}.pt", model, kept)
     meta = {"training": how.training, "epoch": run.row["epoch"], "seconds": run.seconds}
     if collapsed(run, how):
         meta["epoch"] = run.best["epoch"]
@@ -402,7 +403,6 @@ def train_and_evaluate(args):
         if meta["best"].get("epoch", args.epochs) != args.epochs:
             best = common.load_model(run.dir / "student_best.pt", run.device)
             models[f"student ({args.loss}), best on held-out images"] = best
-
         import eval_robustness
 
         rows, attacks = [], ["clean", f"pgd{args.eval_steps}"]

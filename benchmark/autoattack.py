@@ -176,7 +176,7 @@ def trained_model(data):
     optimizer = common.sgd(model, 0.1, 0.9, 5e-4)
     for epoch in range(3):
         for x, labels in common.batches(data, 50, 0, epoch):
-            x_adv = common.ffgsm(model.eval(), x, labels, 8 / 255, 10 / 255)
+            x_adv = common.pgd(model.eval(), x, labels, 8 / 255, 10 / 255, steps=1)
             optimizer.zero_grad()
             F.cross_entropy(model.train()(x_adv), labels).backward()
             optimizer.step()

@@ -166,7 +166,7 @@ def test_pgd_with_probabilities_follows_the_gradient_of_the_kl():
 def test_ffgsm_is_one_projected_step_of_its_own_size():
     model = Linear(torch.randn(3, 4, 4))
     x, labels = torch.full((50, 3, 4, 4), 0.5), torch.zeros(50, dtype=torch.long)
-    delta = common.ffgsm(model, x, labels, 0.08, 0.1) - x
+    delta = common.pgd(model, x, labels, 0.08, 0.1, steps=1) - x
     assert delta.abs().max() <= 0.08 + 1e-6
     # start u ~ U(-eps, eps), step 1.25 eps along the sign, projected: > 0.02 in the right direction
     assert ((delta * model.w.sign()).amin() > 0.02 - 1e-6) and (delta.abs() < 0.08 - 1e-4).any()

@@ -162,7 +162,7 @@ def test_the_ensemble_returns_the_logarithm_of_the_averaged_probabilities(small)
     other = Made(model, lambda z: -0.5 * z)
     x = ev.as_float(x)
     expected = (model(x).softmax(1) + other(x).softmax(1)) / 2
-    np.testing.assert_allclose(ev.Ensemble([model, other])(x).exp(), expected, atol=1e-6)
+    np.testing.assert_allclose(common.Ensemble([model, other])(x).exp(), expected, atol=1e-6)
 
 
 def test_calibration_equals_a_loop_over_images():
@@ -180,6 +180,10 @@ def test_calibration_equals_a_loop_over_images():
     assert found["nll"] == pytest.approx(nll / 200)
     assert found["entropy"] == pytest.approx(entropy / 200)
     assert found["confidence"] == pytest.approx([len(part) / 200 for part in bins])
+    counts = np.zeros(15)
+    for p in logits.double().softmax(1).flatten().tolist():
+        counts[max(math.ceil(p * 15), 1) - 1] += 1
+    assert found["probabilities"] == pytest.approx(counts / counts.sum())
 
 
 def test_calibration_of_certain_and_uniform_models():

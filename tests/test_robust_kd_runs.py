@@ -126,7 +126,8 @@ def test_early_stopping_picks_from_a_longer_training(tmp_path, capsys):
     long = "--loss akd+ --teacher-epochs 3 --teacher-save-every 2"
     run(tmp_path / "a", long)
     run(tmp_path / "a", "--loss akd+ --teacher-epochs 3 --teacher-es 2 --alpha 0.5")
-    assert "teacher: taken from" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "teacher: taken from" in out and "teacher (at)" in out
     run(tmp_path / "b", "--loss akd+ --teacher-epochs 3 --teacher-es 2 --alpha 0.5")
     a, b = (next((tmp_path / x).glob("*/*alpha*/student.pt")) for x in "ab")
     a, b = common.load(a)["weights"], common.load(b)["weights"]
