@@ -282,3 +282,22 @@ def test_the_copy_for_the_search_has_no_batchnorm_and_the_same_logits(small):
     copy = ev.faster(model)
     assert isinstance(model[1], nn.BatchNorm2d) and isinstance(copy[1], ev.Affine)
     np.testing.assert_allclose(copy(ev.as_float(x)), model(ev.as_float(x)), atol=1e-5)
+
+
+def test_only_norms_with_fixed_statistics_are_folded_and_their_attributes_stay():
+    norm, x = nn.BatchNorm2d(3), torch.rand(4, 3, 2, 2)
+    assert type(ev.faster(norm)) is nn.BatchNorm2d  # in training mode it uses those of the batch
+    for _ in range(3):
+        norm(x)
+    copy = ev.faster(norm.eval())  # a model of one layer
+    assert isinstance(copy, ev.Affine) and torch.equal(copy.weight, norm.weight)
+    np.testing.assert_allclose(copy(x), norm(x).detach(), atol=1e-6)
+
+
+def test_draws_differ_by_seed_attack_pass_use_and_image(small):
+    first = batch(*small, attack="pgd3").draw(2, 3)
+    assert first.shape == (80, 2, 3) and first.min() >= 0 and first.max() <= 1
+    others = [batch(*small, attack="pgd3", seed=1).draw(2, 3), first.roll(1, 0)]
+    others += [batch(*small, attack="pgd4").draw(2, 3), batch(*small, "pgd3", 1).draw(2, 3)]
+    others.append(batch(*small, attack="pgd3").draw(2, 3, use="signs"))
+    assert all((first != other).all() for other in others)

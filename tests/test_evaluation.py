@@ -252,6 +252,8 @@ def test_every_checkpoint_gets_a_row_and_the_json_holds_all(tmp_path, capsys, re
     assert out.name in refused(
         main, "net0.pt", "--attack", "clean", "--eps", "4/255", "--json", out
     )
+    again = "net0.pt", "net1.pt", "--attack", "clean", "pgd2", "aa", "calibration", "--json", out
+    assert "--plot: " in refused(main, *again, "--plot", tmp_path / "p.png")  # not left out
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
