@@ -572,14 +572,16 @@ def main(argv=None):
     prepare(args)
 
     def on_sigterm(number, frame):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("SIGTERM")
 
-    signal.signal(signal.SIGTERM, on_sigterm)
+    handler = signal.signal(signal.SIGTERM, on_sigterm)
     try:
         failures = run_all(left, args)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\nstopped; the same command goes on from there", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(143 if stop.args else 130) from None
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     if args.tables and args.scale == "full":
         compare(args)
         print()
