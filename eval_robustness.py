@@ -698,7 +698,7 @@ def run_attack(model, points, name, s, store, key):
             seconds[attack], begin = seconds.get(attack, 0.0) + now - begin, now
             write_examples(store, entry, where, x_adv[hit])
             done = entry["position"] == len(alive) and [*plan, ("", 0)][serial][0] != attack
-            if key[0] != " " and (sys.stdout.isatty() or done):  # of a named model
+            if key[:1].strip() and (sys.stdout.isatty() or done):  # of a named model
                 at = f"{attack} {serial} of {len(plan)}, image {entry['position']} of {len(alive)}"
                 at += f", {(broken == 0).double().mean():.4f} left, {seconds[attack]:,.0f} s"
                 clear, end = "\r\x1b[2K" * sys.stdout.isatty(), "\n" * done

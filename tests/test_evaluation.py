@@ -74,7 +74,7 @@ def test_an_example_that_fails_the_last_check_counts_as_robust(small):
     model, x, labels = small
     points = x, labels, model(ev.as_float(x))
     s, store = ev.Settings(steps=5), ev.open_store()
-    entry = ev.run_attack(model, points, "apgd-ce", s, store, "k")
+    entry = ev.run_attack(model, points, "apgd-ce", s, store, "")  # no name: no lines
     before = ev.verdict(model, points, entry, "apgd-ce", s, store)
     first = (entry["broken"] > 0).nonzero()[:1, 0]
     ev.write_examples(store, entry, first, ev.as_float(x[first]))  # the clean image: it is right
