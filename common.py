@@ -1,29 +1,23 @@
-"""What the scripts share: data, models, attacks, the plumbing of a run. No loss, no training loop.
+"""What the scripts share: data, models, attacks, files. No loss, no loop, nothing about a run.
 
 Images   uint8 (N, H, W, C) on the device; a batch is float32 (B, C, H, W) in [0, 1], channels_last.
 Models   take images in [0, 1], normalise inside, return float32 logits (B, K), as attacks expect.
 Attacks  differentiate with respect to the input alone; the caller sets the model's mode.
-Runs     runs/<script>/<name>-s<seed>/: config.json, log.jsonl, last.pt (to resume), the models.
-Random   every draw depends on (seed, stage, epoch), so resuming needs no generator state.
+Files    are written whole or not at all, and read without running what they hold.
 
 Importing this file does nothing: no CUDA, seed or download; torchvision is imported by the loaders.
+The plumbing of a run (folder, log, resuming, teachers, summary) is plumbing.py.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import io
-import json
 import math
 import os
 import re
-import shlex
-import signal
-import subprocess
 import sys
-import time
 import warnings
 import zlib
 from fractions import Fraction
@@ -78,87 +72,6 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that every training script shares: data, device, seed, folders."""
-    add = parser.add_argument_group("run").add_argument
-    add(
-        "--data",
-        default="cifar10",
-        help="cifar10, cifar100, mnist, tiny-imagenet, shapes, FILE.npz, FOLDER",
-    )
-    add("--data-root", default="data", help="where data sets are, and missing ones are downloaded")
-    add("--train-subset", type=count, help="train on so many images (a fixed choice); None: all")
-    add("--test-subset", type=count, help="test on so many images (a fixed choice); None: all")
-    add("--val-size", type=count0, default=1024, help="training images held out for the best epoch")
-    add("--seed", type=count0, default=0, help="seed of weights, batches and attacks")
-    add("--seeds", type=count0, nargs="+", help="several runs, their mean and std; None: --seed")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there")
-    add("--precision", default="bf16", choices=["bf16", "fp32"], help="of training on CUDA")
-    add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower)")
-    add("--runs", default="runs", help="folder of the run folders")
-    add("--name", help="name of the run folder; None: made of the flags that are not the default")
-    add("--tensorboard", action="store_true", help="log to TensorBoard too, if it is installed")
-    add("--demo", action="store_true", help="the whole job on the embedded shapes, on a CPU")
-
-
-def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `evaluate_files`, with the attack of the papers that train without one."""
-
-    def path(text):
-        if text != "generate" and not Path(text).exists():
-            raise argparse.ArgumentTypeError(f"expected a file or a folder, there is no {text}")
-        return text
-
-    add = parser.add_argument_group("evaluation").add_argument
-    add(
-        "--eval", choices=["fast", "full"], default="fast", help="fast: clean, PGD; full: all below"
-    )
-    add("--eps", type=probability, default=0.031, help="radius of PGD")
-    add("--step-size", type=fraction, default=0.003, help="of PGD")
-    add("--eval-steps", type=count, default=20, help="of PGD; full: 10 and 15 too")
-    add("--restarts", type=count, default=5, help="random starts of PGD, the worst counts")
-    add("--corruptions", type=path, default="generate", help="CIFAR-10-C; generate: made here")
-    add("--cinic", type=path, help="CINIC-10, of which the images from ImageNet count")
-    add("--cinic-per-class", type=count, help="a fixed choice (paper: 2100); None: all")
-    add("--ood", type=path, help="other images: an .npz or a folder of class folders")
-
-
-# Flags that do not change what is computed: a run may be resumed with others.
-FREE_FLAGS = {"data_root", "device", "runs", "name", "tensorboard", "argv", "seeds"}
-
-
-def parse(parser: argparse.ArgumentParser, argv: list | None, demo: dict) -> argparse.Namespace:
-    """Parse `argv` (None: sys.argv), `demo` being the defaults under --demo, and name the run."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if "--demo" in argv and not {"-h", "--help"} & set(argv):
-        parser.set_defaults(**{key.replace("-", "_"): str(value) for key, value in demo.items()})
-        print("--demo sets " + " ".join(f"--{key} {value}" for key, value in demo.items()))
-    args = parser.parse_args(argv)
-    if args.name is None:
-        default = vars(parser.parse_args(["--demo"] if args.demo else []))
-        method = getattr(args, "loss", None) or args.method
-        name = "demo-" * args.demo + f"{Path(args.data).stem}-{args.model}-{method}"
-        shown = FREE_FLAGS | {"seed", "demo", "data", "model", "loss", "method"}
-        for key, value in vars(args).items():
-            if key not in shown and value != default[key]:
-                short = f"{value:.4g}" if isinstance(value, float) else value
-                name += f",{key.replace('_', '-')}={short}"
-        name = re.sub(r"[^\w.,=+-]", "-", name)
-        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-        args.name = name if len(name) <= 64 else f"{name[:55]}-{digest}"
-    elif not re.fullmatch(r"\w[\w.,=+-]{0,159}", args.name):
-        parser.error(f"--name: expected letters, digits and . , = + - _, got {args.name!r}")
-    if len(set(args.seeds or [])) < len(args.seeds or []):
-        parser.error(f"--seeds: a seed stands there twice, in {args.seeds}")
-    args.argv = argv
-    return args
-
-
-def per_seed(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The flags of each run that --seeds asks for; of one run without it."""
-    return [argparse.Namespace(**vars(args) | {"seed": seed}) for seed in args.seeds or [args.seed]]
-
-
 # ------------------------------------------------------------------------------------------------
 # Random numbers, device, optimizer
 
@@ -178,13 +91,6 @@ def setup_device(args: argparse.Namespace) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.deterministic)
     return device
-
-
-def autocast(run: "Run"):
-    """bf16 autocast for training on CUDA with --precision bf16; all else stays float32."""
-    bf16 = run.device.type == "cuda" and run.args.precision == "bf16"
-    # no cache: with it, weights first cast under no_grad (a TRADES attack) would get no gradient
-    return torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
 def sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float, nesterov: bool = False):
@@ -270,12 +176,12 @@ def batches(data: Data, batch_size: int, seed: int, epoch: int, run=None, views=
         view, *draws = part = plan[:, start : start + batch_size]  # (4, B)
         for k, draw in zip(ways, draws):
             view = view * k + draw
-        yield (_cut(data, part), data.y_train[part[0]], view)[: 2 + views]
+        yield (cut(data, part), data.y_train[part[0]], view)[: 2 + views]
         if run is not None:
-            _show(run, epoch + 1, f"{min(start + batch_size, n) / n:.0%}")
+            run.show(epoch + 1, f"{min(start + batch_size, n) / n:.0%}")
 
 
-def _cut(data: Data, plan: Tensor) -> Tensor:
+def cut(data: Data, plan: Tensor) -> Tensor:
     """The views `plan` (4, B), rows image, top, left, flip: -> float32 (B, C, H, W)."""
     height, width = data.x_train.shape[1:3]
     rows, columns = (torch.arange(k, device=plan.device) for k in (height, width))
@@ -283,33 +189,6 @@ def _cut(data: Data, plan: Tensor) -> Tensor:
     row = (top + rows)[:, :, None]  # (B, H, 1)
     column = (left + torch.where(flip == 1, width - 1 - columns, columns))[:, None]  # (B, 1, W)
     return to_float(data.x_padded[image[:, None], row, column])
-
-
-@torch.no_grad()
-def teacher_table(teacher: nn.Module, data: Data, run: "Run", epochs: int, cache: dict):
-    """float32 (N x views, K): logits of an unchanging teacher for every crop and flip; or None.
-
-    By --teacher-table; auto: if students of that many epochs, of all --seeds, look at an image more
-    often than it has views, and a quarter of the memory is enough. `batches` says which rows
-    belong to a batch. cache: what the seeds share, at first {}.
-    """
-    if "table" in cache:
-        return cache["table"]
-    ways = (len(data.x_train), 2 * data.pad + 1, 2 * data.pad + 1, 1 + data.flip)
-    views, size, device = math.prod(ways[1:]), 4 * math.prod(ways) * len(data.classes), run.device
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    memory = torch.cuda.mem_get_info()[0] if device.type == "cuda" else memory
-    epochs *= len(run.args.seeds or [0])
-    use = {"yes": True, "no": False, "auto": epochs > views and 4 * size < memory}
-    use, cache["table"] = use[run.args.teacher_table], None
-    sizes = f"{views} views of an image in {epochs} epochs; {size / 1e6:,.0f} MB"
-    print(f"teacher's logits: {'from a table' if use else 'live'} ({sizes})", flush=True)
-    if use:
-        table = cache["table"] = torch.empty(math.prod(ways), len(data.classes), device=device)
-        for rows in torch.arange(len(table), device=device).split(1024):
-            with autocast(run):
-                table[rows] = teacher(_cut(data, torch.stack(torch.unravel_index(rows, ways))))
-    return cache["table"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -557,21 +436,8 @@ def correct(model: nn.Module, x: Tensor, labels: Tensor, batch_size: int = 500) 
     return torch.cat(right)
 
 
-def _validate(model: nn.Module, data: Data, *attack) -> dict:
-    """{val_clean_acc, val_pgd<steps>_acc} on the held-out training images; {} if there are none."""
-    if not len(data.x_val):
-        return {}
-    with evaluating(model):
-        row = {"val_clean_acc": correct(model, data.x_val, data.y_val).double().mean().item()}
-        if attack:
-            batch = zip(data.x_val.split(500), data.y_val.split(500))
-            right = [correct(model, pgd(model, to_float(x), y, *attack), y) for x, y in batch]
-            row[f"val_pgd{attack[2]}_acc"] = torch.cat(right).double().mean().item()
-    return row
-
-
 # ------------------------------------------------------------------------------------------------
-# Files, written whole or not at all, read without running what they hold; the folder of a run
+# Files, written whole or not at all, read without running what they hold; tables
 
 
 def write_atomically(path: Path, write) -> None:
@@ -634,360 +500,6 @@ def load_model(path, device="cpu", data: Data | None = None, name: str | None = 
             is_for = f"{arch['classes']} classes of {arch['size']} x {arch['channels']} images"
             fail(f"{path}: for {is_for}; {data.name} has {wanted[0]}, {wanted[1]} x {wanted[2]}")
     return model.to(device).eval(), meta
-
-
-@dataclasses.dataclass
-class Run:
-    """A run folder and the state of what is written to it and shown."""
-
-    script: str
-    args: argparse.Namespace
-    device: torch.device
-    stage: str = ""
-    total: int = 0  # epochs of the stage
-    parts: dict = dataclasses.field(default_factory=dict)  # of the stage: model, optimizer, ...
-    started: float = 0.0  # of the current epoch
-    seconds: float = 0.0  # of the current stage, over all sessions
-    row: dict = dataclasses.field(default_factory=dict)  # of the last epoch
-    best: dict = dataclasses.field(default_factory=dict)  # of the best epoch
-    left: int | None = None  # seconds to the end of the stage, once an epoch is measured
-    ticked: float = 0.0
-    writer: object = None  # TensorBoard's
-    command: str = ""  # that starts and resumes the run
-    fingerprint: int = 0  # of the data
-    finished: bool = False
-    lock: object = None  # an open file: no other process may use the folder
-
-    def __post_init__(self):
-        self.dir = Path(self.args.runs) / self.script / f"{self.args.name}-s{self.args.seed}"
-        self.log = self.dir / "log.jsonl"
-        self.flags = {k: v for k, v in vars(self.args).items() if k not in FREE_FLAGS}
-
-
-@contextlib.contextmanager
-def open_run(script: str, args: argparse.Namespace, check=lambda data: None):
-    """Yield (run, data) of these flags; with run.finished nothing is left to do.
-
-    Wrong data or --teacher-ckpt, and what check(data) refuses, end it before a folder is made. In
-    the `with`, Ctrl-C and SIGTERM end with the command that resumes, errors of the file system and
-    of GPU memory with one line. What is on the disk then is the last finished epoch.
-    """
-    run = Run(script, args, setup_device(args))
-    here, python = Path(__file__).resolve().parent / f"{script}.py", Path(sys.executable)
-    paths = [python if Path.cwd() not in python.parents else os.path.relpath(python)]
-    run.command = shlex.join(map(str, [*paths, os.path.relpath(here), *args.argv]))
-
-    def on_sigterm(number, frame):
-        raise KeyboardInterrupt("SIGTERM")
-
-    handler = signal.signal(signal.SIGTERM, on_sigterm)
-    try:
-        sizes = (args.val_size, args.train_subset, args.test_subset)
-        data = load_data(args.data, args.data_root, run.device, *sizes)
-        if args.teacher_ckpt and not (run.dir / "teacher.pt").exists():
-            named = any(flag.startswith("--teacher-model") for flag in args.argv)
-            load_model(args.teacher_ckpt, "cpu", data, args.teacher_model if named else None)
-        check(data)
-        _begin(run, data)
-        yield run, data
-    except KeyboardInterrupt as stop:
-        print(f"\nstopped; finished epochs are in {run.dir}; go on with:", file=sys.stderr)
-        print(run.command, file=sys.stderr)
-        raise SystemExit(143 if stop.args else 130) from None
-    except torch.OutOfMemoryError as error:
-        fail(f"{run.stage}: the GPU has too little memory; try a smaller --batch-size ({error})")
-    except OSError as error:
-        fail(f"{error.filename or run.dir}: {error.strerror or error}; finished epochs are kept")
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-        for opened in filter(None, (run.writer, run.lock)):
-            opened.close()
-
-
-def _begin(run: Run, data: Data) -> None:
-    """Make the run's folder, or find it with the same flags and images, perhaps finished."""
-    if run.args.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            fail("--tensorboard: TensorBoard is not installed; pip install tensorboard")
-    path, flags = run.dir / "config.json", json.loads(json.dumps(run.flags))
-    run.fingerprint = data.fingerprint
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-            old, fingerprint = dict(old["flags"]), old["fingerprint"]
-        except (ValueError, KeyError, TypeError):
-            fail(f"{path}: damaged; take another --name, or delete the folder")
-        for key in sorted(flags.keys() | old.keys()):
-            if flags.get(key) != old.get(key):
-                flag, other = "--" + key.replace("_", "-"), f"{old.get(key)}, not {flags.get(key)}"
-                fail(f"{flag}: {run.dir} was made with {other}; take another --name")
-        if fingerprint != data.fingerprint:
-            fail(f"--data: {run.dir} was made with other images; take another --name")
-    else:
-        config = {"command": run.command, "commit": None, "fingerprint": data.fingerprint}
-        config |= {"python": sys.version.split()[0], "torch": torch.__version__}
-        config["gpu"] = torch.cuda.get_device_name() if run.device.type == "cuda" else None
-        with contextlib.suppress(OSError):  # no git here
-            git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty"]
-            config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        config["flags"] = flags
-        write_atomically(path, lambda file: file.write(json.dumps(config, indent=1).encode()))
-    if run.args.tensorboard:
-        run.writer = SummaryWriter(run.dir)
-    run.finished = _finished(run)
-    with contextlib.suppress(ImportError):  # Windows has no fcntl
-        import fcntl
-
-        if not run.finished:
-            run.lock = open(run.dir / "lock", "a+")  # noqa: SIM115
-            try:
-                fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
-            except BlockingIOError:
-                run.lock.seek(0)
-                fail(
-                    f"{run.dir}: in use by process {run.lock.read()}; wait, or take another --name"
-                )
-            run.lock.truncate(0)
-            print(os.getpid(), end="", file=run.lock, flush=True)
-
-
-def _rows(run: Run) -> list[dict]:
-    """The rows of log.jsonl, but for one that a kill has torn."""
-    rows = []
-    for line in run.log.read_text().splitlines() if run.log.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def _write_rows(run: Run, rows: list[dict]) -> None:
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(run.log, lambda file: file.write(text.encode()))
-
-
-def epochs(run: Run, stage: str, total: int, **parts):
-    """Yield the epochs of a stage that are still to do, after loading what last.pt has of them.
-
-    parts: the model, optimizer, schedule, ...: all that has a state_dict and is needed to resume.
-    Seeds each epoch with (seed, stage, epoch): it is the same epoch after any interruption.
-    """
-    run.stage, run.total, run.parts, run.left = stage, total, parts, None
-    run.seconds, run.row, run.best, done = 0.0, {}, {}, 0
-    last = run.dir / "last.pt"
-    record = load(last) if last.exists() else {}
-    if record.get("stage") == stage:
-        for name, part in parts.items():
-            part.load_state_dict(record["parts"][name])
-        done, run.row, run.best = record["epochs"], record["row"], record["best"]
-        run.seconds = run.row["seconds"]
-        print(f"{stage}: goes on after epoch {done} of {total} ({last})", flush=True)
-    # a kill between checkpoint and log loses a row of the log: the checkpoint has it too
-    rows = [row for row in _rows(run) if row.get("stage") != stage or row["epoch"] < done]
-    _write_rows(run, rows + ([record["row"]] if done else []))
-    for epoch in range(done, total):
-        torch.manual_seed(derive_seed("epoch", run.args.seed, stage, epoch))
-        run.started = time.monotonic()
-        yield epoch
-
-
-def metrics(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """(3,) on the device: loss summed over images, correct predictions, images. No sync."""
-    right = (logits.detach().argmax(1) == labels).sum()
-    loss = loss.detach().float()
-    return torch.stack([loss * len(labels), right.float(), torch.full_like(loss, len(labels))])
-
-
-def end_epoch(run: Run, epoch: int, history: list, data: Data, *attack) -> None:
-    """Read the steps' `metrics` (no host sync before), validate, log, print, checkpoint.
-
-    attack: eps, step_size and steps of the PGD on the held-out images; without it only clean. The
-    epoch with the highest sum of their accuracies is kept as <stage>_best.pt. A loss or weight that
-    is not finite ends the run.
-    """
-    steps, model = torch.stack(history).double().cpu(), run.parts["model"]
-    spent = time.monotonic() - run.started
-    finite = torch.isfinite(steps[:, 0]).tolist()
-    finite.append(torch.stack([p.isfinite().all() for p in model.state_dict().values()]).all())
-    if not all(finite):
-        where = f"{run.stage}, epoch {epoch + 1}, step {min(finite.index(False) + 1, len(steps))}"
-        own = not run.stage.startswith("student") and hasattr(run.args, "teacher_lr")
-        flag = "--teacher-lr" if own else "--lr"
-        fail(f"{where}: not finite; try a lower {flag} ({run.dir} has the epochs before)")
-    loss, right, images = steps.sum(0).tolist()
-    row = {"stage": run.stage, "epoch": epoch + 1, "loss": loss / images}
-    row |= {"train_acc": right / images, "images_per_second": images / spent}
-    row |= _validate(model, data, *attack)
-    run.seconds += time.monotonic() - run.started
-    row["seconds"], run.row = run.seconds, row
-    score, best = (sum(v for k, v in r.items() if k[:4] == "val_") for r in (row, run.best))
-    if len(data.x_val) and (score > best or not run.best):
-        run.best = row
-        save_model(run.dir / f"{run.stage}_best.pt", model, row)
-    state = {"stage": run.stage, "epochs": epoch + 1, "row": row, "best": run.best}
-    state["parts"] = {name: part.state_dict() for name, part in run.parts.items()}
-    save(run.dir / "last.pt", state)
-    _log(run, row)
-
-
-def _log(run: Run, row: dict) -> None:
-    with open(run.log, "a") as file:
-        file.write(json.dumps(row) + "\n")
-    for key, value in row.items():
-        if run.writer is not None and isinstance(value, float):
-            run.writer.add_scalar(f"{row['stage']}/{key}", value, row["epoch"])
-    run.left = round((run.total - row["epoch"]) * run.seconds / row["epoch"])
-    text = f"loss {row['loss']:.4f}"
-    for key in row:
-        if key.endswith("_acc"):
-            text += f"  {key.removesuffix('_acc').replace('_', ' ')} {row[key]:.4f}"
-    _show(run, row["epoch"], f"{text}  {row['images_per_second']:,.0f} images/s", end="\n")
-
-
-def _show(run: Run, epoch: int, text: str, end: str = "") -> None:
-    """A line of an epoch; with end "" the live one, on terminals, four times a second at most."""
-    if not end and not (sys.stdout.isatty() and time.monotonic() > run.ticked + 0.25):
-        return
-    run.ticked = time.monotonic()
-    text = f"{run.stage} {epoch:{len(str(run.total))}d}/{run.total}  {text}"
-    left = f"  left {datetime.timedelta(seconds=run.left)}" if run.left is not None else ""
-    print("\r\x1b[2K" * sys.stdout.isatty() + text + left, end=end, flush=True)
-
-
-def find_model(run: Run, file: str, settings) -> Path | None:
-    """`file` in this or another run folder of the script whose flags give the same settings.
-
-    settings: dict of flags -> what of them the file depends on.
-    """
-    mine = settings(run.flags)
-    for path in [run.dir / file, *sorted(run.dir.parent.glob(f"*/{file}"))]:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            theirs = json.loads((path.parent / "config.json").read_text())
-            same = settings(theirs["flags"]) == mine and theirs["fingerprint"] == run.fingerprint
-            if same and path.exists():
-                return path
-    return None
-
-
-def get_teacher(run: Run, data: Data, settings, train, file="teacher.pt"):
-    """-> (teacher in eval mode and frozen, its meta): `file` of the run's folder.
-
-    If it is not there, it is a copy of --teacher-ckpt or of one in another run with the same
-    `settings` (see find_model), perhaps kept there after as many epochs, or train() writes it.
-    """
-    own = run.dir / file
-    if not own.exists():
-        path = run.args.teacher_ckpt or find_model(run, file, settings)
-        kept = f"{own.stem}-ep{settings(run.flags).get('epochs')}.pt"
-        path = path or find_model(run, kept, lambda flags: settings(flags) | {"epochs": None})
-        if path:
-            load_model(path, "cpu", data)  # an error before anything is copied
-            print(f"{own.stem}: taken from {path}", flush=True)
-            write_atomically(own, lambda out: out.write(Path(path).read_bytes()))
-        else:
-            train()
-    teacher, meta = load_model(own, run.device, data)
-    return teacher.requires_grad_(False), meta
-
-
-def choose_teacher(run: Run, data: Data, settings, train):
-    """get_teacher of the most accurate of the teachers of seeds 0 to --teacher-seeds - 1.
-
-    By --pick-teacher: on held-out training images, or on the test images as some papers do.
-    settings: as for get_teacher, without a seed; train(seed) writes teacher<seed>.pt.
-    """
-    n, on = run.args.teacher_seeds, run.args.pick_teacher
-
-    def choose():
-        x, labels = (data.x_test, data.y_test) if on == "test" else (data.x_val, data.y_val)
-        files, scores = [run.dir / f"teacher{seed}.pt" for seed in range(n)], [0.0]
-        for seed, file in enumerate(files):
-            teacher, _ = get_teacher(run, data, settings, lambda: train(seed), file.name)  # noqa: B023
-            if n > 1:
-                with evaluating(teacher):
-                    scores[seed:] = [correct(teacher, x, labels).double().mean().item()]
-                print(f"teacher of seed {seed}: {on} accuracy {scores[seed]:.4f}", flush=True)
-        best = files[scores.index(max(scores))]
-        write_atomically(run.dir / "teacher.pt", lambda out: out.write(best.read_bytes()))
-
-    names = ("teacher_seeds", "pick_teacher", "test_subset")
-    return get_teacher(run, data, lambda f: settings(f) | {k: f[k] for k in names}, choose)
-
-
-def check_evaluation(args: argparse.Namespace, data: Data) -> None:
-    """An error before the training if --pick-teacher or --eval could not be done after it."""
-    if args.teacher_seeds > 1 and args.pick_teacher == "val" and not len(data.x_val):
-        fail("--pick-teacher val: needs held-out images, --val-size above 0")
-    if args.eval == "full" and data.x_test.shape[1:] != (32, 32, 3):
-        fail(f"--eval full: needs colour images of 32 x 32, {data.name} has others")
-
-
-def evaluate_files(run: Run, files: dict, main) -> list[dict]:
-    """{name: saved model} -> rows of the summary, by `main` of eval_robustness.py.
-
-    All its numbers are in evaluation.json, its tables in evaluation.txt; it goes on if stopped.
-    """
-    args, names = run.args, "eps step_size restarts seed data data_root device"
-    flags = [*files.values(), "--json", run.dir / "evaluation.json"]
-    flags += ["--attack", "clean", f"pgd{args.eval_steps}"]
-    if args.eval == "full":
-        flags += ["pgd10", "pgd15", "corruptions", "calibration"]
-        flags += [name for name in ("cinic", "ood") if getattr(args, name)]
-        names += " corruptions cinic cinic_per_class ood"
-    for name in names.split():
-        value = getattr(args, name)
-        flags += [f"--{name.replace('_', '-')}", value] * (value is not None)
-    flags += ["--n", args.test_subset] * bool(args.test_subset)
-    print(f"evaluating {', '.join(files)}: {run.dir / 'evaluation.txt'}", flush=True)
-    try:
-        with open(run.dir / "evaluation.txt", "w") as out, contextlib.redirect_stdout(out):
-            main([str(flag) for flag in flags])
-    except SystemExit as stop:
-        if stop.code == 2:
-            raise
-        raise KeyboardInterrupt(*[stop.code] * (stop.code == 143)) from None  # as in training
-    found = json.loads((run.dir / "evaluation.json").read_text())["rows"]
-    rows = []
-    for name, row in zip(files, found):
-        meta = load(files[name])["meta"]
-        rows.append({"model": name} | {k: v for k, v in row.items() if k.endswith("_acc")})
-        rows[-1] |= {"epochs": meta.get("epoch"), "seconds": meta.get("seconds")}
-    return rows
-
-
-def finish(run: Run, rows: list[dict]) -> None:
-    """Write the summary as the last row of log.jsonl, drop last.pt, and show the summary."""
-    files = ["log.jsonl", *(p.name for p in sorted(run.dir.glob("*.pt")) if p.name != "last.pt")]
-    _write_rows(run, [*_rows(run), {"summary": rows, "files": files}])
-    (run.dir / "last.pt").unlink(missing_ok=True)
-    _finished(run)
-
-
-def _finished(run: Run) -> bool:
-    """Whether the run has its summary; if so, say that it is finished, and show it."""
-    last = (_rows(run) or [{}])[-1]
-    if "summary" in last:
-        files = " ".join(last["files"])
-        print(f"\n{table(last['summary'])}\n\n{run.dir} is finished: {files}", flush=True)
-    return "summary" in last
-
-
-def across_seeds(runs: list[Run]) -> None:
-    """Show mean +- standard deviation (n - 1) of the summaries of runs that differ by seed."""
-    summaries, rows = [_rows(run)[-1]["summary"] for run in runs], []
-    for first in summaries[0] if len(runs) > 1 else ():
-        same = [row for rows_ in summaries for row in rows_ if row["model"] == first["model"]]
-        if len(same) < len(runs):  # a best epoch that is not the last has a row of its own
-            continue
-        rows.append(dict(first))
-        for key in (key for key, value in first.items() if isinstance(value, float)):
-            values, digits = [row[key] for row in same], 4 if "_acc" in key else 1
-            mean, std = np.mean(values), np.std(values, ddof=1)
-            rows[-1][key] = f"{mean:.{digits}f} +- {std:.{digits}f}"
-    if rows:
-        print(f"\nmean +- std of seeds {' '.join(str(run.args.seed) for run in runs)}")
-        print(table(rows), flush=True)
 
 
 def table(rows: list[dict]) -> str:

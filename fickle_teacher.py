@@ -35,6 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import plumbing
 
 METHODS = ["teacher", "student", "hinton", "fickle", "signal", "swap"]
 # Epochs, and after how many the learning rate drops; A.3: by the largest rate of dropout
@@ -83,9 +84,9 @@ def parse_args(argv=None):
     add("--batch-size", type=common.count, default=128, help="of teacher and student")
     add("--momentum", type=common.probability, default=0.9, help="of SGD")
     add("--weight-decay", type=common.fraction, default=5e-4, help="on all parameters")
-    common.add_evaluation_flags(parser)
-    common.add_run_flags(parser)
-    args = common.parse(parser, argv, DEMO)
+    plumbing.add_evaluation_flags(parser)
+    plumbing.add_run_flags(parser)
+    args = plumbing.parse(parser, argv, DEMO)
     given = {flag.split("=")[0] for flag in args.argv}
     for flag in given & ONLY.keys():
         if args.method not in ONLY[flag] and not args.demo:
@@ -194,7 +195,7 @@ def train_net(net, teach, data, args, run, stage, seed, total, milestones):
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, args.gamma)
 
     def train_step(x, labels, view):
-        with common.autocast(run):
+        with plumbing.autocast(run):
             logits = net(x)
             if teach is None:
                 loss = F.cross_entropy(logits, labels)
@@ -205,16 +206,16 @@ def train_net(net, teach, data, args, run, stage, seed, total, milestones):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return common.metrics(loss, logits, labels)
+        return plumbing.metrics(loss, logits, labels)
 
     parts = {"model": net, "optimizer": optimizer, "schedule": schedule}
-    for epoch in common.epochs(run, stage, total, **parts):
+    for epoch in plumbing.epochs(run, stage, total, **parts):
         torch.manual_seed(common.derive_seed("noise", seed, epoch))  # a teacher's: of its own seed
         history = []
         for x, labels, view in common.batches(data, args.batch_size, seed, epoch, run, views=True):
             history.append(train_step(x, labels, view))
         schedule.step()  # per epoch
-        common.end_epoch(run, epoch, history, data)
+        plumbing.end_epoch(run, epoch, history, data)
     meta = {"epoch": total, "seconds": run.seconds, "best": run.best}
     common.save_model(run.dir / f"{stage}.pt", net, meta)
 
@@ -240,7 +241,7 @@ def train_student(teacher, data, args, run, tables):
     if varies(args):
         make_fickle(teacher, args.teacher_mode)
     elif teacher is not None:
-        table = common.teacher_table(teacher, data, run, total, tables)
+        table = plumbing.teacher_table(teacher, data, run, total, tables)
 
     def teach(x, view):
         return noise(teacher(x) if table is None else table[view])  # (B, K)
@@ -258,12 +259,12 @@ def main(argv=None):
     args, tables = parse_args(argv), {}
     if args.demo and args.method in METHODS[3:]:
         main([*args.argv, "--method", "hinton"])  # to compare
-    common.across_seeds([train_and_evaluate(one, tables) for one in common.per_seed(args)])
+    plumbing.across_seeds([train_and_evaluate(one, tables) for one in plumbing.per_seed(args)])
 
 
 def check(args, data):
     """An error for what cannot be done with these data and the teacher that is given."""
-    common.check_evaluation(args, data)
+    plumbing.check_evaluation(args, data)
     if args.method == "fickle" and args.teacher_ckpt and Path(args.teacher_ckpt).exists():
         given = common.load_model(args.teacher_ckpt, "cpu", data)[0].arch["dropout"]
         if given != (rate := teacher_dropout(vars(args))):
@@ -272,12 +273,12 @@ def check(args, data):
 
 def train_and_evaluate(args, tables):
     """The run of one seed; everything is in its folder, but for the tables of all. -> Run"""
-    with common.open_run("fickle_teacher", args, lambda data: check(args, data)) as (run, data):
+    with plumbing.open_run("fickle_teacher", args, lambda data: check(args, data)) as (run, data):
         if run.finished:
             return run
         files, teacher = {}, None
         if args.method != "student":
-            teacher, _ = common.choose_teacher(
+            teacher, _ = plumbing.choose_teacher(
                 run, data, teacher_settings, lambda seed: train_teacher(data, args, run, seed)
             )
             files["teacher"] = run.dir / "teacher.pt"
@@ -290,7 +291,7 @@ def train_and_evaluate(args, tables):
                 files["student, best on held-out images"] = run.dir / "student_best.pt"
         import eval_robustness
 
-        common.finish(run, common.evaluate_files(run, files, eval_robustness.main))
+        plumbing.finish(run, plumbing.evaluate_files(run, files, eval_robustness.main))
     return run
 
 

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import plumbing
 
 METHODS = ["teacher", "student", "hinton", "mc-t", "mc-s", "mc-ts", "flc-t", "flc-s", "flc-ts"]
 # Epochs, and after how many the learning rate drops
@@ -81,9 +82,9 @@ def parse_args(argv=None):
     add("--batch-size", type=common.count, default=128, help="of teacher and student")
     add("--momentum", type=common.probability, default=0.9, help="of SGD")
     add("--weight-decay", type=common.fraction, default=5e-4, help="on all parameters")
-    common.add_evaluation_flags(parser)
-    common.add_run_flags(parser)
-    args = common.parse(parser, argv, DEMO)
+    plumbing.add_evaluation_flags(parser)
+    plumbing.add_run_flags(parser)
+    args = plumbing.parse(parser, argv, DEMO)
     given = {flag.split("=")[0] for flag in args.argv}
     for flag in given & ONLY.keys():
         if args.method not in ONLY[flag] and not args.demo:
@@ -198,7 +199,7 @@ def train_net(net, rate, teach, data, args, run, stage, seed, total, milestones)
 
     def train_step(x, labels, view):
         labels = vary_labels(labels, rate, len(data.classes), args.label_draw)
-        with common.autocast(run):
+        with plumbing.autocast(run):
             logits = net(x)
             if teach is None:
                 loss = F.cross_entropy(logits, labels)
@@ -209,16 +210,16 @@ def train_net(net, rate, teach, data, args, run, stage, seed, total, milestones)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return common.metrics(loss, logits, labels)
+        return plumbing.metrics(loss, logits, labels)
 
     parts = {"model": net, "optimizer": optimizer, "schedule": schedule}
-    for epoch in common.epochs(run, stage, total, **parts):
+    for epoch in plumbing.epochs(run, stage, total, **parts):
         torch.manual_seed(common.derive_seed("noise", seed, epoch))  # a teacher's: of its own seed
         history = []
         for x, labels, view in common.batches(data, args.batch_size, seed, epoch, run, views=True):
             history.append(train_step(x, labels, view))
         schedule.step()  # per epoch
-        common.end_epoch(run, epoch, history, data)
+        plumbing.end_epoch(run, epoch, history, data)
     meta = {"epoch": total, "seconds": run.seconds, "best": run.best}
     common.save_model(run.dir / f"{stage}.pt", net, meta)
 
@@ -238,7 +239,7 @@ def train_student(teacher, data, args, run, tables):
     total, milestones = args.epochs, args.milestones or stretch(STANDARD, args.epochs)
     table = None
     if teacher is not None:
-        table = common.teacher_table(teacher, data, run, total, tables)
+        table = plumbing.teacher_table(teacher, data, run, total, tables)
 
     def teach(x, view):
         return teacher(x) if table is None else table[view]  # (B, K)
@@ -257,25 +258,25 @@ def main(argv=None):
     args, tables = parse_args(argv), {}
     if args.demo and args.method in METHODS[3:]:
         main([*args.argv, "--method", "hinton"])  # to compare
-    common.across_seeds([train_and_evaluate(one, tables) for one in common.per_seed(args)])
+    plumbing.across_seeds([train_and_evaluate(one, tables) for one in plumbing.per_seed(args)])
 
 
 def check(args, data):
     """An error for what cannot be done with these data."""
-    common.check_evaluation(args, data)
+    plumbing.check_evaluation(args, data)
     if args.labels_file:
         read_labels(args.labels_file, data)
 
 
 def train_and_evaluate(args, tables):
     """The run of one seed; everything is in its folder, but for the tables of all. -> Run"""
-    with common.open_run("messy_collab", args, lambda data: check(args, data)) as (run, data):
+    with plumbing.open_run("messy_collab", args, lambda data: check(args, data)) as (run, data):
         if run.finished:
             return run
         files, teacher, noisy = {}, None, corrupted(data, args, run)
         of = {net: noisy if wrong_labels(vars(args), net)[1] else data for net in "ts"}
         if args.method != "student":
-            teacher, _ = common.choose_teacher(
+            teacher, _ = plumbing.choose_teacher(
                 run, data, teacher_settings, lambda seed: train_teacher(of["t"], args, run, seed)
             )
             files["teacher"] = run.dir / "teacher.pt"
@@ -288,7 +289,7 @@ def train_and_evaluate(args, tables):
                 files["student, best on held-out images"] = run.dir / "student_best.pt"
         import eval_robustness
 
-        common.finish(run, common.evaluate_files(run, files, eval_robustness.main))
+        plumbing.finish(run, plumbing.evaluate_files(run, files, eval_robustness.main))
     return run
 
 

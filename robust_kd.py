@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import plumbing
 
 # What --demo sets
 DEMO = {"data": "shapes", "model": "wrn-10-1", "epochs": 5, "teacher-epochs": 6, "teacher-es": 4}
@@ -90,8 +91,8 @@ def parse_args(argv=None):
     add("--batch-size", type=common.count, default=256, help="student's batch; paper: App. A")
     add("--momentum", type=common.probability, default=0.9, help="of SGD")
     add("--weight-decay", type=common.fraction, default=5e-4, help="on all parameters")
-    common.add_run_flags(parser)
-    args = common.parse(parser, argv, DEMO)
+    plumbing.add_run_flags(parser)
+    args = plumbing.parse(parser, argv, DEMO)
     if args.teacher_es is not None and args.teacher_es > args.teacher_epochs:
         parser.error(f"--teacher-es: at most --teacher-epochs {args.teacher_epochs}")
     trainings = teacher_trainings(vars(args))
@@ -331,7 +332,7 @@ def train_model(run, data, stage, recipe, teacher=None):
         schedule = schedules.LambdaLR(optimizer, lambda step: how.gamma ** (step // n))
 
     def train_step(x, labels):
-        with common.autocast(run):
+        with plumbing.autocast(run):
             known = tensors(model, teacher, x, labels, how) | settings
             loss = LOSSES[how.loss](**{name: known[name] for name in wanted if name in known})
         optimizer.zero_grad()
@@ -339,15 +340,15 @@ def train_model(run, data, stage, recipe, teacher=None):
         optimizer.step()
         schedule.step()
         logits = known.get("student_adv_logits", known.get("student_logits"))
-        return common.metrics(loss, logits, labels)
+        return plumbing.metrics(loss, logits, labels)
 
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     attack = (args.eps, step_size(args.eps, vars(args)), args.steps)  # of the held-out images
-    for epoch in common.epochs(run, stage, how.epochs, **parts):
+    for epoch in plumbing.epochs(run, stage, how.epochs, **parts):
         if collapsed(run, how):
             break
         batches = common.batches(data, how.batch_size, seed, epoch, run)
-        common.end_epoch(run, epoch, [train_step(x, y) for x, y in batches], data, *attack)
+        plumbing.end_epoch(run, epoch, [train_step(x, y) for x, y in batches], data, *attack)
         if stage != "student" and (epoch + 1) % (args.teacher_save_every or how.epochs + 1) == 0:
             kept = run.row | {"training": how.training}
             common.save_model(run.dir / f"{stage}-ep{epoch + 1}.pt", model, kept)
@@ -370,17 +371,19 @@ def get_teacher(run, data, i):
     """-> (teacher i, its meta): given, found in a run with the same recipe, or trained."""
     stage, recipe = f"teacher{i + 1}" if i else "teacher", functools.partial(teacher_recipe, i=i)
     train = functools.partial(trained, run, data, stage, recipe(run.flags))
-    return common.get_teacher(run, data, recipe, train, f"{stage}.pt")
+    return plumbing.get_teacher(run, data, recipe, train, f"{stage}.pt")
 
 
 def main(argv=None):
     """For each seed: data, teacher, student, evaluation of both, one table."""
-    common.across_seeds([train_and_evaluate(args) for args in common.per_seed(parse_args(argv))])
+    plumbing.across_seeds(
+        [train_and_evaluate(args) for args in plumbing.per_seed(parse_args(argv))]
+    )
 
 
 def train_and_evaluate(args):
     """The run of one seed; everything is in its folder. -> Run"""
-    with common.open_run("robust_kd", args) as (run, data):
+    with plumbing.open_run("robust_kd", args) as (run, data):
         if run.finished:
             return run
         models, teacher = {}, None  # models: row of the table -> (model, numbers on its training)
@@ -412,7 +415,7 @@ def train_and_evaluate(args):
             row = eval_robustness.evaluate(model, data.x_test, data.y_test, attacks, **options)
             rows.append({"model": name} | row)
             rows[-1] |= {"epochs": meta.get("epoch"), "seconds": meta.get("seconds")}
-        common.finish(run, rows)
+        plumbing.finish(run, rows)
     return run
 
 

@@ -56,6 +56,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
+import plumbing
 
 # What --demo sets
 DEMO = {"data": "shapes", "epochs": 5, "teacher-epochs": 4, "batch-size": 32, "lr": 0.1}
@@ -130,10 +131,10 @@ def parse_args(argv=None):
     add("--milestones", type=common.count, nargs="+", help="epochs; None: at 30, 60 and 80 %%")
     add("--gamma", type=common.positive, help="decay at each milestone, or of each epoch")
     add("--warmup", type=common.fraction, help="epochs in which the learning rate rises to --lr")
-    common.add_run_flags(parser)
+    plumbing.add_run_flags(parser)
     parser.set_defaults(data=None)
     parser.set_defaults(**recipe(parser.parse_known_args(argv)[0]))
-    args = common.parse(parser, argv, DEMO)
+    args = plumbing.parse(parser, argv, DEMO)
     check(args, parser.error)
     return args
 
@@ -504,7 +505,7 @@ def train_model(model, teacher, data, stage, args, run):
 
     def train_step(x, index, epoch):
         shown, known = {"x": x}, {"labels": data.y_train[index]}  # known: as the losses name it
-        with common.autocast(run):
+        with plumbing.autocast(run):
             if sees == "x'":
                 model.train(args.attack_bn == "train")
                 shown["x'"] = common.pgd(model, x, known["labels"], *pgd)
@@ -524,16 +525,16 @@ def train_model(model, teacher, data, stage, args, run):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return common.metrics(loss, logits, known["labels"])
+        return plumbing.metrics(loss, logits, known["labels"])
 
     seed = common.derive_seed(args.seed, stage) if stage == "teacher" else args.seed
     state = parts | {"optimizer": optimizer, "schedule": schedule, "gradients": gradients}
-    for epoch in common.epochs(run, stage, stop, **state):
+    for epoch in plumbing.epochs(run, stage, stop, **state):
         history = []
         for x, index in common.batches(indexed, batch_size, seed, epoch, run):
             history.append(train_step(x, index, epoch + 1))
             schedule.step()  # per batch
-        common.end_epoch(run, epoch, history, data, *(pgd if sees == "x'" else ()))
+        plumbing.end_epoch(run, epoch, history, data, *(pgd if sees == "x'" else ()))
     meta = {"training": method, "epoch": stop, "seconds": run.seconds, "best": run.best}
     meta |= {"gradients": gradients.numbers()} if chosen else {}
     meta |= {"exits": parts["exits"].state_dict()} if "exits" in parts else {}
@@ -588,12 +589,14 @@ def start(stage, data, args):
 
 def main(argv=None):
     """For each seed: data, teacher, student alone, student, evaluation, one table."""
-    common.across_seeds([train_and_evaluate(args) for args in common.per_seed(parse_args(argv))])
+    plumbing.across_seeds(
+        [train_and_evaluate(args) for args in plumbing.per_seed(parse_args(argv))]
+    )
 
 
 def train_and_evaluate(args):
     """The run of one seed; everything is in its folder. -> Run"""
-    with common.open_run("teacher_free_kd", args, lambda data: check_data(args, data)) as (
+    with plumbing.open_run("teacher_free_kd", args, lambda data: check_data(args, data)) as (
         run,
         data,
     ):
@@ -611,7 +614,7 @@ def train_and_evaluate(args):
         for stage in stages(args):
             if stage == "teacher":
                 options = teacher_settings, lambda: train("teacher")
-                model, meta = teacher, _ = common.get_teacher(run, data, *options)
+                model, meta = teacher, _ = plumbing.get_teacher(run, data, *options)
             else:
                 if not (run.dir / f"{stage}.pt").exists():
                     train(stage)
@@ -633,7 +636,7 @@ def train_and_evaluate(args):
             path = Path(args.grad_heatmap)
             own = path.with_stem(f"{path.stem}-s{args.seed}")
             show_heatmaps(own if args.seeds else path, models)
-        common.finish(run, rows)
+        plumbing.finish(run, rows)
     return run
 
 

@@ -41,6 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import images
+import plumbing
 from benchmark import tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -410,7 +411,7 @@ def evaluate(folder, pairs, record, limit, args):
 def finished(run, seed, args):
     """The folder of a finished run with the same flags below --finished; None if there is none."""
     wanted = vars(parsed(run, args.scale, args.data, args.runs)[0]) | {"seed": seed}
-    wanted = {k: v for k, v in wanted.items() if k not in common.FREE_FLAGS}
+    wanted = {k: v for k, v in wanted.items() if k not in plumbing.FREE_FLAGS}
     for path in Path(args.finished or "-").glob(f"{script_of(run)[0]}/*/config.json"):
         flags = json.loads(path.read_text())["flags"]
         if flags == json.loads(json.dumps(wanted)) and log_rows(path.parent)[1]:

@@ -32,6 +32,7 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import plumbing
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSS = 0.02  # of accuracy or robustness to the baseline that the paper allows
@@ -112,7 +113,7 @@ def run_one(script, flags):
         if end.code:
             return [], f"status {end.code}"
     with contextlib.redirect_stdout(io.StringIO()):
-        runs = common.per_seed(parsed(script, flags))
+        runs = plumbing.per_seed(parsed(script, flags))
     folders = [Path(run.runs) / script / f"{run.name}-s{run.seed}" for run in runs]
     return [numbers(folder) for folder in folders], ""
 

@@ -26,6 +26,7 @@ import torchvision.transforms as transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import fickle_teacher
+import plumbing
 
 EPS, STEP, STEPS = 8 / 255, 2 / 255, 7
 
@@ -123,8 +124,8 @@ def distillation(args, device):
     data = common.load_data(args.data, args.data_root, device, train_subset=args.batch_size)
     teacher = common.model_for(data, args.teacher_model, 0, "teacher").eval().requires_grad_(False)
     flags = argparse.Namespace(teacher_table="yes", seeds=None, precision="bf16", runs="", name="")
-    run = common.Run("train_step", argparse.Namespace(**vars(flags), seed=0), device)
-    table = common.teacher_table(teacher, data, run, 1, {})
+    run = plumbing.Run("train_step", argparse.Namespace(**vars(flags), seed=0), device)
+    table = plumbing.teacher_table(teacher, data, run, 1, {})
     ways = {"alone": None, "live": lambda x, view: teacher(x), "table": lambda x, view: table[view]}
     loops, first = {}, {}
     for name, teach in ways.items():

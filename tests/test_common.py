@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import plumbing
 
 # Flags ------------------------------------------------------------------------------------------
 
@@ -257,4 +258,4 @@ def test_the_table_is_aligned():
 
 def test_metrics_are_sums_over_the_batch():
     logits, labels = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), torch.tensor([0, 0, 0])
-    assert common.metrics(torch.tensor(0.5), logits, labels).tolist() == [1.5, 2.0, 3.0]
+    assert plumbing.metrics(torch.tensor(0.5), logits, labels).tolist() == [1.5, 2.0, 3.0]

@@ -14,6 +14,7 @@ import common
 import fickle_teacher as ft
 import images
 import messy_collab
+import plumbing
 import soft_randomization
 
 TRIO = {"fickle_teacher": ft, "soft_randomization": soft_randomization}
@@ -288,8 +289,8 @@ def test_the_most_accurate_teacher_is_chosen(on, tmp_path):
 def table_of(data, teacher, want="yes", seeds=None, epochs=1):
     args = ft.parse_args(["--teacher-table", want, "--method", "hinton"])
     args.seeds = seeds
-    return common.teacher_table(
-        teacher, data, common.Run("x", args, torch.device("cpu")), epochs, {}
+    return plumbing.teacher_table(
+        teacher, data, plumbing.Run("x", args, torch.device("cpu")), epochs, {}
     )
 
 

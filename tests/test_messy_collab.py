@@ -10,6 +10,7 @@ import torch
 import common
 import images
 import messy_collab as mc
+import plumbing
 
 SMALL = (
     "--data shapes --model mlp-8 --teacher-model mlp-12 --device cpu --train-subset 48 --lr 0.05"
@@ -87,7 +88,7 @@ def test_each_method_disturbs_the_labels_of_whom_it_says(method, tmp_path, monke
     varied, corrupted = WHO[method]
     noise = " --noise-rate 0.3" * bool(varied)
     seen, stage_of, right = {}, {}, [0]
-    end_epoch, metrics = common.end_epoch, common.metrics
+    end_epoch, metrics = plumbing.end_epoch, plumbing.metrics
 
     def spy(run, epoch, history, data, *attack):
         seen[run.stage[0], epoch] = torch.cat(stage_of.pop("labels"))
@@ -98,8 +99,8 @@ def test_each_method_disturbs_the_labels_of_whom_it_says(method, tmp_path, monke
         right[0] += int((logits.argmax(1) == labels).sum())
         return metrics(loss, logits, labels)
 
-    monkeypatch.setattr(common, "end_epoch", spy)
-    monkeypatch.setattr(common, "metrics", record)
+    monkeypatch.setattr(plumbing, "end_epoch", spy)
+    monkeypatch.setattr(plumbing, "metrics", record)
     folder = run(tmp_path, f"--method {method} --corruption-rate 0.25{noise}")
     data = common.load_data("shapes", val_size=20, train_subset=48, test_subset=20)
     wrong = common.load(folder / "labels.pt")["labels"]
@@ -155,7 +156,7 @@ def test_all_seeds_and_runs_have_the_same_corrupted_labels_and_held_out_ones_are
     data = common.load_data("shapes", val_size=20, train_subset=48)
     y = data.y_val.clone()
     args = mc.parse_args([*SMALL.split(), "--corruption-rate", "0.5", "--runs", str(tmp_path)])
-    noisy = mc.corrupted(data, args, common.Run("x", args, torch.device("cpu")))
+    noisy = mc.corrupted(data, args, plumbing.Run("x", args, torch.device("cpu")))
     assert noisy.y_val is data.y_val and torch.equal(data.y_val, y)
     assert (noisy.y_train != data.y_train).sum() == 24 and noisy.x_train is data.x_train
 
@@ -168,7 +169,7 @@ def test_a_stopped_run_goes_on_with_its_labels_and_ends_with_the_same_bits(
     stop_in, tmp_path, monkeypatch
 ):
     flags = "--method mc-ts --noise-rate 0.2 --corruption-rate 0.3"
-    whole, end_epoch = run(tmp_path / "whole", flags), common.end_epoch
+    whole, end_epoch = run(tmp_path / "whole", flags), plumbing.end_epoch
 
     def stop(run, epoch, *rest):
         end_epoch(run, epoch, *rest)
@@ -176,7 +177,7 @@ def test_a_stopped_run_goes_on_with_its_labels_and_ends_with_the_same_bits(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(common, "end_epoch", stop)
+        patch.setattr(plumbing, "end_epoch", stop)
         run(tmp_path / "cut", flags)
     assert end.value.code == 130
     (labels,) = tmp_path.glob("cut/*/*/labels.pt")

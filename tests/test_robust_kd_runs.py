@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 import common
+import plumbing
 import robust_kd as rk
 
 MINIMAL = (
@@ -152,7 +153,7 @@ def test_single_step_training_that_collapses_is_stopped_and_the_epoch_before_kep
 ):
     rows = iter([0.5, 0.6, 0.3, 0.9])
     accuracies = lambda *_: {"val_clean_acc": 0.5, "val_pgd2_acc": next(rows)}  # noqa: E731
-    monkeypatch.setattr(common, "_validate", accuracies)
+    monkeypatch.setattr(plumbing, "_validate", accuracies)
     flags = (
         "--loss akd+ --teacher-training ffgsm --teacher-epochs 4 --epochs 1 --teacher-save-every 1"
     )
@@ -252,7 +253,7 @@ def test_student_and_teacher_see_what_the_equation_says_in_the_right_mode(
 
     args = rk.parse_args(["--loss", name, *MINIMAL.split(), "--epochs", "1", "--device", "cpu"])
     data = common.load_data("shapes", train_subset=16, val_size=0)
-    run = common.Run("robust_kd", args, torch.device("cpu"))
+    run = plumbing.Run("robust_kd", args, torch.device("cpu"))
     run.dir, run.log = tmp_path, tmp_path / "log.jsonl"
     teacher, student = Spied(seen, "teacher").eval(), Spied(seen, "student")
     before = {key: value.clone() for key, value in teacher.state_dict().items()}

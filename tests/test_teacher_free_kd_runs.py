@@ -11,6 +11,7 @@ import torch.nn as nn
 import common
 import eval_robustness
 import images
+import plumbing
 import teacher_free_kd as tf
 
 SHAPES = functools.cache(images.make_shapes)  # drawn once, not for each run
@@ -187,7 +188,7 @@ def test_student_and_teacher_are_shown_what_the_paper_says(method, tmp_path, mon
     flags = f"--method {method} --model mlp-8 --epochs 1 --eps 8/255"
     args = tf.parse_args([*MINIMAL.split(), *flags.split()])
     data = common.load_data("shapes", train_subset=16, val_size=0)
-    found = common.Run("teacher_free_kd", args, torch.device("cpu"))
+    found = plumbing.Run("teacher_free_kd", args, torch.device("cpu"))
     found.dir, found.log = tmp_path, tmp_path / "log.jsonl"
     student, teacher = Spied("student"), Spied("teacher").eval().requires_grad_(False)
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
@@ -294,17 +295,17 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
         f"--method self-distillation --model wrn-10-1 --grad-heatmap {tmp_path}/a.npz --epochs 3"
     )
     run(tmp_path / "whole", flags)
-    end_epoch = common.end_epoch
+    end_epoch = plumbing.end_epoch
 
     def stopped(found, epoch, *rest):
         end_epoch(found, epoch, *rest)
         if epoch == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(common, "end_epoch", stopped)
+    monkeypatch.setattr(plumbing, "end_epoch", stopped)
     with pytest.raises(SystemExit):
         run(tmp_path / "resumed", flags)
-    monkeypatch.setattr(common, "end_epoch", end_epoch)
+    monkeypatch.setattr(plumbing, "end_epoch", end_epoch)
     run(tmp_path / "resumed", flags)
     a, b = (common.load(next((tmp_path / k).glob("*/*/student.pt"))) for k in ("whole", "resumed"))
     for part in (lambda r: r["weights"], lambda r: r["meta"]["exits"]):
