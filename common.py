@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.optim.swa_utils
 from torch import Tensor
 
 # ------------------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 
 
 # ------------------------------------------------------------------------------------------------
-# Random numbers, device, optimizer
+# Random numbers, device, processes, optimizer
 
 
 def derive_seed(*parts) -> int:
@@ -86,6 +87,9 @@ def setup_device(args: argparse.Namespace) -> torch.device:
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device: there is no CUDA device here; --device cpu works everywhere")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and world() > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -93,10 +97,54 @@ def setup_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float, nesterov: bool = False):
-    """torch.optim.SGD over all parameters, in one fused kernel. Schedulers set lr and momentum."""
+def world() -> int:
+    """How many processes torchrun has started for this run; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """The number of this process among them; 0 is the one that writes files and lines."""
+    return int(os.environ.get("RANK", 0)) if world() > 1 else 0
+
+
+def sgd(model, lr, momentum, weight_decay, nesterov=False, decay_norms=True):
+    """torch.optim.SGD over all parameters, in one fused kernel. Schedulers set lr and momentum.
+
+    decay_norms: whether the weight decay is on those of BatchNorm too.
+    """
+    norms = [p for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
+    groups = [{"params": list(model.parameters())}]
+    if not decay_norms:
+        among = set(norms)
+        groups = [{"params": [p for p in model.parameters() if p not in among]}]
+        groups.append({"params": norms, "weight_decay": 0.0})
     options = dict(momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
-    return torch.optim.SGD(model.parameters(), lr=lr, **options)
+    return torch.optim.SGD(groups, lr=lr, **options)
+
+
+def cosine(optimizer, steps: int, warm_up: int):
+    """A schedule by steps: linear over `warm_up` steps to the optimizer's rate, a cosine to 0."""
+
+    def factor(step):
+        done = (step - warm_up) / max(steps - warm_up, 1)
+        return (step + 1) / warm_up if step < warm_up else 0.5 + 0.5 * math.cos(math.pi * done)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def average_of(model: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel:
+    """The exponential moving average of the weights: call update_parameters(model) after a step.
+
+    The first step copies; step t = 1, 2, ... makes it d average + (1 - d) weights, with the ramp
+    d = min(decay, (1 + t) / (10 + t)) of Rebuffi et al. (2021). BatchNorm statistics: the model's.
+    """
+
+    def update(averages, weights, t):  # t: a tensor, so that nothing waits for the device
+        d = ((1 + t) / (10 + t)).clamp(max=decay)
+        torch._foreach_mul_(averages, d)
+        torch._foreach_add_(averages, torch._foreach_mul(weights, 1 - d))
+
+    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=update)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -119,10 +167,14 @@ class Data:
     std: list[float]
     fingerprint: int  # of the training images
     pad: int  # augmentation: random crop after padding with so many zeros, ...
-    flip: bool  # ... and random horizontal flip
+    flip: bool  # ... and random horizontal flip, ...
+    augment: str = "crop"  # ... and `cutout` or `cutmix`
+    smoothing: float = 0.0  # of the labels; of the extra images alone, if there are any
+    extra: tuple | None = None  # images (M, H, W, C) on the disk, labels (M,): load_extra
+    extra_fraction: float = 0.0  # of every batch
 
     def __post_init__(self):
-        self.x_padded = F.pad(self.x_train, (0, 0) + (self.pad,) * 4)
+        self.x_padded = pad(self.x_train, self.pad)
 
 
 def load_data(name, root="data", device="cpu", val_size=0, train_subset=None, test_subset=None):
@@ -155,40 +207,118 @@ def load_data(name, root="data", device="cpu", val_size=0, train_subset=None, te
     return Data(name, *tensors, classes, *statistics, pad=4 * augmented, flip=augmented)
 
 
+def load_extra(path, data: Data) -> tuple:
+    """-> images uint8 (M, S, S, C), mapped from the disk, and labels int64 (M,) of an .npz file.
+
+    It holds `image` and `label`, like the generated sets of Rebuffi et al. and Wang et al. What is
+    inside a zip cannot be mapped: the images are unpacked once, into <path>.<checksum>.npy.
+    Errors: one line, exit status 2.
+    """
+    import images
+
+    return images.read_extra(path, data)
+
+
 def to_float(x: Tensor) -> Tensor:
     """uint8 (B, H, W, C) -> float32 (B, C, H, W) in [0, 1], with channels_last strides."""
     return x.permute(0, 3, 1, 2).float() / 255
 
 
 def batches(data: Data, batch_size: int, seed: int, epoch: int, run=None, views=False):
-    """Yield (x, labels) over the shuffled, cropped, flipped training set; the last may be smaller.
+    """Yield (x, labels) over the shuffled, augmented training set; the last batch may be smaller.
 
-    x float32 (B, C, H, W) in [0, 1], labels int64 (B,). Order, crops and flips depend on (seed,
-    epoch) alone: not on device, batch size or a global generator. One gather a batch on the device,
-    one host copy an epoch. With `run`, the live line on a terminal moves. With `views`, a third
-    tensor int64 (B,) says which rows of `teacher_table` belong to x.
+    x float32 (B, C, H, W) in [0, 1]; labels int64 (B,), or probabilities (B, K) after smoothing or
+    CutMix. The draws depend on (seed, epoch) alone: not on device, batch size or a global
+    generator. One gather a batch on the device, one host copy an epoch. data.extra_fraction of a
+    batch are images of data.extra, drawn at random; an epoch keeps its number of steps. With `run`,
+    the live line on a terminal moves, and each of several processes gets its share of every batch.
+    With `views`, a third tensor int64 (B,) says which rows of `plumbing.teacher_table` belong to x.
     """
-    n, ways = len(data.x_train), (2 * data.pad + 1, 2 * data.pad + 1, 1 + data.flip)
+    n, size = len(data.x_train), data.x_train.shape[1:3]
+    ways = (2 * data.pad + 1, 2 * data.pad + 1, 1 + data.flip)
     g = torch.Generator().manual_seed(derive_seed("batches", seed, epoch))
     plan = [torch.randperm(n, generator=g), *(torch.randint(k, (n,), generator=g) for k in ways)]
-    plan = torch.stack(plan).to(data.x_train.device)  # (4, N): image, top, left, flip
-    for start in range(0, n, batch_size):
-        view, *draws = part = plan[:, start : start + batch_size]  # (4, B)
+    plan += [torch.randint(k, (n,), generator=g) for k in size]
+    plan = torch.stack(plan).to(data.x_train.device)  # (6, N): image, top, left, flip, y, x
+    picks = torch.randint(len(data.extra[1]) if data.extra else 1, (n,), generator=g)
+    boxes = torch.rand(-(-n // batch_size), 3, generator=g).tolist()  # one for each batch
+    processes, me = (world(), rank()) if run is not None else (1, 0)
+    for step, start in enumerate(range(0, n, batch_size)):
+        stop = min(start + batch_size, n)
+        first = stop - round(data.extra_fraction * (stop - start))  # the first extra image
+        mine = torch.arange(start + me, stop, processes)  # positions in the epoch
+        mine = torch.tensor([start]) if not len(mine) else mine  # fewer images than processes
+        part = plan[:, mine.to(plan.device)]  # (6, B)
+        own = int((mine < first).sum())
+        x, labels = cut(data, data.x_padded, part[:4, :own]), data.y_train[part[0, :own]]
+        if own < len(mine):
+            index = picks[mine[own:]]
+            images = torch.from_numpy(data.extra[0][index.numpy()]).to(plan.device)
+            more = part[:4, own:].clone()
+            more[0] = torch.arange(len(index))
+            x = torch.cat([x, cut(data, pad(images, data.pad), more)])
+            labels = torch.cat([labels, data.extra[1][index].to(plan.device)])
+        if data.augment == "cutout":
+            x = cutout(x, *part[4:], torch.tensor(data.mean, device=x.device))
+        if data.augment == "cutmix" or data.smoothing:
+            labels = F.one_hot(labels, len(data.classes)).float()  # (B, K)
+            smoothed = slice(own if data.extra else 0, None)
+            labels[smoothed] += data.smoothing * (1 / len(data.classes) - labels[smoothed])
+        if data.augment == "cutmix":
+            x, labels = cutmix(x, labels, *boxes[step])
+        view, *draws = part[:4]
         for k, draw in zip(ways, draws):
             view = view * k + draw
-        yield (cut(data, part), data.y_train[part[0]], view)[: 2 + views]
         if run is not None:
-            run.show(epoch + 1, f"{min(start + batch_size, n) / n:.0%}")
+            run.share = len(mine) / (stop - start)
+        yield (x, labels, view)[: 2 + views]
+        if run is not None:
+            run.show(epoch + 1, f"{stop / n:.0%}")
 
 
-def cut(data: Data, plan: Tensor) -> Tensor:
+def pad(x: Tensor, by: int) -> Tensor:
+    """uint8 (B, H, W, C) with `by` rows and columns of zeros around each image."""
+    return F.pad(x, (0, 0) + (by,) * 4)
+
+
+def cut(data: Data, padded: Tensor, plan: Tensor) -> Tensor:
     """The views `plan` (4, B), rows image, top, left, flip: -> float32 (B, C, H, W)."""
     height, width = data.x_train.shape[1:3]
     rows, columns = (torch.arange(k, device=plan.device) for k in (height, width))
     image, top, left, flip = plan[:, :, None]  # each (B, 1)
     row = (top + rows)[:, :, None]  # (B, H, 1)
     column = (left + torch.where(flip == 1, width - 1 - columns, columns))[:, None]  # (B, 1, W)
-    return to_float(data.x_padded[image[:, None], row, column])
+    return to_float(padded[image[:, None], row, column])
+
+
+def cutout(x: Tensor, row: Tensor, column: Tensor, fill: Tensor) -> Tensor:
+    """A square of 9/16 of the image's side becomes `fill` (C,) (DeVries and Taylor 2017).
+
+    row, column (B,): its centre; what lies outside of the image is lost. 18 pixels of 32, as in the
+    code of Rebuffi et al. and Wang et al.
+    """
+    side = x.shape[-1] * 9 // 16
+    near = []
+    for centre in (row, column):
+        offset = torch.arange(x.shape[-1], device=x.device) - centre[:, None] + side // 2  # (B, S)
+        near.append((offset >= 0) & (offset < side))
+    inside = near[0][:, None, :, None] & near[1][:, None, None, :]  # (B, 1, H, W)
+    return torch.where(inside, fill.view(1, -1, 1, 1), x)
+
+
+def cutmix(x: Tensor, targets: Tensor, area: float, row: float, column: float):
+    """x and targets with a box of the next image of the batch in each (Yun et al. 2019).
+
+    area: of the box before it is clipped at the border; row, column: its centre; all in [0, 1], as
+    parts of the image. x (B, C, H, W), targets (B, K), mixed by the area that the box has.
+    """
+    size, half = x.shape[-1], x.shape[-1] * math.sqrt(area) / 2
+    (top, bottom), (left, right) = (
+        (max(round(c * size - half), 0), min(round(c * size + half), size)) for c in (row, column)
+    )
+    x, share = x.clone(), (bottom - top) * (right - left) / size**2
+    x[:, :, top:bottom, left:right] = x.roll(1, 0)[:, :, top:bottom, left:right]
+    return x, (1 - share) * targets + share * targets.roll(1, 0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -442,6 +572,8 @@ def correct(model: nn.Module, x: Tensor, labels: Tensor, batch_size: int = 500) 
 
 def write_atomically(path: Path, write) -> None:
     """Call write(file) on a temporary file, move it to `path`; on an error `path` stays as is."""
+    if rank():  # of several processes the first one writes
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -86,7 +86,7 @@ def parse_args(argv=None):
     add("--weight-decay", type=common.fraction, default=5e-4, help="on all parameters")
     plumbing.add_evaluation_flags(parser)
     plumbing.add_run_flags(parser)
-    args = plumbing.parse(parser, argv, DEMO)
+    args = plumbing.parse(parser, argv, {"--demo": DEMO})
     given = {flag.split("=")[0] for flag in args.argv}
     for flag in given & ONLY.keys():
         if args.method not in ONLY[flag] and not args.demo:
@@ -217,7 +217,7 @@ def train_net(net, teach, data, args, run, stage, seed, total, milestones):
         schedule.step()  # per epoch
         plumbing.end_epoch(run, epoch, history, data)
     meta = {"epoch": total, "seconds": run.seconds, "best": run.best}
-    common.save_model(run.dir / f"{stage}.pt", net, meta)
+    plumbing.save_model(run, stage, net, meta)
 
 
 def train_teacher(data, args, run, seed):

@@ -16,6 +16,9 @@ import io
 import itertools
 import math
 import re
+import shutil
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +97,45 @@ def read_npz(path, needed=("x_train", "y_train", "x_test", "y_test")) -> dict:
         common.fail(f"{path}: no such file")
     except Exception as error:  # numpy and zipfile raise a dozen types for a damaged file
         common.fail(f"{path}: truncated, or not an .npz file ({error})")
+
+
+def read_extra(path, data):
+    """What common.load_extra returns; nothing is unpacked that does not fit `data`."""
+    path, shape, classes = Path(path), data.x_train.shape[1:], len(data.classes)
+    wanted = f"uint8 (M, {', '.join(map(str, shape))})"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member, labels = (archive.getinfo(f"{key}.npy") for key in ("image", "label"))
+            with archive.open(member) as file:
+                first = np.lib.format.read_magic(file) == (1, 0)
+                read = f"read_array_header_{1 if first else 2}_0"
+                (count, *sizes), fortran, dtype = getattr(np.lib.format, read)(file)
+            if dtype != np.uint8 or fortran or sizes != list(shape):
+                common.fail(f"--extra-data: {path}: image must be {wanted}, got {dtype} {sizes}")
+            if (
+                labels.file_size > 8 * count + 1000
+                or member.file_size > math.prod(shape) * count + 1000
+            ):
+                raise ValueError("more bytes than its headers say")
+            with archive.open(labels) as file:
+                y = np.lib.format.read_array(file, allow_pickle=False)
+            unpacked = path.with_name(f"{path.name}.{member.CRC:08x}.npy")
+            if not unpacked.exists():
+                print(f"{path}: unpacking {member.file_size / 1e6:,.0f} MB of images", flush=True)
+                with archive.open(member) as file:
+                    copy = functools.partial(shutil.copyfileobj, file, length=2**20)
+                    common.write_atomically(unpacked, copy)
+        x = np.load(unpacked, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        common.fail(f"--extra-data: {path}: no such file")
+    except KeyError:
+        common.fail(f"--extra-data: {path}: expected the arrays image and label")
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        common.fail(f"--extra-data: {path}: truncated, or not an .npz file ({error})")
+    if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or not 0 <= y.min() <= y.max() < classes:
+        wanted = f"{len(x)} labels 0..{classes - 1}"
+        common.fail(f"--extra-data: {path}: label must be {wanted}, got {y.dtype} {y.shape}")
+    return x, torch.from_numpy(y.astype(np.int64))
 
 
 def read_torchvision(name: str, root: Path) -> dict:

@@ -6,6 +6,7 @@ Random   every draw depends on (seed, stage, epoch), so resuming needs no genera
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
@@ -82,12 +84,19 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
 FREE_FLAGS = {"data_root", "device", "runs", "name", "tensorboard", "argv", "seeds"}
 
 
-def parse(parser: argparse.ArgumentParser, argv: list | None, demo: dict) -> argparse.Namespace:
-    """Parse `argv` (None: sys.argv), `demo` being the defaults under --demo, and name the run."""
+def parse(parser: argparse.ArgumentParser, argv: list | None, presets: dict):
+    """Parse `argv` (None: sys.argv), name the run: -> argparse.Namespace.
+
+    presets: {"--demo" or "--flag value": {flag: its default then}}; what one sets, it prints.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if "--demo" in argv and not {"-h", "--help"} & set(argv):
-        parser.set_defaults(**{key.replace("-", "_"): str(value) for key, value in demo.items()})
-        print("--demo sets " + " ".join(f"--{key} {value}" for key, value in demo.items()))
+    if common.rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the first process says it all)
+    for preset, flags in presets.items():
+        given = f" {preset} " in f" {' '.join(argv)} ".replace("=", " ")
+        if given and not {"-h", "--help"} & set(argv):
+            parser.set_defaults(**{k.replace("-", "_"): str(value) for k, value in flags.items()})
+            print(f"{preset} sets " + " ".join(f"--{k} {value}" for k, value in flags.items()))
     args = parser.parse_args(argv)
     if args.name is None:
         default = vars(parser.parse_args(["--demo"] if args.demo else []))
@@ -139,6 +148,7 @@ class Run:
     fingerprint: int = 0  # of the data
     finished: bool = False
     lock: object = None  # an open file: no other process may use the folder
+    share: float = 1.0  # of the images of this step that this process has, of several
 
     def __post_init__(self):
         self.dir = Path(self.args.runs) / self.script / f"{self.args.name}-s{self.args.seed}"
@@ -173,6 +183,7 @@ def open_run(script: str, args: argparse.Namespace, check=lambda data: None):
 
     handler = signal.signal(signal.SIGTERM, on_sigterm)
     try:
+        _join(run.device)
         sizes = (args.val_size, args.train_subset, args.test_subset)
         data = common.load_data(args.data, args.data_root, run.device, *sizes)
         if args.teacher_ckpt and not (run.dir / "teacher.pt").exists():
@@ -187,6 +198,11 @@ def open_run(script: str, args: argparse.Namespace, check=lambda data: None):
         raise SystemExit(143 if stop.args else 130) from None
     except torch.OutOfMemoryError as error:
         fail(f"{run.stage}: the GPU has too little memory; try a smaller --batch-size ({error})")
+    except RuntimeError as error:
+        if common.world() == 1:
+            raise
+        reason = str(error).splitlines()[0][:100]
+        fail(f"process {common.rank()}: another one has ended, the same command goes on ({reason})")
     except OSError as error:
         fail(f"{error.filename or run.dir}: {error.strerror or error}; finished epochs are kept")
     finally:
@@ -202,6 +218,8 @@ def _begin(run: Run, data: common.Data) -> None:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             fail("--tensorboard: TensorBoard is not installed; pip install tensorboard")
+    if common.rank():
+        sync()  # until the first process has made the folder
     path, flags = run.dir / "config.json", json.loads(json.dumps(run.flags))
     run.fingerprint = data.fingerprint
     if path.exists():
@@ -233,7 +251,7 @@ def _begin(run: Run, data: common.Data) -> None:
     with contextlib.suppress(ImportError):  # Windows has no fcntl
         import fcntl
 
-        if not run.finished:
+        if not (run.finished or common.rank()):
             run.lock = open(run.dir / "lock", "a+")  # noqa: SIM115
             try:
                 fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
@@ -244,6 +262,8 @@ def _begin(run: Run, data: common.Data) -> None:
                 )
             run.lock.truncate(0)
             print(os.getpid(), end="", file=run.lock, flush=True)
+    if not common.rank():
+        sync()
 
 
 def _rows(run: Run) -> list[dict]:
@@ -263,7 +283,9 @@ def _write_rows(run: Run, rows: list[dict]) -> None:
 def finish(run: Run, rows: list[dict]) -> None:
     """Write the summary as the last row of log.jsonl, drop last.pt, and show the summary."""
     files = ["log.jsonl", *(p.name for p in sorted(run.dir.glob("*.pt")) if p.name != "last.pt")]
+    sync()
     _write_rows(run, [*_rows(run), {"summary": rows, "files": files}])
+    sync()
     (run.dir / "last.pt").unlink(missing_ok=True)
     _finished(run)
 
@@ -289,6 +311,7 @@ def epochs(run: Run, stage: str, total: int, **parts):
     """
     run.stage, run.total, run.parts, run.left = stage, total, parts, None
     run.seconds, run.row, run.best, done = 0.0, {}, {}, 0
+    sync()  # no process may find files of this stage that another one did not find
     last = run.dir / "last.pt"
     record = common.load(last) if last.exists() else {}
     if record.get("stage") == stage:
@@ -300,8 +323,11 @@ def epochs(run: Run, stage: str, total: int, **parts):
     # a kill between checkpoint and log loses a row of the log: the checkpoint has it too
     rows = [row for row in _rows(run) if row.get("stage") != stage or row["epoch"] < done]
     _write_rows(run, rows + ([record["row"]] if done else []))
+    if common.world() > 1:
+        parts["optimizer"].register_step_pre_hook(lambda *_: _sum_gradients(run))
+    mine = [common.rank()] * bool(common.rank())
     for epoch in range(done, total):
-        torch.manual_seed(common.derive_seed("epoch", run.args.seed, stage, epoch))
+        torch.manual_seed(common.derive_seed("epoch", run.args.seed, stage, epoch, *mine))
         run.started = time.monotonic()
         yield epoch
 
@@ -314,7 +340,11 @@ def autocast(run: "Run"):
 
 
 def metrics(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """(3,) on the device: loss summed over images, correct predictions, images. No sync."""
+    """(3,) on the device: loss summed over images, correct predictions, images. No sync.
+
+    labels (B,), or (B, K) of which the largest counts.
+    """
+    labels = labels.argmax(1) if labels.dim() == 2 else labels
     right = (logits.detach().argmax(1) == labels).sum()
     loss = loss.detach().float()
     return torch.stack([loss * len(labels), right.float(), torch.full_like(loss, len(labels))])
@@ -324,10 +354,15 @@ def end_epoch(run: Run, epoch: int, history: list, data: common.Data, *attack) -
     """Read the steps' `metrics` (no host sync before), validate, log, print, checkpoint.
 
     attack: eps, step_size and steps of the PGD on the held-out images; without it only clean. The
-    epoch with the highest sum of their accuracies is kept as <stage>_best.pt. A loss or weight that
-    is not finite ends the run.
+    epoch with the highest sum of their accuracies is kept as <stage>_best.pt; if there is an
+    `average` (common.average_of), it is what is validated and kept. A loss or weight that is not
+    finite ends the run.
     """
-    steps, model = torch.stack(history).double().cpu(), run.parts["model"]
+    model, trained = run.parts["model"], final_model(run)
+    steps = torch.stack(history).double()
+    if common.world() > 1:
+        _share_epoch(model, steps)
+    steps = steps.cpu()
     spent = time.monotonic() - run.started
     finite = torch.isfinite(steps[:, 0]).tolist()
     finite.append(torch.stack([p.isfinite().all() for p in model.state_dict().values()]).all())
@@ -339,13 +374,20 @@ def end_epoch(run: Run, epoch: int, history: list, data: common.Data, *attack) -
     loss, right, images = steps.sum(0).tolist()
     row = {"stage": run.stage, "epoch": epoch + 1, "loss": loss / images}
     row |= {"train_acc": right / images, "images_per_second": images / spent}
-    row |= _validate(model, data, *attack)
+    if not common.rank():
+        row |= _validate(trained, data, *attack)
+        if "trajectories" in run.parts:
+            run.parts["trajectories"].record(epoch, trained, data, attack)
+    if common.world() > 1:
+        found = [row]
+        dist.broadcast_object_list(found)
+        (row,) = found
     run.seconds += time.monotonic() - run.started
     row["seconds"], run.row = run.seconds, row
     score, best = (sum(v for k, v in r.items() if k[:4] == "val_") for r in (row, run.best))
     if len(data.x_val) and (score > best or not run.best):
         run.best = row
-        common.save_model(run.dir / f"{run.stage}_best.pt", model, row)
+        common.save_model(run.dir / f"{run.stage}_best.pt", trained, row)
     state = {"stage": run.stage, "epochs": epoch + 1, "row": row, "best": run.best}
     state["parts"] = {name: part.state_dict() for name, part in run.parts.items()}
     common.save(run.dir / "last.pt", state)
@@ -369,8 +411,13 @@ def _validate(model: nn.Module, data: common.Data, *attack) -> dict:
     return row
 
 
+def final_model(run: Run) -> nn.Module:
+    """What the stage trains for: its model, or the average of the model's weights."""
+    return run.parts["average"].module if "average" in run.parts else run.parts["model"]
+
+
 def _log(run: Run, row: dict) -> None:
-    with open(run.log, "a") as file:
+    with open(os.devnull if common.rank() else run.log, "a") as file:
         file.write(json.dumps(row) + "\n")
     for key, value in row.items():
         if run.writer is not None and isinstance(value, float):
@@ -381,6 +428,98 @@ def _log(run: Run, row: dict) -> None:
         if key.endswith("_acc"):
             text += f"  {key.removesuffix('_acc').replace('_', ' ')} {row[key]:.4f}"
     run.show(row["epoch"], f"{text}  {row['images_per_second']:,.0f} images/s", end="\n")
+
+
+# ------------------------------------------------------------------------------------------------
+# Several processes, started by torchrun: each has a share of every batch, the first one writes
+
+
+def _join(device: torch.device) -> None:
+    """Join the other processes: gloo on CPUs, NCCL on GPUs; alone nothing happens."""
+    if common.world() > 1 and not dist.is_initialized():
+        # long: the others wait while the first one validates and evaluates
+        wait = datetime.timedelta(days=7)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
+        atexit.register(dist.destroy_process_group)
+
+
+def sync() -> None:
+    """Wait for the other processes; alone nothing happens."""
+    if common.world() > 1:
+        dist.barrier()
+
+
+def _sum_gradients(run: Run) -> None:
+    """Before optimizer.step(): the gradient of the whole batch in every process.
+
+    The sum of the gradients by the share of images, in one transfer: equal to one process with the
+    whole batch, whatever the number of processes, but for BatchNorm, which sees the share alone.
+    DistributedDataParallel would wrap the net: the attack and the two forwards of a step on x and
+    x' do not go through it, and it takes shares for equal.
+    """
+    grads = [p.grad for group in run.parts["optimizer"].param_groups for p in group["params"]]
+    grads = [grad for grad in grads if grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads]) * run.share
+    dist.all_reduce(flat)
+    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
+        grad.copy_(part.view_as(grad))
+
+
+def _share_epoch(model: nn.Module, steps: Tensor) -> None:
+    """The sum of all processes' metrics in `steps`; the first one's BatchNorm statistics."""
+    dist.all_reduce(steps)
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+
+
+def save_model(run: Run, stage: str, model: nn.Module, meta: dict) -> None:
+    """common.save_model to <stage>.pt of the run's folder; all processes find it there after."""
+    common.save_model(run.dir / f"{stage}.pt", model, meta)
+    sync()
+
+
+class Trajectories:
+    """What a net gives the right class after each epoch (paper 2, App. C.2), for --trajectories.
+
+    train, test (clean) and adv (PGD on test) float16 (E, N): log-probabilities; entropy float32
+    (E,): the mean of S(x) over the training images, nats. benchmark/trajectories.py reads them.
+    """
+
+    def __init__(self, data: common.Data, epochs: int):
+        sizes = {"train": len(data.y_train), "test": len(data.y_test), "adv": len(data.y_test)}
+        self.values = {k: torch.zeros(epochs, n, dtype=torch.float16) for k, n in sizes.items()}
+        self.values["entropy"] = torch.zeros(epochs)
+
+    def record(self, epoch: int, model: nn.Module, data: common.Data, attack: tuple) -> None:
+        """The rows of `epoch`; attack: eps, step_size, steps of the PGD on the test images."""
+        with common.evaluating(model), torch.no_grad():
+            for name, images, labels in (
+                ("train", data.x_train, data.y_train),
+                ("test", data.x_test, data.y_test),
+                ("adv", data.x_test, data.y_test),
+            ):
+                right, entropy = [], 0.0
+                for x, y in zip(images.split(500), labels.split(500)):
+                    x = common.to_float(x)
+                    x = common.pgd(model, x, y, *attack) if name == "adv" else x
+                    log_probs = model(x).log_softmax(1)  # (B, K)
+                    right.append(log_probs.gather(1, y[:, None])[:, 0])
+                    entropy -= (log_probs.exp() * log_probs).sum().item() / len(images)
+                self.values[name][epoch] = torch.cat(right)
+                if name == "train":
+                    self.values["entropy"][epoch] = entropy
+
+    def until(self, epochs: int) -> dict:
+        """{name: tensor} of the first epochs, for the meta of a model's file."""
+        return {name: values[:epochs].clone() for name, values in self.values.items()}
+
+    def state_dict(self) -> dict:
+        """For the checkpoint, like those of the model and the optimizer."""
+        return self.values
+
+    def load_state_dict(self, values: dict) -> None:
+        """Go on from a state_dict."""
+        self.values = values
 
 
 # ------------------------------------------------------------------------------------------------
@@ -416,7 +555,9 @@ def get_teacher(run: Run, data: common.Data, settings, train, file="teacher.pt")
         if path:
             common.load_model(path, "cpu", data)  # an error before anything is copied
             print(f"{own.stem}: taken from {path}", flush=True)
+            sync()  # all have seen that it was not there
             common.write_atomically(own, lambda out: out.write(Path(path).read_bytes()))
+            sync()
         else:
             train()
     teacher, meta = common.load_model(own, run.device, data)
@@ -441,7 +582,10 @@ def choose_teacher(run: Run, data: common.Data, settings, train):
                     scores[seed:] = [common.correct(teacher, x, labels).double().mean().item()]
                 print(f"teacher of seed {seed}: {on} accuracy {scores[seed]:.4f}", flush=True)
         best = files[scores.index(max(scores))]
-        common.write_atomically(run.dir / "teacher.pt", lambda out: out.write(best.read_bytes()))
+        save_copy = lambda out: out.write(best.read_bytes())  # noqa: E731
+        sync()
+        common.write_atomically(run.dir / "teacher.pt", save_copy)
+        sync()
 
     names = ("teacher_seeds", "pick_teacher", "test_subset")
     return get_teacher(run, data, lambda f: settings(f) | {k: f[k] for k in names}, choose)
@@ -506,8 +650,10 @@ def evaluate_files(run: Run, files: dict, main) -> list[dict]:
     flags += ["--n", args.test_subset] * bool(args.test_subset)
     print(f"evaluating {', '.join(files)}: {run.dir / 'evaluation.txt'}", flush=True)
     try:
-        with open(run.dir / "evaluation.txt", "w") as out, contextlib.redirect_stdout(out):
-            main([str(flag) for flag in flags])
+        if not common.rank():
+            with open(run.dir / "evaluation.txt", "w") as out, contextlib.redirect_stdout(out):
+                main([str(flag) for flag in flags])
+        sync()
     except SystemExit as stop:
         if stop.code == 2:
             raise

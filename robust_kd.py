@@ -16,6 +16,7 @@ Usage    python robust_kd.py --loss akd+ --alpha 0.8 --teacher-es 40
          python robust_kd.py --teacher-eps 2/255 --teacher-es 40     # a weakly robust one (LAT)
          python robust_kd.py --teacher-training ffgsm --teachers 4   # an ensemble of cheap ones
          python robust_kd.py --teacher-training st st at at --beta 0.25       # a mixed ensemble
+         python robust_kd.py --recipe at+ --extra-data data/cifar10_ddpm.npz --alpha 0.8    # AT+
          python robust_kd.py --demo                                  # 2 minutes on a CPU
 Expect   CIFAR-10, ResNet-18: not measured yet. Small nets on a CPU: docs/robust_kd.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); targets and logits (B, K)
@@ -29,6 +30,7 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
          5. Nor does it give momentum 0.9, weight decay 5e-4, step eps/4, uniform start, BatchNorm
             in eval mode in the attack: all from the first author's published code.
          6. Training on CUDA, the attack included, is in bf16 (--precision fp32).
+         7. AT+: docs/robust_kd.md says which settings of Rebuffi et al. and Wang et al. it takes.
 """
 
 import functools
@@ -45,6 +47,11 @@ import plumbing
 DEMO = {"data": "shapes", "model": "wrn-10-1", "epochs": 5, "teacher-epochs": 6, "teacher-es": 4}
 DEMO |= {"batch-size": 32, "teacher-batch-size": 32, "lr": 0.1, "steps": 3, "step-size": "4/255"}
 DEMO |= {"train-subset": 2000, "test-subset": 500, "val-size": 200}
+# What --recipe sets: AT+ (section 4), for student and teacher
+AT_PLUS = {"model": "wrn-28-10-silu", "epochs": 400, "teacher-epochs": 400, "batch-size": 512}
+AT_PLUS |= {"teacher-batch-size": 512, "lr": 0.2, "teacher-lr": 0.2, "schedule": "cosine"}
+AT_PLUS |= {"nesterov": "yes", "decay-norms": "no", "ema": 0.995, "steps": 10, "step-size": "2/255"}
+AT_PLUS |= {"augment": "cutout", "label-smoothing": 0.1, "extra-fraction": 0.7}
 TEACHERS = {"st": "st", "at": "at", "ffgsm": "at", "trades": "trades"}  # training -> its loss
 
 
@@ -57,6 +64,7 @@ def parse_args(argv=None):
     add("--lam", type=common.probability, default="5/6", help="weight of the distillation term")
     add("--temperature", type=common.positive, default=1.0, help="of both softmaxes in the KL")
     add("--kl-reduction", choices=["batchmean", "mean"], default="batchmean", help="mean: / K too")
+    add("--recipe", choices=["at+"], help="at+: the settings of section 4, which it prints")
     add("--model", default="resnet18", help="student: resnet18, preact-resnet18, wrn-16-2, ...")
     add("--width", type=common.positive, default=1.0, help="factor on the channels of a ResNet")
     add = parser.add_argument_group("teacher").add_argument
@@ -91,8 +99,23 @@ def parse_args(argv=None):
     add("--batch-size", type=common.count, default=256, help="student's batch; paper: App. A")
     add("--momentum", type=common.probability, default=0.9, help="of SGD")
     add("--weight-decay", type=common.fraction, default=5e-4, help="on all parameters")
+    add("--nesterov", choices=["yes", "no"], default="no", help="Nesterov's momentum")
+    add("--decay-norms", choices=["yes", "no"], default="yes", help="weight decay on BatchNorm too")
+    add("--schedule", choices=["paper", "cosine"], default="paper", help="cosine: of both nets")
+    add("--ema", type=common.rate, default=0.0, help="decay of the average of the weights; 0: none")
+    add("--augment", choices=["crop", "cutout", "cutmix"], default="crop", help="crop: and flip")
+    add("--label-smoothing", type=common.rate, default=0.0, help="if there are: of extra data only")
+    add("--extra-data", metavar="FILE", help=".npz of generated images: image, label")
+    add(
+        "--extra-fraction",
+        type=common.rate,
+        default=0.7,
+        help="of a batch, if there are extra data",
+    )
+    add = parser.add_argument_group("analysis").add_argument
+    add("--trajectories", action="store_true", help="keep what each epoch makes of each image")
     plumbing.add_run_flags(parser)
-    args = plumbing.parse(parser, argv, DEMO)
+    args = plumbing.parse(parser, argv, {"--recipe at+": AT_PLUS, "--demo": DEMO})
     if args.teacher_es is not None and args.teacher_es > args.teacher_epochs:
         parser.error(f"--teacher-es: at most --teacher-epochs {args.teacher_epochs}")
     trainings = teacher_trainings(vars(args))
@@ -119,9 +142,13 @@ def parse_args(argv=None):
 
 
 def mix_labels(teacher_logits, labels, alpha, temperature=1.0):
-    """alpha T + (1 - alpha) y, the mixed targets of Eqs. (5) to (7): (B, K), (B,) -> (B, K)."""
+    """alpha T + (1 - alpha) y, the mixed targets of Eqs. (5) to (7): (B, K), (B,) -> (B, K).
+
+    labels are (B, K) after CutMix or smoothing, here and in all losses.
+    """
     teacher_probs = (teacher_logits.float() / temperature).softmax(1)
-    return alpha * teacher_probs + (1 - alpha) * F.one_hot(labels, teacher_probs.shape[1])
+    y = labels if labels.dim() == 2 else F.one_hot(labels, teacher_probs.shape[1])
+    return alpha * teacher_probs + (1 - alpha) * y
 
 
 def kl(targets, student_logits, temperature=1.0, kl_reduction="batchmean"):
@@ -237,8 +264,11 @@ def teacher_trainings(flags):
 def teacher_recipe(flags, i=0):
     """How teacher i is trained: with equal recipes, two runs have the same teacher."""
     training, eps = teacher_trainings(flags)[i], flags["teacher_eps"]
-    names = "data train_subset val_size deterministic precision momentum weight_decay teacher_ckpt"
+    names = "data train_subset val_size deterministic precision momentum weight_decay teacher_ckpt "
+    names += "schedule nesterov decay_norms ema augment label_smoothing extra_data extra_fraction"
     recipe = {name: flags[name] for name in names.split()} | {"attack_loss": None}
+    recipe["total"] = flags["teacher_epochs"] if flags["schedule"] == "cosine" else None
+    recipe["trajectories"] = flags["trajectories"] and (flags["test_subset"] or "all")
     recipe |= {
         "training": training,
         "loss": TEACHERS.get(training),
@@ -265,6 +295,20 @@ def student_recipe(flags):
     default = {"rslad": "kl-teacher", "rslad+": "kl-teacher", "trades": "kl-self"}  # differs: 2
     recipe["attack_loss"] = flags["attack_loss"] or default.get(flags["loss"], "ce")
     return recipe | {"training": flags["loss"], "step_size": step_size(flags["eps"], flags)}
+
+
+def make_schedule(optimizer, stage, how, args, n):
+    """The learning rates, n steps an epoch: the paper's for student and teacher, or AT+'s."""
+    schedules = torch.optim.lr_scheduler
+    if (
+        args.schedule == "cosine"
+    ):  # a teacher that is stopped early has the rates of one that is not
+        total = n * (args.epochs if stage == "student" else args.teacher_epochs)
+        return common.cosine(optimizer, total, total // 40)  # 10 of 400 epochs
+    if stage == "student":
+        cycle = args.cycle_momentum == "yes"
+        return schedules.OneCycleLR(optimizer, how.lr, how.epochs * n, cycle_momentum=cycle)
+    return schedules.LambdaLR(optimizer, lambda step: how.gamma ** (step // n))
 
 
 def ensemble_weights(betas, trainings):
@@ -322,14 +366,13 @@ def train_model(run, data, stage, recipe, teacher=None):
     model = common.model_for(data, how.model, how.seed, stage, how.width)
     names = ("alpha", "lam", "temperature", "kl_reduction", "trades_beta")
     settings = {name: getattr(args, name) for name in names if name in wanted}
-    optimizer = common.sgd(model, how.lr, args.momentum, args.weight_decay)
-    schedules, n = torch.optim.lr_scheduler, -(-len(data.x_train) // how.batch_size)
-    if stage == "student":
-        cycle, seed = args.cycle_momentum == "yes", how.seed
-        schedule = schedules.OneCycleLR(optimizer, how.lr, how.epochs * n, cycle_momentum=cycle)
-    else:
-        seed = common.derive_seed(how.seed, stage)  # other batches than the student's
-        schedule = schedules.LambdaLR(optimizer, lambda step: how.gamma ** (step // n))
+    yes = {name: getattr(args, name) == "yes" for name in ("nesterov", "decay_norms")}
+    optimizer = common.sgd(model, how.lr, args.momentum, args.weight_decay, **yes)
+    n = -(-len(data.x_train) // how.batch_size)
+    schedule = make_schedule(optimizer, stage, how, args, n)
+    average = common.average_of(model, args.ema) if args.ema else None
+    # other batches than the student's
+    seed = how.seed if stage == "student" else common.derive_seed(how.seed, stage)
 
     def train_step(x, labels):
         with plumbing.autocast(run):
@@ -339,10 +382,15 @@ def train_model(run, data, stage, recipe, teacher=None):
         loss.backward()
         optimizer.step()
         schedule.step()
+        if average:
+            average.update_parameters(model)
         logits = known.get("student_adv_logits", known.get("student_logits"))
         return plumbing.metrics(loss, logits, labels)
 
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    parts |= {"average": average} if average else {}
+    if args.trajectories:
+        parts["trajectories"] = plumbing.Trajectories(data, how.epochs)
     attack = (args.eps, step_size(args.eps, vars(args)), args.steps)  # of the held-out images
     for epoch in plumbing.epochs(run, stage, how.epochs, **parts):
         if collapsed(run, how):
@@ -350,14 +398,22 @@ def train_model(run, data, stage, recipe, teacher=None):
         batches = common.batches(data, how.batch_size, seed, epoch, run)
         plumbing.end_epoch(run, epoch, [train_step(x, y) for x, y in batches], data, *attack)
         if stage != "student" and (epoch + 1) % (args.teacher_save_every or how.epochs + 1) == 0:
-            kept = run.row | {"training": how.training}
-            common.save_model(run.dir / f"{stage}-ep{epoch + 1}.pt", model, kept)
-    meta = {"training": how.training, "epoch": run.row["epoch"], "seconds": run.seconds}
+            save(run, f"{stage}-ep{epoch + 1}", how, epoch + 1)
     if collapsed(run, how):
-        meta["epoch"] = run.best["epoch"]
-        model.load_state_dict(common.load(run.dir / f"{stage}_best.pt")["weights"])
-        print(f"{stage}: PGD accuracy fell by over 20 points; epoch {meta['epoch']} is kept")
-    common.save_model(run.dir / f"{stage}.pt", model, meta | {"best": run.best})
+        print(f"{stage}: PGD accuracy fell by over 20 points; epoch {run.best['epoch']} is kept")
+        best = common.load(run.dir / f"{stage}_best.pt")
+        plumbing.final_model(run).load_state_dict(best["weights"])
+        save(run, stage, how, run.best["epoch"])
+    else:
+        save(run, stage, how, run.row["epoch"])
+
+
+def save(run, file, how, epoch):
+    """The model of this stage after `epoch`, or the average of its weights, into <file>.pt."""
+    meta = {"training": how.training, "epoch": epoch, "seconds": run.seconds, "best": run.best}
+    if "trajectories" in run.parts:
+        meta["trajectories"] = run.parts["trajectories"].until(epoch)
+    plumbing.save_model(run, file, plumbing.final_model(run), meta)
 
 
 def trained(run, data, stage, recipe, teacher=None):
@@ -383,7 +439,16 @@ def main(argv=None):
 
 def train_and_evaluate(args):
     """The run of one seed; everything is in its folder. -> Run"""
-    with plumbing.open_run("robust_kd", args) as (run, data):
+
+    def prepare(data):
+        data.augment, data.smoothing = args.augment, args.label_smoothing
+        if args.extra_data:
+            data.extra, data.extra_fraction = (
+                common.load_extra(args.extra_data, data),
+                args.extra_fraction,
+            )
+
+    with plumbing.open_run("robust_kd", args, prepare) as (run, data):
         if run.finished:
             return run
         models, teacher = {}, None  # models: row of the table -> (model, numbers on its training)

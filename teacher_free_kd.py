@@ -134,7 +134,7 @@ def parse_args(argv=None):
     plumbing.add_run_flags(parser)
     parser.set_defaults(data=None)
     parser.set_defaults(**recipe(parser.parse_known_args(argv)[0]))
-    args = plumbing.parse(parser, argv, DEMO)
+    args = plumbing.parse(parser, argv, {"--demo": DEMO})
     check(args, parser.error)
     return args
 
@@ -199,9 +199,13 @@ def attack(text):
 
 # Copied from robust_kd.mix_labels
 def mix_labels(teacher_logits, labels, alpha, temperature=1.0):
-    """alpha T + (1 - alpha) y, the mixed targets of Eqs. (5) to (7): (B, K), (B,) -> (B, K)."""
+    """alpha T + (1 - alpha) y, the mixed targets of Eqs. (5) to (7): (B, K), (B,) -> (B, K).
+
+    labels are (B, K) after CutMix or smoothing, here and in all losses.
+    """
     teacher_probs = (teacher_logits.float() / temperature).softmax(1)
-    return alpha * teacher_probs + (1 - alpha) * F.one_hot(labels, teacher_probs.shape[1])
+    y = labels if labels.dim() == 2 else F.one_hot(labels, teacher_probs.shape[1])
+    return alpha * teacher_probs + (1 - alpha) * y
 
 
 # Copied from robust_kd.kl
@@ -538,7 +542,7 @@ def train_model(model, teacher, data, stage, args, run):
     meta = {"training": method, "epoch": stop, "seconds": run.seconds, "best": run.best}
     meta |= {"gradients": gradients.numbers()} if chosen else {}
     meta |= {"exits": parts["exits"].state_dict()} if "exits" in parts else {}
-    common.save_model(run.dir / f"{stage}.pt", model, meta)
+    plumbing.save_model(run, stage, model, meta)
 
 
 def stages(args):
