@@ -199,10 +199,9 @@ def open_run(script: str, args: argparse.Namespace, check=lambda data: None):
     except torch.OutOfMemoryError as error:
         fail(f"{run.stage}: the GPU has too little memory; try a smaller --batch-size ({error})")
     except RuntimeError as error:
-        if common.world() == 1:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        reason = str(error).splitlines()[0][:100]
-        fail(f"process {common.rank()}: another one has ended, the same command goes on ({reason})")
+        fail(f"process {common.rank()}: another process has ended; the same command goes on")
     except OSError as error:
         fail(f"{error.filename or run.dir}: {error.strerror or error}; finished epochs are kept")
     finally:

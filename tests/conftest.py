@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 import images  # noqa: E402
+import plumbing  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,6 +38,26 @@ def refused(capsys):
         assert message.startswith("error: ") and message.count("\n") == 1
         assert "Traceback" not in message
         return message
+
+    return call
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """stop_at(script, flags, stage, epoch): its main, stopped after that epoch as by Ctrl-C."""
+
+    def call(script, flags, stage, epoch):
+        log = plumbing._log
+
+        def stop(run, row):
+            log(run, row)
+            if (row["stage"], row["epoch"]) == (stage, epoch):
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(plumbing, "_log", stop)
+            script.main(flags.split())
+        assert end.value.code == 130
 
     return call
 

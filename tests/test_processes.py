@@ -1,0 +1,79 @@
+"""Several processes under torchrun (gloo): the losses of one, going on with others, a kill."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import common
+import robust_kd
+
+SMALL = "--data shapes --model mlp-16 --train-subset 150 --val-size 20 --test-subset 20 --steps 1"
+SMALL += " --batch-size 64 --teacher-batch-size 32 --teacher-epochs 2 --eval-steps 2"
+# no BatchNorm and no random start of an attack: the trace may not depend on the processes
+SMALL += " --loss ckd --teacher-training st --name run"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def torchrun(processes, flags, **options):
+    """Start robust_kd.py with the flags in so many processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    launcher += ["--master_port", str(20000 + os.getpid() % 20000), str(ROOT / "robust_kd.py")]
+    return subprocess.Popen([*launcher, *flags.split()], env=ENVIRONMENT, text=True, **options)
+
+
+def weights(runs):
+    return common.load(runs / "robust_kd" / "run-s0" / "student.pt")["weights"]
+
+
+def losses(runs):
+    lines = (runs / "robust_kd" / "run-s0" / "log.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines[:-1]]
+
+
+def test_two_processes_go_on_where_one_stopped_with_the_same_losses(tmp_path, stop_at):
+    flags = f"{SMALL} --epochs 3 --runs"
+    robust_kd.main(f"{flags} {tmp_path}/one".split())
+    stop_at(robust_kd, f"{flags} {tmp_path}/two", "student", 1)
+    run = torchrun(2, f"{flags} {tmp_path}/two", stdout=subprocess.PIPE)
+    text = run.communicate(timeout=120)[0]
+    assert run.returncode == 0 and text.count("goes on after epoch 1 of 3") == 1
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    for name, value in weights(tmp_path / "two").items():
+        assert torch.allclose(value, weights(tmp_path / "one")[name], atol=1e-4), name
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc, as on Linux")
+def test_when_one_process_is_killed_the_others_end_and_the_command_goes_on(tmp_path):
+    flags = f"{SMALL} --epochs 100000 --runs {tmp_path}"
+    run = torchrun(2, flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in run.stdout:
+        if line.startswith("student") and " 3/" in line:
+            break
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    second = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    start = time.monotonic()
+    os.kill(int(second[0]), signal.SIGKILL)
+    errors = run.communicate(timeout=60)[1]
+    assert run.returncode != 0 and time.monotonic() - start < 60
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    said = re.findall(
+        r"^(?:error: process 0: another process has ended|stopped; finished)", errors, re.M
+    )
+    assert said, errors
+    again = torchrun(2, flags, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    for line in again.stdout:
+        if "goes on" in line:
+            break
+    else:
+        raise AssertionError("it did not go on")
+    again.terminate()
+    again.communicate(timeout=60)
