@@ -51,7 +51,11 @@ def parse_args(argv=None):
     add("--out", metavar="PREFIX", help="of the files; None: sweep, in the script's folder of runs")
     args = parser.parse_args(argv[:at])
     args.flags, args.script = argv[at + 1 :], Path(args.script).stem
-    if not (ROOT / f"{args.script}.py").is_file() or args.script in ("common", "corruptions"):
+    if not (ROOT / f"{args.script}.py").is_file() or args.script in (
+        "common",
+        "images",
+        "plumbing",
+    ):
         parser.error(f"script: there is no {args.script}.py to sweep")
     if "--name" in args.flags:
         parser.error("--name: a sweep leaves the names of its runs to the script")
@@ -216,16 +220,22 @@ def draw(path, lines, base, robust):
     else:
         points = [(line["clean_acc"][0], line[robust][0]) for line in lines]
         spreads = [(line["clean_acc"][1], line[robust][1]) for line in lines]
-        (x, y), (x_std, y_std) = zip(*points), zip(*spreads)
-        axis.errorbar(x, y, y_std, x_std, fmt="o", markersize=4, label="runs")
+        first, *others = flags
+        for value in dict.fromkeys(line["values"][first] for line in lines):  # a colour for each
+            of = [i for i, line in enumerate(lines) if line["values"][first] == value]
+            (x, y), (x_std, y_std) = (zip(*(pairs[i] for i in of)) for pairs in (points, spreads))
+            axis.errorbar(x, y, y_std, x_std, "o", markersize=5, label=f"{first} {value}")
         front = sorted(points[i] for i in pareto(points))
-        axis.plot(*zip(*front), color="black", linewidth=1, label="Pareto front")
+        ring = {"marker": "o", "markersize": 10, "markerfacecolor": "none"}
+        axis.plot(*zip(*front), color="black", linewidth=1, label="Pareto front", **ring)
         for line, point in zip(lines, points):
-            text = ", ".join(line["values"].values())
-            axis.annotate(text, point, xytext=(3, 3), textcoords="offset points", fontsize=6)
+            text = ", ".join(line["values"][flag] for flag in others)
+            axis.annotate(text, point, xytext=(6, 3), textcoords="offset points", fontsize=7)
         if base and robust in base:
-            axis.plot(base["clean_acc"][0], base[robust][0], "r*", label="baseline")
-        axis.set(xlabel="clean accuracy", ylabel=robust, title=", ".join(flags))
+            axis.plot(base["clean_acc"][0], base[robust][0], "k*", markersize=9, label="baseline")
+        axis.set(xlabel="clean accuracy", ylabel=robust.replace("_acc", " accuracy"))
+        axis.set_title(f"next to each point: {', '.join(others)}", fontsize=9)
+        axis.margins(0.1)
     axis.legend(fontsize=7)
     figure.tight_layout()
     common.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
