@@ -173,7 +173,8 @@ def teacher_settings(flags):
     names = "data train_subset val_size deterministic precision lr gamma batch_size momentum"
     names += " weight_decay teacher_model teacher_milestones teacher_ckpt"
     settings = {name: flags[name] for name in names.split()} | {"epochs": flags["teacher_epochs"]}
-    return settings | {"dropout": teacher_dropout(flags)}
+    dropout = teacher_dropout(flags)
+    return settings | ({"dropout": dropout} if dropout else {})
 
 
 def stretch(schedule, epochs):

@@ -180,7 +180,7 @@ def teacher_settings(flags):
     names += " weight_decay teacher_model teacher_milestones teacher_ckpt"
     settings = {name: flags[name] for name in names.split()} | {"epochs": flags["teacher_epochs"]}
     wrong = wrong_labels(flags, "t")
-    return settings | {"wrong": wrong, "draw": any(wrong) and flags["label_draw"]}
+    return settings | ({"wrong": wrong, "draw": flags["label_draw"]} if any(wrong) else {})
 
 
 # Copied from fickle_teacher.stretch

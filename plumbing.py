@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import io
 import json
 import math
 import os
@@ -148,6 +149,7 @@ class Run:
     fingerprint: int = 0  # of the data
     finished: bool = False
     lock: object = None  # an open file: no other process may use the folder
+    settings: str = ""  # of the teacher that is trained now
     share: float = 1.0  # of the images of this step that this process has, of several
 
     def __post_init__(self):
@@ -473,7 +475,8 @@ def _share_epoch(model: nn.Module, steps: Tensor) -> None:
 
 def save_model(run: Run, stage: str, model: nn.Module, meta: dict) -> None:
     """common.save_model to <stage>.pt of the run's folder; all processes find it there after."""
-    common.save_model(run.dir / f"{stage}.pt", model, meta)
+    kept = {"settings": run.settings} if stage.startswith("teacher") else {}
+    common.save_model(run.dir / f"{stage}.pt", model, meta | kept)
     sync()
 
 
@@ -528,7 +531,8 @@ class Trajectories:
 def find_model(run: Run, file: str, settings) -> Path | None:
     """`file` in this or another run folder of the script whose flags give the same settings.
 
-    settings: dict of flags -> what of them the file depends on.
+    settings: dict of flags -> what of them the file depends on. A file of another script counts if
+    it was trained with equal settings, which save_model has kept: a plain teacher is trained once.
     """
     mine = settings(run.flags)
     for path in [run.dir / file, *sorted(run.dir.parent.glob(f"*/{file}"))]:
@@ -537,7 +541,15 @@ def find_model(run: Run, file: str, settings) -> Path | None:
             same = settings(theirs["flags"]) == mine and theirs["fingerprint"] == run.fingerprint
             if same and path.exists():
                 return path
+    for path in sorted(run.dir.parent.parent.glob(f"*/*/{file}")):
+        with contextlib.suppress(SystemExit, OSError), contextlib.redirect_stderr(io.StringIO()):
+            if common.load(path)["meta"].get("settings") == _kept(run, mine):
+                return path
     return None
+
+
+def _kept(run: Run, settings: dict) -> str:
+    return json.dumps([run.fingerprint, settings], sort_keys=True)
 
 
 def get_teacher(run: Run, data: common.Data, settings, train, file="teacher.pt"):
@@ -558,6 +570,7 @@ def get_teacher(run: Run, data: common.Data, settings, train, file="teacher.pt")
             common.write_atomically(own, lambda out: out.write(Path(path).read_bytes()))
             sync()
         else:
+            run.settings = _kept(run, settings(run.flags))
             train()
     teacher, meta = common.load_model(own, run.device, data)
     return teacher.requires_grad_(False), meta
@@ -613,9 +626,8 @@ def teacher_table(teacher: nn.Module, data: common.Data, run: "Run", epochs: int
         table = cache["table"] = torch.empty(math.prod(ways), len(data.classes), device=device)
         for rows in torch.arange(len(table), device=device).split(1024):
             with autocast(run):
-                table[rows] = teacher(
-                    common.cut(data, torch.stack(torch.unravel_index(rows, ways)))
-                )
+                plan = torch.stack(torch.unravel_index(rows, ways))
+                table[rows] = teacher(common.cut(data, data.x_padded, plan))
     return cache["table"]
 
 

@@ -235,3 +235,22 @@ def test_bad_flags_are_one_line_and_write_nothing(flags, tmp_path, refused):
     argv = ["--data", "shapes", *flags.split(), "--runs", str(tmp_path / "runs"), "--device", "cpu"]
     assert BAD[flags] in refused(mc.main, argv)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plain_teacher_is_trained_once_for_the_three_scripts_with_the_same_bits(tmp_path, capsys):
+    import fickle_teacher
+    import soft_randomization
+
+    scripts = [(fickle_teacher, "hinton"), (soft_randomization, "soft-randomization"), (mc, "mc-s")]
+    weights = []
+    for script, method in scripts:
+        for runs in ("shared", script.__name__):
+            flags = f"{SMALL} --method {method} --name run --runs {tmp_path}/{runs}"
+            script.main(flags.split())
+        own = tmp_path / script.__name__ / script.__name__ / "run-s0" / "teacher.pt"
+        weights.append(common.load(own)["weights"])
+    assert capsys.readouterr().out.count("teacher0: taken from") == 2
+    assert all(torch.equal(weights[0][k], other[k]) for other in weights for k in weights[0])
+    for script, method in ((fickle_teacher, "fickle"), (mc, "mc-t")):  # no plain teachers
+        script.main(f"{SMALL} --method {method} --runs {tmp_path}/shared".split())
+    assert "taken from" not in capsys.readouterr().out
