@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import warnings
+import zipfile
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -36,7 +37,8 @@ from torch import Tensor
 
 def fail(message: str):
     """Print `error: message` as one line on stderr and leave with status 2."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    line = " ".join(str(message).split())  # names in foreign files may hold terminal commands
+    print("error: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -585,6 +587,10 @@ def write_atomically(path: Path, write) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    with contextlib.suppress(OSError):  # some systems open no folders
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # or a power failure may undo the move
+        os.close(folder)
 
 
 def save(path: Path, record: dict) -> None:
@@ -594,20 +600,67 @@ def save(path: Path, record: dict) -> None:
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
+def check_zip(path: str | Path) -> None:
+    """ValueError if parts of a zip fail their CRC-32 (torch reads on) or it is made to swell."""
+    with zipfile.ZipFile(path) as file:
+        size = sum(part.file_size for part in file.infolist())
+        if size > 2**28 and size > 100 * os.path.getsize(path):
+            raise ValueError(f"a zip bomb of {size:,} bytes")
+        if any(part.compress_type not in (0, 8) for part in file.infolist()):
+            raise ValueError("packed in a way that numpy and torch never use")
+        if damaged := file.testzip():
+            raise ValueError(f"the checksum of {damaged} is wrong")
+
+
 def load(path: str | Path) -> dict:
-    """Read a file of `save` to the CPU, weights only: other pickles are refused, never run."""
+    """Read a file of `save` to the CPU, weights only: other pickles are refused, never run.
+
+    Every byte that matters is under a CRC-32 of torch's; those of older versions are too.
+    """
+    if not Path(path).is_file():  # a pipe would block
+        fail(f"{path}: no such checkpoint")
     try:
+        check_zip(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, on foreign pickles
             record = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"{path}: no such checkpoint")
     except Exception as error:  # torch raises half a dozen types for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-        fail(f"{path}: truncated, or not a checkpoint of these scripts ({reason})")
+        again = "if a run wrote it, delete it, and the same command makes it again"
+        fail(f"{path}: truncated, changed, or no checkpoint of these scripts ({reason}); {again}")
     if not isinstance(record, dict) or record.get("format") != 1:
         fail(f"{path}: not a checkpoint of these scripts")
     return record
+
+
+def previous(path: Path) -> Path:
+    """Where `save_next` keeps what it replaces: last.pt -> last.prev.pt."""
+    return path.with_name(f"{path.stem}.prev{path.suffix}")
+
+
+def save_next(path: Path, record: dict) -> None:
+    """As `save`, but what was in the file is kept beside it, for `load_latest`."""
+    if path.exists():
+        os.replace(path, previous(path))
+    save(path, record)
+
+
+def load_latest(path: Path) -> tuple[dict, Path]:
+    """-> (the record of the last `save_next`, its file); ({}, path) if there is none.
+
+    If the last one is missing or damaged it is the one before, and a line says so.
+    """
+    if not path.exists() and not previous(path).exists():
+        return {}, path
+    if not previous(path).exists():
+        return load(path), path
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as errors:
+            return load(path), path
+    except SystemExit:
+        print(errors.getvalue().strip().removeprefix("error: "), flush=True)
+        print(f"taking the one before: {previous(path)}", flush=True)
+        return load(previous(path)), previous(path)
 
 
 def save_model(path: Path, model: nn.Module, meta: dict) -> None:
@@ -615,15 +668,33 @@ def save_model(path: Path, model: nn.Module, meta: dict) -> None:
     save(path, {"arch": model.arch, "weights": model.state_dict(), "meta": meta})
 
 
+def is_plain(value, depth: int = 3) -> bool:
+    """Whether it is a number, a short string, None, or a small dict or list of such."""
+    if isinstance(value, dict | list):
+        inside = [*value, *value.values()] if isinstance(value, dict) else value
+        return depth > 0 and len(inside) < 1000 and all(is_plain(v, depth - 1) for v in inside)
+    short = isinstance(value, str) and len(value) < 1000
+    return short or value is None or isinstance(value, float | int)
+
+
 def load_model(path, device="cpu", data: Data | None = None, name: str | None = None):
     """-> (model in eval mode, its meta); an error if it does not fit `data` or is no `name`."""
     record = load(path)
     try:
-        arch, meta = record["arch"], record["meta"]
+        arch, weights, meta = (record[key] for key in ("arch", "weights", "meta"))
+        with torch.device("meta"):  # takes no memory, whatever arch asks for
+            wanted = {k: (v.shape, v.dtype) for k, v in build_model(**arch).state_dict().items()}
+        size = sum(v.numel() * v.element_size() for v in weights.values())
+        if wanted != {k: (v.shape, v.dtype) for k, v in weights.items()}:
+            raise ValueError(f"the weights are not those of {arch}")
+        if size > os.path.getsize(path) or not is_plain(meta):
+            raise ValueError("made to swell, or with more than numbers and names in it")
+        if not all(v.isfinite().all() for v in weights.values()):
+            raise ValueError("weights that are not finite")
         model = build_model(**arch)
-        model.load_state_dict(record["weights"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        fail(f"{path}: holds no model of these scripts ({str(error).splitlines()[0][:100]})")
+        model.load_state_dict(weights)
+    except Exception as error:  # whatever a foreign record makes torch raise
+        fail(f"{path}: holds no model of these scripts ({(str(error) or 'empty')[:200]})")
     if name is not None and name != arch["name"]:
         fail(f"{path}: is a {arch['name']}, expected a {name}")
     if data is not None:

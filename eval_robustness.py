@@ -618,15 +618,15 @@ def open_store(path=None, flags=None):
     record = {"flags": flags, "entries": {}, "bytes": 0}
     if path is None:
         return SimpleNamespace(path=None, record=record, file=tempfile.TemporaryFile())
-    examples, old = path.with_suffix(".examples"), path.exists()
+    examples, (old, found) = path.with_suffix(".examples"), common.load_latest(path)
     if old:
-        record = common.load(path)
+        record = old
         if not {"flags", "entries", "bytes"} <= record.keys():
             common.fail(f"{path}: not the state of an evaluation; delete it to begin again")
         compare_flags(path, record["flags"], flags)
         if not examples.exists() or examples.stat().st_size < record["bytes"]:
             common.fail(f"{examples}: missing or truncated; delete {path} to begin again")
-        print(f"goes on from {path}", flush=True)
+        print(f"goes on from {found}", flush=True)
     file = open(examples, "r+b" if old else "w+b")  # noqa: SIM115
     return SimpleNamespace(path=path, record=record, file=file)
 
@@ -653,7 +653,7 @@ def save_store(store):
     if store.path is not None:
         os.fsync(store.file.fileno())
         store.record["bytes"] = os.fstat(store.file.fileno()).st_size
-        common.save(store.path, store.record)
+        common.save_next(store.path, store.record)
 
 
 def read_examples(store, entry, index, like):
@@ -965,7 +965,8 @@ def run(args, command):
         text = json.dumps(record, indent=1).encode() + b"\n"
         common.write_atomically(out, lambda file: file.write(text))
     store.file.close()
-    for path in (store.path, store.path.with_suffix(".examples")) if base else ():
+    parts = (store.path, common.previous(store.path), store.path.with_suffix(".examples"))
+    for path in parts if base else ():
         path.unlink(missing_ok=True)
 
 

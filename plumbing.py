@@ -32,6 +32,9 @@ from torch import Tensor
 import common
 from common import count, count0, fail, fraction, probability
 
+# What a record of another shape, or one that is nested too deep, makes Python raise
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError)
+
 # ------------------------------------------------------------------------------------------------
 # Flags
 
@@ -39,11 +42,8 @@ from common import count, count0, fail, fraction, probability
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every training script shares: data, device, seed, folders."""
     add = parser.add_argument_group("run").add_argument
-    add(
-        "--data",
-        default="cifar10",
-        help="cifar10, cifar100, mnist, tiny-imagenet, shapes, FILE.npz, FOLDER",
-    )
+    names = "cifar10, cifar100, mnist, tiny-imagenet, shapes, FILE.npz, FOLDER"
+    add("--data", default="cifar10", help=names)
     add("--data-root", default="data", help="where data sets are, and missing ones are downloaded")
     add("--train-subset", type=count, help="train on so many images (a fixed choice); None: all")
     add("--test-subset", type=count, help="test on so many images (a fixed choice); None: all")
@@ -68,9 +68,8 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
         return text
 
     add = parser.add_argument_group("evaluation").add_argument
-    add(
-        "--eval", choices=["fast", "full"], default="fast", help="fast: clean, PGD; full: all below"
-    )
+    both = "fast: clean, PGD; full: all below"
+    add("--eval", choices=["fast", "full"], default="fast", help=both)
     add("--eps", type=probability, default=0.031, help="radius of PGD")
     add("--step-size", type=fraction, default=0.003, help="of PGD")
     add("--eval-steps", type=count, default=20, help="of PGD; full: 10 and 15 too")
@@ -227,8 +226,8 @@ def _begin(run: Run, data: common.Data) -> None:
         try:
             old = json.loads(path.read_text())
             old, fingerprint = dict(old["flags"]), old["fingerprint"]
-        except (ValueError, KeyError, TypeError):
-            fail(f"{path}: damaged; take another --name, or delete the folder")
+        except MALFORMED:
+            fail(f"{path}: damaged; delete it if the folder is this command's, or change --name")
         for key in sorted(flags.keys() | old.keys()):
             if flags.get(key) != old.get(key):
                 flag, other = "--" + key.replace("_", "-"), f"{old.get(key)}, not {flags.get(key)}"
@@ -243,9 +242,8 @@ def _begin(run: Run, data: common.Data) -> None:
             git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty"]
             config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         config["flags"] = flags
-        common.write_atomically(
-            path, lambda file: file.write(json.dumps(config, indent=1).encode())
-        )
+        text = json.dumps(config, indent=1).encode()
+        common.write_atomically(path, lambda file: file.write(text))
     if run.args.tensorboard:
         run.writer = SummaryWriter(run.dir)
     run.finished = _finished(run)
@@ -258,21 +256,27 @@ def _begin(run: Run, data: common.Data) -> None:
                 fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
             except BlockingIOError:
                 run.lock.seek(0)
-                fail(
-                    f"{run.dir}: in use by process {run.lock.read()}; wait, or take another --name"
-                )
+                who = run.lock.read()
+                fail(f"{run.dir}: in use by process {who}; wait, or take another --name")
             run.lock.truncate(0)
             print(os.getpid(), end="", file=run.lock, flush=True)
+            for torn in run.dir.glob(".*.tmp"):  # a kill leaves what it was writing
+                torn.unlink(missing_ok=True)
     if not common.rank():
         sync()
 
 
 def _rows(run: Run) -> list[dict]:
-    """The rows of log.jsonl, but for one that a kill has torn."""
+    """The rows of log.jsonl, but for one that a kill has torn, or that is none of ours."""
     rows = []
-    for line in run.log.read_text().splitlines() if run.log.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+    for line in run.log.read_text(errors="replace").splitlines() if run.log.exists() else []:
+        with contextlib.suppress(*MALFORMED):
+            row = json.loads(line)
+            if "summary" in row:
+                [part["model"] for part in row["summary"]], " ".join(row["files"])
+            else:
+                row["stage"] + "", row["epoch"] + 0
+            rows.append(row)
     return rows
 
 
@@ -283,11 +287,13 @@ def _write_rows(run: Run, rows: list[dict]) -> None:
 
 def finish(run: Run, rows: list[dict]) -> None:
     """Write the summary as the last row of log.jsonl, drop last.pt, and show the summary."""
-    files = ["log.jsonl", *(p.name for p in sorted(run.dir.glob("*.pt")) if p.name != "last.pt")]
+    last, models = run.dir / "last.pt", sorted(run.dir.glob("*.pt"))
+    files = [p.name for p in models if p not in (last, common.previous(last))]
     sync()
-    _write_rows(run, [*_rows(run), {"summary": rows, "files": files}])
+    _write_rows(run, [*_rows(run), {"summary": rows, "files": ["log.jsonl", *files]}])
     sync()
-    (run.dir / "last.pt").unlink(missing_ok=True)
+    for path in (last, common.previous(last)):
+        path.unlink(missing_ok=True)
     _finished(run)
 
 
@@ -313,13 +319,15 @@ def epochs(run: Run, stage: str, total: int, **parts):
     run.stage, run.total, run.parts, run.left = stage, total, parts, None
     run.seconds, run.row, run.best, done = 0.0, {}, {}, 0
     sync()  # no process may find files of this stage that another one did not find
-    last = run.dir / "last.pt"
-    record = common.load(last) if last.exists() else {}
+    record, last = common.load_latest(run.dir / "last.pt")
     if record.get("stage") == stage:
-        for name, part in parts.items():
-            part.load_state_dict(record["parts"][name])
-        done, run.row, run.best = record["epochs"], record["row"], record["best"]
-        run.seconds = run.row["seconds"]
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(record["parts"][name])
+            done, run.row, run.best = record["epochs"] + 0, record["row"], record["best"]
+            run.seconds = run.row["seconds"] + 0.0
+        except MALFORMED:
+            fail(f"{last}: not of a run with these flags; delete it, and the stage begins again")
         print(f"{stage}: goes on after epoch {done} of {total} ({last})", flush=True)
     # a kill between checkpoint and log loses a row of the log: the checkpoint has it too
     rows = [row for row in _rows(run) if row.get("stage") != stage or row["epoch"] < done]
@@ -391,7 +399,7 @@ def end_epoch(run: Run, epoch: int, history: list, data: common.Data, *attack) -
         common.save_model(run.dir / f"{run.stage}_best.pt", trained, row)
     state = {"stage": run.stage, "epochs": epoch + 1, "row": row, "best": run.best}
     state["parts"] = {name: part.state_dict() for name, part in run.parts.items()}
-    common.save(run.dir / "last.pt", state)
+    common.save_next(run.dir / "last.pt", state)
     _log(run, row)
 
 
@@ -400,9 +408,8 @@ def _validate(model: nn.Module, data: common.Data, *attack) -> dict:
     if not len(data.x_val):
         return {}
     with common.evaluating(model):
-        row = {
-            "val_clean_acc": common.correct(model, data.x_val, data.y_val).double().mean().item()
-        }
+        right = common.correct(model, data.x_val, data.y_val)
+        row = {"val_clean_acc": right.double().mean().item()}
         if attack:
             parts = []
             for x, y in zip(data.x_val.split(500), data.y_val.split(500)):
@@ -536,7 +543,7 @@ def find_model(run: Run, file: str, settings) -> Path | None:
     """
     mine = settings(run.flags)
     for path in [run.dir / file, *sorted(run.dir.parent.glob(f"*/{file}"))]:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with contextlib.suppress(OSError, *MALFORMED):
             theirs = json.loads((path.parent / "config.json").read_text())
             same = settings(theirs["flags"]) == mine and theirs["fingerprint"] == run.fingerprint
             if same and path.exists():

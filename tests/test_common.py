@@ -213,7 +213,9 @@ def test_bad_checkpoints_are_one_line_and_never_run(tmp_path, refused):
     content = good.read_bytes()
     for part in range(1, 10):
         (tmp_path / "cut.pt").write_bytes(content[: len(content) * part // 10])
-        assert "truncated, or not a checkpoint" in refused(common.load_model, tmp_path / "cut.pt")
+        assert "truncated, changed, or no checkpoint" in refused(
+            common.load_model, tmp_path / "cut.pt"
+        )
     (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb()))
     torch.save(Bomb(), tmp_path / "bomb2.pt")
     torch.save({"weights": 1}, tmp_path / "dict.pt")
