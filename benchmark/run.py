@@ -5,6 +5,7 @@ Usage    python benchmark/run.py --list                      # what is left, in 
          python benchmark/run.py table3 --minutes 120        # both papers' Table 3, two hours of it
          python benchmark/run.py paper1 paper2-table5        # a paper, a table
          python benchmark/run.py paper2-choices --seeds 1    # one open choice at a time
+         python benchmark/run.py --prepare                   # only the data/planes-cars.npz of some
          python benchmark/run.py --scale tiny                # every command, tiny nets, on a CPU
          python benchmark/report.py                          # then: docs/RESULTS.md and the README
 Order    by turn (tables.py), then by seed. Without names: all rows. A run that several rows share
@@ -75,6 +76,7 @@ def parse_args(argv=None):
         "tables", nargs="*", metavar="TABLE", help="table3, paper2-table3, paper1, a row; none: all"
     )
     add("--list", action="store_true", help="show what is left and its cost, run nothing")
+    add("--prepare", action="store_true", help="make planes-cars.npz of cifar10.npz, run nothing")
     add("--minutes", type=common.positive, help="begin what fits into so many; None: all")
     add("--seeds", type=common.count, help="at most so many seeds of a row; None: see tables.py")
     add("--scale", choices=["full", "tiny"], default="full", help="tiny: tests of the commands")
@@ -521,12 +523,7 @@ def prepare(args):
     folder, root = Path(args.runs), Path(args.data)
     two, ten = root / "planes-cars.npz", root / "cifar10.npz"
     if ten.exists() and not two.exists() and any("planes-cars" in job[1] for job in jobs(args)):
-        with np.load(ten) as file:
-            arrays = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test")}
-        for part in ("train", "test"):
-            keep = arrays[f"y_{part}"] < 2
-            arrays |= {f"{c}_{part}": arrays[f"{c}_{part}"][keep] for c in "xy"}
-        common.write_atomically(two, lambda file: np.savez(file, **arrays))
+        make_planes_cars(ten, two)
     if args.scale == "tiny":
         rng = np.random.default_rng(0)
         image = rng.integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
@@ -538,6 +535,16 @@ def prepare(args):
                 path = folder / CINIC / part / name / f"n0000000{i}_1.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image[i]).save(path)
+
+
+def make_planes_cars(ten, two):
+    """Write the planes and cars of the CIFAR-10 in `ten` to `two`, in their order."""
+    arrays = images.read_npz(ten)
+    found = {"classes": images.CLASSES["cifar10"][:2]}
+    for part in ("train", "test"):
+        keep = arrays[f"y_{part}"] < 2
+        found |= {f"{c}_{part}": arrays[f"{c}_{part}"][keep] for c in "xy"}
+    common.write_atomically(two, lambda file: np.savez(file, **found))
 
 
 def run_all(left, args):
@@ -563,6 +570,13 @@ def run_all(left, args):
 def main(argv=None):
     """Show what is left; unless --list, run what fits, write results, show what is left then."""
     args = parse_args(argv)
+    if args.prepare:
+        ten, two = (Path(args.data) / name for name in ("cifar10.npz", "planes-cars.npz"))
+        if not ten.exists():
+            common.fail(f"--prepare: there is no {ten}, which a run of a script on cifar10 makes")
+        if not two.exists():
+            make_planes_cars(ten, two)
+        return print(f"{two} is there")
     device = "cuda" if args.device == "cuda" else "cpu"
     if args.device != "cpu" and args.scale == "full" and torch.cuda.is_available():
         device = torch.cuda.get_device_name()

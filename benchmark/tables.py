@@ -424,8 +424,11 @@ def paper2_figures():
         (17, "label mixing, alpha 0.3", f"akd+ --alpha 0.3{st}{two}"),
         (17, "label mixing, alpha 0.7", f"akd+ --alpha 0.7{st}{two}"),
     ]:
+        other = {11: 6, 12: 6, 16: 13, 17: 13}.get(figure)
+        draws = "benchmark/trajectories.py draws it from the run"
+        draws += f" and that of Figure {other}" * bool(other)
         yield Row(f"paper2-figure{figure}", name, drawn("clean_acc pgd20_acc"), f"{RKD} {run}", "h",
-                  note="benchmark/trajectories.py draws it from the run", **one)
+                  note=draws, **one)
 
 
 # ------------------------------------------------------------------------------------------------
