@@ -11,7 +11,7 @@ Ranks    S(x) = 1/E sum_k CE(f_k(x), y) of the run's teacher             <- diff
 Cosine   of the vectors p_S(x) and p_T(x) over the epochs                <- cosine         Fig. 6
 Change   p_S - p_T after the last epoch of each, with a running mean     <- smooth         Fig. 7
 Written  trajectories.json; with matplotlib run-LABEL.png (Figures 6, 7, 10, 13 to 15) and
-         comparison.png (5, 11, 12, 16, 17), images.png (8 and 9, there of a run of --loss st)
+         comparison.png (5, 11, 12, 16, 17), images.png (8, 9: a run of --loss st)
 Silent   The paper does not say with what a student of an early-stopped teacher is compared. Here:
          with its own teacher as it was stopped (--teacher FILE: all students with that model); the
          cosine is over the epochs that both have, so over the first ones of the student.
@@ -30,6 +30,7 @@ import common
 KINDS = {"natural": "test", "adversarial": "adv"}  # kind of images -> its name in a model's file
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe-Ito
 PARTS = 5  # of the table: quintiles
+RANK = "test images, easiest to hardest"  # of the horizontal axes
 SHOWN = 10  # classes in images.png, the first ones
 
 
@@ -184,20 +185,20 @@ def read_images(run, root):
 
 def draw_run(figure, label, found, window):
     """Figures 6, 7, 10 (13 to 15): cosine, p_T and p_S - p_T of each image, by difficulty."""
-    titles = {"cosine": "cosine of $p_S(x)$ and $p_T(x)$", "teacher": "$p_{T,K}$ of the teacher"}
-    titles |= {"change": "$p_{S,K} - p_{T,K}$: the student's change"}
-    axes = figure.subplots(len(found), len(titles), sharex=True, squeeze=False)
+    titles = {"cosine": "cosine of $p_S(x)$ and $p_T(x)$", "teacher": "$p_{T,K}(x)$ of the teacher"}
+    titles |= {"change": "$p_{S,K}(x) - p_{T,K}(x)$"}
+    axes = figure.subplots(len(found), len(titles), sharex=True, sharey="col")
     for row, (kind, values) in zip(axes, found.items()):
         order = ranked(values["difficulty"])
-        for axis, (key, title) in zip(row, titles.items()):
+        for axis, key in zip(row, titles):
             y, rank = values[key][order], np.arange(1, len(order) + 1)
-            axis.plot(rank, y, ".", color="#56B4E9", markersize=2, alpha=0.5, rasterized=True)
+            axis.plot(rank, y, ".", color="#56B4E9", markersize=2, alpha=0.5)
             axis.plot(rank, smooth(y, window), color="#D55E00", linewidth=2)
-            axis.set_title(f"{title}, {kind}", fontsize=10)
-            axis.set_ylim((-1.05, 1.05) if key == "change" else (-0.05, 1.05))
-            axis.axhline(0, color="black", linewidth=0.6)
-    for axis in axes[-1]:
-        axis.set_xlabel("images, easiest to hardest")
+        row[0].set_ylabel(f"{kind} images")
+        row[-1].axhline(0, color="black", linewidth=0.6)
+    for axis, below, title in zip(axes[0], axes[-1], titles.values()):
+        axis.set_title(title)
+        below.set_xlabel(RANK)
     note = f"dots: test images; line: running mean of {window} of them"
     figure.suptitle(f"{label} ({note})", fontsize=11)
 
@@ -218,6 +219,7 @@ def draw_comparison(figure, runs, window):
             axes[0].plot(epochs, entropy, style, label=text, **options)
     axes[0].set(xlabel="epoch", ylabel="nats", title="mean entropy on the training images")
     axes[0].set_ylim(bottom=0)
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
     for axis, kind in zip(axes[1:], KINDS):
         for i, run in enumerate(runs):
             if run["teacher"]:
@@ -226,7 +228,7 @@ def draw_comparison(figure, runs, window):
                 options = {"color": COLOURS[i % len(COLOURS)], "label": run["label"]}
                 axis.plot(range(1, len(y) + 1), y, **options)
         axis.axhline(0, color="black", linewidth=0.6)
-        axis.set(title=f"$p_{{S,K}} - p_{{T,K}}$, {kind}", xlabel="images, easiest to hardest")
+        axis.set(title=f"$p_{{S,K}} - p_{{T,K}}$, {kind} images", xlabel=RANK)
     for axis in axes:
         axis.legend(fontsize=7)
 

@@ -224,7 +224,6 @@ SMALL = "--val-size 0 --steps 1 --epochs 3 --batch-size 20 --teacher-batch-size 
 SMALL += "--teacher-epochs 2 --model mlp-8 --loss akd --trajectories --device cpu --name t"
 
 
-@pytest.mark.skipif("Trajectories" not in dir(robust_kd.plumbing), reason="no recorder yet")
 def test_a_run_from_end_to_end(images_file, tmp_path, capsys):
     robust_kd.main([*SMALL.split(), "--data", images_file, "--runs", str(tmp_path)])
     folder = tmp_path / "robust_kd" / "t-s0"
