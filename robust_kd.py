@@ -268,7 +268,8 @@ def teacher_recipe(flags, i=0):
     names += "schedule nesterov decay_norms ema augment label_smoothing extra_data extra_fraction"
     recipe = {name: flags[name] for name in names.split()} | {"attack_loss": None}
     recipe["total"] = flags["teacher_epochs"] if flags["schedule"] == "cosine" else None
-    recipe["trajectories"] = flags["trajectories"] and (flags["test_subset"] or "all")
+    attack = [flags["eps"], step_size(flags["eps"], flags), flags["steps"]]  # of the test images
+    recipe["trajectories"] = flags["trajectories"] and [flags["test_subset"], *attack]
     recipe |= {
         "training": training,
         "loss": TEACHERS.get(training),

@@ -231,3 +231,12 @@ def test_a_teacher_without_trajectories_is_not_taken_for_one_that_has_them(tmp_p
     (folder,) = tmp_path.glob("robust_kd/*akd+*")
     assert "trajectories" in common.load(folder / "teacher.pt")["meta"]
     assert json.loads((folder / "config.json").read_text())["flags"]["trajectories"] is True
+
+
+def test_a_standard_teacher_is_shared_unless_its_trajectories_are_under_another_attack():
+    def recipe(flags):
+        return rk.teacher_recipe(vars(rk.parse_args(f"--teacher-training st {flags}".split())))
+
+    for attack in ("--eps 4/255", "--steps 3", "--step-size 1/255"):
+        assert recipe(attack) == recipe("")
+        assert recipe(f"--trajectories {attack}") != recipe("--trajectories")
