@@ -31,7 +31,7 @@ KINDS = {"natural": "test", "adversarial": "adv"}  # kind of images -> its name 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe-Ito
 PARTS = 5  # of the table: quintiles
 RANK = "test images, easiest to hardest"  # of the horizontal axes
-SHOWN = 10  # classes in images.png, the first ones
+SHOWN, COLUMNS = 10, 8  # of images.png: classes, the first ones; images beside each other
 
 
 def parse_args(argv=None):
@@ -148,6 +148,8 @@ def read_runs(args):
         run["student"] = read(folder / "student.pt")
         run["teacher"] = read(teacher) if args.teacher or teacher.exists() else None
         run["ranking"] = ranking or run["teacher"] or run["student"]
+        own = f"the {'teacher' if run['teacher'] else 'student'} of {label}"
+        run["ranked_by"] = args.difficulty_of or args.teacher or own
         for name, path in [
             ("teacher", teacher),
             ("ranking", f"--difficulty-of {args.difficulty_of}"),
@@ -243,7 +245,7 @@ def draw_images(figure, data, found, names):
             axis.set_axis_off()
 
 
-def sheet(x, columns=8):
+def sheet(x, columns=COLUMNS):
     """uint8 (N, H, W, C) -> one image (rows H', columns W', 3), white lines between them."""
     x = np.pad(x, ((0, -len(x) % columns), (1, 1), (1, 1), (0, 0)), constant_values=255)
     if len(x) == 0:
@@ -268,10 +270,11 @@ def draw(folder, runs, window, data, ends):
     figures["comparison.png"] = figure = Figure((13 if pairs else 5, 4), layout="constrained")
     draw_comparison(figure, runs, window)
     if ends:
-        rows = -(-max(len(part) for pair in ends for part in pair) // 8)
-        height = len(ends[:SHOWN]) * (0.3 + 0.6 * rows)
+        rows = -(-max(len(part) for pair in ends for part in pair) // COLUMNS)
+        height = 0.3 + len(ends[:SHOWN]) * (0.3 + 0.6 * rows)
         figures["images.png"] = figure = Figure((10, height), layout="constrained")
         draw_images(figure, data, ends[:SHOWN], data.classes)
+        figure.suptitle(f"training images by difficulty for {runs[0]['ranked_by']}", fontsize=11)
     for name, figure in figures.items():
         options = {"format": "png", "dpi": 100}
         common.write_atomically(folder / name, lambda file: figure.savefig(file, **options))  # noqa: B023
@@ -299,7 +302,8 @@ def show(runs):
         epochs = [len(run[name]["entropy"]) for name in ("student", "teacher")]
         tables[run["label"]] = quintiles(run["found"])
         print(f"\n{run['label']}: student of {epochs[0]} epochs, teacher of {epochs[1]}; ", end="")
-        print(f"cosine over the first {min(epochs)}; test images by difficulty")
+        print(f"cosine over the first {min(epochs)}")
+        print(f"test images by difficulty for {run['ranked_by']}")
         print(common.table(tables[run["label"]]))
     print(f"\nmean entropy on the training images\n{common.table(entropies)}", flush=True)
     return tables
