@@ -640,7 +640,7 @@ def previous(path: Path) -> Path:
 
 def save_next(path: Path, record: dict) -> None:
     """As `save`, but what was in the file is kept beside it, for `load_latest`."""
-    if path.exists():
+    if path.exists() and not rank():
         os.replace(path, previous(path))
     save(path, record)
 
@@ -668,8 +668,10 @@ def save_model(path: Path, model: nn.Module, meta: dict) -> None:
     save(path, {"arch": model.arch, "weights": model.state_dict(), "meta": meta})
 
 
-def is_plain(value, depth: int = 3) -> bool:
-    """Whether it is a number, a short string, None, or a small dict or list of such."""
+def is_plain(value, depth: int = 5) -> bool:
+    """Whether it is a number, a short string, None, a tensor, or a small dict or list of such."""
+    if isinstance(value, Tensor):  # one that repeats its numbers is larger than its storage
+        return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     if isinstance(value, dict | list):
         inside = [*value, *value.values()] if isinstance(value, dict) else value
         return depth > 0 and len(inside) < 1000 and all(is_plain(v, depth - 1) for v in inside)
@@ -688,7 +690,7 @@ def load_model(path, device="cpu", data: Data | None = None, name: str | None = 
         if wanted != {k: (v.shape, v.dtype) for k, v in weights.items()}:
             raise ValueError(f"the weights are not those of {arch}")
         if size > os.path.getsize(path) or not is_plain(meta):
-            raise ValueError("made to swell, or with more than numbers and names in it")
+            raise ValueError("made to swell, or with more than numbers, names and tensors in it")
         if not all(v.isfinite().all() for v in weights.values()):
             raise ValueError("weights that are not finite")
         model = build_model(**arch)

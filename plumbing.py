@@ -556,7 +556,8 @@ def find_model(run: Run, file: str, settings) -> Path | None:
 
 
 def _kept(run: Run, settings: dict) -> str:
-    return json.dumps([run.fingerprint, settings], sort_keys=True)
+    text = json.dumps([run.fingerprint, settings], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def get_teacher(run: Run, data: common.Data, settings, train, file="teacher.pt"):
