@@ -81,7 +81,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
 
 
 # Flags that do not change what is computed: a run may be resumed with others.
-FREE_FLAGS = {"data_root", "device", "runs", "name", "tensorboard", "argv", "seeds"}
+FREE_FLAGS = {"data_root", "device", "runs", "name", "tensorboard", "argv", "seeds", "graph"}
 
 
 def parse(parser: argparse.ArgumentParser, argv: list | None, presets: dict):
@@ -346,6 +346,59 @@ def autocast(run: "Run"):
     bf16 = run.device.type == "cuda" and run.args.precision == "bf16"
     # no cache: with it, weights first cast under no_grad (a TRADES attack) would get no gradient
     return torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+
+def captured(run: Run, compute, model: nn.Module):
+    """compute, or under --graph on CUDA a function that replays it as one CUDA graph.
+
+    compute(*tensors) -> Tensor: attack, forward passes, loss.backward() into gradients that are
+    None before; no host sync. The optimizer stays outside: its learning rate and momentum are
+    numbers that a graph would freeze, and its fused step is few launches anyway. Each shape of the
+    tensors (the last batch of an epoch) has a graph of its own; see _capture. The gradients are
+    those of the last call, the tensor that comes back is a copy.
+    """
+    graphs, parameters = {}, list(model.parameters())
+    if run.device.type != "cuda" or not run.args.graph:
+        return compute
+
+    def replayed(*tensors):
+        key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+        if key not in graphs:
+            graphs[key] = _capture(compute, model, [tensor.clone() for tensor in tensors])
+        replay, inputs, out, gradients = graphs[key]
+        for mine, given in zip(inputs, tensors):
+            mine.copy_(given)
+        replay()
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient
+        return out.clone()
+
+    return replayed
+
+
+def _capture(compute, model: nn.Module, inputs: list):
+    """-> (replay, inputs, output, gradients) of a CUDA graph of compute(*inputs).
+
+    Three calls on a side stream come before, as PyTorch asks for; they and the capture leave the
+    BatchNorm statistics and the state of the random numbers as they were.
+    """
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    state, side = torch.cuda.get_rng_state(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            model.zero_grad()
+            compute(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    model.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = compute(*inputs)
+    gradients = [parameter.grad for parameter in model.parameters()]
+    for buffer, before in zip(model.buffers(), buffers):
+        buffer.copy_(before)
+    torch.cuda.set_rng_state(state)
+    return graph.replay, inputs, out, gradients
 
 
 def metrics(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:

@@ -112,6 +112,7 @@ def parse_args(argv=None):
         default=0.7,
         help="of a batch, if there are extra data",
     )
+    add("--graph", action="store_true", help="replay steps as a CUDA graph (not measured yet)")
     add = parser.add_argument_group("analysis").add_argument
     add("--trajectories", action="store_true", help="keep what each epoch makes of each image")
     plumbing.add_run_flags(parser)
@@ -298,8 +299,15 @@ def student_recipe(flags):
     return recipe | {"training": flags["loss"], "step_size": step_size(flags["eps"], flags)}
 
 
+def make_optimizer(model, stage, how, args, n):
+    """-> (SGD, its schedule of n steps an epoch: the paper's for student and teacher, or AT+'s)."""
+    yes = {name: getattr(args, name) == "yes" for name in ("nesterov", "decay_norms")}
+    optimizer = common.sgd(model, how.lr, args.momentum, args.weight_decay, **yes)
+    return optimizer, make_schedule(optimizer, stage, how, args, n)
+
+
 def make_schedule(optimizer, stage, how, args, n):
-    """The learning rates, n steps an epoch: the paper's for student and teacher, or AT+'s."""
+    """The learning rates of make_optimizer."""
     schedules = torch.optim.lr_scheduler
     if (
         args.schedule == "cosine"
@@ -367,26 +375,30 @@ def train_model(run, data, stage, recipe, teacher=None):
     model = common.model_for(data, how.model, how.seed, stage, how.width)
     names = ("alpha", "lam", "temperature", "kl_reduction", "trades_beta")
     settings = {name: getattr(args, name) for name in names if name in wanted}
-    yes = {name: getattr(args, name) == "yes" for name in ("nesterov", "decay_norms")}
-    optimizer = common.sgd(model, how.lr, args.momentum, args.weight_decay, **yes)
     n = -(-len(data.x_train) // how.batch_size)
-    schedule = make_schedule(optimizer, stage, how, args, n)
+    optimizer, schedule = make_optimizer(model, stage, how, args, n)
     average = common.average_of(model, args.ema) if args.ema else None
     # other batches than the student's
     seed = how.seed if stage == "student" else common.derive_seed(how.seed, stage)
 
-    def train_step(x, labels):
+    def compute(x, labels):
         with plumbing.autocast(run):
             known = tensors(model, teacher, x, labels, how) | settings
             loss = LOSSES[how.loss](**{name: known[name] for name in wanted if name in known})
-        optimizer.zero_grad()
         loss.backward()
+        logits = known.get("student_adv_logits", known.get("student_logits"))
+        return plumbing.metrics(loss, logits, labels)
+
+    compute = plumbing.captured(run, compute, model)
+
+    def train_step(x, labels):
+        optimizer.zero_grad()
+        measured = compute(x, labels)
         optimizer.step()
         schedule.step()
         if average:
             average.update_parameters(model)
-        logits = known.get("student_adv_logits", known.get("student_logits"))
-        return plumbing.metrics(loss, logits, labels)
+        return measured
 
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     parts |= {"average": average} if average else {}
