@@ -14,10 +14,10 @@ from conftest import ROOT
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 LINES = {
     "common": 730,
-    "plumbing": 750,
+    "plumbing": 790,
     "eval_robustness": 1000,
     "images": 840,
-    "robust_kd": 490,
+    "robust_kd": 505,
     "teacher_free_kd": 650,
 }
 COPY = re.compile(r"^# Copied from (\w+)\.(\w+)", re.M)
