@@ -44,7 +44,7 @@ import common
 import plumbing
 
 # What --demo sets
-DEMO = {"data": "shapes", "model": "wrn-10-1", "epochs": 5, "teacher-epochs": 6, "teacher-es": 4}
+DEMO = {"data": "shapes", "model": "wrn-10-1", "epochs": 5, "teacher-epochs": 6, "teacher-es": 5}
 DEMO |= {"batch-size": 32, "teacher-batch-size": 32, "lr": 0.1, "steps": 3, "step-size": "4/255"}
 DEMO |= {"train-subset": 2000, "test-subset": 500, "val-size": 200}
 # What --recipe sets: AT+ (section 4), for student and teacher
@@ -130,6 +130,8 @@ def parse_args(argv=None):
     for flag in ["--alpha", "--lam", "--temperature", "--kl-reduction"]:
         if flag in given and flag[2:].replace("-", "_") not in needs(args.loss):
             parser.error(f"{flag}: --loss {args.loss} has none")
+    if "--extra-fraction" in given and not args.extra_data:
+        parser.error("--extra-fraction: goes with --extra-data")
     if args.attack_loss and "student_adv_logits" not in needs(args.loss):
         parser.error(f"--attack-loss: {args.loss} trains on clean images, without an attack")
     common.check_model("--model", args.model, args.width)

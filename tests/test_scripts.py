@@ -234,6 +234,7 @@ BAD_FLAGS = {
     "--seeds 1 1": "--seeds",
     "--loss ckd --attack-loss ce": "--attack-loss",
     "--loss rslad --alpha 0.3": "--alpha: --loss rslad has none",
+    "--extra-fraction 0.5": "--extra-fraction: goes with --extra-data",
     "--loss akd+ --kl-reduction=mean": "--kl-reduction",
     "--no-such-flag 1": "--no-such-flag",
     "--teacher 1": "--teacher",  # no abbreviations
