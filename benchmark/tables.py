@@ -427,6 +427,7 @@ def paper2_figures():
         other = {11: 6, 12: 6, 16: 13, 17: 13}.get(figure)
         draws = "benchmark/trajectories.py draws it from the run"
         draws += f" and that of Figure {other}" * bool(other)
+        draws += ", with --teacher of the latter" * (figure in (11, 16))
         yield Row(f"paper2-figure{figure}", name, drawn("clean_acc pgd20_acc"), f"{RKD} {run}", "h",
                   note=draws, **one)
 

@@ -12,9 +12,10 @@ Cosine   of the vectors p_S(x) and p_T(x) over the epochs                <- cosi
 Change   p_S - p_T after the last epoch of each, with a running mean     <- smooth         Fig. 7
 Written  trajectories.json; with matplotlib run-LABEL.png (Figures 6, 7, 10, 13 to 15) and
          comparison.png (5, 11, 12, 16, 17), images.png (8, 9: a run of --loss st)
-Silent   The paper does not say with what a student of an early-stopped teacher is compared. Here:
-         with its own teacher as it was stopped (--teacher FILE: all students with that model); the
-         cosine is over the epochs that both have, so over the first ones of the student.
+Silent   The paper does not say which p_T a student of an early-stopped teacher is compared with.
+         Here: its own teacher's, as it was stopped, and the cosine is over the epochs that both
+         have, the first ones of the student. With --teacher FILE it is that model's for all: what
+         the text says of Figure 11 fits a teacher that was not stopped.
 """
 
 import json
@@ -264,7 +265,7 @@ def draw(folder, runs, window, data, ends):
         return []
     figures, pairs = {}, [run for run in runs if run["teacher"]]
     for run in pairs:
-        name = "run-" + re.sub(r"[^\w.,=+-]", "-", run["label"]) + ".png"
+        name = "run-" + re.sub(r"[^\w.=+-]+", "-", run["label"]) + ".png"
         figures[name] = figure = Figure((12, 6.5), layout="constrained")
         draw_run(figure, run["label"], run["found"], window)
     figures["comparison.png"] = figure = Figure((13 if pairs else 5, 4), layout="constrained")
