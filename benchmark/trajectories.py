@@ -342,9 +342,10 @@ def main(argv=None):
     path = folder / "trajectories.json"
     try:
         common.write_atomically(path, lambda file: file.write(text.encode()))
-        print("\nwritten:", path, *draw(folder, runs, window, data, ends))
+        pictures = draw(folder, runs, window, data, ends)
     except OSError as error:
         common.fail(f"--out: {error.filename or folder}: {error.strerror or error}")
+    print("\nwritten:", path, *pictures)
 
 
 if __name__ == "__main__":
