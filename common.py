@@ -95,7 +95,8 @@ def setup_device(args: argparse.Namespace) -> torch.device:
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(args.deterministic)
+    if args.deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(args.deterministic)  # imports for seconds
     return device
 
 
@@ -645,22 +646,25 @@ def save_next(path: Path, record: dict) -> None:
     save(path, record)
 
 
-def load_latest(path: Path) -> tuple[dict, Path]:
-    """-> (the record of the last `save_next`, its file); ({}, path) if there is none.
+def load_latest(path: Path) -> dict:
+    """The record of the last `save_next`; {} if there is none.
 
-    If the last one is missing or damaged it is the one before, and a line says so.
+    If it is missing or damaged it is the one before, and a line says so; if both are, an error.
     """
-    if not path.exists() and not previous(path).exists():
-        return {}, path
-    if not previous(path).exists():
-        return load(path), path
-    try:
-        with contextlib.redirect_stderr(io.StringIO()) as errors:
-            return load(path), path
-    except SystemExit:
-        print(errors.getvalue().strip().removeprefix("error: "), flush=True)
-        print(f"taking the one before: {previous(path)}", flush=True)
-        return load(previous(path)), previous(path)
+    if path.exists():
+        try:
+            with contextlib.redirect_stderr(io.StringIO()) as errors:
+                return load(path)
+        except SystemExit:
+            print(errors.getvalue().removeprefix("error: "), end="", flush=True)
+    if previous(path).exists():
+        record = load(previous(path))
+        os.replace(previous(path), path)  # the next save_next must keep the good one
+        print(f"{path}: the one before it is taken", flush=True)
+        return record
+    if path.exists():
+        print(f"{path}: it was the first; beginning again", flush=True)
+    return {}
 
 
 def save_model(path: Path, model: nn.Module, meta: dict) -> None:

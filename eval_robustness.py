@@ -618,7 +618,7 @@ def open_store(path=None, flags=None):
     record = {"flags": flags, "entries": {}, "bytes": 0}
     if path is None:
         return SimpleNamespace(path=None, record=record, file=tempfile.TemporaryFile())
-    examples, (old, found) = path.with_suffix(".examples"), common.load_latest(path)
+    examples, old = path.with_suffix(".examples"), common.load_latest(path)
     if old:
         record = old
         if not {"flags", "entries", "bytes"} <= record.keys():
@@ -626,7 +626,9 @@ def open_store(path=None, flags=None):
         compare_flags(path, record["flags"], flags)
         if not examples.exists() or examples.stat().st_size < record["bytes"]:
             common.fail(f"{examples}: missing or truncated; delete {path} to begin again")
-        print(f"goes on from {found}", flush=True)
+        print(f"goes on from {path}", flush=True)
+    for torn in path.parent.glob(f".{path.name}.*.tmp"):  # a kill leaves what it was writing
+        torn.unlink(missing_ok=True)
     file = open(examples, "r+b" if old else "w+b")  # noqa: SIM115
     return SimpleNamespace(path=path, record=record, file=file)
 

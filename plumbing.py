@@ -319,7 +319,8 @@ def epochs(run: Run, stage: str, total: int, **parts):
     run.stage, run.total, run.parts, run.left = stage, total, parts, None
     run.seconds, run.row, run.best, done = 0.0, {}, {}, 0
     sync()  # no process may find files of this stage that another one did not find
-    record, last = common.load_latest(run.dir / "last.pt")
+    last = run.dir / "last.pt"
+    record = common.load_latest(last)
     if record.get("stage") == stage:
         try:
             for name, part in parts.items():

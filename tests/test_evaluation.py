@@ -32,7 +32,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_numbers(small, tmp_p
 
     expected = run(ev.open_store())
     path, kills = tmp_path / "out.json.state", 0
-    calls, saved = [0], common.save
+    calls, saved = [0], common.save_next
 
     def dying(*given):
         saved(*given)
@@ -40,7 +40,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_numbers(small, tmp_p
         if calls[0] % 7 == 0:  # after a few chunks, wherever that is
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(common, "save", dying)
+    monkeypatch.setattr(common, "save_next", dying)
     while True:
         try:
             found = run(store := ev.open_store(path, {}))
@@ -58,7 +58,8 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_numbers(small, tmp_p
 def test_a_state_of_other_flags_or_a_damaged_one_is_refused(tmp_path, refused):
     path = tmp_path / "out.json.state"
     store = ev.open_store(path, {"--eps": 0.1})
-    ev.write_examples(store, {"place": 0}, torch.tensor([2]), torch.ones(1, 3, 4, 4))
+    for _ in range(2):
+        ev.write_examples(store, {"place": 0}, torch.tensor([2]), torch.ones(1, 3, 4, 4))
     for flags, message in (({"--eps": 0.2}, "--eps: "), ({"--eps": 0.1}, None)):
         if message:
             assert message in refused(ev.open_store, path, flags)
@@ -66,7 +67,8 @@ def test_a_state_of_other_flags_or_a_damaged_one_is_refused(tmp_path, refused):
             assert ev.open_store(path, flags).record["bytes"] == 3 * 48 * 4
     path.with_suffix(".examples").write_bytes(b"short")
     assert "truncated" in refused(ev.open_store, path, {"--eps": 0.1})
-    path.write_bytes(path.read_bytes()[:200])
+    for file in (path, common.previous(path)):
+        file.write_bytes(path.read_bytes()[:200])
     assert "truncated" in refused(ev.open_store, path, {"--eps": 0.1})
 
 

@@ -1,0 +1,402 @@
+"""Faults for runs: signals, disks that fail, damaged files; a run must end with the same bits.
+
+A job is a command of a script, run in a forked process (torch is imported once). `trial` disturbs
+a job some times, then repeats its command until it ends and compares with the undisturbed job.
+"""
+
+import builtins
+import contextlib
+import dataclasses
+import errno
+import functools
+import importlib
+import itertools
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+import images
+
+TINY = "--data shapes --model mlp-4 --teacher-model mlp-4 --device cpu --train-subset 48"
+TINY += " --test-subset 10 --val-size 10 --batch-size 16 --teacher-epochs 3 --epochs 4"
+MORE = " --eval-steps 1 --restarts 1 --teacher-table no"
+EVALUATION = "--data shapes --device cpu --n 6 --batch-size 3 --attack clean pgd2 aa corruptions"
+EVALUATION += " --steps 3 --queries 8 --targets 2"
+JOBS = {  # script: its flags
+    "robust_kd": TINY + " --teacher-batch-size 16 --loss rslad+ --steps 1 --eval-steps 1",
+    "fickle_teacher": TINY + MORE + " --method fickle --dropout 0.2",
+    "soft_randomization": TINY + MORE + " --method soft-randomization",
+    "messy_collab": TINY + MORE + " --method flc-ts",
+    "teacher_free_kd": TINY + " --method at-tf-kd-self --steps 1 --eval-attack clean",
+    "eval_robustness": EVALUATION,
+}
+LIMIT = 120  # seconds for a command; one that hangs is a failure
+
+
+@functools.cache
+def prepared():
+    """-> (the data of all jobs, a net that is right on some): what takes longer than a job."""
+    arrays, model = images.make_shapes(80, 20), common.build_model("mlp-4")
+    x, labels = (torch.from_numpy(arrays[k]) for k in ("x_train", "y_train"))
+    optimizer = common.sgd(model, 0.1, 0.9, 0)  # its first step imports for a second
+    for _ in range(40):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(common.to_float(x)), labels).backward()
+        optimizer.step()
+    return arrays, model
+
+
+def start(job, folder, prepare=lambda: None):
+    """Fork a process that runs the job's command after prepare(); its output is in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    module, argv, (drawn, model) = importlib.import_module(job), JOBS[job].split(), prepared()
+    if job == "eval_robustness":
+        if not (folder / "net.pt").exists():
+            common.save_model(folder / "net.pt", model, {})
+        argv = [str(folder / "net.pt"), *argv, "--json", str(folder / "out.json")]
+    else:
+        argv += ["--runs", str(folder), "--name", "x"]
+    if pid := os.fork():
+        return pid
+    status, images.make_shapes = 1, lambda: drawn
+    try:
+        sys.stdout, sys.stderr = open(folder / "stdout", "w"), open(folder / "stderr", "w")  # noqa: SIM115
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        prepare()
+        module.main(argv)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    except KeyboardInterrupt:  # before the script's own handling, or after it
+        status = 130
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def wait(pid, folder):
+    """-> (exit status, minus the signal that killed it; stdout, stderr)."""
+    deadline = time.monotonic() + LIMIT
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise AssertionError(f"a command ran for {LIMIT} s: {folder}")
+        time.sleep(0.002)
+    status = os.waitstatus_to_exitcode(ended[1])
+    return status, *((folder / name).read_text() for name in ("stdout", "stderr"))
+
+
+# ------------------------------------------------------------------------------------------------
+# What a job leaves
+
+
+def without_times(value):
+    """A JSON value without what depends on the speed of the machine or on where the folder is."""
+    if isinstance(value, dict):
+        wanted = {k: v for k, v in value.items() if "second" not in k and k != "model"}
+        return {k: without_times(v) for k, v in wanted.items()}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def result(job, folder):
+    """All that must be equal: bytes of every weight of every model, rows of the log, numbers."""
+    if job == "eval_robustness":
+        return without_times(json.loads((folder / "out.json").read_text())["rows"])
+    run = folder / job / "x-s0"
+    found = {"log": [without_times(json.loads(r)) for r in (run / "log.jsonl").open()]}
+    for path in sorted(run.glob("*.pt")):
+        record = common.load(path)
+        tensors = record["weights"] if "weights" in record else {"": record["labels"]}
+        found[path.name] = {k: v.numpy().tobytes() for k, v in tensors.items()}
+    return found
+
+
+def leftovers(folder):
+    """Temporary files and states that a finished job should have removed."""
+    return [p for kind in (".*.tmp", "last*.pt", "*.state") for p in folder.rglob(kind)]
+
+
+def last_file(job, folder):
+    """The file from which the job goes on."""
+    return folder / ("out.json.state" if job == "eval_robustness" else f"{job}/x-s0/last.pt")
+
+
+def finished_epochs(job, folder):
+    """The (stage, epoch) that the log names last, if that stage is not over yet; else None."""
+    rows, run = [], folder / job / "x-s0"
+    with contextlib.suppress(OSError):
+        for line in (run / "log.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    if not rows or "stage" not in rows[-1] or (run / f"{rows[-1]['stage']}.pt").exists():
+        return None
+    return rows[-1]["stage"], rows[-1]["epoch"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Faults inside the process: what happens at the call number `at` of a function of the system
+
+
+def at_call(name, at, action):
+    """Let os.<name> do action(*arguments) before (or raise instead of) its call number `at`."""
+    real, calls = getattr(os, name), itertools.count(1)
+
+    def call(*args, **kwargs):
+        if next(calls) == at:
+            action(*args)
+        return real(*args, **kwargs)
+
+    setattr(os, name, call)
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_half_written(file, *_):
+    with contextlib.suppress(OSError):  # a folder is synced too
+        os.ftruncate(file, os.fstat(file).st_size // 2)
+    die()
+
+
+def refuse(number):
+    def action(*_):
+        raise OSError(number, os.strerror(number), "a file")
+
+    return action
+
+
+def slow(ready):
+    """Tell the parent, then take longer than it waits."""
+
+    def action(*_):
+        os.write(ready, b".")
+        time.sleep(LIMIT)
+
+    return action
+
+
+def read_only(at):
+    """From the opening number `at` for writing on, nothing can be opened for writing."""
+    real, calls = builtins.open, itertools.count(1)
+
+    def call(file, mode="r", *args, **kwargs):
+        if set(mode) & set("wa+") and next(calls) >= at:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(file))
+        return real(file, mode, *args, **kwargs)
+
+    builtins.open = call
+
+
+def clock_set_back():
+    real = time.time
+    time.time = lambda: real() - 1e8
+
+
+# ------------------------------------------------------------------------------------------------
+# The faults. Each takes (job, folder, rng, seconds of an undisturbed job), -> (status, out, err)
+
+
+def signalled(number, job, folder, rng, seconds):
+    pid = start(job, folder)
+    time.sleep(rng.uniform(0, 0.6 * seconds))
+    os.kill(pid, number)
+    return wait(pid, folder)
+
+
+def inside(make, job, folder, rng, seconds):
+    """make(at) -> what to prepare; at: the number of a call, of which a job has a few dozen."""
+    at = rng.randint(1, rng.choice((8, 40)))  # early ones more often: it may have gone on
+    return wait(start(job, folder, make(at)), folder)
+
+
+def slowed(number, job, folder, rng, seconds):
+    ready, tell = os.pipe()
+    at = rng.randint(1, 16)
+    pid = start(job, folder, lambda: at_call("fsync", at, slow(tell)))
+    os.close(tell)
+    if os.read(ready, 1):  # or it has ended
+        os.kill(pid, number)
+    os.close(ready)
+    return wait(pid, folder)
+
+
+def full(job, folder, rng, seconds):
+    """No file may pass a random size: a write stops in the middle, with an error."""
+    limit = rng.randint(500, 150_000)
+    return wait(
+        start(job, folder, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
+        folder,
+    )
+
+
+def damaged(damage, job, folder, rng, seconds):
+    """Stop it so that there is a checkpoint, if by chance there is one, and damage that."""
+    done = inside(lambda at: lambda: at_call("replace", at, die), job, folder, rng, seconds)
+    with contextlib.suppress(FileNotFoundError):
+        damage(last_file(job, folder), rng)
+    return done
+
+
+def cut(path, rng):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * rng.randint(0, 9) // 10])
+
+
+def flip(path, rng):
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def torn_log(job, folder, rng, seconds):
+    done = signalled(signal.SIGKILL, job, folder, rng, seconds)
+    for log in folder.rglob("log.jsonl"):
+        content = log.read_bytes()
+        log.write_bytes(content[: max(len(content) - rng.randint(1, 60), 0)])
+    return done
+
+
+def moved_clock(job, folder, rng, seconds):
+    """Killed; its files are from the future, and then the clock is years behind."""
+    signalled(signal.SIGKILL, job, folder, rng, seconds)
+    for path in folder.rglob("*"):
+        os.utime(path, (4e9, 4e9))
+    return wait(start(job, folder, clock_set_back), folder)
+
+
+def twice(job, folder, rng, seconds):
+    """A second process on the same folder is refused, with the number of the first."""
+    pid = start(job, folder)
+    lock = folder / job / "x-s0" / "lock"
+    while not (lock.exists() and lock.read_text() == str(pid)):
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):  # was finished before
+            return wait(pid, folder)
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGSTOP)
+    status, _, err = wait(start(job, folder), folder)
+    assert (status, f"in use by process {pid};" in err) == (2, True), (status, err)
+    os.kill(pid, signal.SIGKILL)  # the next takes over
+    return wait(pid, folder)
+
+
+def calls(name, action):
+    """A fault at a random call of os.<name>."""
+    return functools.partial(inside, lambda at: functools.partial(at_call, name, at, action))
+
+
+@dataclasses.dataclass
+class Fault:
+    """What happens, the exit statuses that are right, and how many epochs may be done again."""
+
+    run: object
+    statuses: tuple
+    again: int = 0
+
+
+KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+FAULTS = {
+    "SIGKILL": Fault(functools.partial(signalled, KILL), (-KILL,)),
+    "SIGTERM": Fault(functools.partial(signalled, TERM), (143, -TERM)),
+    "Ctrl-C": Fault(functools.partial(signalled, INT), (130, -INT)),
+    "SIGKILL in a write": Fault(calls("fsync", die_half_written), (-KILL,)),
+    "SIGKILL before the move": Fault(calls("replace", die), (-KILL,)),
+    "SIGKILL after a write": Fault(calls("fsync", die), (-KILL,)),
+    "SIGKILL in a slow write": Fault(functools.partial(slowed, KILL), (-KILL,)),
+    "SIGTERM in a slow write": Fault(functools.partial(slowed, TERM), (143,)),
+    "full disk": Fault(full, (2,)),
+    "full disk at the end of a write": Fault(calls("fsync", refuse(errno.ENOSPC)), (2,)),
+    "broken disk": Fault(calls("replace", refuse(errno.EIO)), (2,)),
+    "read-only disk": Fault(
+        functools.partial(inside, lambda at: functools.partial(read_only, at)), (2,)
+    ),
+    "checkpoint cut at a tenth": Fault(functools.partial(damaged, cut), (-KILL,), 1),
+    "a flipped bit in the checkpoint": Fault(functools.partial(damaged, flip), (-KILL,), 1),
+    "torn log": Fault(torn_log, (-KILL,)),
+    "clock set back": Fault(moved_clock, ()),
+    "started twice": Fault(twice, (-KILL,)),
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Trials
+
+
+@functools.cache
+def undisturbed(job, folder):
+    """-> (the result of the job, its seconds)."""
+    prepared()
+    begin = time.monotonic()
+    status, _, err = wait(start(job, folder), folder)
+    assert status == 0, err
+    return result(job, folder), time.monotonic() - begin
+
+
+def trial(job, names, seed, folder, reference):
+    """Disturb the job by the faults, then repeat its command to the end -> counts, for a sum."""
+    expected, seconds = undisturbed(job, reference)
+    rng = random.Random(f"{seed} {job} {names}")
+    counts = {"faults": 0, "runs": 1, "equal": 0, "lost": 0, "fallbacks": 0}
+    before, again = None, 0
+    for name in [*names, None]:
+        if name is None:
+            status, out, err = wait(start(job, folder), folder)
+        else:
+            status, out, err = FAULTS[name].run(job, folder, rng, seconds)
+        what = f"{job}, {name}, seed {seed}: status {status}\n{out}\n{err}"
+        assert "Traceback" not in err, what
+        assert status in (0, *(FAULTS[name].statuses if name else ())), what
+        if status == 2:
+            assert err.startswith("error: ") and err.count("\n") == 1, what
+        if status in (130, 143) and err:
+            assert "go on with:" in err and len(err.strip().splitlines()) == 2, what
+        counts["fallbacks"] += "the one before it is taken" in out
+        # a stage that had epochs when the command was repeated must go on after them
+        if before and f"{before[0]}: goes on after epoch" in out:
+            went_on = int(out.split(f"{before[0]}: goes on after epoch ")[1].split()[0])
+            counts["lost"] += max(before[1] - again - went_on, 0)
+        elif before and f"{before[0]} {before[1]}/" in out:
+            counts["lost"] += max(before[1] - again, 0)
+        if name is not None:
+            counts["faults"] += status != 0
+            now = finished_epochs(job, folder)
+            again, before = FAULTS[name].again, now
+    assert leftovers(folder) == [], what
+    counts["equal"] += result(job, folder) == expected
+    return counts
+
+
+def stopped(job, stage, epoch, folder):
+    """Start the job and kill it once the log has this epoch of the stage."""
+    pid, run = start(job, folder), folder / job / "x-s0"
+    while finished_epochs(job, folder) not in [(stage, n) for n in range(epoch, 99)]:
+        assert not (run / f"{stage}.pt").exists(), "it was too fast"
+        time.sleep(0.0005)
+    os.kill(pid, signal.SIGKILL)
+    wait(pid, folder)
+
+
+def goes_on(job, folder, copy, change, reference):
+    """Change a copy of a stopped job -> (status, output, errors, whether it ended as it should)."""
+    shutil.copytree(folder, copy)
+    change(copy / job / "x-s0")
+    status, out, err = wait(start(job, copy), copy)
+    equal = status == 0 and result(job, copy) == undisturbed(job, reference)[0]
+    return status, out, err, equal

@@ -1,0 +1,105 @@
+"""Whatever stops a run, the same command goes on and ends with the same bits (short form)."""
+
+import faults
+import pytest
+
+JOBS, FAULTS = list(faults.JOBS), list(faults.FAULTS)
+STOPPED = ("teacher_free_kd", "student", 2)  # a stage of four epochs
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return tmp_path_factory.mktemp("undisturbed")
+
+
+@pytest.fixture(scope="module")
+def half_done(reference):
+    """The folder of a run that was killed in its student's training, with both checkpoints."""
+    folder = reference / "half done"
+    faults.undisturbed(STOPPED[0], reference / STOPPED[0])
+    faults.stopped(*STOPPED, folder)
+    return folder
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_disturbed_job_goes_on_and_ends_with_the_same_bits(job, reference, tmp_path):
+    mine = FAULTS[JOBS.index(job) :: len(JOBS)][::-1]  # each fault once; `make soak` crosses them
+    assert job != "eval_robustness" or "started twice" not in mine  # evaluations take no lock
+    counts = faults.trial(job, mine, 3, tmp_path, reference / job)
+    assert counts["equal"] == 1 and counts["lost"] == 0 and counts["faults"] > 0, mine
+
+
+def test_the_harness_sees_other_bits_and_lost_epochs(reference, tmp_path, monkeypatch):
+    """A comparison that cannot fail would be none: with no checkpoints kept, epochs are lost."""
+    job = "teacher_free_kd"
+    expected, _ = faults.undisturbed(job, reference / job)
+    faults.stopped(*STOPPED, tmp_path)
+    monkeypatch.setattr(faults.common, "load_latest", lambda path: {})
+    stage, epoch = faults.finished_epochs(job, tmp_path)
+    status, out, _ = faults.wait(faults.start(job, tmp_path), tmp_path)
+    assert status == 0 and f"{stage}: goes on" not in out and f"{stage} {epoch}/" in out
+    assert faults.result(job, tmp_path) == expected  # later, but the same
+    log = tmp_path / job / "x-s0" / "log.jsonl"
+    log.write_text(log.read_text().replace('"epoch": 2', '"epoch": 3'))
+    assert faults.result(job, tmp_path) != expected
+
+
+def ending(half_done, tmp_path, change, reference):
+    return faults.goes_on(STOPPED[0], half_done, tmp_path / "x", change, reference / STOPPED[0])
+
+
+@pytest.mark.parametrize("tenth", range(10))
+def test_a_checkpoint_cut_anywhere_is_found_and_the_one_before_is_taken(
+    tenth, half_done, reference, tmp_path
+):
+    def cut(run):
+        content = (run / "last.pt").read_bytes()
+        (run / "last.pt").write_bytes(content[: len(content) * tenth // 10])
+
+    status, out, err, equal = ending(half_done, tmp_path, cut, reference)
+    assert status == 0 and equal, err
+    assert "last.pt: truncated, changed" in out and "the one before it is taken" in out
+
+
+def test_a_flipped_bit_anywhere_changes_no_result(half_done, reference, tmp_path):
+    """With each bit in turn it would take a day: in the middle of the weights it must be seen."""
+
+    def flip(run):
+        content = bytearray((run / "last.pt").read_bytes())
+        content[len(content) // 2] ^= 1
+        (run / "last.pt").write_bytes(content)
+
+    status, out, _, equal = ending(half_done, tmp_path, flip, reference)
+    assert status == 0 and equal and "the checksum of" in out
+
+
+def test_two_damaged_checkpoints_are_an_error_that_says_what_to_delete(
+    half_done, reference, tmp_path
+):
+    def damage(run):
+        for name in ("last.pt", "last.prev.pt"):
+            (run / name).write_bytes((run / name).read_bytes()[:5000])
+
+    status, _, err, _ = ending(half_done, tmp_path, damage, reference)
+    assert status == 2 and "last.prev.pt" in err and "delete it" in err and err.count("\n") == 1
+    run = tmp_path / "x" / STOPPED[0] / "x-s0"
+    (run / "last.prev.pt").unlink()
+    assert faults.wait(faults.start(STOPPED[0], tmp_path / "x"), tmp_path / "x")[0] == 0
+    expected, _ = faults.undisturbed(STOPPED[0], reference / STOPPED[0])
+    assert faults.result(STOPPED[0], tmp_path / "x") == expected
+
+
+def test_a_damaged_model_of_the_run_is_an_error_and_made_again_once_deleted(
+    half_done, reference, tmp_path
+):
+    def damage(run):
+        content = bytearray((run / "teacher.pt").read_bytes())
+        content[len(content) // 2] ^= 4
+        (run / "teacher.pt").write_bytes(content)
+
+    status, _, err, _ = ending(half_done, tmp_path, damage, reference)
+    assert status == 2 and "teacher.pt: truncated, changed" in err and "delete it" in err
+    (tmp_path / "x" / STOPPED[0] / "x-s0" / "teacher.pt").unlink()
+    assert faults.wait(faults.start(STOPPED[0], tmp_path / "x"), tmp_path / "x")[0] == 0
+    expected, _ = faults.undisturbed(STOPPED[0], reference / STOPPED[0])
+    assert faults.result(STOPPED[0], tmp_path / "x") == expected
