@@ -287,20 +287,19 @@ def _write_rows(run: Run, rows: list[dict]) -> None:
 
 def finish(run: Run, rows: list[dict]) -> None:
     """Write the summary as the last row of log.jsonl, drop last.pt, and show the summary."""
-    last, models = run.dir / "last.pt", sorted(run.dir.glob("*.pt"))
-    files = [p.name for p in models if p not in (last, common.previous(last))]
+    files = [path.name for path in sorted(run.dir.glob("*.pt")) if path.stem[:4] != "last"]
     sync()
     _write_rows(run, [*_rows(run), {"summary": rows, "files": ["log.jsonl", *files]}])
     sync()
-    for path in (last, common.previous(last)):
-        path.unlink(missing_ok=True)
     _finished(run)
 
 
 def _finished(run: Run) -> bool:
-    """Whether the run has its summary; if so, say that it is finished, and show it."""
+    """Whether the run has its summary; if so, drop what only resuming needs, and show it."""
     last = (_rows(run) or [{}])[-1]
     if "summary" in last:
+        for path in [*run.dir.glob("last*.pt"), *run.dir.glob(".*.tmp")]:
+            path.unlink(missing_ok=True)
         files = " ".join(last["files"])
         print(f"\n{common.table(last['summary'])}\n\n{run.dir} is finished: {files}", flush=True)
     return "summary" in last
@@ -331,8 +330,9 @@ def epochs(run: Run, stage: str, total: int, **parts):
             fail(f"{last}: not of a run with these flags; delete it, and the stage begins again")
         print(f"{stage}: goes on after epoch {done} of {total} ({last})", flush=True)
     # a kill between checkpoint and log loses a row of the log: the checkpoint has it too
-    rows = [row for row in _rows(run) if row.get("stage") != stage or row["epoch"] < done]
-    _write_rows(run, rows + ([record["row"]] if done else []))
+    kept = [record["row"]] if record else []
+    rows = [row for row in _rows(run) if row.get("stage") != stage or row["epoch"] <= done]
+    _write_rows(run, [row for row in rows if row not in kept] + kept)
     if common.world() > 1:
         parts["optimizer"].register_step_pre_hook(lambda *_: _sum_gradients(run))
     mine = [common.rank()] * bool(common.rank())

@@ -223,7 +223,7 @@ def signalled(number, job, folder, rng, seconds):
 
 def inside(make, job, folder, rng, seconds):
     """make(at) -> what to prepare; at: the number of a call, of which a job has a few dozen."""
-    at = rng.randint(1, rng.choice((8, 40)))  # early ones more often: it may have gone on
+    at = rng.randint(1, rng.choice((4, 8, 40)))  # early ones more often: it may have gone on
     return wait(start(job, folder, make(at)), folder)
 
 
@@ -279,7 +279,13 @@ def moved_clock(job, folder, rng, seconds):
     signalled(signal.SIGKILL, job, folder, rng, seconds)
     for path in folder.rglob("*"):
         os.utime(path, (4e9, 4e9))
-    return wait(start(job, folder, clock_set_back), folder)
+    at = rng.randint(1, 8)
+
+    def prepare():
+        clock_set_back()
+        at_call("replace", at, die)
+
+    return wait(start(job, folder, prepare), folder)
 
 
 def twice(job, folder, rng, seconds):
@@ -330,7 +336,7 @@ FAULTS = {
     "checkpoint cut at a tenth": Fault(functools.partial(damaged, cut), (-KILL,), 1),
     "a flipped bit in the checkpoint": Fault(functools.partial(damaged, flip), (-KILL,), 1),
     "torn log": Fault(torn_log, (-KILL,)),
-    "clock set back": Fault(moved_clock, ()),
+    "clock set back": Fault(moved_clock, (-KILL,)),
     "started twice": Fault(twice, (-KILL,)),
 }
 
