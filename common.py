@@ -683,6 +683,13 @@ def is_plain(value, depth: int = 5) -> bool:
     return short or value is None or isinstance(value, float | int)
 
 
+def is_like(value, like) -> bool:
+    """Whether it has the type of `like`: all its keys, likewise; the dtype of a tensor."""
+    if isinstance(like, dict) and isinstance(value, dict):
+        return all(key in value and is_like(value[key], like[key]) for key in like)
+    return type(value) is type(like) and getattr(value, "dtype", 0) == getattr(like, "dtype", 0)
+
+
 def load_model(path, device="cpu", data: Data | None = None, name: str | None = None):
     """-> (model in eval mode, its meta); an error if it does not fit `data` or is no `name`."""
     record = load(path)

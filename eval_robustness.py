@@ -609,6 +609,11 @@ def is_probabilities(logits):
     return bool(logits.min() > -1e-5 and (logits.sum(1) - 1).abs().max() < 1e-5)
 
 
+# Where a new attack stands
+NEW = {"broken": torch.zeros(0).short(), "serial": 1, "position": 0}
+NEW |= {"seconds": {}, "zero": 0, "bad": 0}
+
+
 def open_store(path=None, flags=None):
     """A new store, or the one that a killed evaluation with the same flags left; else an error.
 
@@ -621,7 +626,10 @@ def open_store(path=None, flags=None):
     examples, old = path.with_suffix(".examples"), common.load_latest(path)
     if old:
         record = old
-        if not {"flags", "entries", "bytes"} <= record.keys():
+        if not common.is_like(record, {"flags": {}, "entries": {}, "bytes": 0}) or not all(
+            key.endswith(" corruptions") or common.is_like(entry, NEW | {"place": 0})
+            for key, entry in record["entries"].items()
+        ):
             common.fail(f"{path}: not the state of an evaluation; delete it to begin again")
         compare_flags(path, record["flags"], flags)
         if not examples.exists() or examples.stat().st_size < record["bytes"]:
@@ -680,8 +688,10 @@ def run_attack(model, points, name, s, store, key):
     """
     x, labels, logits = points
     right, entries = (logits.argmax(1) == labels).cpu(), store.record["entries"]
-    new = {"broken": right.short() - 1, "serial": 1, "position": 0, "place": len(entries) * len(x)}
-    entry = entries.setdefault(key, new | {"seconds": {}, "zero": 0, "bad": 0})
+    new = NEW | {"broken": right.short() - 1, "seconds": {}, "place": len(entries) * len(x)}
+    entry = entries.setdefault(key, new)
+    if len(entry["broken"]) != len(x):
+        common.fail(f"{store.path}: not the state of these images; delete it to begin again")
     s = dataclasses.replace(s, eot=20 if name == "aa-rand" else 1)
     plan, broken, seconds = passes(name, logits.shape[1], s), entry["broken"], entry["seconds"]
     fast = faster(model)
@@ -941,7 +951,7 @@ def run(args, command):
             compare_flags(out, record["flags"], flags)
             print(f"{out} is finished")
             return show(record)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except Exception:  # whatever another record makes Python raise
             common.fail(f"--json: {out} is there and holds something else; take another")
     store = open_store(Path(f"{base}.state") if base else None, flags)
     for name, model in models.items():
@@ -967,9 +977,8 @@ def run(args, command):
         text = json.dumps(record, indent=1).encode() + b"\n"
         common.write_atomically(out, lambda file: file.write(text))
     store.file.close()
-    parts = (store.path, common.previous(store.path), store.path.with_suffix(".examples"))
-    for path in parts if base else ():
-        path.unlink(missing_ok=True)
+    for kind in ("state", "prev.state", "examples") if base else ():
+        Path(f"{base}.{kind}").unlink(missing_ok=True)
 
 
 def main(argv=None):

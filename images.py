@@ -15,8 +15,10 @@ import hashlib
 import io
 import itertools
 import math
+import os
 import re
 import shutil
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -53,7 +55,7 @@ def read_data(name, root):
     elif name.endswith(".npz"):
         arrays = read_npz(Path(name))
     elif Path(name).is_dir():
-        arrays = read_torchvision("folder", Path(name))
+        arrays = read_folder(Path(name))
     else:
         known = "cifar10, cifar100, mnist, tiny-imagenet, shapes, FILE.npz or FOLDER"
         common.fail(f"--data: expected {known}, got {name!r}")
@@ -84,19 +86,20 @@ def check(part, name, arrays):
 
 def read_npz(path, needed=("x_train", "y_train", "x_test", "y_test")) -> dict:
     """The arrays x_*, y_* and the class names of an .npz file, or an error; no pickles."""
+    if not path.is_file():  # a pipe would block
+        common.fail(f"{path}: no such file")
     try:
+        common.check_zip(path)
         with np.load(path, allow_pickle=False) as file:
             names = file.files
             if missing := set(needed) - set(names):
                 common.fail(f"{path}: expected {', '.join(needed)}; no {min(missing)} there")
-            arrays = {key: file[key] for key in names if key[:2] in ("x_", "y_")}
+            arrays = {key: np.asarray(file[key]) for key in names if key[:2] in ("x_", "y_")}
             if "classes" in names:
                 arrays["classes"] = [str(name) for name in np.atleast_1d(file["classes"])]
             return arrays
-    except FileNotFoundError:
-        common.fail(f"{path}: no such file")
     except Exception as error:  # numpy and zipfile raise a dozen types for a damaged file
-        common.fail(f"{path}: truncated, or not an .npz file ({error})")
+        common.fail(f"{path}: truncated, or not an .npz file ({str(error)[:200]})")
 
 
 def read_extra(path, data):
@@ -139,49 +142,101 @@ def read_extra(path, data):
 
 
 def read_torchvision(name: str, root: Path) -> dict:
-    """The arrays of a torchvision data set, downloaded if need be; `folder`: of class folders."""
+    """The arrays of a torchvision data set, downloaded if need be (checked before it is read)."""
     from torchvision import datasets
 
-    arrays, sub = {}, {"train": "train", "test": "test" if (root / "test").is_dir() else "val"}
+    arrays = {}
     try:
         for part in ("train", "test"):
-            if name == "folder":
-                found = datasets.ImageFolder(root / sub[part])
-            else:
-                found = getattr(datasets, name.upper())(root, train=part == "train", download=True)
-            images = found.data if hasattr(found, "data") else [np.asarray(x) for x, _ in found]
-            arrays |= {f"x_{part}": np.stack(images), f"y_{part}": np.array(found.targets)}
-            names = [c.split(" - ")[0] for c in found.classes]  # MNIST's are like "0 - zero"
-            if arrays.setdefault("classes", names) != names:
-                common.fail(f"{root}: train and {sub['test']} have different class folders")
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        wanted = "train/ and test/ or val/ of class folders, with images of one size"
-        wanted = wanted if name == "folder" else f"{name}.npz, or to download it by torchvision"
+            found = getattr(datasets, name.upper())(root, train=part == "train", download=True)
+            arrays |= {f"x_{part}": np.stack(found.data), f"y_{part}": np.array(found.targets)}
+            arrays["classes"] = [c.split(" - ")[0] for c in found.classes]  # of MNIST "0 - zero"
+    except Exception as error:  # of the network, or what a damaged file makes torchvision raise
+        wanted = f"{name}.npz, or to download it by torchvision"
         common.fail(f"--data: expected {wanted}, in {root}: {error}")
+    return arrays
+
+
+def read_folder(folder: Path) -> dict:
+    """The arrays of train/ and test/ (or val/) with a folder of images for each class."""
+    arrays, sub = {}, "test" if (folder / "test").is_dir() else "val"
+    for part in ("train", "test"):
+        within = folder / {"train": "train", "test": sub}[part]
+        classes, pairs = _list_classes(within, lambda file: file.suffix.lower() in SUFFIXES)
+        arrays |= _read_images(part, pairs, folder)
+        if arrays.setdefault("classes", classes) != classes:
+            common.fail(f"{folder}: train and {sub} have different class folders")
     return arrays
 
 
 def read_tiny_imagenet(folder):
     """The arrays of the unpacked official zip: 64x64; its validation images are the test images."""
     try:
-        classes = sorted(path.name for path in (folder / "train").iterdir())
-        found = {
-            "train": [
-                (k, file)
-                for k, c in enumerate(classes)
-                for file in sorted((folder / "train" / c / "images").iterdir())
-            ]
-        }
+        classes, train = _list_classes(folder / "train", lambda file: file.parent.name == "images")
         lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
         names = [line.split()[:2] for line in lines]
-        found["test"] = [(classes.index(c), folder / "val" / "images" / file) for file, c in names]
+        test = [(classes.index(c), folder / "val" / "images" / file) for file, c in names]
     except (OSError, ValueError) as error:
         common.fail(f"--data tiny-imagenet: expected the unpacked tiny-imagenet-200.zip: {error}")
-    arrays = {"classes": classes}
-    for part, pairs in found.items():
-        arrays[f"x_{part}"] = np.stack([_read_image(file) for _, file in pairs])
-        arrays[f"y_{part}"] = np.array([label for label, _ in pairs])
-    return arrays
+    arrays = _read_images("train", train, folder) | _read_images("test", test, folder)
+    return arrays | {"classes": classes}
+
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+
+
+def _list_classes(folder, wanted):
+    """-> (sorted names of the class folders, [(label, file)] with the files of a class sorted)."""
+    try:
+        classes, pairs = sorted(path.name for path in folder.iterdir() if path.is_dir()), []
+        for k, name in enumerate(classes):
+            before = len(pairs)
+            for where, folders, files in sorted(os.walk(folder / name)):  # follows no links
+                if links := [sub for sub in folders if Path(where, sub).is_symlink()]:
+                    raise ValueError(f"{where}/{links[0]} is a link to a folder")
+                pairs += [(k, Path(where, f)) for f in sorted(files) if wanted(Path(where, f))]
+            if len(pairs) == before:
+                raise ValueError(f"no images in {name}")
+        if not classes:
+            raise ValueError("no folder in it")
+    except (OSError, ValueError) as error:
+        common.fail(f"{folder}: expected class folders of images, none of them empty ({error})")
+    return classes, pairs
+
+
+def _read_images(part, pairs, root):
+    """{x_<part>: uint8 (N, H, W, 3), y_<part>: labels (N,)} of [(label, file)], of one size."""
+    found = []
+    for _, file in pairs:
+        found.append(_read_image(file, root))
+        if found[-1].shape != found[0].shape:
+            common.fail(f"{file}: an image of {found[-1].shape}, the first has {found[0].shape}")
+    if not pairs:
+        common.fail(f"{root}: no images")
+    return {f"x_{part}": np.stack(found), f"y_{part}": np.array([label for label, _ in pairs])}
+
+
+def _must_be_in(root, file):
+    """ValueError if there is no regular file (a pipe would block) or it lies outside of root."""
+    if not (file.is_file() and file.resolve().is_relative_to(root.resolve())):
+        raise ValueError(f"no file, or a link out of {root}")
+
+
+def _read_image(file, root):
+    """An image file as uint8 (H, W, 3); an error if it lies outside of the folder root."""
+    from PIL import Image
+
+    try:
+        _must_be_in(root, file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a bomb, which is refused below
+            # no other formats: that of EPS would start another program
+            with Image.open(file, formats=("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP")) as image:
+                if image.width * image.height > 2**24:
+                    raise ValueError(f"{image.width} x {image.height} pixels")
+                return np.asarray(image.convert("RGB"))
+    except Exception as error:  # the decoders raise whatever comes
+        common.fail(f"{file}: not a readable image ({str(error)[:200]})")
 
 
 def make_shapes(train: int = 4000, test: int = 1000, seed: int = 0) -> dict:
@@ -407,14 +462,9 @@ def _frost_textures(folder):
         draw = uniform(torch.arange(5), "frost textures")
         ice = _plasma(draw, 1.7, 128)[..., None] * torch.tensor([225.0, 235.0, 245.0])
         return (ice + 24 + 60 * draw(128, 128, 1)).clamp(0, 255), [(128, 128)] * 5
-    from PIL import Image  # comes with torchvision
-
     textures, sizes = torch.zeros(5, 400, 400, 3, dtype=torch.float64), []
     for i, name in enumerate("frost1.png frost2.png frost3.png frost4.jpg frost5.jpg".split()):
-        try:
-            image = np.array(Image.open(Path(folder) / name).convert("RGB"))
-        except OSError as error:
-            common.fail(f"--frost-dir: {Path(folder) / name} is missing or unreadable ({error})")
+        image = _read_image(Path(folder) / name, Path(folder)).copy()
         image = image[2::5, 2::5]  # bilinear at a fifth of the size falls on these pixels exactly
         if min(image.shape[:2]) < 33 or max(image.shape[:2]) > 400:
             common.fail(f"--frost-dir: {name}: expected 165 to 2000 pixels a side")
@@ -696,11 +746,14 @@ def read_corruptions(folder, classes=10):
     for name in ("labels", *CORRUPTIONS):
         path = Path(folder) / f"{name}.npy"
         try:
+            if path.exists():
+                _must_be_in(Path(folder), path)
             array = arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
             common.fail(f"--corruptions: no file {path}; the folder needs 19 corruptions + labels")
-        except (OSError, ValueError, EOFError) as error:
-            common.fail(f"--corruptions: {path} is truncated, or not an .npy file ({error})")
+        except Exception as error:  # numpy's of a header that is none
+            wrong = f"truncated, or not an .npy file ({str(error)[:200]})"
+            common.fail(f"--corruptions: {path} is {wrong}")
         shape = (len(arrays["labels"]) if arrays["labels"].ndim else 0, 32, 32, 3)
         if name != "labels" and (array.dtype != np.uint8 or array.shape != shape):
             got = f"{array.dtype} {array.shape}"
@@ -759,7 +812,7 @@ def load_ood(path, classes, per_class=None, seed=0, cinic=False, size=(32, 32)):
     keep = np.sort(np.concatenate(keep))
     out = np.empty((len(keep), *size, 3), np.uint8)
     for row, i in enumerate(keep):
-        image = x[i] if npz else _read_image(x[i])
+        image = x[i] if npz else _read_image(x[i], path)
         if image.shape != out.shape[1:]:
             common.fail(f"{path if npz else x[i]}: an image of {image.shape}, not {out.shape[1:]}")
         out[row] = image
@@ -771,21 +824,16 @@ def load_ood(path, classes, per_class=None, seed=0, cinic=False, size=(32, 32)):
 
 def _list_images(path, classes, cinic):
     """The image files below a folder, class by class and sorted, and their labels (N,)."""
-    from torchvision.datasets import ImageFolder
 
     def wanted(file):  # the images of CIFAR-10 have cifar in their names
-        name = Path(file).name
-        return name[0] != "." and not (cinic and "cifar" in name)
+        return file.name[0] != "." and not (cinic and "cifar" in file.name)
 
     found = []
     for part in [path / part for part in ("train", "valid", "test")] if cinic else [path]:
-        try:
-            folder = ImageFolder(part, is_valid_file=wanted)
-        except OSError as error:
-            common.fail(f"{part}: expected class folders of images, none of them empty ({error})")
-        if foreign := set(folder.classes) - set(classes):
+        names, pairs = _list_classes(part, wanted)
+        if foreign := set(names) - set(classes):
             common.fail(f"{part / min(foreign)}: none of the classes {', '.join(classes)}")
-        found += [(classes.index(folder.classes[k]), Path(file)) for file, k in folder.samples]
+        found += [(classes.index(names[k]), file) for k, file in pairs]
     for _, file in found if cinic else ():
         if not re.fullmatch(r"n\d{8}_\d+\.png", file.name):
             common.fail(f"{file}: neither an ImageNet name nor a CIFAR one")
@@ -794,15 +842,6 @@ def _list_images(path, classes, cinic):
     if cinic and len(np.unique(labels)) < len(classes):
         common.fail(f"{path}: expected folders named {', '.join(classes)}")
     return [file for _, file in found], labels
-
-
-def _read_image(file):
-    from PIL import Image
-
-    try:
-        return np.asarray(Image.open(file).convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        common.fail(f"{file}: not a readable image ({error})")
 
 
 def load_others(args, data, x):

@@ -146,9 +146,12 @@ def wrong_labels(flags, net):
 def read_labels(path, data):
     """The labels (N,) of a labels.pt; an error if they are not of the training images."""
     record = common.load(path)
-    if record.get("fingerprint") != data.fingerprint or "labels" not in record:
+    labels, y = record.get("labels"), data.y_train
+    same = common.is_like(labels, y) and labels.shape == y.shape
+    same = same and 0 <= labels.min() <= labels.max() < len(data.classes)
+    if record.get("fingerprint") != data.fingerprint or not same:
         common.fail(f"{path}: holds no labels of these training images of {data.name}")
-    return record["labels"].to(data.y_train.device)
+    return labels.to(y.device)
 
 
 def corrupted(data, args, run):

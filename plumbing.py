@@ -330,7 +330,8 @@ def epochs(run: Run, stage: str, total: int, **parts):
             fail(f"{last}: not of a run with these flags; delete it, and the stage begins again")
         print(f"{stage}: goes on after epoch {done} of {total} ({last})", flush=True)
     # a kill between checkpoint and log loses a row of the log: the checkpoint has it too
-    kept = [record["row"]] if record else []
+    row = record.get("row")
+    kept = [row] if isinstance(row, dict) and common.is_plain(row) else []
     rows = [row for row in _rows(run) if row.get("stage") != stage or row["epoch"] <= done]
     _write_rows(run, [row for row in rows if row not in kept] + kept)
     if common.world() > 1:

@@ -13,10 +13,10 @@ from conftest import ROOT
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 LINES = {
-    "common": 730,
-    "plumbing": 790,
-    "eval_robustness": 1000,
-    "images": 840,
+    "common": 760,
+    "plumbing": 800,
+    "eval_robustness": 1010,
+    "images": 890,
     "robust_kd": 505,
     "teacher_free_kd": 650,
 }
