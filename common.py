@@ -16,6 +16,7 @@ import hashlib
 import io
 import math
 import os
+import pickle
 import re
 import sys
 import warnings
@@ -448,7 +449,7 @@ class Ensemble(nn.Module):
 
 def check_model(flag: str, name: str, width: float = 1.0, dropout: float = 0.0) -> None:
     """An error that names `flag` if build_model(name, width=width, dropout=dropout) cannot be."""
-    wrn = re.fullmatch(r"wrn-([1-9]\d{1,3})-([1-9]\d?)(-silu)?", name)
+    wrn = re.fullmatch(r"wrn-([1-9]\d{1,2})-([1-9]\d?)(-silu)?", name)
     resnet = re.fullmatch(r"resnet18|resnet50|preact-resnet18(-silu)?", name)
     if not (wrn or resnet or re.fullmatch(r"mlp(-[1-9]\d{0,4}){1,8}", name)):
         known = "resnet18, resnet50, preact-resnet18, wrn-D-W or mlp-H-...-H"
@@ -627,6 +628,8 @@ def load(path: str | Path) -> dict:
             record = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        if isinstance(error, pickle.UnpicklingError):  # torch's words are on how to run it
+            reason = "its pickle asks for more than numbers and names"
         again = "if a run wrote it, delete it, and the same command makes it again"
         fail(f"{path}: truncated, changed, or no checkpoint of these scripts ({reason}); {again}")
     if not isinstance(record, dict) or record.get("format") != 1:
@@ -695,12 +698,13 @@ def load_model(path, device="cpu", data: Data | None = None, name: str | None = 
     record = load(path)
     try:
         arch, weights, meta = (record[key] for key in ("arch", "weights", "meta"))
+        check_model(f"{path}", arch["name"], arch["width"], arch["dropout"])
         with torch.device("meta"):  # takes no memory, whatever arch asks for
             wanted = {k: (v.shape, v.dtype) for k, v in build_model(**arch).state_dict().items()}
         size = sum(v.numel() * v.element_size() for v in weights.values())
         if wanted != {k: (v.shape, v.dtype) for k, v in weights.items()}:
             raise ValueError(f"the weights are not those of {arch}")
-        if size > os.path.getsize(path) or not is_plain(meta):
+        if size > os.path.getsize(path) or not (isinstance(meta, dict) and is_plain(meta)):
             raise ValueError("made to swell, or with more than numbers, names and tensors in it")
         if not all(v.isfinite().all() for v in weights.values()):
             raise ValueError("weights that are not finite")
