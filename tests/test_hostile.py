@@ -27,8 +27,7 @@ def test_the_harness_sees_tracebacks_hunger_and_what_runs(tmp_path):
     keep, runs = [], hostile_runs.hostile.Runs(tmp_path)
     calls = {"raises": lambda: 1 / 0, "hungry": hungry, "silent": lambda: exit(2)}
     calls["runs"] = lambda: hostile_runs.pickle.loads(hostile_runs.pickle.dumps(runs))
-    found = hostile_runs.attempt(
-        calls | {"dies": lambda: os.kill(os.getpid(), signal.SIGKILL)}, tmp_path
-    )
+    calls["dies"] = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    found = hostile_runs.attempt(calls, tmp_path)
     lines = hostile_runs.wrong(found, calls, {name: (0, 2) for name in found})
     assert len(lines) == 4 and "MB more" in " ".join(lines) and (tmp_path / "ran").exists()
