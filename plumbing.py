@@ -273,7 +273,7 @@ def _rows(run: Run) -> list[dict]:
         with contextlib.suppress(*MALFORMED):
             row = json.loads(line)
             if "summary" in row:
-                [part["model"] for part in row["summary"]][0], " ".join(row["files"])
+                row["summary"][0]["model"], common.table(row["summary"]), " ".join(row["files"])
             else:
                 row["stage"] + "", row["epoch"] + 0
             rows.append(row)
