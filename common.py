@@ -602,15 +602,17 @@ def save(path: Path, record: dict) -> None:
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def check_zip(path: str | Path) -> None:
-    """ValueError if parts of a zip fail their CRC-32 (torch reads on) or it is made to swell."""
+def check_zip(path: str | Path, whole: bool = True) -> None:
+    """ValueError if a zip is made to swell or, if whole, has parts that fail their CRC-32."""
+    if not Path(path).is_file():  # a pipe would block
+        raise ValueError("not a file")
     with zipfile.ZipFile(path) as file:
         size = sum(part.file_size for part in file.infolist())
         if size > 2**28 and size > 100 * os.path.getsize(path):
             raise ValueError(f"a zip bomb of {size:,} bytes")
         if any(part.compress_type not in (0, 8) for part in file.infolist()):
             raise ValueError("packed in a way that numpy and torch never use")
-        if damaged := file.testzip():
+        if whole and (damaged := file.testzip()):
             raise ValueError(f"the checksum of {damaged} is wrong")
 
 
@@ -649,25 +651,25 @@ def save_next(path: Path, record: dict) -> None:
     save(path, record)
 
 
-def load_latest(path: Path) -> dict:
-    """The record of the last `save_next`; {} if there is none.
+def load_latest(path: Path) -> tuple[dict, Path]:
+    """-> (the record of the last `save_next`, its file); {} if there is none.
 
-    If it is missing or damaged it is the one before, and a line says so; if both are, an error.
+    If it is missing or damaged it is the one before, and a line says so; if both are, an error. The
+    caller then moves that file to `path`: the next save_next must keep the good one.
     """
     if path.exists():
         try:
             with contextlib.redirect_stderr(io.StringIO()) as errors:
-                return load(path)
+                return load(path), path
         except SystemExit:
             print(errors.getvalue().removeprefix("error: "), end="", flush=True)
     if previous(path).exists():
         record = load(previous(path))
-        os.replace(previous(path), path)  # the next save_next must keep the good one
         print(f"{path}: the one before it is taken", flush=True)
-        return record
+        return record, previous(path)
     if path.exists():
         print(f"{path}: it was the first; beginning again", flush=True)
-    return {}
+    return {}, path
 
 
 def save_model(path: Path, model: nn.Module, meta: dict) -> None:

@@ -623,9 +623,9 @@ def open_store(path=None, flags=None):
     record = {"flags": flags, "entries": {}, "bytes": 0}
     if path is None:
         return SimpleNamespace(path=None, record=record, file=tempfile.TemporaryFile())
-    examples, old = path.with_suffix(".examples"), common.load_latest(path)
+    examples, (old, found) = path.with_suffix(".examples"), common.load_latest(path)
     if old:
-        record = old
+        record, _ = old, os.replace(found, path)
         if not common.is_like(record, {"flags": {}, "entries": {}, "bytes": 0}) or not all(
             key.endswith(" corruptions") or common.is_like(entry, NEW | {"place": 0})
             for key, entry in record["entries"].items()

@@ -107,6 +107,8 @@ def read_extra(path, data):
     path, shape, classes = Path(path), data.x_train.shape[1:], len(data.classes)
     wanted = f"uint8 (M, {', '.join(map(str, shape))})"
     try:
+        if path.exists():
+            common.check_zip(path, whole=False)
         with zipfile.ZipFile(path) as archive:
             member, labels = (archive.getinfo(f"{key}.npy") for key in ("image", "label"))
             with archive.open(member) as file:
@@ -129,6 +131,8 @@ def read_extra(path, data):
                     copy = functools.partial(shutil.copyfileobj, file, length=2**20)
                     common.write_atomically(unpacked, copy)
         x = np.load(unpacked, mmap_mode="r", allow_pickle=False)
+        if (x.dtype, x.shape) != (np.uint8, (count, *shape)):
+            raise ValueError(f"{unpacked.name} holds something else; delete it")
     except FileNotFoundError:
         common.fail(f"--extra-data: {path}: no such file")
     except KeyError:

@@ -319,7 +319,10 @@ def epochs(run: Run, stage: str, total: int, **parts):
     run.seconds, run.row, run.best, done = 0.0, {}, {}, 0
     sync()  # no process may find files of this stage that another one did not find
     last = run.dir / "last.pt"
-    record = common.load_latest(last)
+    record, found = common.load_latest(last)
+    sync()
+    if found != last and not common.rank():
+        os.replace(found, last)
     if record.get("stage") == stage:
         try:
             for name, part in parts.items():

@@ -34,7 +34,7 @@ def test_the_harness_sees_other_bits_and_lost_epochs(reference, tmp_path, monkey
     job = "teacher_free_kd"
     expected, _ = faults.undisturbed(job, reference / job)
     faults.stopped(*STOPPED, tmp_path)
-    monkeypatch.setattr(faults.common, "load_latest", lambda path: {})
+    monkeypatch.setattr(faults.common, "load_latest", lambda path: ({}, path))
     stage, epoch = faults.finished_epochs(job, tmp_path)
     status, out, _ = faults.wait(faults.start(job, tmp_path), tmp_path)
     assert status == 0 and f"{stage}: goes on" not in out and f"{stage} {epoch}/" in out
