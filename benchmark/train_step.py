@@ -3,6 +3,7 @@
 Usage    python benchmark/train_step.py                          # WRN-10-1, batch 128, on the CPU
          python benchmark/train_step.py --model resnet18 --device cuda --batch-size 128
          python benchmark/train_step.py --job distillation --model wrn-16-2 --teacher-model wrn-40-2
+         python benchmark/train_step.py --ladder --loss akd+ --model resnet18 --device cuda
 Plain    what most published code does: DataLoader with torchvision transforms, float32, NCHW, the
          attack by loss.backward(), which also makes the gradients of all weights in every step.
 Ours     data on the device, one gather a batch, channels_last (and bf16 on CUDA), the gradient of
@@ -11,10 +12,19 @@ Both     live in one process and are timed in turn, a few steps each; medians an
          that, both do one step from the same weights on the same images, and must agree.
 Table    --job distillation: a step of fickle_teacher.py --method hinton, with the live teacher and
          with the table of its logits, which must give the same loss; and the student alone.
+Ladder   --ladder: what each trick is worth, one after the other on top of those before, for --loss
+         st, at, ckd or akd+ of robust_kd.py. The first losses of all rungs must agree to 1e-3, in
+         bf16 to 3e-2, but for that of the DataLoader, which draws other images. TFLOP/s count the multiply-adds
+         (times two) that the job needs, so without the gradients that the first rung throws away.
+         The time of the first step, with torch.compile and the capture, is apart. --keep adds the
+         ladder to benchmark/speed.json and makes docs/SPEED.md of that.
 """
 
 import argparse
+import json
+import math
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,18 +32,26 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision.transforms as transforms
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import fickle_teacher
 import plumbing
+import robust_kd
 
+ROOT = Path(__file__).resolve().parent.parent
 EPS, STEP, STEPS = 8 / 255, 2 / 255, 7
+
+
+def first(x):
+    """The uniform start of the attack, the same numbers for every layout of x."""
+    return torch.empty(x.shape, device=x.device).uniform_(-EPS, EPS)
 
 
 def plain_pgd(model, x, labels):
     """PGD-7 by loss.backward(): the gradients of the weights are computed and thrown away."""
-    x_adv = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
+    x_adv = (x + first(x)).clamp(0, 1)
     for _ in range(STEPS):
         x_adv.requires_grad_(True)
         model.zero_grad()
@@ -152,9 +170,132 @@ def adversarial(args, device):
     }
 
 
+# What is switched on from a rung on; those after the fourth are for CUDA
+RUNGS = {
+    "DataLoader, float32, NCHW, all gradients": set(),
+    "images on the device, one gather a batch": {"gather"},
+    "in the attack the gradient of x alone": {"input"},
+    "channels_last": {"nhwc"},
+    "bfloat16": {"bf16"},
+    "torch.compile": {"compile"},
+    "CUDA graph of attack, forward, backward": {"graph"},
+}
+
+
+def rung(data, args, tricks):
+    """Yield the loss of one step of --loss after another with a set of tricks, for ever."""
+    device, size = data.x_train.device, args.batch_size
+    layout = torch.channels_last if "nhwc" in tricks else torch.contiguous_format
+    model, teacher = (
+        common.model_for(data, name, 0, stage).to(memory_format=layout)
+        for name, stage in ((args.model, "student"), (args.teacher_model, "teacher"))
+    )
+    teacher.eval().requires_grad_(False)
+    optimizer, wanted = common.sgd(model, 0.1, 0.9, 5e-4), robust_kd.needs(args.loss)
+    attack = our_pgd if "input" in tricks else plain_pgd
+    if "compile" in tricks:
+        model.compile()
+        teacher.compile()
+
+    def compute(x, labels):
+        options = {"enabled": "bf16" in tricks, "cache_enabled": False}
+        with torch.autocast(device.type, torch.bfloat16, **options):
+            known = {"labels": labels, "alpha": 0.8, "lam": 5 / 6}
+            x_adv = attack(model.eval(), x, labels) if "student_adv_logits" in wanted else None
+            model.train()
+            views = {"logits": x, "adv_logits": x_adv}
+            for name in (name for name in wanted if name.endswith("logits")):
+                who, _, view = name.partition("_")
+                with torch.set_grad_enabled(who == "student"):
+                    known[name] = (model if who == "student" else teacher)(views[view])
+            loss = robust_kd.LOSSES[args.loss](**{k: v for k, v in known.items() if k in wanted})
+        model.zero_grad()  # of the attack
+        loss.backward()
+        return loss.detach()
+
+    if "graph" in tricks:
+        run = argparse.Namespace(device=device, args=argparse.Namespace(graph=True))
+        compute = plumbing.captured(run, compute, model)
+    images = None if "gather" in tricks else Images(data)
+    options = {"shuffle": True, "num_workers": args.workers, "pin_memory": device.type == "cuda"}
+    for epoch in range(10**9):
+        pairs = common.batches(data, size, 0, epoch)
+        if images:
+            pairs = torch.utils.data.DataLoader(images, size, drop_last=True, **options)
+        for x, labels in (pair for pair in pairs if len(pair[0]) == size):
+            optimizer.zero_grad()
+            loss = compute(x.to(device).to(memory_format=layout), labels.to(device))
+            optimizer.step()
+            yield loss if "gather" in tricks else loss.item()
+
+
+def flops(data, args):
+    """Floating-point operations of one step of --loss, two for each multiply-add.
+
+    Of a forward pass F, as counted: 3 F to train, 2 F for each step of the attack, the teacher's F.
+    """
+    forward = {}
+    for name in (args.model, args.teacher_model):
+        model = common.model_for(data, name, 0, "count")
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(common.to_float(data.x_train[: args.batch_size]))
+        forward[name] = counter.get_total_flops()
+    passes = 3 + 2 * STEPS * (args.loss in ("at", "akd+"))
+    taught = args.loss in ("ckd", "akd+")
+    return passes * forward[args.model] + taught * forward[args.teacher_model]
+
+
+def ladder(args, device):
+    """({name: loop} of the rungs that this device has, {name: seconds of the first step})."""
+    data = common.load_data(args.data, args.data_root, device)
+    loops, firsts, tricks, expected = {}, {}, set(), math.nan
+    for name in list(RUNGS)[: None if device.type == "cuda" else 4]:
+        tricks = tricks | RUNGS[name]
+        torch.manual_seed(0)
+        loops[name], start = rung(data, args, tricks), time.perf_counter()
+        loss = torch.as_tensor(next(loops[name])).item()
+        firsts[name] = time.perf_counter() - start
+        expected = loss if tricks == {"gather"} else expected
+        if tricks and abs(loss - expected) > (3e-2 if "bf16" in tricks else 1e-3) * expected:
+            common.fail(f"{name}: first loss {loss:.4f}, expected {expected:.4f}")
+    return loops, firsts, flops(data, args)
+
+
+def page(records):
+    """docs/SPEED.md, of the records in benchmark/speed.json."""
+    text = [SPEED]
+    for record in sorted(records, key=lambda r: (r["device"], r["model"], r["loss"])):
+        taught = f" from {record['teacher']}" * (record["loss"] in ("ckd", "akd+"))
+        job = f"{record['model']}, `{record['loss']}`{taught}, batch {record['batch_size']}"
+        text += [f"\n## {job}\n\n{record['device']}, torch {record['torch']}, commit"]
+        text[-1] += f" {record['commit']}; {record['gflop_per_image']:.2f} GFLOP an image.\n"
+        text += [
+            "| | ms a step (quartiles) | images/s | TFLOP/s | of the line above | first step, s |"
+        ]
+        text += ["|---|---|---|---|---|---|"]
+        before = None
+        for r in record["rungs"]:
+            ratio = f"{r['ms'] / before:.2f}" if before else "-"
+            line = f"| {r['name']} | {r['ms']:.1f} ({r['low']:.1f} to {r['high']:.1f}) |"
+            line += f" {r['images_per_second']:,.0f} | {r['tflops']:.3g} | {ratio} |"
+            text.append(f"{line} {r['first_step_seconds']:.1f} |")
+            before = r["ms"]
+    return "\n".join(text) + "\n"
+
+
+SPEED = """# Speed
+
+What each trick is worth for one training step, one on top of the other: made by
+`python benchmark/train_step.py --ladder --keep` (flags: `--loss`, `--model`, `--teacher-model`,
+`--batch-size`, `--device`) from `benchmark/speed.json`. All rungs live in one process and are timed
+in turn; medians and quartiles. The scripts do what the last line of a CPU table does; on CUDA bf16
+too. torch.compile is only in the benchmark, and the CUDA graph is off without `--graph`, until they
+have been measured on a GPU. So far there are no GPU numbers here."""
+
+
 def our_pgd(model, x, labels):
     """The attack of the scripts."""
-    return common.pgd(model, x, labels, EPS, STEP, STEPS)
+    return common.pgd(model, x, labels, EPS, STEP, STEPS, first(x))
 
 
 def agree(data, name, batch_size):
@@ -176,6 +317,9 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--job", default="pgd", choices=["pgd", "distillation"])
+    parser.add_argument("--ladder", action="store_true")
+    parser.add_argument("--loss", default="at", choices=["st", "at", "ckd", "akd+"])
+    parser.add_argument("--keep", action="store_true", help="the ladder, for docs/SPEED.md")
     parser.add_argument("--model", default="wrn-10-1")
     parser.add_argument("--teacher-model", default="wrn-16-1", help="of --job distillation")
     parser.add_argument("--batch-size", type=common.count, default=128)
@@ -188,28 +332,60 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    """Time both in turn and print the ratio."""
-    args = parse_args(argv)
-    args.deterministic = False
-    device = common.setup_device(args)
-    loops = adversarial(args, device) if args.job == "pgd" else distillation(args, device)
+def timed(loops, args, device):
+    """{name: loop} -> {name: seconds a step, of each round}, the loops in turn."""
     seconds = {name: [] for name in loops}
     for round_ in range(max(args.rounds, 2) + 1):
         for name, loop in loops.items():
             start = time.perf_counter()
-            for _ in range(args.steps):
-                loss = next(loop)
+            found = [next(loop) for _ in range(args.steps)]
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if round_ > 0:  # the first one warms up
                 seconds[name].append((time.perf_counter() - start) / args.steps)
-            assert torch.isfinite(torch.as_tensor(loss)), name
-    where = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads"
-    )
+            if not all(math.isfinite(loss) for loss in found):
+                common.fail(f"{name}: a loss is not finite")
+    return seconds
+
+
+def show_ladder(args, device, where):
+    """Time the rungs, print them, and keep them with --keep."""
+    loops, firsts, operations = ladder(args, device)
+    seconds = timed(loops, args, device)
+    rungs = []
+    for name, times in seconds.items():
+        low, middle, high = statistics.quantiles(times, n=4)
+        rungs.append({"name": name, "ms": middle * 1e3, "low": low * 1e3, "high": high * 1e3})
+        rungs[-1] |= {"images_per_second": args.batch_size / middle}
+        rungs[-1] |= {"tflops": operations / middle / 1e12, "first_step_seconds": firsts[name]}
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    record = {"device": where, "torch": torch.__version__, "model": args.model, "loss": args.loss}
+    record |= {"teacher": args.teacher_model, "batch_size": args.batch_size}
+    record["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    record |= {"gflop_per_image": operations / args.batch_size / 1e9, "rungs": rungs}
+    print(page([record]).removeprefix(SPEED))
+    if args.keep:
+        path = ROOT / "benchmark" / "speed.json"
+        key = ("device", "model", "loss", "teacher", "batch_size")
+        kept = json.loads(path.read_text()) if path.exists() else []
+        kept = [old for old in kept if any(old[k] != record[k] for k in key)] + [record]
+        text = json.dumps(kept, indent=1) + "\n"
+        common.write_atomically(path, lambda file: file.write(text.encode()))
+        whole = page(kept).encode()
+        common.write_atomically(ROOT / "docs" / "SPEED.md", lambda file: file.write(whole))
+
+
+def main(argv=None):
+    """Time both in turn and print the ratio, or the rungs of the ladder."""
+    args = parse_args(argv)
+    args.deterministic = False
+    device = common.setup_device(args)
+    cuda = device.type == "cuda"
+    where = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    if args.ladder:
+        return show_ladder(args, device, where)
+    loops = adversarial(args, device) if args.job == "pgd" else distillation(args, device)
+    seconds = timed(loops, args, device)
     job = "PGD-7" if args.job == "pgd" else f"distilled from {args.teacher_model}"
     print(f"{args.model}, {job}, batch {args.batch_size}, {where}, torch {torch.__version__}")
     for name, times in seconds.items():

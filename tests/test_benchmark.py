@@ -184,7 +184,7 @@ def test_when_the_minutes_are_over_the_run_stops_and_goes_on_later(rows, tmp_pat
         logs = list((tmp_path / "runs").glob("*/*/log.jsonl"))
     assert not (tmp_path / "results").exists()
     epochs = len(logs[0].read_text().splitlines())
-    call("--minutes", "0.3")
+    call("--minutes", "0.1")
     assert epochs <= len(logs[0].read_text().splitlines()) < 2000
 
 
