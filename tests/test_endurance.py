@@ -12,7 +12,7 @@ import robust_kd
 @pytest.fixture(autouse=True)
 def few_shapes(monkeypatch):
     few = images.make_shapes(80, 20)
-    monkeypatch.setattr(images, "make_shapes", lambda: few)
+    monkeypatch.setattr(images, "make_shapes", lambda *sizes: few)
 
 
 @pytest.mark.parametrize("script, flags", endurance.commands())
