@@ -1,4 +1,4 @@
-# make demo | make test | make lint: each sets up .venv first, if it is not there yet.
+# make demo | make test | make soak | make lint: each sets up .venv first, if it is not there yet.
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -7,6 +7,9 @@ demo: .venv/run
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+soak: .venv/dev
+	$(BIN)/python tests/soak.py --minutes 10
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -22,4 +25,4 @@ lint: .venv/dev
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test lint
+.PHONY: demo test soak lint

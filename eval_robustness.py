@@ -552,6 +552,8 @@ def foreign_model(spec, weights, device):
         common.fail(f"--model {spec}: returned a {type(model).__name__}, not a torch.nn.Module")
     try:
         if weights:
+            if not Path(weights).is_file():  # a pipe would block
+                raise FileNotFoundError("no such file")
             state = torch.load(weights, map_location="cpu", weights_only=True)
             for key in ("state_dict", "model", "weights"):
                 state = state[key] if isinstance(state.get(key), dict) else state
@@ -945,7 +947,7 @@ def run(args, command):
     flags = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items() if k not in FREE_FLAGS}
     flags |= digests
     out, base, rows = args.json and Path(args.json), args.json or args.save_examples, []
-    if out and out.exists():
+    if out and out.is_file():
         try:
             record = json.loads(out.read_text())
             compare_flags(out, record["flags"], flags)

@@ -222,7 +222,7 @@ def _begin(run: Run, data: common.Data) -> None:
         sync()  # until the first process has made the folder
     path, flags = run.dir / "config.json", json.loads(json.dumps(run.flags))
     run.fingerprint = data.fingerprint
-    if path.exists():
+    if path.is_file():
         try:
             old = json.loads(path.read_text())
             old, fingerprint = dict(old["flags"]), old["fingerprint"]
@@ -269,7 +269,7 @@ def _begin(run: Run, data: common.Data) -> None:
 def _rows(run: Run) -> list[dict]:
     """The rows of log.jsonl, but for one that a kill has torn, or that is none of ours."""
     rows = []
-    for line in run.log.read_text(errors="replace").splitlines() if run.log.exists() else []:
+    for line in run.log.read_text(errors="replace").splitlines() if run.log.is_file() else []:
         with contextlib.suppress(*MALFORMED):
             row = json.loads(line)
             if "summary" in row:

@@ -15,7 +15,6 @@ import json
 import os
 import random
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -372,7 +371,7 @@ def trial(job, names, seed, folder, reference):
         if status == 2:
             assert err.startswith("error: ") and err.count("\n") == 1, what
         if status in (130, 143) and err:
-            assert "go on with:" in err and len(err.strip().splitlines()) == 2, what
+            assert "go on with:" in err and job in err.splitlines()[-1], what
         counts["fallbacks"] += "the one before it is taken" in out
         # a stage that had epochs when the command was repeated must go on after them
         if before and f"{before[0]}: goes on after epoch" in out:
@@ -387,22 +386,3 @@ def trial(job, names, seed, folder, reference):
     assert leftovers(folder) == [], what
     counts["equal"] += result(job, folder) == expected
     return counts
-
-
-def stopped(job, stage, epoch, folder):
-    """Start the job and kill it once the log has this epoch of the stage."""
-    pid, run = start(job, folder), folder / job / "x-s0"
-    while finished_epochs(job, folder) not in [(stage, n) for n in range(epoch, 99)]:
-        assert not (run / f"{stage}.pt").exists(), "it was too fast"
-        time.sleep(0.0005)
-    os.kill(pid, signal.SIGKILL)
-    wait(pid, folder)
-
-
-def goes_on(job, folder, copy, change, reference):
-    """Change a copy of a stopped job -> (status, output, errors, whether it ended as it should)."""
-    shutil.copytree(folder, copy)
-    change(copy / job / "x-s0")
-    status, out, err = wait(start(job, copy), copy)
-    equal = status == 0 and result(job, copy) == undisturbed(job, reference)[0]
-    return status, out, err, equal

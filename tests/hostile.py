@@ -132,7 +132,8 @@ def checkpoints(folder):
     changed("weights that are a list", weights=[1])
     swollen = {k: one.expand(v.shape) if v.is_floating_point() else v for k, v in big.items()}
     changed("swollen", weights=swollen, arch=good["arch"] | {"name": "mlp-4000-4000"})
-    for i, meta in enumerate([[], {"a": {"b": {"c": {"d": {}}}}}, {"a": "x" * 10**6}, {"a": one}]):
+    deep, wide = {"a": {"b": {"c": {"d": {"e": {"f": {}}}}}}}, {"a": one.expand(10**12)}
+    for i, meta in enumerate([[], deep, {"a": "x" * 10**6}, wide, dict.fromkeys(range(2000))]):
         changed(f"meta {i}", meta=meta)
     for name, record in {"list": [1], "format 2": good | {"format": 2}, "tensor": one}.items():
         torch.save(record, folder / f"{name}.pt")
@@ -188,6 +189,28 @@ def data_files(folder):
     (folder / "flipped.npz").write_bytes(flipped)
     os.mkfifo(folder / "pipe.npz")
     return found | {"flipped": folder / "flipped.npz", "pipe": folder / "pipe.npz"}
+
+
+def extra_files(folder):
+    """{name: path} of files of extra images that must be refused, none of them unpacked."""
+    y, x, found = npy((2,), "<i8", bytes(16)), npy((2, 32, 32, 3), content=bytes(6144)), {}
+    for name, (image, label) in {
+        "a bomb": (BOMB, y),
+        "a header of gigabytes": (npy((10**7, 32, 32, 3)), y),
+        "a header of less": (npy((1, 32, 32, 3), content=bytes(10**5)), y),
+        "objects": (npy((2, 32, 32, 3), "|O", pickle.dumps(Runs(folder))), y),
+        "object labels": (x, npy((2,), "|O", pickle.dumps(Runs(folder)))),
+        "float": (npy((2, 32, 32, 3), "<f4", bytes(4 * 6144)), y),
+        "other shape": (npy((2, 8, 8, 3), content=bytes(384)), y),
+        "more labels": (x, npy((9,), "<i8", bytes(72))),
+        "large labels": (x, npy((2,), "<i8", b"\x7f" * 16)),
+        "negative labels": (x, npy((2,), "<i8", b"\xff" * 16)),
+        "no array": (b"hello", y),
+    }.items():
+        found[name] = packed(folder / f"{name}.npz", {"image.npy": image, "label.npy": label})
+    found["nothing"] = packed(folder / "nothing.npz", {"x": b""})
+    os.mkfifo(folder / "pipe.npz")
+    return found | {"pipe": folder / "pipe.npz"}
 
 
 def png(width, height, content=b""):

@@ -165,6 +165,7 @@ def cases(folder):
     add("runs", runs, robust_kd.main)
     add("evaluations", evaluations, eval_robustness.main)
     data = common.load_data("shapes", train_subset=16)
+    add("extra", hostile.extra_files, lambda path: common.load_extra(path, data))
     add("labels", labels, lambda path: messy_collab.read_labels(path, data))
     add("torchvision", torchvision_files, lambda pair: common.load_data(*pair))
     return found

@@ -1,10 +1,31 @@
 """Whatever stops a run, the same command goes on and ends with the same bits (short form)."""
 
+import shutil
+
 import faults
 import pytest
 
 JOBS, FAULTS = list(faults.JOBS), list(faults.FAULTS)
 STOPPED = ("teacher_free_kd", "student", 2)  # a stage of four epochs
+
+
+def stopped(job, stage, epoch, folder):
+    """Start the job and kill it once the log has this epoch of the stage."""
+    pid, run = faults.start(job, folder), folder / job / "x-s0"
+    while faults.finished_epochs(job, folder) not in [(stage, n) for n in range(epoch, 99)]:
+        assert not (run / f"{stage}.pt").exists(), "it was too fast"
+        faults.time.sleep(0.0005)
+    faults.os.kill(pid, faults.KILL)
+    faults.wait(pid, folder)
+
+
+def goes_on(job, folder, copy, change, reference):
+    """Change a copy of a stopped job -> (status, output, errors, whether it ended as it should)."""
+    shutil.copytree(folder, copy)
+    change(copy / job / "x-s0")
+    status, out, err = faults.wait(faults.start(job, copy), copy)
+    equal = status == 0 and faults.result(job, copy) == faults.undisturbed(job, reference)[0]
+    return status, out, err, equal
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +38,7 @@ def half_done(reference):
     """The folder of a run that was killed in its student's training, with both checkpoints."""
     folder = reference / "half done"
     faults.undisturbed(STOPPED[0], reference / STOPPED[0])
-    faults.stopped(*STOPPED, folder)
+    stopped(*STOPPED, folder)
     return folder
 
 
@@ -33,7 +54,7 @@ def test_the_harness_sees_other_bits_and_lost_epochs(reference, tmp_path, monkey
     """A comparison that cannot fail would be none: with no checkpoints kept, epochs are lost."""
     job = "teacher_free_kd"
     expected, _ = faults.undisturbed(job, reference / job)
-    faults.stopped(*STOPPED, tmp_path)
+    stopped(*STOPPED, tmp_path)
     monkeypatch.setattr(faults.common, "load_latest", lambda path: ({}, path))
     stage, epoch = faults.finished_epochs(job, tmp_path)
     status, out, _ = faults.wait(faults.start(job, tmp_path), tmp_path)
@@ -45,7 +66,7 @@ def test_the_harness_sees_other_bits_and_lost_epochs(reference, tmp_path, monkey
 
 
 def ending(half_done, tmp_path, change, reference):
-    return faults.goes_on(STOPPED[0], half_done, tmp_path / "x", change, reference / STOPPED[0])
+    return goes_on(STOPPED[0], half_done, tmp_path / "x", change, reference / STOPPED[0])
 
 
 @pytest.mark.parametrize("tenth", range(10))
