@@ -110,19 +110,25 @@ def repeat(folder):
 
 def page(figures):
     """The text of docs/TRUST.md: the template, with {a.b} for figures["a"]["b"]."""
-    text = TEMPLATE.read_text()
-    flat = {"kinds": ", ".join(f"{k} ({n})" for k, n in figures["faults"]["by kind"].items())}
-    flat["runs"] = ", ".join(f"{k} ({n})" for k, n in figures["faults"]["runs of"].items())
-    flat["inputs"] = f"{sum(figures['fuzz'].values()) + figures['hostile']['files']:,}"
-    for key, part in figures.items():
-        for name, value in part.items() if isinstance(part, dict) else [("", part)]:
-            if isinstance(value, dict):
-                flat |= {f"{key}.{name}.{k}": f"{v:,}" for k, v in value.items()}
-            else:
-                shown = f"{value:,}" if isinstance(value, int | float) else str(value)
-                flat[f"{key}.{name}".rstrip(".")] = shown
-    for name in sorted(flat, key=len, reverse=True):
-        text = text.replace("{" + name + "}", flat[name])
+
+    def named(value, name):
+        if isinstance(value, dict):
+            for key, part in value.items():
+                yield from named(part, f"{name}.{key}".strip("."))
+        elif isinstance(value, list):
+            yield name, f"{len(value)}"
+        else:
+            number = isinstance(value, int | float) and name != "seed"
+            yield name, f"{value:,}" if number else str(value)
+
+    text, shown = TEMPLATE.read_text(), dict(named(figures, ""))
+    for name in ("by kind", "runs of"):
+        counts = figures["faults"][name].items()
+        shown[name] = ", ".join(f"{what} ({number})" for what, number in counts)
+    tried = sum(figures["fuzz"].values()) + figures["hostile"]["files"]
+    shown["inputs"] = f"{tried:,}"
+    for name, value in shown.items():
+        text = text.replace("{" + name + "}", value)
     return text
 
 
