@@ -1,6 +1,7 @@
 """Whatever stops a run, the same command goes on and ends with the same bits (short form)."""
 
 import shutil
+import subprocess
 
 import faults
 import pytest
@@ -124,3 +125,22 @@ def test_a_damaged_model_of_the_run_is_an_error_and_made_again_once_deleted(
     assert faults.wait(faults.start(STOPPED[0], tmp_path / "x"), tmp_path / "x")[0] == 0
     expected, _ = faults.undisturbed(STOPPED[0], reference / STOPPED[0])
     assert faults.result(STOPPED[0], tmp_path / "x") == expected
+
+
+def test_a_disk_that_is_really_full_is_one_line_and_the_run_goes_on_when_there_is_room(
+    reference, tmp_path
+):
+    job, disk = STOPPED[0], tmp_path / STOPPED[0]
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=250k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a small file system")
+    try:
+        status, _, err = faults.wait(faults.start(job, tmp_path), tmp_path)
+        assert status == 2 and "No space left" in err and err.count("\n") == 1
+        subprocess.run(["mount", "-o", "remount,size=20M", str(disk)], check=True)
+        status, out, err = faults.wait(faults.start(job, tmp_path), tmp_path)
+        assert status == 0 and "goes on after epoch" in out, err
+        assert faults.result(job, tmp_path) == faults.undisturbed(job, reference / job)[0]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
