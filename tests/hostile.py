@@ -88,7 +88,8 @@ def checkpoints(folder):
     save("os.system", Runs(folder, os.system))
     changed("exec in the meta", meta={"epoch": Runs(folder)})
     changed("exec in the weights", weights=weights | {"x": Runs(folder)})
-    with warnings.catch_warnings(action="ignore"):  # it is deprecated
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
         torch.jit.script(torch.nn.Linear(2, 2)).save(folder / "script.pt")
     torch.save(good, folder / "legacy.pt", _use_new_zipfile_serialization=False)
     found |= {"script": folder / "script.pt", "legacy": folder / "legacy.pt"}
@@ -169,7 +170,8 @@ def data_files(folder):
     }
     for name, change in changes.items():
         found[name] = folder / f"{name}.npz"
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             np.savez(found[name], **arrays(**change))
     rest = {f"{k}.npy": npy((20,), "<i8", bytes(160)) for k in ("y_train", "x_test", "y_test")}
     for name, content in {
