@@ -38,6 +38,7 @@ import signal
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -613,7 +614,7 @@ def is_probabilities(logits):
 
 # Where a new attack stands
 NEW = {"broken": torch.zeros(0).short(), "serial": 1, "position": 0}
-NEW |= {"seconds": {}, "zero": 0, "bad": 0}
+NEW |= {"seconds": {}, "zero": 0, "bad": 0, "sums": {}}  # sums: CRC-32 of the examples
 
 
 def open_store(path=None, flags=None):
@@ -656,6 +657,7 @@ def write_examples(store, entry, index, x_adv):
     for i, image in zip(index.tolist(), x_adv.contiguous().cpu().numpy()):
         store.file.seek((entry["place"] + i) * image.nbytes)
         store.file.write(image.tobytes())
+        entry["sums"][i] = zlib.crc32(image.tobytes())
     save_store(store)
 
 
@@ -673,7 +675,10 @@ def read_examples(store, entry, index, like):
     out = np.empty(like.shape, np.float32)
     for i, image in zip(index.tolist(), out):
         store.file.seek((entry["place"] + i) * image.nbytes)
-        image[...] = np.frombuffer(store.file.read(image.nbytes), np.float32).reshape(image.shape)
+        content = store.file.read(image.nbytes)
+        if zlib.crc32(content) != entry["sums"].get(i):
+            common.fail(f"{store.path}: its examples were changed; delete it to begin again")
+        image[...] = np.frombuffer(content, np.float32).reshape(image.shape)
     return torch.from_numpy(out).to(like.device, memory_format=torch.channels_last)
 
 
@@ -690,7 +695,12 @@ def run_attack(model, points, name, s, store, key):
     """
     x, labels, logits = points
     right, entries = (logits.argmax(1) == labels).cpu(), store.record["entries"]
-    new = NEW | {"broken": right.short() - 1, "seconds": {}, "place": len(entries) * len(x)}
+    new = NEW | {
+        "broken": right.short() - 1,
+        "seconds": {},
+        "sums": {},
+        "place": len(entries) * len(x),
+    }
     entry = entries.setdefault(key, new)
     if len(entry["broken"]) != len(x):
         common.fail(f"{store.path}: not the state of these images; delete it to begin again")

@@ -98,8 +98,10 @@ def wait(pid, folder):
             os.waitpid(pid, 0)
             raise AssertionError(f"a command ran for {LIMIT} s: {folder}")
         time.sleep(0.002)
-    status = os.waitstatus_to_exitcode(ended[1])
-    return status, *((folder / name).read_text() for name in ("stdout", "stderr"))
+    texts = []
+    for path in (folder / "stdout", folder / "stderr"):  # a kill may come before they are there
+        texts.append(path.read_text() if path.exists() else "")
+    return os.waitstatus_to_exitcode(ended[1]), *texts
 
 
 # ------------------------------------------------------------------------------------------------

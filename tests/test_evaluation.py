@@ -59,13 +59,19 @@ def test_a_state_of_other_flags_or_a_damaged_one_is_refused(tmp_path, refused):
     path = tmp_path / "out.json.state"
     store = ev.open_store(path, {"--eps": 0.1})
     for _ in range(2):
-        ev.write_examples(store, {"place": 0}, torch.tensor([2]), torch.ones(1, 3, 4, 4))
+        entry, ones = {"place": 0, "sums": {}}, torch.ones(1, 3, 4, 4)
+        ev.write_examples(store, entry, torch.tensor([2]), ones)
     for flags, message in (({"--eps": 0.2}, "--eps: "), ({"--eps": 0.1}, None)):
         if message:
             assert message in refused(ev.open_store, path, flags)
         else:
             assert ev.open_store(path, flags).record["bytes"] == 3 * 48 * 4
-    path.with_suffix(".examples").write_bytes(b"short")
+    assert ev.read_examples(store, entry, torch.tensor([2]), ones).equal(ones)
+    examples = path.with_suffix(".examples")
+    examples.write_bytes(examples.read_bytes()[:-1] + b"?")
+    store = ev.open_store(path, {"--eps": 0.1})
+    assert "were changed" in refused(ev.read_examples, store, entry, torch.tensor([2]), ones)
+    examples.write_bytes(b"short")
     assert "truncated" in refused(ev.open_store, path, {"--eps": 0.1})
     for file in (path, common.previous(path)):
         file.write_bytes(path.read_bytes()[:200])

@@ -15,7 +15,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 LINES = {
     "common": 760,
     "plumbing": 800,
-    "eval_robustness": 1012,
+    "eval_robustness": 1022,
     "images": 890,
     "robust_kd": 505,
     "teacher_free_kd": 650,
