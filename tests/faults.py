@@ -66,6 +66,8 @@ def start(job, folder, prepare=lambda: None):
         argv = [str(folder / "net.pt"), *argv, "--json", str(folder / "out.json")]
     else:
         argv += ["--runs", str(folder), "--name", "x"]
+    for name in ("stdout", "stderr"):
+        (folder / name).unlink(missing_ok=True)
     if pid := os.fork():
         return pid
     status, images.make_shapes = 1, lambda: drawn

@@ -68,7 +68,7 @@ def test_a_state_of_other_flags_or_a_damaged_one_is_refused(tmp_path, refused):
             assert ev.open_store(path, flags).record["bytes"] == 3 * 48 * 4
     assert ev.read_examples(store, entry, torch.tensor([2]), ones).equal(ones)
     examples = path.with_suffix(".examples")
-    examples.write_bytes(examples.read_bytes()[:-1] + b"?")
+    examples.write_bytes(examples.read_bytes()[:-1] + b"!")
     store = ev.open_store(path, {"--eps": 0.1})
     assert "were changed" in refused(ev.read_examples, store, entry, torch.tensor([2]), ones)
     examples.write_bytes(b"short")
