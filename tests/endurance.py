@@ -29,7 +29,7 @@ def commands():
     found = [("robust_kd", f"{LOSS} --loss {loss}") for loss in robust_kd.LOSSES]
     trainings = [*robust_kd.TEACHERS, "st at"]
     found += [("robust_kd", f"{LOSS} --teacher-training {name}") for name in trainings]
-    found += [("robust_kd", f"{LOSS} --recipe at+ --loss at --extra-fraction 0")]
+    found += [("robust_kd", f"{LOSS} --recipe at+ --loss at")]
     for name in ("fickle_teacher", "soft_randomization", "messy_collab"):
         dropout = " --dropout 0.2" if name == "fickle_teacher" else ""
         for method in scripts[name].METHODS:
