@@ -14,10 +14,10 @@ Table    --job distillation: a step of fickle_teacher.py --method hinton, with t
          with the table of its logits, which must give the same loss; and the student alone.
 Ladder   --ladder: what each trick is worth, one after the other on top of those before, for --loss
          st, at, ckd or akd+ of robust_kd.py. The first losses of all rungs must agree to 1e-3, in
-         bf16 to 3e-2, but for that of the DataLoader, which draws other images. TFLOP/s count the multiply-adds
-         (times two) that the job needs, so without the gradients that the first rung throws away.
-         The time of the first step, with torch.compile and the capture, is apart. --keep adds the
-         ladder to benchmark/speed.json and makes docs/SPEED.md of that.
+         bf16 to 3e-2, but for that of the DataLoader, which draws other images. TFLOP/s count the
+         multiply-adds (times two) that the job needs, without the gradients that the first rung
+         throws away. The first step, with torch.compile and the capture, is apart. --keep puts
+         the ladder into benchmark/speed.json and makes docs/SPEED.md of that.
 """
 
 import argparse
