@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import io
 import math
 import os
@@ -722,6 +723,34 @@ def load_model(path, device="cpu", data: Data | None = None, name: str | None = 
             is_for = f"{arch['classes']} classes of {arch['size']} x {arch['channels']} images"
             fail(f"{path}: for {is_for}; {data.name} has {wanted[0]}, {wanted[1]} x {wanted[2]}")
     return model.to(device).eval(), meta
+
+
+def foreign_model(spec, weights, device):
+    """The net of `package.module:function`; weights: None or the file of its state_dict.
+
+    That may be below `state_dict`, `model` or `weights`, its names may begin with `module.`.
+    """
+    module, _, function = spec.partition(":")
+    sys.path.insert(0, "")  # the current folder
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except Exception as error:  # whatever the module raises
+        fail(f"--model {spec}: expected package.module:function ({error!r})")
+    finally:
+        sys.path.remove("")
+    if not isinstance(model, nn.Module):
+        fail(f"--model {spec}: returned a {type(model).__name__}, not a torch.nn.Module")
+    try:
+        if weights:
+            if not Path(weights).is_file():  # a pipe would block
+                raise FileNotFoundError("no such file")
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            for key in ("state_dict", "model", "weights"):
+                state = state[key] if isinstance(state.get(key), dict) else state
+            model.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
+    except Exception as error:  # torch raises half a dozen types for a damaged file
+        fail(f"--weights {weights}: {str(error)[:200] or repr(error)}")
+    return model.to(device).eval()
 
 
 def table(rows: list[dict]) -> str:

@@ -536,34 +536,6 @@ def passes(name, classes, s):
 # Models, and where an evaluation stands on the disk
 
 
-def foreign_model(spec, weights, device):
-    """The net of `package.module:function`; weights: None or the file of its state_dict.
-
-    That may be below `state_dict`, `model` or `weights`, its names may begin with `module.`.
-    """
-    module, _, function = spec.partition(":")
-    sys.path.insert(0, "")  # the current folder
-    try:
-        model = getattr(importlib.import_module(module), function)()
-    except Exception as error:  # whatever the module raises
-        common.fail(f"--model {spec}: expected package.module:function ({error!r})")
-    finally:
-        sys.path.remove("")
-    if not isinstance(model, nn.Module):
-        common.fail(f"--model {spec}: returned a {type(model).__name__}, not a torch.nn.Module")
-    try:
-        if weights:
-            if not Path(weights).is_file():  # a pipe would block
-                raise FileNotFoundError("no such file")
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-            for key in ("state_dict", "model", "weights"):
-                state = state[key] if isinstance(state.get(key), dict) else state
-            model.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
-    except Exception as error:  # torch raises half a dozen types for a damaged file
-        common.fail(f"--weights {weights}: {str(error)[:200] or repr(error)}")
-    return model.to(device).eval()
-
-
 class Affine(nn.BatchNorm2d):
     """What a BatchNorm2d in eval mode computes, in one pass over x (B, C, H, W)."""
 
@@ -628,7 +600,8 @@ def open_store(path=None, flags=None):
         return SimpleNamespace(path=None, record=record, file=tempfile.TemporaryFile())
     examples, (old, found) = path.with_suffix(".examples"), common.load_latest(path)
     if old:
-        record, _ = old, os.replace(found, path)
+        record = old
+        os.replace(found, path)
         if not common.is_like(record, {"flags": {}, "entries": {}, "bytes": 0}) or not all(
             key.endswith(" corruptions") or common.is_like(entry, NEW | {"place": 0})
             for key, entry in record["entries"].items()
@@ -695,13 +668,8 @@ def run_attack(model, points, name, s, store, key):
     """
     x, labels, logits = points
     right, entries = (logits.argmax(1) == labels).cpu(), store.record["entries"]
-    new = NEW | {
-        "broken": right.short() - 1,
-        "seconds": {},
-        "sums": {},
-        "place": len(entries) * len(x),
-    }
-    entry = entries.setdefault(key, new)
+    place = {"place": len(entries) * len(x), "seconds": {}, "sums": {}}
+    entry = entries.setdefault(key, NEW | place | {"broken": right.short() - 1})
     if len(entry["broken"]) != len(x):
         common.fail(f"{store.path}: not the state of these images; delete it to begin again")
     s = dataclasses.replace(s, eot=20 if name == "aa-rand" else 1)
@@ -925,7 +893,7 @@ def load_models(args, data, device):
     """-> {name of the row: model}, {file: digest of its content}, from the flags."""
     models = {path: common.load_model(path, device, data)[0] for path in args.checkpoints}
     if args.model:
-        models[args.model] = foreign_model(args.model, args.weights, device)
+        models[args.model] = common.foreign_model(args.model, args.weights, device)
     torch.set_float32_matmul_precision("highest")  # whatever the module of a foreign model has set
     few = data.x_test[:100], data.y_test[:100], 100, len(data.classes)
     for name, model in models.items():
