@@ -652,11 +652,11 @@ def save_next(path: Path, record: dict) -> None:
     save(path, record)
 
 
-def load_latest(path: Path) -> tuple[dict, Path]:
-    """-> (the record of the last `save_next`, its file); {} if there is none.
+def load_latest(path: Path) -> tuple[dict, Path | None]:
+    """-> (the record of the last `save_next`, its file); ({}, None) if there is none.
 
-    If it is missing or damaged it is the one before, and a line says so; if both are, an error. The
-    caller then moves that file to `path`: the next save_next must keep the good one.
+    If it is missing or damaged it is the one before, and a line says so; if both are, an error.
+    Then call settle(path, file), or the next save_next keeps the damaged one for the good one.
     """
     if path.exists():
         try:
@@ -669,8 +669,16 @@ def load_latest(path: Path) -> tuple[dict, Path]:
         print(f"{path}: the one before it is taken", flush=True)
         return record, previous(path)
     if path.exists():
-        print(f"{path}: it was the first; beginning again", flush=True)
-    return {}, path
+        print(f"{path}: there is none before it; beginning again", flush=True)
+    return {}, None
+
+
+def settle(path: Path, found: Path | None) -> None:
+    """Put a copy of the good file that `load_latest` found at `path`; without one, nothing."""
+    if found is None:
+        path.unlink(missing_ok=True)
+    elif found != path:
+        write_atomically(path, lambda file: file.write(found.read_bytes()))
 
 
 def save_model(path: Path, model: nn.Module, meta: dict) -> None:

@@ -599,9 +599,9 @@ def open_store(path=None, flags=None):
     if path is None:
         return SimpleNamespace(path=None, record=record, file=tempfile.TemporaryFile())
     examples, (old, found) = path.with_suffix(".examples"), common.load_latest(path)
+    common.settle(path, found)
     if old:
         record = old
-        os.replace(found, path)
         if not common.is_like(record, {"flags": {}, "entries": {}, "bytes": 0}) or not all(
             key.endswith(" corruptions") or common.is_like(entry, NEW | {"place": 0})
             for key, entry in record["entries"].items()

@@ -321,8 +321,8 @@ def epochs(run: Run, stage: str, total: int, **parts):
     last = run.dir / "last.pt"
     record, found = common.load_latest(last)
     sync()
-    if found != last and not common.rank():
-        os.replace(found, last)
+    if not common.rank():
+        common.settle(last, found)
     if record.get("stage") == stage:
         try:
             for name, part in parts.items():

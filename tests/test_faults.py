@@ -56,7 +56,7 @@ def test_the_harness_sees_other_bits_and_lost_epochs(reference, tmp_path, monkey
     job = "teacher_free_kd"
     expected, _ = faults.undisturbed(job, reference / job)
     stopped(*STOPPED, tmp_path)
-    monkeypatch.setattr(faults.common, "load_latest", lambda path: ({}, path))
+    monkeypatch.setattr(faults.common, "load_latest", lambda path: ({}, None))
     stage, epoch = faults.finished_epochs(job, tmp_path)
     status, out, _ = faults.wait(faults.start(job, tmp_path), tmp_path)
     assert status == 0 and f"{stage}: goes on" not in out and f"{stage} {epoch}/" in out
@@ -93,6 +93,18 @@ def test_a_flipped_bit_anywhere_changes_no_result(half_done, reference, tmp_path
 
     status, out, _, equal = ending(half_done, tmp_path, flip, reference)
     assert status == 0 and equal and "the checksum of" in out
+
+
+def test_a_damaged_checkpoint_is_never_kept_for_the_good_one(tmp_path):
+    path, damaged = tmp_path / "last.pt", b"damaged"
+    for first in (True, False):  # with none before it, and with one
+        for epoch in range(1 + (not first)):
+            faults.common.save_next(path, {"epoch": epoch})
+        path.write_bytes(damaged)
+        record, found = faults.common.load_latest(path)
+        assert record == ({} if first else {"format": 1, "epoch": 0})
+        faults.common.settle(path, found)
+        assert all(file.read_bytes() != damaged for file in tmp_path.iterdir())
 
 
 def test_two_damaged_checkpoints_are_an_error_that_says_what_to_delete(
