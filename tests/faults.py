@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import gc
 import importlib
 import itertools
 import json
@@ -71,6 +72,7 @@ def start(job, folder, prepare=lambda: None):
     if pid := os.fork():
         return pid
     status, images.make_shapes = 1, lambda: drawn
+    gc.callbacks.clear()  # of hypothesis: Python drops a signal that comes in one
     try:
         sys.stdout, sys.stderr = open(folder / "stdout", "w"), open(folder / "stderr", "w")  # noqa: SIM115
         signal.signal(signal.SIGINT, signal.default_int_handler)
