@@ -625,6 +625,14 @@ def compare_flags(path, old, new):
             common.fail(f"{was}; take another --json, or delete it")
 
 
+def drop_state(base):
+    """Remove what only going on needs, and what a kill has torn, beside the result `base`."""
+    base = Path(base)
+    kept = [base.with_name(f"{base.name}.{kind}") for kind in ("state", "prev.state", "examples")]
+    for path in [*kept, *base.parent.glob(f".{base.name}.*.tmp")]:
+        path.unlink(missing_ok=True)
+
+
 def write_examples(store, entry, index, x_adv):
     """Keep the examples (B, C, H, W) of the images `index` (B,), and save the state."""
     for i, image in zip(index.tolist(), x_adv.contiguous().cpu().numpy()):
@@ -930,6 +938,7 @@ def run(args, command):
             record = json.loads(out.read_text())
             compare_flags(out, record["flags"], flags)
             print(f"{out} is finished")
+            drop_state(base)
             return show(record)
         except Exception:  # whatever another record makes Python raise
             common.fail(f"--json: {out} is there and holds something else; take another")
@@ -957,8 +966,8 @@ def run(args, command):
         text = json.dumps(record, indent=1).encode() + b"\n"
         common.write_atomically(out, lambda file: file.write(text))
     store.file.close()
-    for kind in ("state", "prev.state", "examples") if base else ():
-        Path(f"{base}.{kind}").unlink(missing_ok=True)
+    if base:
+        drop_state(base)
 
 
 def main(argv=None):

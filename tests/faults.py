@@ -32,7 +32,7 @@ TINY = "--data shapes --model mlp-4 --teacher-model mlp-4 --device cpu --train-s
 TINY += " --test-subset 10 --val-size 10 --batch-size 16 --teacher-epochs 3 --epochs 4"
 MORE = " --eval-steps 1 --restarts 1 --teacher-table no"
 EVALUATION = "--data shapes --device cpu --n 6 --batch-size 3 --attack clean pgd2 aa corruptions"
-EVALUATION += " --steps 3 --queries 8 --targets 2"
+EVALUATION += " --eps 1/5 --steps 3 --queries 8 --targets 2"
 JOBS = {  # script: its flags
     "robust_kd": TINY + " --teacher-batch-size 16 --loss rslad+ --steps 1 --eval-steps 1",
     "fickle_teacher": TINY + MORE + " --method fickle --dropout 0.2",

@@ -156,3 +156,14 @@ def test_a_disk_that_is_really_full_is_one_line_and_the_run_goes_on_when_there_i
         assert faults.result(job, tmp_path) == faults.undisturbed(job, reference / job)[0]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_finished_evaluation_drops_what_a_kill_left(reference, tmp_path):
+    job = "eval_robustness"
+    at = faults.functools.partial(faults.at_call, "unlink", 2, faults.die)
+    status, _, _ = faults.wait(faults.start(job, tmp_path, at), tmp_path)
+    assert status == -faults.KILL and len(faults.leftovers(tmp_path)) > 0
+    (tmp_path / ".out.json.1.tmp").write_text("torn")
+    assert faults.wait(faults.start(job, tmp_path), tmp_path)[0] == 0
+    assert faults.leftovers(tmp_path) == []
+    assert faults.result(job, tmp_path) == faults.undisturbed(job, reference / job)[0]
