@@ -333,10 +333,11 @@ def epochs(run: Run, stage: str, total: int, **parts):
             fail(f"{last}: not of a run with these flags; delete it, and the stage begins again")
         print(f"{stage}: goes on after epoch {done} of {total} ({last})", flush=True)
     # a kill between checkpoint and log loses a row of the log: the checkpoint has it too
-    row = record.get("row")
-    kept = [row] if isinstance(row, dict) and common.is_plain(row) else []
-    rows = [row for row in _rows(run) if row.get("stage") != stage or row["epoch"] <= done]
-    _write_rows(run, [row for row in rows if row not in kept] + kept)
+    rows, row = _rows(run), record.get("row")
+    rows = [r for r in rows if r.get("stage") != stage or r["epoch"] <= done]
+    if isinstance(row, dict) and common.is_plain(row) and row not in rows:
+        rows.append(row)
+    _write_rows(run, rows)
     if common.world() > 1:
         parts["optimizer"].register_step_pre_hook(lambda *_: _sum_gradients(run))
     mine = [common.rank()] * bool(common.rank())
@@ -483,8 +484,11 @@ def final_model(run: Run) -> nn.Module:
 
 
 def _log(run: Run, row: dict) -> None:
-    with open(os.devnull if common.rank() else run.log, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    if not common.rank():
+        with open(run.log, "a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # when the stage is over, nothing else has the row
     for key, value in row.items():
         if run.writer is not None and isinstance(value, float):
             run.writer.add_scalar(f"{row['stage']}/{key}", value, row["epoch"])

@@ -11,6 +11,7 @@ import errno
 import functools
 import gc
 import importlib
+import io
 import itertools
 import json
 import os
@@ -176,7 +177,7 @@ def die(*_):
 
 
 def die_half_written(file, *_):
-    with contextlib.suppress(OSError):  # a folder is synced too
+    if os.readlink(f"/proc/self/fd/{file}").endswith(".tmp"):  # folders, the log are synced too
         os.ftruncate(file, os.fstat(file).st_size // 2)
     die()
 
@@ -272,10 +273,14 @@ def flip(path, rng):
 
 
 def torn_log(job, folder, rng, seconds):
+    """Killed, and what a kill may tear is torn: the row of the epoch in the checkpoint."""
     done = signalled(signal.SIGKILL, job, folder, rng, seconds)
-    for log in folder.rglob("log.jsonl"):
-        content = log.read_bytes()
-        log.write_bytes(content[: max(len(content) - rng.randint(1, 60), 0)])
+    last, log = last_file(job, folder), folder / job / "x-s0" / "log.jsonl"
+    if last.exists() and (stage := finished_epochs(job, folder)):
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+            record, content = common.load(last), log.read_bytes()
+            if stage == (record["stage"], record["epochs"]) and content.endswith(b"}\n"):
+                log.write_bytes(content[: -rng.randint(1, len(content.splitlines()[-1]))])
     return done
 
 

@@ -54,6 +54,8 @@ def disturb(seed, until, folder):
         chosen = rng.choices(names, k=rng.randint(1, 4))
         with tempfile.TemporaryDirectory(dir=folder) as where:
             counts = faults.trial(job, chosen, f"{seed} {number}", Path(where), folder / job)
+        if counts["equal"] < counts["runs"]:
+            print(f"not equal: {job}, {chosen}, {seed} {number}", flush=True)
         for key, value in counts.items():
             sums[key] = sums.get(key, 0) + value
         for name in chosen:
