@@ -47,8 +47,12 @@ def half_done(reference):
 def test_a_disturbed_job_goes_on_and_ends_with_the_same_bits(job, reference, tmp_path):
     mine = FAULTS[JOBS.index(job) :: len(JOBS)][::-1]  # each fault once; `make soak` crosses them
     assert job != "eval_robustness" or "started twice" not in mine  # evaluations take no lock
-    counts = faults.trial(job, mine, 2, tmp_path, reference / job)
-    assert counts["equal"] == 1 and counts["lost"] == 0 and counts["faults"] > 0, mine
+    for seed in range(5):  # a signal may come after the end
+        counts = faults.trial(job, mine, seed, tmp_path / str(seed), reference / job)
+        assert counts["equal"] == 1 and counts["lost"] == 0, mine
+        if counts["faults"]:
+            return
+    pytest.fail(f"no fault struck: {mine}")
 
 
 def test_the_harness_sees_other_bits_and_lost_epochs(reference, tmp_path, monkeypatch):
