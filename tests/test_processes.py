@@ -54,7 +54,7 @@ def test_two_processes_go_on_where_one_stopped_with_the_same_losses(tmp_path, st
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc, as on Linux")
 def test_when_one_process_is_killed_the_others_end_and_the_command_goes_on(tmp_path):
     flags = f"{SMALL} --epochs 100000 --runs {tmp_path}"
-    run = torchrun(2, flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run = torchrun(4, flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for line in run.stdout:
         if line.startswith("student") and " 3/" in line:
             break
@@ -69,7 +69,7 @@ def test_when_one_process_is_killed_the_others_end_and_the_command_goes_on(tmp_p
         r"^(?:error: process 0: another process has ended|stopped; finished)", errors, re.M
     )
     assert said, errors
-    again = torchrun(2, flags, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    again = torchrun(4, flags, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     for line in again.stdout:
         if "goes on" in line:
             break
