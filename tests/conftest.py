@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 import torch.nn as nn
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that the tests start
+# a shell that starts the tests in the background has Ctrl-C ignored, also in what they start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the test files run side by side
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
