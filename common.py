@@ -251,13 +251,14 @@ def batches(data: Data, batch_size: int, seed: int, epoch: int, run=None, views=
     for step, start in enumerate(range(0, n, batch_size)):
         stop = min(start + batch_size, n)
         first = stop - round(data.extra_fraction * (stop - start))  # the first extra image
-        mine = torch.arange(start + me, stop, processes)  # positions in the epoch
-        mine = torch.tensor([start]) if not len(mine) else mine  # fewer images than processes
-        part = plan[:, mine.to(plan.device)]  # (6, B)
-        own = int((mine < first).sum())
+        mine = slice(start + me, stop, processes)  # positions in the epoch
+        if mine.start >= stop:  # fewer images than processes: all the first one
+            mine = slice(start, start + 1)
+        part = plan[:, mine]  # (6, B)
+        own = min(max(-(-(first - mine.start) // processes), 0), part.shape[1])
         x, labels = cut(data, data.x_padded, part[:4, :own]), data.y_train[part[0, :own]]
-        if own < len(mine):
-            index = picks[mine[own:]]
+        if own < part.shape[1]:
+            index = picks[mine][own:]
             images = torch.from_numpy(data.extra[0][index.numpy()]).to(plan.device)
             more = part[:4, own:].clone()
             more[0] = torch.arange(len(index))
@@ -275,7 +276,7 @@ def batches(data: Data, batch_size: int, seed: int, epoch: int, run=None, views=
         for k, draw in zip(ways, draws):
             view = view * k + draw
         if run is not None:
-            run.share = len(mine) / (stop - start)
+            run.share = part.shape[1] / (stop - start)
         yield (x, labels, view)[: 2 + views]
         if run is not None:
             run.show(epoch + 1, f"{stop / n:.0%}")
