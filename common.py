@@ -19,6 +19,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import sys
 import warnings
 import zipfile
@@ -42,6 +43,20 @@ def fail(message: str):
     line = " ".join(str(message).split())  # names in foreign files may hold terminal commands
     print("error: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
     raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def stoppable():
+    """SIGTERM raises KeyboardInterrupt("SIGTERM") inside, as Ctrl-C raises it without a word."""
+
+    def on_sigterm(number, frame):
+        raise KeyboardInterrupt("SIGTERM")
+
+    handler = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _number(expected: str, low: float, high: float = sys.float_info.max, kind=float):
@@ -197,7 +212,7 @@ def load_data(name, root="data", device="cpu", val_size=0, train_subset=None, te
     (x, y), (x_test, y_test), classes = images.read_data(name, Path(root))
     if val_size + (train_subset or 1) > len(x) or (test_subset or 1) > len(x_test):
         has = f"{name} has {len(x)} training and {len(x_test)} test images"
-        fail(f"--train-subset, --val-size, --test-subset: more than there are; {has}")
+        fail(f"--train-subset, --val-size, --test-subset, --n: more than there are; {has}")
     levels = np.arange(256) / 255  # from integer counts: the same on every machine
     counts = np.stack([np.bincount(c.ravel(), minlength=256) for c in np.moveaxis(x, 3, 0)])
     mean = counts @ levels / counts.sum(1)
@@ -225,8 +240,8 @@ def load_extra(path, data: Data) -> tuple:
 
 
 def to_float(x: Tensor) -> Tensor:
-    """uint8 (B, H, W, C) -> float32 (B, C, H, W) in [0, 1], with channels_last strides."""
-    return x.permute(0, 3, 1, 2).float() / 255
+    """uint8 (B, H, W, C) -> float32 (B, C, H, W) in [0, 1], channels_last; floats stay as is."""
+    return x.permute(0, 3, 1, 2).float() / 255 if x.dtype == torch.uint8 else x.float()
 
 
 def batches(data: Data, batch_size: int, seed: int, epoch: int, run=None, views=False):
@@ -246,6 +261,7 @@ def batches(data: Data, batch_size: int, seed: int, epoch: int, run=None, views=
     plan += [torch.randint(k, (n,), generator=g) for k in size]
     plan = torch.stack(plan).to(data.x_train.device)  # (6, N): image, top, left, flip, y, x
     picks = torch.randint(len(data.extra[1]) if data.extra else 1, (n,), generator=g)
+    mean = torch.tensor(data.mean, device=plan.device)
     boxes = torch.rand(-(-n // batch_size), 3, generator=g).tolist()  # one for each batch
     processes, me = (world(), rank()) if run is not None else (1, 0)
     for step, start in enumerate(range(0, n, batch_size)):
@@ -261,11 +277,11 @@ def batches(data: Data, batch_size: int, seed: int, epoch: int, run=None, views=
             index = picks[mine][own:]
             images = torch.from_numpy(data.extra[0][index.numpy()]).to(plan.device)
             more = part[:4, own:].clone()
-            more[0] = torch.arange(len(index))
+            more[0] = torch.arange(len(index), device=plan.device)
             x = torch.cat([x, cut(data, pad(images, data.pad), more)])
             labels = torch.cat([labels, data.extra[1][index].to(plan.device)])
         if data.augment == "cutout":
-            x = cutout(x, *part[4:], torch.tensor(data.mean, device=x.device))
+            x = cutout(x, *part[4:], mean)
         if data.augment == "cutmix" or data.smoothing:
             labels = F.one_hot(labels, len(data.classes)).float()  # (B, K)
             smoothed = slice(own if data.extra else 0, None)
@@ -319,9 +335,8 @@ def cutmix(x: Tensor, targets: Tensor, area: float, row: float, column: float):
     parts of the image. x (B, C, H, W), targets (B, K), mixed by the area that the box has.
     """
     size, half = x.shape[-1], x.shape[-1] * math.sqrt(area) / 2
-    (top, bottom), (left, right) = (
-        (max(round(c * size - half), 0), min(round(c * size + half), size)) for c in (row, column)
-    )
+    top, left = (max(round(c * size - half), 0) for c in (row, column))
+    bottom, right = (min(round(c * size + half), size) for c in (row, column))
     x, share = x.clone(), (bottom - top) * (right - left) / size**2
     x[:, :, top:bottom, left:right] = x.roll(1, 0)[:, :, top:bottom, left:right]
     return x, (1 - share) * targets + share * targets.roll(1, 0)
@@ -438,10 +453,8 @@ class Ensemble(nn.Module):
 
     def __init__(self, models, weights=None):
         super().__init__()
-        self.models, self.weights = (
-            nn.ModuleList(models),
-            weights or [1 / len(models)] * len(models),
-        )
+        self.models = nn.ModuleList(models)
+        self.weights = weights or [1 / len(models)] * len(models)
 
     def forward(self, x):
         parts = zip(self.weights, self.models)
@@ -548,16 +561,30 @@ def pgd(model, x, targets, eps, step_size, steps, start="uniform") -> Tensor:
 
 
 @contextlib.contextmanager
+def convolutions(tf32: bool):
+    """Those of float32 images on CUDA in TF32, of 10 bits, or strictly; and no cudnn.benchmark.
+
+    That times its kernels for each new number of images; an attack that drops what is broken has
+    hundreds of those. Everything is put back afterwards.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32, cudnn.benchmark = tf32, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, cudnn.benchmark = before
+
+
+@contextlib.contextmanager
 def evaluating(model: nn.Module):
     """The model in eval mode, weights frozen, no TF32; everything is put back afterwards."""
-    training, tf32 = model.training, torch.backends.cudnn.allow_tf32
-    trained = [p for p in model.parameters() if p.requires_grad]
+    training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
-    torch.backends.cudnn.allow_tf32 = False
     try:
-        yield model
+        with convolutions(tf32=False):
+            yield model
     finally:
-        torch.backends.cudnn.allow_tf32 = tf32
         model.train(training)
         for p in trained:
             p.requires_grad_(True)
@@ -568,7 +595,7 @@ def correct(model: nn.Module, x: Tensor, labels: Tensor, batch_size: int = 500) 
     """Which of x, float (N, C, H, W) or uint8 (N, H, W, C), the model gets right: bool (N,)."""
     right = []
     for part, y in zip(x.split(batch_size), labels.split(batch_size)):
-        right.append(model(to_float(part) if part.dtype == torch.uint8 else part).argmax(1) == y)
+        right.append(model(to_float(part)).argmax(1) == y)
     return torch.cat(right)
 
 

@@ -34,7 +34,6 @@ import math
 import os
 import re
 import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -76,6 +75,7 @@ def parse_args(argv=None):
     add("--steps", type=common.count, default=100, help="iterations of APGD and FAB")
     add("--queries", type=common.count, default=5000, help="queries of Square")
     add("--targets", type=common.count, default=9, help="classes of targeted APGD and FAB")
+    add("--search", choices=["tf32", "fp32"], default="tf32", help="of aa on CUDA, not the verdict")
     add = parser.add_argument_group("other images").add_argument
     add("--corruptions", default="generate", metavar="DIR", help="CIFAR-10-C; generate: made here")
     add("--frost-dir", metavar="DIR", help="frost1.png ... of its generator; None: drawn by code")
@@ -141,6 +141,7 @@ class Settings:
     steps: int = 100
     queries: int = 5000
     targets: int = 9
+    search: str = "tf32"  # of AutoAttack's attacks on CUDA; verdicts are in float32
     eot: int = 1  # gradients averaged in a step of APGD
 
 
@@ -174,13 +175,8 @@ def batches(points, index, s, attack="", which=0):
     """Yield (part, Batch) over the images `index` of points = (x, labels, logits)."""
     x, labels, logits = points
     for part in index.split(s.batch_size) if len(index) else ():
-        given = as_float(x[part]), labels[part], logits[part], part.to(x.device)
+        given = common.to_float(x[part]), labels[part], logits[part], part.to(x.device)
         yield part, Batch(*given, s, attack, which)
-
-
-def as_float(x):
-    """float32 (B, C, H, W) of uint8 (B, H, W, C), or x as it is."""
-    return common.to_float(x) if x.dtype == torch.uint8 else x.float()
 
 
 def misclassified(logits, labels):
@@ -560,7 +556,7 @@ def clean_logits(model, x, labels, batch_size=500, classes=None, name="the model
     if x.dtype != torch.uint8 and not (x.min() >= 0 and x.max() <= 1):
         common.fail(f"images must be in [0, 1], got {x.min():.4g} to {x.max():.4g}")
     parts = []
-    for part in map(as_float, x.split(batch_size)):
+    for part in map(common.to_float, x.split(batch_size)):
         try:
             logits = model(part)
         except torch.OutOfMemoryError:
@@ -687,9 +683,7 @@ def run_attack(model, points, name, s, store, key):
         alive = ((broken == 0) | (broken == serial)).nonzero()[:, 0]  # when the pass began
         begin = time.monotonic()
         for index, b in batches(points, alive[entry["position"] :], s, attack, which):
-            with torch.no_grad():
-                x_adv = ATTACKS.get(attack, pgd)(fast, b)
-                hit = misclassified(model(x_adv).float(), b.labels) & allowed(x_adv, b.x, s)
+            x_adv, hit = search(model, fast, b)
             where = index[hit.cpu()]
             broken[where] = serial
             for what, more in {"zero": b.zero, "bad": b.bad, "position": len(index)}.items():
@@ -705,6 +699,24 @@ def run_attack(model, points, name, s, store, key):
                 print(f"{clear}{key}: {at}", end=end, flush=True)
         entry["serial"], entry["position"] = serial + 1, 0
     return entry
+
+
+@torch.no_grad()
+def search(model, fast, b):
+    """-> x_adv (B, C, H, W) of the attack b.attack, and bool (B,): the model itself is wrong there.
+
+    In TF32 a search may stop at an example that float32 does not confirm: it is done again.
+    """
+    tf32 = b.attack in ATTACKS and b.s.search == "tf32"
+    with common.convolutions(tf32):
+        x_adv = ATTACKS.get(b.attack, pgd)(fast, b)
+    near, wrong = allowed(x_adv, b.x, b.s), misclassified(model(x_adv).float(), b.labels)
+    moved = (x_adv != b.x).flatten(1).any(1)
+    if tf32 and len(few := (moved & near & ~wrong).nonzero()[:, 0]):
+        rows = (v[few] for v in (b.x, b.labels, b.logits, b.index))
+        strict = Batch(*rows, dataclasses.replace(b.s, search="fp32"), b.attack, b.which)
+        x_adv[few], wrong[few] = search(model, fast, strict)
+    return x_adv, near & wrong
 
 
 def allowed(x_adv, x, s):
@@ -761,7 +773,7 @@ def evaluate_all(model, x, labels, attacks, *settings, classes=None, store=None,
     with common.evaluating(model):
         logits = clean_logits(model, x, labels, s.batch_size, classes)
         points = x, labels, logits
-        lines, few = [], as_float(x[: s.batch_size])
+        lines, few = [], common.to_float(x[: s.batch_size])
         if is_probabilities(logits):
             lines.append("the model seems to return probabilities: the attacks need logits")
         five = torch.stack([F.normalize(model(few).detach().float()) for _ in range(5)])
@@ -864,10 +876,8 @@ def plot(path, record):
 def show(record):
     """Print the record of main: a table of the models, of their attacks, of their calibration."""
     step, eps = (f"{255 * record[key]:.4g}/255" for key in ("step_size", "eps"))
-    ball = f"linf eps {eps}, PGD step {step}"
-    if record["norm"] == "l2":
-        ball = f"l2 eps {record['eps']:g}"
-    print(f"{record['data']}, {record['n']} test images, {ball}, float32\n")
+    balls = {"linf": f"linf eps {eps}, PGD step {step}", "l2": f"l2 eps {record['eps']:g}"}
+    print(f"{record['data']}, {record['n']} test images, {balls[record['norm']]}, float32\n")
     rows, stages, points = record["rows"], [], []
     for row in rows:
         model = {"model": "/".join(Path(row["model"]).parts[-2:])}
@@ -891,7 +901,7 @@ def show(record):
 def save_examples(path, x, labels, store):
     """Write an .npz: x_adv float32 (N, H, W, C), clean where not broken; labels; broken (N,)."""
     (entry,) = (entry for entry in store.record["entries"].values() if "broken" in entry)
-    x_adv, broken = as_float(x).cpu(), entry["broken"] > 0
+    x_adv, broken = common.to_float(x).cpu(), entry["broken"] > 0
     x_adv[broken] = read_examples(store, entry, broken.nonzero()[:, 0], x_adv[broken])
     arrays = {"x_adv": x_adv.permute(0, 2, 3, 1), "labels": labels.cpu(), "broken": broken}
     common.write_atomically(Path(path), lambda file: np.savez_compressed(file, **arrays))
@@ -922,11 +932,8 @@ FREE_FLAGS = {"json", "data_root", "device", "batch_size", "argv", "deterministi
 def run(args, command):
     """Evaluate every model, print the tables, write the JSON; go on where a killed run stopped."""
     device = common.setup_device(args)
-    data = common.load_data(args.data, args.data_root, device)
-    if (total := len(data.x_test)) < (args.n or 0):
-        common.fail(f"--n: {data.name} has {total} test images, got {args.n}")
-    chosen = np.sort(np.random.default_rng(0).permutation(total)[: args.n])
-    x, labels = data.x_test[chosen], data.y_test[chosen]
+    data = common.load_data(args.data, args.data_root, device, test_subset=args.n)
+    x, labels = data.x_test, data.y_test
     others = images.load_others(args, data, x)
     models, digests = load_models(args, data, device)
     settings = {k: v for k, v in vars(args).items() if k in Settings.__dataclass_fields__}
@@ -974,13 +981,9 @@ def main(argv=None):
     """`run` with these flags; when it is stopped, the last lines say how to go on."""
     args = parse_args(argv)
     command = shlex.join(["python", os.path.relpath(__file__), *args.argv])
-
-    def on_sigterm(number, frame):
-        raise KeyboardInterrupt("SIGTERM")
-
-    handler = signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        run(args, command)
+        with common.stoppable():
+            run(args, command)
     except KeyboardInterrupt as stop:
         kept = args.json or args.save_examples
         kept = "finished batches are kept; go on" if kept else "nothing is kept; begin again"
@@ -990,8 +993,6 @@ def main(argv=None):
         common.fail("--batch-size: out of GPU memory; take a smaller one, the same command goes on")
     except OSError as error:
         common.fail(f"{error.filename or args.json}: {error.strerror or error}")
-    finally:
-        signal.signal(signal.SIGTERM, handler)
 
 
 if __name__ == "__main__":

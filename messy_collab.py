@@ -200,7 +200,8 @@ def train_net(net, rate, teach, data, args, run, stage, seed, total, milestones)
     optimizer = common.sgd(net, args.lr, args.momentum, args.weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, args.gamma)
 
-    def train_step(x, labels, view):
+    @plumbing.captured(run, net)
+    def compute(x, labels, view):
         labels = vary_labels(labels, rate, len(data.classes), args.label_draw)
         with plumbing.autocast(run):
             logits = net(x)
@@ -210,9 +211,7 @@ def train_net(net, rate, teach, data, args, run, stage, seed, total, milestones)
                 with torch.no_grad():
                     teacher_logits = teach(x, view)
                 loss = hinton_loss(logits, teacher_logits, labels, args.alpha, args.temperature)
-        optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
         return plumbing.metrics(loss, logits, labels)
 
     parts = {"model": net, "optimizer": optimizer, "schedule": schedule}
@@ -220,7 +219,9 @@ def train_net(net, rate, teach, data, args, run, stage, seed, total, milestones)
         torch.manual_seed(common.derive_seed("noise", seed, epoch))  # a teacher's: of its own seed
         history = []
         for x, labels, view in common.batches(data, args.batch_size, seed, epoch, run, views=True):
-            history.append(train_step(x, labels, view))
+            optimizer.zero_grad()
+            history.append(compute(x, labels, view))
+            optimizer.step()
         schedule.step()  # per epoch
         plumbing.end_epoch(run, epoch, history, data)
     meta = {"epoch": total, "seconds": run.seconds, "best": run.best}
@@ -287,9 +288,7 @@ def train_and_evaluate(args, tables):
             file = files[f"student ({args.method})"] = run.dir / "student.pt"
             if not file.exists():
                 train_student(teacher, of["s"], args, run, tables)
-            meta = common.load(file)["meta"]
-            if meta["best"].get("epoch", meta["epoch"]) != meta["epoch"]:
-                files["student, best on held-out images"] = run.dir / "student_best.pt"
+            files |= plumbing.best_epoch(run)
         import eval_robustness
 
         plumbing.finish(run, plumbing.evaluate_files(run, files, eval_robustness.main))

@@ -17,7 +17,6 @@ import math
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -53,6 +52,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there")
     add("--precision", default="bf16", choices=["bf16", "fp32"], help="of training on CUDA")
     add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower)")
+    add("--graph", action="store_true", help="replay steps as a CUDA graph (not measured yet)")
     add("--runs", default="runs", help="folder of the run folders")
     add("--name", help="name of the run folder; None: made of the flags that are not the default")
     add("--tensorboard", action="store_true", help="log to TensorBoard too, if it is installed")
@@ -178,21 +178,18 @@ def open_run(script: str, args: argparse.Namespace, check=lambda data: None):
     here, python = Path(__file__).resolve().parent / f"{script}.py", Path(sys.executable)
     paths = [python if Path.cwd() not in python.parents else os.path.relpath(python)]
     run.command = shlex.join(map(str, [*paths, os.path.relpath(here), *args.argv]))
-
-    def on_sigterm(number, frame):
-        raise KeyboardInterrupt("SIGTERM")
-
-    handler = signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        _join(run.device)
-        sizes = (args.val_size, args.train_subset, args.test_subset)
-        data = common.load_data(args.data, args.data_root, run.device, *sizes)
-        if args.teacher_ckpt and not (run.dir / "teacher.pt").exists():
-            named = any(flag.startswith("--teacher-model") for flag in args.argv)
-            common.load_model(args.teacher_ckpt, "cpu", data, args.teacher_model if named else None)
-        check(data)
-        _begin(run, data)
-        yield run, data
+        with common.stoppable():
+            _join(run.device)
+            sizes = (args.val_size, args.train_subset, args.test_subset)
+            data = common.load_data(args.data, args.data_root, run.device, *sizes)
+            if args.teacher_ckpt and not (run.dir / "teacher.pt").exists():
+                named = any(flag.startswith("--teacher-model") for flag in args.argv)
+                name = args.teacher_model if named else None
+                common.load_model(args.teacher_ckpt, "cpu", data, name)
+            check(data)
+            _begin(run, data)
+            yield run, data
     except KeyboardInterrupt as stop:
         print(f"\nstopped; finished epochs are in {run.dir}; go on with:", file=sys.stderr)
         print(run.command, file=sys.stderr)
@@ -206,7 +203,6 @@ def open_run(script: str, args: argparse.Namespace, check=lambda data: None):
     except OSError as error:
         fail(f"{error.filename or run.dir}: {error.strerror or error}; finished epochs are kept")
     finally:
-        signal.signal(signal.SIGTERM, handler)
         for opened in filter(None, (run.writer, run.lock)):
             opened.close()
 
@@ -354,32 +350,33 @@ def autocast(run: "Run"):
     return torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
-def captured(run: Run, compute, model: nn.Module):
-    """compute, or under --graph on CUDA a function that replays it as one CUDA graph.
+def captured(run: Run, model: nn.Module):
+    """Decorates compute(*tensors): under --graph on CUDA its calls replay it as one CUDA graph.
 
-    compute(*tensors) -> Tensor: attack, forward passes, loss.backward() into gradients that are
-    None before; no host sync. The optimizer stays outside: its learning rate and momentum are
-    numbers that a graph would freeze, and its fused step is few launches anyway. Each shape of the
-    tensors (the last batch of an epoch) has a graph of its own; see _capture. The gradients are
-    those of the last call, the tensor that comes back is a copy.
+    compute: attack, forward passes, loss.backward() into gradients that are None before -> Tensor;
+    no host sync. The optimizer stays outside: its learning rate and momentum are numbers that a
+    graph would freeze, and its fused step is few launches anyway. Each shape of the tensors (the
+    last batch of an epoch) has a graph of its own; see _capture. The gradients are those of the
+    last call, the tensor that comes back is a copy.
     """
     graphs, parameters = {}, list(model.parameters())
-    if run.device.type != "cuda" or not run.args.graph:
-        return compute
 
-    def replayed(*tensors):
-        key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-        if key not in graphs:
-            graphs[key] = _capture(compute, model, [tensor.clone() for tensor in tensors])
-        replay, inputs, out, gradients = graphs[key]
-        for mine, given in zip(inputs, tensors):
-            mine.copy_(given)
-        replay()
-        for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient
-        return out.clone()
+    def decorate(compute):
+        def replayed(*tensors):
+            key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+            if key not in graphs:
+                graphs[key] = _capture(compute, model, [tensor.clone() for tensor in tensors])
+            replay, inputs, out, gradients = graphs[key]
+            for mine, given in zip(inputs, tensors):
+                mine.copy_(given)
+            replay()
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient
+            return out.clone()
 
-    return replayed
+        return replayed if run.device.type == "cuda" and run.args.graph else compute
+
+    return decorate
 
 
 def _capture(compute, model: nn.Module, inputs: list):
@@ -711,6 +708,13 @@ def check_evaluation(args: argparse.Namespace, data: common.Data) -> None:
         fail("--pick-teacher val: needs held-out images, --val-size above 0")
     if args.eval == "full" and data.x_test.shape[1:] != (32, 32, 3):
         fail(f"--eval full: needs colour images of 32 x 32, {data.name} has others")
+
+
+def best_epoch(run: Run) -> dict:
+    """{row of the summary: student_best.pt}, if another epoch than the last is best; else {}."""
+    meta, row = common.load(run.dir / "student.pt")["meta"], "student, best on held-out images"
+    last = meta["best"].get("epoch", meta["epoch"]) == meta["epoch"]
+    return {} if last else {row: run.dir / "student_best.pt"}
 
 
 def evaluate_files(run: Run, files: dict, main) -> list[dict]:

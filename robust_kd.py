@@ -39,6 +39,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch.optim import lr_scheduler
 
 import common
 import plumbing
@@ -106,14 +107,7 @@ def parse_args(argv=None):
     add("--augment", choices=["crop", "cutout", "cutmix"], default="crop", help="crop: and flip")
     add("--label-smoothing", type=common.rate, default=0.0, help="if there are: of extra data only")
     add("--extra-data", metavar="FILE", help=".npz of generated images: image, label")
-    add(
-        "--extra-fraction",
-        type=common.rate,
-        default=0.7,
-        help="of a batch, if there are extra data",
-    )
-    add("--graph", action="store_true", help="replay steps as a CUDA graph (not measured yet)")
-    add = parser.add_argument_group("analysis").add_argument
+    add("--extra-fraction", type=common.rate, default=0.7, help="of each batch, with --extra-data")
     add("--trajectories", action="store_true", help="keep what each epoch makes of each image")
     plumbing.add_run_flags(parser)
     args = plumbing.parse(parser, argv, {"--recipe at+": AT_PLUS, "--demo": DEMO})
@@ -273,11 +267,8 @@ def teacher_recipe(flags, i=0):
     recipe["total"] = flags["teacher_epochs"] if flags["schedule"] == "cosine" else None
     attack = [flags["eps"], step_size(flags["eps"], flags), flags["steps"]]  # of the test images
     recipe["trajectories"] = flags["trajectories"] and [flags["test_subset"], *attack]
-    recipe |= {
-        "training": training,
-        "loss": TEACHERS.get(training),
-        "seed": flags["seed"] + 100 * i,
-    }
+    recipe |= {"training": training, "loss": TEACHERS.get(training)}
+    recipe |= {"seed": flags["seed"] + 100 * i}
     recipe |= {name: flags["teacher_" + name] for name in ("lr", "gamma", "batch_size")}
     recipe |= {name: flags["teacher_" + name] or flags[name] for name in ("model", "width")}
     recipe["epochs"] = flags["teacher_es"] or flags["teacher_epochs"]
@@ -305,21 +296,15 @@ def make_optimizer(model, stage, how, args, n):
     """-> (SGD, its schedule of n steps an epoch: the paper's for student and teacher, or AT+'s)."""
     yes = {name: getattr(args, name) == "yes" for name in ("nesterov", "decay_norms")}
     optimizer = common.sgd(model, how.lr, args.momentum, args.weight_decay, **yes)
-    return optimizer, make_schedule(optimizer, stage, how, args, n)
-
-
-def make_schedule(optimizer, stage, how, args, n):
-    """The learning rates of make_optimizer."""
-    schedules = torch.optim.lr_scheduler
-    if (
-        args.schedule == "cosine"
-    ):  # a teacher that is stopped early has the rates of one that is not
+    if args.schedule == "cosine":  # stopped early or not, a teacher has the same rates
         total = n * (args.epochs if stage == "student" else args.teacher_epochs)
-        return common.cosine(optimizer, total, total // 40)  # 10 of 400 epochs
-    if stage == "student":
-        cycle = args.cycle_momentum == "yes"
-        return schedules.OneCycleLR(optimizer, how.lr, how.epochs * n, cycle_momentum=cycle)
-    return schedules.LambdaLR(optimizer, lambda step: how.gamma ** (step // n))
+        schedule = common.cosine(optimizer, total, total // 40)  # 10 of 400 epochs
+    elif stage == "student":
+        cycle = {"cycle_momentum": args.cycle_momentum == "yes"}
+        schedule = lr_scheduler.OneCycleLR(optimizer, how.lr, how.epochs * n, **cycle)
+    else:
+        schedule = lr_scheduler.LambdaLR(optimizer, lambda step: how.gamma ** (step // n))
+    return optimizer, schedule
 
 
 def ensemble_weights(betas, trainings):
@@ -383,6 +368,7 @@ def train_model(run, data, stage, recipe, teacher=None):
     # other batches than the student's
     seed = how.seed if stage == "student" else common.derive_seed(how.seed, stage)
 
+    @plumbing.captured(run, model)
     def compute(x, labels):
         with plumbing.autocast(run):
             known = tensors(model, teacher, x, labels, how) | settings
@@ -390,8 +376,6 @@ def train_model(run, data, stage, recipe, teacher=None):
         loss.backward()
         logits = known.get("student_adv_logits", known.get("student_logits"))
         return plumbing.metrics(loss, logits, labels)
-
-    compute = plumbing.captured(run, compute, model)
 
     def train_step(x, labels):
         optimizer.zero_grad()
@@ -414,13 +398,13 @@ def train_model(run, data, stage, recipe, teacher=None):
         plumbing.end_epoch(run, epoch, [train_step(x, y) for x, y in batches], data, *attack)
         if stage != "student" and (epoch + 1) % (args.teacher_save_every or how.epochs + 1) == 0:
             save(run, f"{stage}-ep{epoch + 1}", how, epoch + 1)
+    last = run.row["epoch"]
     if collapsed(run, how):
-        print(f"{stage}: PGD accuracy fell by over 20 points; epoch {run.best['epoch']} is kept")
+        last = run.best["epoch"]
+        print(f"{stage}: PGD accuracy fell by over 20 points; epoch {last} is kept")
         best = common.load(run.dir / f"{stage}_best.pt")
         plumbing.final_model(run).load_state_dict(best["weights"])
-        save(run, stage, how, run.best["epoch"])
-    else:
-        save(run, stage, how, run.row["epoch"])
+    save(run, stage, how, last)
 
 
 def save(run, file, how, epoch):
@@ -447,9 +431,8 @@ def get_teacher(run, data, i):
 
 def main(argv=None):
     """For each seed: data, teacher, student, evaluation of both, one table."""
-    plumbing.across_seeds(
-        [train_and_evaluate(args) for args in plumbing.per_seed(parse_args(argv))]
-    )
+    runs = [train_and_evaluate(args) for args in plumbing.per_seed(parse_args(argv))]
+    plumbing.across_seeds(runs)
 
 
 def train_and_evaluate(args):
@@ -458,10 +441,8 @@ def train_and_evaluate(args):
     def prepare(data):
         data.augment, data.smoothing = args.augment, args.label_smoothing
         if args.extra_data:
-            data.extra, data.extra_fraction = (
-                common.load_extra(args.extra_data, data),
-                args.extra_fraction,
-            )
+            data.extra = common.load_extra(args.extra_data, data)
+            data.extra_fraction = args.extra_fraction
 
     with plumbing.open_run("robust_kd", args, prepare) as (run, data):
         if run.finished:
@@ -483,9 +464,8 @@ def train_and_evaluate(args):
                 models[f"ensemble of {len(found)} teachers"] = teacher, {}
         student, meta = trained(run, data, "student", student_recipe(run.flags), teacher)
         models[f"student ({args.loss})"] = student, meta
-        if meta["best"].get("epoch", args.epochs) != args.epochs:
-            best = common.load_model(run.dir / "student_best.pt", run.device)
-            models[f"student ({args.loss}), best on held-out images"] = best
+        for row, file in plumbing.best_epoch(run).items():
+            models[row] = common.load_model(file, run.device)
         import eval_robustness
 
         rows, attacks = [], ["clean", f"pgd{args.eval_steps}"]

@@ -1,11 +1,15 @@
 """Time eval_robustness.py's AutoAttack against a plain rendering of it, in one process.
 
 Usage    python benchmark/autoattack.py --n 60 --batch-size 20 --threads 2
+         python benchmark/autoattack.py --device cuda --checkpoint CKPT --n 1000 --batch-size 500
+         (the standard attack has --steps 100 --queries 5000)
 Plain    One batch after the other through all four attacks; `backward` with weight gradients; the
          projection of FAB by sorting; rows that are done are cut out by boolean masks at each
          query, and stay to the end of a run of APGD and FAB; BatchNorm as it is. L-infinity only.
 Model    A WRN-10-1 trained for seconds on the embedded shapes; eps is chosen by APGD-CE such that
          about half of the images survive. Both use the same random draws.
+Ours     On CUDA twice: searching in float32 and in TF32, where only what float32 confirms counts.
+         For each way the images are counted on which it differs from the first.
 """
 
 import sys
@@ -25,12 +29,14 @@ def parse_args(argv=None):
     parser = common.make_parser(__doc__)
     add = parser.add_argument
     add("--n", type=common.count, default=60, help="images")
-    add("--batch-size", type=common.count, default=20, help="of both")
+    add("--batch-size", type=common.count, default=20, help="of all")
     add("--steps", type=common.count, default=20, help="iterations of APGD and FAB")
     add("--queries", type=common.count, default=1000, help="queries of Square")
     add("--threads", type=common.count, default=2, help="CPU threads")
-    add("--repeats", type=common.count, default=2, help="of both, in turn; the fastest counts")
-    add("--device", default="cpu", choices=["cpu", "cuda"], help="where both run")
+    add("--repeats", type=common.count, default=2, help="of all, in turn; the fastest counts")
+    add("--device", default="cpu", choices=["cpu", "cuda"], help="where all run")
+    add("--checkpoint", help="of a script, instead of that small net; without the plain rendering")
+    add("--data", default="cifar10", help="that the checkpoint was trained on")
     return parser.parse_args(argv)
 
 
@@ -184,31 +190,46 @@ def trained_model(data):
 
 
 def main(argv=None):
-    """Train, choose eps, run both in turn, print one line with the ratio."""
+    """Train or load, choose eps, run all in turn, print a table and the ratio."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    data = common.load_data("shapes", device=args.device, train_subset=2000, test_subset=args.n)
-    model, x, labels = trained_model(data), data.x_test, data.y_test
-    curve = ev.accuracy_curve(model, x, labels, ev.Settings(steps=20))
-    eps = min(curve, key=lambda point: abs(point[1] - 0.5))[0]
-    s = ev.Settings(eps, batch_size=args.batch_size, steps=args.steps, queries=args.queries)
-    points = x, labels, ev.clean_logits(model, x, labels)
-    seconds = {"plain": [], "ours": []}
-    for _ in range(args.repeats):
-        begin = time.perf_counter()
-        plain = plain_autoattack(model, points, s)
-        middle = time.perf_counter()
+    device = torch.device(args.device)
+    if args.checkpoint:
+        data = common.load_data(args.data, device=device, test_subset=args.n)
+        model, eps = common.load_model(args.checkpoint, device, data)[0], 8 / 255
+    else:
+        data = common.load_data("shapes", device=device, train_subset=2000, test_subset=args.n)
+        model = trained_model(data)
+        curve = ev.accuracy_curve(model, data.x_test, data.y_test, ev.Settings(steps=20))
+        eps = min(curve, key=lambda point: abs(point[1] - 0.5))[0]
+    points = data.x_test, data.y_test, ev.clean_logits(model, data.x_test, data.y_test)
+    options = {"batch_size": args.batch_size, "steps": args.steps, "queries": args.queries}
+    seconds, robust = {}, {}
+
+    def ours(s):
         with common.evaluating(model):
-            ours = ev.run_attack(model, points, "aa", s, ev.open_store(), "")["broken"] == 0
-        seconds["plain"].append(middle - begin)
-        seconds["ours"].append(time.perf_counter() - middle)
-    fast, slow = min(seconds["ours"]), min(seconds["plain"])
-    clean = (points[2].argmax(1) == labels).double().mean().item()
-    print(f"eps {255 * eps:.3g}/255, {args.n} images, clean accuracy {clean:.4f}, robust accuracy:")
-    different = int((ours != plain).sum())
-    print(f"plain {plain.double().mean():.4f}, ours {ours.double().mean():.4f}, ", end="")
-    print(f"{different} images differ; seconds: plain {slow:.1f}, ours {fast:.1f}")
-    print(f"ratio {fast / slow:.3f} (bound 0.8), {torch.get_num_threads()} threads")
+            return ev.run_attack(model, points, "aa", s, ev.open_store(), "")["broken"] == 0
+
+    ways = (
+        {} if args.checkpoint else {"plain": ("fp32", lambda s: plain_autoattack(model, points, s))}
+    )
+    ways["ours, search in fp32"] = "fp32", ours
+    if device.type == "cuda":
+        ways["ours, search in tf32"] = "tf32", ours
+    for name in [*ways] * args.repeats:
+        search, attack = ways[name]
+        begin = time.perf_counter()
+        robust[name] = attack(ev.Settings(eps, search=search, **options))
+        seconds.setdefault(name, []).append(time.perf_counter() - begin)
+    clean = (points[2].argmax(1) == data.y_test).double().mean().item()
+    print(f"eps {255 * eps:.3g}/255, {args.n} images, clean accuracy {clean:.4f}")
+    first, rows = next(iter(ways)), []
+    for name, times in seconds.items():
+        differ = int((robust[name] != robust[first]).sum())
+        rows.append({"": name, "aa_acc": robust[name].double().mean().item()})
+        rows[-1] |= {"images that differ": differ, "seconds": min(times)}
+        rows[-1]["ratio"] = f"{min(times) / min(seconds[first]):.3f}"
+    print(common.table(rows))
 
 
 if __name__ == "__main__":

@@ -585,18 +585,12 @@ def main(argv=None):
     if args.list:
         return show(left, total)
     prepare(args)
-
-    def on_sigterm(number, frame):
-        raise KeyboardInterrupt("SIGTERM")
-
-    handler = signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        failures = run_all(left, args)
+        with common.stoppable():
+            failures = run_all(left, args)
     except KeyboardInterrupt as stop:
         print("\nstopped; the same command goes on from there", file=sys.stderr)
         raise SystemExit(143 if stop.args else 130) from None
-    finally:
-        signal.signal(signal.SIGTERM, handler)
     if args.tables and args.scale == "full":
         compare(args)
         print()

@@ -515,6 +515,7 @@ CHOICES = {
     "paper3-table2-one-omitted-distilled": [
         "--teacher-shift 0", "--teacher-shift 3", "--teacher-epochs 30", "--epochs 60",
         "--lr 0.1", "--alpha 0.9"],
+    "paper3-table2-two-omitted-distilled": ["--teacher-shift 0"],
     "paper3-table3-re-kd-resnet-50": ["--no-tau2", "--alpha 0.9", "--kl-reduction mean"],
     "paper3-table4-tf-kd-reg": ["--reg-form repo", "--reg-form plain", "--alpha 0.3"],
     "paper3-table4-tf-kd-self": ["--alpha 0.9", "--no-tau2", "--kl-reduction mean"],

@@ -215,7 +215,7 @@ def rung(data, args, tricks):
 
     if "graph" in tricks:
         run = argparse.Namespace(device=device, args=argparse.Namespace(graph=True))
-        compute = plumbing.captured(run, compute, model)
+        compute = plumbing.captured(run, model)(compute)
     images = None if "gather" in tricks else Images(data)
     options = {"shuffle": True, "num_workers": args.workers, "pin_memory": device.type == "cuda"}
     for epoch in range(10**9):

@@ -35,8 +35,8 @@ def middle(d):
 
 def batch(model, x, labels, attack="apgd-ce", which=0, **settings):
     """A Batch of all images."""
-    logits = model(ev.as_float(x)).detach()
-    given = ev.as_float(x), labels, logits, torch.arange(len(x))
+    logits = model(common.to_float(x)).detach()
+    given = common.to_float(x), labels, logits, torch.arange(len(x))
     return ev.Batch(*given, ev.Settings(**settings), attack, which)
 
 
@@ -281,7 +281,33 @@ def test_the_copy_for_the_search_has_no_batchnorm_and_the_same_logits(small):
     model, x, _ = small
     copy = ev.faster(model)
     assert isinstance(model[1], nn.BatchNorm2d) and isinstance(copy[1], ev.Affine)
-    np.testing.assert_allclose(copy(ev.as_float(x)), model(ev.as_float(x)), atol=1e-5)
+    np.testing.assert_allclose(copy(common.to_float(x)), model(common.to_float(x)), atol=1e-5)
+
+
+def test_what_a_search_in_tf32_takes_for_broken_and_is_not_is_searched_again(small, monkeypatch):
+    model, x, labels = small
+    options = {"steps": 5, "queries": 30, "targets": 2}
+    strict = ev.evaluate(model, x, labels, ["aa"], 4 / 255, search="fp32", **options)
+    faster, shares = ev.faster, []
+
+    class Coarse(nn.Module):
+        """Wrong on every image as long as TF32 is allowed."""
+
+        def __init__(self, model):
+            super().__init__()
+            self.model = faster(model)
+
+        def forward(self, x):
+            shares.append(torch.backends.cudnn.allow_tf32)
+            logits = self.model(x)
+            return logits.roll(1, 1) if shares[-1] else logits
+
+    monkeypatch.setattr(ev, "faster", Coarse)
+    assert ev.evaluate(model, x, labels, ["aa"], 4 / 255, **options) == strict
+    assert 0 < strict["aa_acc"] < 1 and set(shares) == {True, False}
+    shares.clear()
+    ev.evaluate(model, x, labels, ["pgd2"], 4 / 255)
+    assert set(shares) == {False}  # a report of PGD is in float32 throughout
 
 
 def test_only_norms_with_fixed_statistics_are_folded_and_their_attributes_stay():

@@ -50,7 +50,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_numbers(small, tmp_p
     assert kills > 2 and found == expected
     entry = store.record["entries"]["m aa"]
     index = (entry["broken"] > 0).nonzero()[:, 0]
-    x_adv = ev.read_examples(store, entry, index, ev.as_float(x[index]))
+    x_adv = ev.read_examples(store, entry, index, common.to_float(x[index]))
     assert ev.misclassified(model(x_adv), labels[index]).all() and len(index) > 5
     assert path.stat().st_size < 20_000
 
@@ -80,17 +80,19 @@ def test_a_state_of_other_flags_or_a_damaged_one_is_refused(tmp_path, refused):
 
 def test_an_example_that_fails_the_last_check_counts_as_robust(small):
     model, x, labels = small
-    points = x, labels, model(ev.as_float(x))
+    points = x, labels, model(common.to_float(x))
     s, store = ev.Settings(steps=5), ev.open_store()
     entry = ev.run_attack(model, points, "apgd-ce", s, store, "")  # no name: no lines
     before = ev.verdict(model, points, entry, "apgd-ce", s, store)
     first = (entry["broken"] > 0).nonzero()[:1, 0]
-    ev.write_examples(store, entry, first, ev.as_float(x[first]))  # the clean image: it is right
+    ev.write_examples(
+        store, entry, first, common.to_float(x[first])
+    )  # the clean image: it is right
     after = ev.verdict(model, points, entry, "apgd-ce", s, store)
     assert (before["unverified"], after["unverified"]) == (0, 1)
     gained = after["stages"][-1]["robust_acc"] - before["stages"][-1]["robust_acc"]
     assert gained == pytest.approx(1 / len(x))
-    ev.write_examples(store, entry, first, ev.as_float(x[first]) + 0.1)  # outside of the ball
+    ev.write_examples(store, entry, first, common.to_float(x[first]) + 0.1)  # outside of the ball
     assert ev.verdict(model, points, entry, "apgd-ce", s, store)["unverified"] == 1
 
 
@@ -156,7 +158,7 @@ def test_logits_that_are_not_finite_are_no_success_and_are_told(small):
             return self.model(x) + torch.where(bright, math.nan, 0.0)
 
     model, x, labels = small
-    edge = ev.as_float(x).amax() + 0.1
+    edge = common.to_float(x).amax() + 0.1
     row = ev.evaluate_all(Hole(model, None), x, labels, ["clean", "apgd-ce"], eps=0.9, steps=3)
     assert "not finite" in " ".join(row["warnings"])
     assert row["apgd_ce_acc"] == row["clean_acc"]
@@ -168,7 +170,7 @@ def test_logits_that_are_not_finite_are_no_success_and_are_told(small):
 def test_the_ensemble_returns_the_logarithm_of_the_averaged_probabilities(small):
     model, x, _ = small
     other = Made(model, lambda z: -0.5 * z)
-    x = ev.as_float(x)
+    x = common.to_float(x)
     expected = (model(x).softmax(1) + other(x).softmax(1)) / 2
     np.testing.assert_allclose(common.Ensemble([model, other])(x).exp(), expected, atol=1e-6)
 
@@ -313,7 +315,7 @@ def test_saved_examples_are_those_that_broke_the_images(small, tmp_path):
     main("--model", "foreign:net", "--weights", "w", "--attack", *attack, "--save-examples", out)
     with np.load(out) as file:
         x_adv, broken = torch.from_numpy(file["x_adv"]), torch.from_numpy(file["broken"])
-    x_adv, clean = x_adv.permute(0, 3, 1, 2), ev.as_float(x)
+    x_adv, clean = x_adv.permute(0, 3, 1, 2), common.to_float(x)
     assert 0 < broken.sum() < len(x)
     assert (model(x_adv).argmax(1) != labels)[broken].all()
     assert torch.equal(x_adv[~broken], clean[~broken])
@@ -337,8 +339,8 @@ def test_a_plot_without_matplotlib_names_the_package(monkeypatch, tmp_path, refu
 
 def test_float_images_outside_of_the_box_are_refused(small, refused):
     model, x, labels = small
-    assert "[0, 1]" in refused(ev.evaluate, model, 2 * ev.as_float(x), labels, [])
-    inside = ev.evaluate(model, ev.as_float(x), labels, ["clean", "apgd-ce"], steps=3)
+    assert "[0, 1]" in refused(ev.evaluate, model, 2 * common.to_float(x), labels, [])
+    inside = ev.evaluate(model, common.to_float(x), labels, ["clean", "apgd-ce"], steps=3)
     assert inside == ev.evaluate(model, x, labels, ["clean", "apgd-ce"], steps=3)
 
 
@@ -353,7 +355,7 @@ BAD = {
     "damaged weights": (["--model", "foreign:net", "--weights", "short"], "--weights short"),
     "damaged checkpoint": (["short"], "short: truncated"),
     "no checkpoint": ([], "expected CKPT"),
-    "too many images": (["net0.pt", "--n", "81"], "--n: data.npz has 80 test images, got 81"),
+    "too many images": (["net0.pt", "--n", "81"], "--n: more than there are; data.npz has 80 "),
     "unknown attack": (["net0.pt", "--attack", "aa-fast"], "'aa-fast'"),
     "pgd in L2": (["net0.pt", "--norm", "l2"], "--norm l2"),
     "eps above 1": (["net0.pt", "--eps", "8"], "--eps"),

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 import common
+import fickle_teacher
+import messy_collab
 import plumbing
-import robust_kd as rk
+import robust_kd
+import soft_randomization
 
 
 class FakeCuda:
@@ -43,14 +46,29 @@ class FakeCuda:
 real_capture = plumbing._capture
 
 
-@pytest.mark.parametrize("loss", ["at", "akd+", "rslad+"])
+SMALL = "--data shapes --model wrn-10-1 --teacher-model wrn-10-1 --train-subset 40 --test-subset 8"
+SMALL += " --val-size 8 --batch-size 16 --epochs 2 --teacher-epochs 1 --name run"
+ATTACK = "--teacher-batch-size 16 --steps 2 --eval-steps 1"
+PLAIN = "--eval-steps 1 --restarts 1"
+
+
+@pytest.mark.parametrize(
+    "script, flags, nets",
+    [
+        (robust_kd, f"--loss at {ATTACK}", 1),
+        (robust_kd, f"--loss akd+ {ATTACK}", 2),
+        (robust_kd, f"--loss rslad+ {ATTACK}", 2),
+        (fickle_teacher, f"--method fickle {PLAIN}", 2),
+        (fickle_teacher, f"--method swap --teacher-table yes {PLAIN}", 2),
+        (soft_randomization, f"--method soft-randomization {PLAIN}", 2),
+        (messy_collab, f"--method mc-ts {PLAIN}", 2),
+    ],
+)
 def test_replayed_steps_train_as_plain_ones_and_each_shape_has_its_graph(
-    loss, tmp_path, monkeypatch
+    script, flags, nets, tmp_path, monkeypatch
 ):
-    flags = f"--loss {loss} --data shapes --model wrn-10-1 --train-subset 40 --test-subset 8 --name"
-    flags += " run --val-size 8 --batch-size 16 --teacher-batch-size 16 --epochs 2"
-    flags += " --teacher-epochs 1 --steps 2 --eval-steps 1 --runs"
-    rk.main(f"{flags} {tmp_path}/plain".split())
+    flags = f"{SMALL} {flags} --runs {tmp_path}/"
+    script.main(f"{flags}plain".split())
     fake = FakeCuda()
     monkeypatch.setattr(plumbing, "_capture", fake.capture)
     names = "Stream current_stream stream get_rng_state set_rng_state CUDAGraph graph".split()
@@ -58,18 +76,17 @@ def test_replayed_steps_train_as_plain_ones_and_each_shape_has_its_graph(
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
     plain = plumbing.captured
 
-    def as_on_cuda(run, compute, model):
-        cuda = SimpleNamespace(device=torch.device("cuda"), args=run.args)
-        return plain(cuda, compute, model)
+    def as_on_cuda(run, model):
+        return plain(SimpleNamespace(device=torch.device("cuda"), args=run.args), model)
 
     monkeypatch.setattr(plumbing, "captured", as_on_cuda)
-    rk.main([*f"{flags} {tmp_path}/graph".split(), "--graph"])
-    shapes = [[(n, 3, 32, 32), (n,)] for n in (16, 8)]
-    assert fake.calls == shapes * (1 if loss == "at" else 2)
-    a, b = (common.load(tmp_path / k / "robust_kd/run-s0/student.pt") for k in ("plain", "graph"))
-    assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
+    script.main([*f"{flags}graph".split(), "--graph"])
+    assert [call[:2] for call in fake.calls] == [[(n, 3, 32, 32), (n,)] for n in (16, 8)] * nets
+    file = f"{script.__name__}/run-s0/student.pt"
+    a, b = (common.load(tmp_path / kind / file)["weights"] for kind in ("plain", "graph"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_on_a_cpu_the_step_is_the_plain_call():
     run = SimpleNamespace(device=torch.device("cpu"), args=SimpleNamespace(graph=True))
-    assert plumbing.captured(run, len, torch.nn.Linear(1, 1)) is len
+    assert plumbing.captured(run, torch.nn.Linear(1, 1))(len) is len
