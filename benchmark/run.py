@@ -204,9 +204,12 @@ def counted(run):
     return {"macs": macs, "weights": weights, "millions": parameters / 1e6}
 
 
-def cost(run, seen, args):
-    """(multiply-adds of the run, multiply-adds of the student an image); teachers in `seen` are
-    there already. A forward pass counts 1, a gradient of the image 1, one of the weights 2."""
+def cost(run, seed, seen, args):
+    """(multiply-adds of the run, multiply-adds of the student an image).
+
+    Teachers in `seen` are there already; those of this run are added. A forward pass counts 1, a
+    gradient of the image 1, one of the weights 2.
+    """
     flags, _ = parsed(run, args.scale, args.data, args.runs)
     script = importlib.import_module(script_of(run)[0])
     kind = getattr(flags, "loss", None) or flags.method
@@ -220,23 +223,27 @@ def cost(run, seen, args):
     each = macs * (3 + 2 * steps * (attacked or kind == "at"))
     epochs = flags.epochs or script.student_schedule(flags)[0]
     total, students = 0.0, kind != "teacher"
-    same = re.compile("teacher|(model|width|data|eps|steps|dropout|noise_rate|corruption_rate)$")
     alone = kind in ("st", "at", "student", "plain", "label-smoothing", "tf-kd-reg", "at-tf-kd-reg")
     if not alone and kind != "self-distillation":
         teacher = getattr(flags, "teacher_model", None) or flags.model
         teacher = size_of(teacher, *shape, getattr(flags, "teacher_width", None) or width)[0]
-        number = max(getattr(flags, "teachers", None) or 1, getattr(flags, "teacher_seeds", 1))
-        key = run.split()[0] + str(
-            [(k, v) for k, v in sorted(vars(flags).items()) if same.match(k)]
-        )
-        training = getattr(flags, "teacher_training", "at" if kind[:3] == "at-" else "st")
-        training = training if isinstance(training, list) else [training]
-        number, passes = max(number, len(training)), {"st": 3, "ffgsm": 5}
-        passes = np.mean([passes.get(one, 3 + 2 * steps) for one in training])
+        settings = vars(flags) | {"seed": seed}
+        if hasattr(script, "teacher_recipe"):
+            recipes = [
+                script.teacher_recipe(settings, i)
+                for i in range(len(script.teacher_trainings(settings)))
+            ]
+        else:  # a net of these settings is shared by the scripts
+            seeds = range(getattr(flags, "teacher_seeds", 1))
+            recipes = [script.teacher_settings(settings) | {"of_seed": seed} for seed in seeds]
         length = getattr(flags, "teacher_es", None) or flags.teacher_epochs or epochs
-        total += (key not in seen) * number * length * images * passes * teacher
-        seen.add(key)
-        each += teacher * number
+        for recipe in recipes:
+            key, training = json.dumps(recipe, sort_keys=True), recipe.get("training")
+            training = training or ("at" if kind[:3] == "at-" else "st")
+            passes = {"st": 3, "ffgsm": 5}.get(training, 3 + 2 * steps)
+            total += (key not in seen) * length * images * passes * teacher
+            seen.add(key)
+        each += teacher * len(recipes)
     total += students * epochs * images * each
     per_image = {"aa_acc": 5000, "mca_acc": 95, "cinic_acc": 2}  # passes; half survive AutoAttack
     metrics = {m for row in tables.ROWS if row.run == run for m in row.printed}
@@ -425,7 +432,7 @@ def execute(run, seed, rows, limit, args):
     """Train and evaluate a run of a seed and write its result; -> "" or what failed."""
     script, flags = script_of(run)[0], flags_of(run, args)
     name, folder = FIRST[run], finished(run, seed, args)
-    ends, each = time.monotonic() + limit, cost(run, set(), args)[1]
+    ends, each = time.monotonic() + limit, cost(run, 0, set(), args)[1]
     if folder is None:
         folder = Path(args.runs) / script / f"{name}-s{seed}"
         flags += ["--name", name, "--seed", str(seed), "--runs", args.runs]
@@ -481,7 +488,7 @@ def plan(args, device):
         if not waits:
             flags = parsed(run, args.scale, args.data, args.runs)[0]
             rate, job["measured"] = speed(flags.model, done, device)
-            job["minutes"] = cost(run, seen, args)[0] / rate / 60
+            job["minutes"] = cost(run, seed, seen, args)[0] / rate / 60
         left.append(job)
     return left
 

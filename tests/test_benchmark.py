@@ -33,9 +33,7 @@ PRINTED = {
     "paper2-text": 2 + 2,  # AutoAttack in C.1; the assumed costs
     "paper3-table1": 3 + 4,
     "paper3-table2": 2 * 4,
-    "paper3-table3": 3,
-    "paper3-table4": 3,
-    "paper3-table5": 4 * 2,
+    **{"paper3-table3": 3, "paper3-table4": 3, "paper3-table5": 4 * 2},
 }
 ROWS = {row.id: row for row in tables.ROWS}
 
@@ -221,14 +219,17 @@ def test_tables_are_found_by_every_name(refused):
 
 
 def test_the_cost_counts_passes_and_shared_teachers_once():
-    args = run.parse_args(["--device", "cpu"])
-    at = run.cost("robust_kd.py --loss at", set(), args)
-    macs = run.size_of("resnet18", 10, 32, 3)[0]
-    assert at[1] == macs * (3 + 2 * 7)  # an image of PGD-7 training
-    seen = set()
-    first = run.cost("robust_kd.py --loss akd+ --alpha 0.2", seen, args)[0]
-    second = run.cost("robust_kd.py --loss akd+ --alpha 0.4", seen, args)[0]
-    assert first - second == 100 * 50_000 * 17 * macs
+    seen, args = set(), run.parse_args(["--device", "cpu"])
+    macs, teacher = (run.size_of(net, 10, 32, 3)[0] for net in ("resnet18", "wrn-40-2"))
+    assert run.cost("robust_kd.py --loss at", 0, seen, args)[1] == macs * (3 + 2 * 7)  # PGD-7
+    akd, mixed = "robust_kd.py --loss akd+ --alpha", "messy_collab.py --method mc-s"
+    first, second = (run.cost(f"{akd} {a}", 0, seen, args)[0] for a in (0.2, 0.4))
+    other = run.cost(f"{akd} 0.2", 1, seen, args)[0]
+    assert first - second == other - second == 100 * 50_000 * 17 * macs  # a teacher for each seed
+    run.cost("fickle_teacher.py --method hinton", 0, seen, args)  # has the teacher of mixed
+    states = (0, set()), (0, seen), (1, seen)
+    first, *later = (run.cost(mixed, *state, args)[0] for state in states)
+    assert [first - cost for cost in later] == [200 * 50_000 * 3 * teacher] * 2
     done = {1: {"device": "H", "gpu": "H", "model": "resnet18", "macs_per_second": 5e13}}
     assert run.speed("resnet18", done, "H") == run.speed("resnet18", done, "cuda") == (5e13, True)
     assert run.speed("resnet18", done, "cpu") == (run.GUESS["cpu"], False)
