@@ -250,9 +250,9 @@ def batches(data: Data, batch_size: int, seed: int, epoch: int, run=None, views=
     x float32 (B, C, H, W) in [0, 1]; labels int64 (B,), or probabilities (B, K) after smoothing or
     CutMix. The draws depend on (seed, epoch) alone: not on device, batch size or a global
     generator. One gather a batch on the device, one host copy an epoch. data.extra_fraction of a
-    batch are images of data.extra, drawn at random; an epoch keeps its number of steps. With `run`,
-    the live line on a terminal moves, and each of several processes gets its share of every batch.
-    With `views`, a third tensor int64 (B,) says which rows of `plumbing.teacher_table` belong to x.
+    batch are images of data.extra, drawn at random from the disk; an epoch keeps its steps. With
+    `run`, the live line on a terminal moves, and each of several processes gets its share of every
+    batch. With `views`, a third tensor int64 (B,): the rows of `plumbing.teacher_table` for x.
     """
     n, size = len(data.x_train), data.x_train.shape[1:3]
     ways = (2 * data.pad + 1, 2 * data.pad + 1, 1 + data.flip)

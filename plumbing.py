@@ -566,13 +566,13 @@ class Trajectories:
                 ("test", data.x_test, data.y_test),
                 ("adv", data.x_test, data.y_test),
             ):
-                right, entropy = [], 0.0
+                right, entropy = [], torch.zeros((), device=images.device)
                 for x, y in zip(images.split(500), labels.split(500)):
                     x = common.to_float(x)
                     x = common.pgd(model, x, y, *attack) if name == "adv" else x
                     log_probs = model(x).log_softmax(1)  # (B, K)
                     right.append(log_probs.gather(1, y[:, None])[:, 0])
-                    entropy -= (log_probs.exp() * log_probs).sum().item() / len(images)
+                    entropy -= (log_probs.exp() * log_probs).sum() / len(images)
                 self.values[name][epoch] = torch.cat(right)
                 if name == "train":
                     self.values["entropy"][epoch] = entropy
