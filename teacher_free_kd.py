@@ -40,15 +40,13 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -76,10 +74,6 @@ RECIPES = {
     "at": {"epochs": 50, "batch_size": 128, "lr": 0.1, "schedule": "exponential", "gamma": 0.9}
     | {"weight_decay": 5e-4, "warmup": 0},
 }
-# alpha and temperature; of these the paper prints the temperature of Table 2 alone
-WEIGHTS = {"vanilla": (1.0, 10.0), "re-kd": (0.6, 20.0), "tf-kd-self": (0.95, 6.0)}
-WEIGHTS |= {"tf-kd-reg": (0.1, 20.0), "at-kd": (1.0, 1.0), "at-tf-kd-self": (0.9, 1.0)}
-WEIGHTS |= {"at-tf-kd-reg": (0.3, 20.0)}
 
 
 def parse_args(argv=None):
@@ -93,10 +87,8 @@ def parse_args(argv=None):
     add("--temperature", type=common.positive, help="of both softmaxes in the KL")
     add("--tau2", action=argparse.BooleanOptionalAction, help="the KL times temperature^2")
     add("--kl-reduction", choices=["batchmean", "mean"], default="batchmean", help="mean: / K too")
-    add("--delta", type=common.fraction, default=0.99, help="virtual teacher's p of the label")
-    add(
-        "--reg-form", choices=REG_FORMS, default="paper", help="how the virtual teacher is softened"
-    )
+    add("--delta", type=common.probability, default=0.99, help="virtual teacher's p of the label")
+    add("--reg-form", choices=REG_FORMS, default="paper", help="how that teacher is softened")
     add("--smoothing", type=common.probability, default=0.1, help="of label-smoothing")
     add("--omit-digit", type=int, choices=range(10), help="left out of the student's MNIST images")
     add("--bias-correction", action="store_true", help="also with the bias of that digit raised")
@@ -135,7 +127,7 @@ def parse_args(argv=None):
     parser.set_defaults(data=None)
     parser.set_defaults(**recipe(parser.parse_known_args(argv)[0]))
     args = plumbing.parse(parser, argv, {"--demo": DEMO})
-    check(args, parser.error)
+    check_flags(args, parser.error)
     return args
 
 
@@ -146,22 +138,21 @@ def recipe(known):
     small, large = NETS.get(data, NETS["cifar10"])
     chosen = {"data": data, "model": large if known.method == "re-kd" else small}
     chosen["teacher_model"] = {"vanilla": large, "re-kd": small}.get(known.method)
-    chosen["alpha"], chosen["temperature"] = WEIGHTS.get(known.method, (None, None))
+    chosen["alpha"], chosen["temperature"] = METHODS[known.method][3:]
     chosen["tau2"] = known.method != "self-distillation"  # differs: 7
     slow = [] if known.demo else ["aa"]
     chosen["eval_attack"] = ["clean", "pgd20", *slow] if attacked else ["clean"]
     return chosen | RECIPES["at" if attacked else "digits" if data == "mnist" else "clean"]
 
 
-def check(args, error):
+def check_flags(args, error):
     """Call error(line) for flags that do not go together."""
+    loss, _, teaches, *_ = METHODS[args.method]
     given = {word.split("=")[0].replace("--no-tau2", "--tau2") for word in args.argv}
-    loss, _, teaches = METHODS[args.method]
-    weights = "--alpha --temperature --tau2 --kl-reduction --delta --reg-form --smoothing"
-    weights += " --byot-alpha --byot-lambda --byot-temperature" + " --teacher-ckpt" * (not teaches)
-    for flag in weights.split():
-        if flag in given and flag[2:].replace("-", "_") not in needs(loss):
-            error(f"{flag}: --method {args.method} has none")
+    others = {name for other, *_ in METHODS.values() for name in needs(other)} - {*needs(loss)}
+    others |= set() if teaches else {"teacher_ckpt"}
+    for flag in sorted(given & {f"--{name.replace('_', '-')}" for name in others}):
+        error(f"{flag}: --method {args.method} has none")
     if args.omit_digit is not None and args.data != "mnist":
         error(f"--omit-digit: goes with --data mnist, not {args.data}")
     if args.bias_correction and args.omit_digit is None:
@@ -279,18 +270,18 @@ def self_distillation_loss(exit_logits, exit_features, labels,
 # fmt: on
 
 
-METHODS = {  # the loss, what the student is shown, what the teacher is shown
-    "plain": (plain_loss, "x", None),
-    "label-smoothing": (smoothing_loss, "x", None),
-    "vanilla": (kd_loss, "x", "x"),
-    "re-kd": (kd_loss, "x", "x"),
-    "tf-kd-self": (kd_loss, "x", "x"),
-    "tf-kd-reg": (reg_loss, "x", None),
-    "self-distillation": (self_distillation_loss, "x", None),
-    "at": (plain_loss, "x'", None),
-    "at-kd": (at_kd_loss, "x'", "x'"),
-    "at-tf-kd-self": (kd_loss, "x'", "x"),  # paper: Eq. 6, the teacher never sees x'
-    "at-tf-kd-reg": (reg_loss, "x'", None),
+METHODS = {  # loss; what the student, what the teacher is shown; default alpha and temperature
+    "plain": (plain_loss, "x", None, None, None),
+    "label-smoothing": (smoothing_loss, "x", None, None, None),
+    "vanilla": (kd_loss, "x", "x", 1.0, 10.0),  # paper: this 10 in Table 2, no other of the numbers
+    "re-kd": (kd_loss, "x", "x", 0.6, 20.0),
+    "tf-kd-self": (kd_loss, "x", "x", 0.95, 6.0),
+    "tf-kd-reg": (reg_loss, "x", None, 0.1, 20.0),
+    "self-distillation": (self_distillation_loss, "x", None, None, None),
+    "at": (plain_loss, "x'", None, None, None),
+    "at-kd": (at_kd_loss, "x'", "x'", 1.0, 1.0),
+    "at-tf-kd-self": (kd_loss, "x'", "x", 0.9, 1.0),  # paper: Eq. 6, the teacher never sees x'
+    "at-tf-kd-reg": (reg_loss, "x'", None, 0.3, 20.0),
 }
 SAME_NET = ("tf-kd-self", "at-tf-kd-self")  # of teacher and student
 COMPARED = ("vanilla", "re-kd")  # also train the student without the teacher
@@ -302,7 +293,7 @@ def needs(loss):
 
 
 # ------------------------------------------------------------------------------------------------
-# Self-distillation: an exit after each stage
+# Mechanics: an exit after each stage (self-distillation); a digit never seen (Table 2)
 
 
 class Exits(nn.Module):
@@ -314,8 +305,7 @@ class Exits(nn.Module):
 
     def __init__(self, net):
         super().__init__()
-        convs = [[m for m in s.modules() if isinstance(m, nn.Conv2d)] for s in net.stages]
-        widths = [max(conv.out_channels for conv in stage) for stage in convs]
+        widths = [max(p.shape[0] for p in stage.parameters()) for stage in net.stages]
         self.adaptors, self.heads = nn.ModuleList(), nn.ModuleList()
         for i in range(len(widths) - 1):
             pairs = zip(widths[i:], widths[i + 1 :])
@@ -335,17 +325,21 @@ class Exits(nn.Module):
 
 
 @torch.no_grad()
-def exit_rows(net, exits, data):
-    """Rows of the table: accuracy and cost of each exit and of the two ensembles of all exits."""
+def exit_rows(net, state, data):
+    """Rows of the table: accuracy and cost of each exit and of the two ensembles of all exits.
+
+    state: the state_dict of the net's Exits.
+    """
+    exits = Exits(net).eval()
+    exits.load_state_dict(state)
     parts = [torch.stack(exits(net, common.to_float(x))[0]) for x in data.x_test.split(500)]
-    logits = torch.cat(parts, 1)  # (exits, N, K)
-    found = {f"exit {i + 1}": (each, i) for i, each in enumerate(logits)}
-    found["ensemble: mean of probabilities"] = logits.softmax(2).mean(0), None
-    found["ensemble: mean of logits"] = logits.mean(0), None
-    rows = []
-    for name, (each, only) in found.items():
+    logits, rows = torch.cat(parts, 1), []  # (exits, N, K)
+    found = [(f"exit {i + 1}", each, i) for i, each in enumerate(logits)]
+    found.append(("ensemble: mean of probabilities", logits.softmax(2).mean(0), None))
+    found.append(("ensemble: mean of logits", logits.mean(0), None))
+    for name, each, only in found:
         right = (each.argmax(1) == data.y_test).double().mean().item()
-        cost = macs(lambda x, only=only: exits(net, x, only), data)
+        cost = macs(functools.partial(exits, net, only=only), data)
         rows.append({"model": name, "macs": cost, "clean_acc": right})
     return rows
 
@@ -355,10 +349,6 @@ def macs(forward, data):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         forward(common.to_float(data.x_test[:1]))
     return counter.get_total_flops() // 2
-
-
-# ------------------------------------------------------------------------------------------------
-# Table 2: a digit that the student never sees
 
 
 def without(data, digit):
@@ -384,99 +374,33 @@ def corrected(model, data, digit):
 
 
 # ------------------------------------------------------------------------------------------------
-# Figure 1
-
-
-class Gradients(nn.Module):
-    """The mean |dL/dW| of each layer in the epochs of a heat map; a module, to be in checkpoints.
-
-    A layer is named by its stage and number, or as the stage's shortcut; an MLP is one stage.
-    """
-
-    def __init__(self, model, epochs):
-        super().__init__()
-        self.epochs, self.weights = epochs, {}
-        for i, stage in enumerate(getattr(model, "stages", [model]), 1):
-            kinds = (nn.Conv2d, nn.Linear)
-            found = [(name, m.weight) for name, m in stage.named_modules() if isinstance(m, kinds)]
-            straight = [weight for name, weight in found if "shortcut" not in name]
-            self.weights |= {f"{i}.{k}": weight for k, weight in enumerate(straight, 1)}
-            self.weights |= {f"{i}.shortcut": w for name, w in found if "shortcut" in name}
-        means = torch.zeros(len(epochs), len(self.weights), device=straight[0].device)
-        self.register_buffer("means", means)
-
-    def add(self, epoch, loss, steps):
-        """Add the gradients of one of the `steps` of an epoch, before they are used."""
-        if epoch in self.epochs:
-            found = torch.autograd.grad(loss, [*self.weights.values()], retain_graph=True)
-            means = torch.stack([gradient.abs().mean() for gradient in found])
-            self.means[self.epochs.index(epoch)] += means / steps
-
-    def numbers(self):
-        """{epochs: (E,), layers: (L,), means: (E, L)}, as lists."""
-        layers = [*self.weights]
-        return {"epochs": self.epochs, "layers": layers, "means": self.means.tolist()}
-
-
-def show_heatmaps(path, models):
-    """Write the gradients kept in models, {row: (model, meta)}, to `path`; print and draw them."""
-    found = {name: meta["gradients"] for name, (_, meta) in models.items() if "gradients" in meta}
-    arrays = {f"{n}/{k}": np.array(v) for n, kept in found.items() for k, v in kept.items()}
-    common.write_atomically(path, lambda file: np.savez(file, **arrays))
-    names = {layer[2:] for kept in found.values() for layer in kept["layers"]}
-    grid, columns = (
-        {},
-        sorted(names, key=lambda name: (len(name), name)),
-    )  # 1, ..., 10, ..., shortcut
-    for name, kept in found.items():
-        for epoch, means in zip(kept["epochs"], kept["means"]):
-            for layer, mean in zip(kept["layers"], means):
-                line = grid.setdefault(f"{name}, epoch {epoch}, stage {layer[0]}", {})
-                line[layer[2:]] = mean
-    rows = [{"row": k} | {c: f"{v:.1e}" for c, v in line.items()} for k, line in grid.items()]
-    print(f"\nmean |gradient|\n{common.table(rows)}", flush=True)
-    with contextlib.suppress(ImportError):
-        import matplotlib.figure
-
-        size = 4 + 0.6 * len(columns), 1 + 0.2 * len(grid)
-        figure = matplotlib.figure.Figure(size, dpi=75, layout="constrained")
-        axes = figure.subplots()
-        cells = [[line.get(column, math.nan) for column in columns] for line in grid.values()]
-        figure.colorbar(axes.imshow(cells, norm="log", aspect="auto"), label="mean |dL/dW|")
-        axes.set(xlabel="layer", xticks=range(len(columns)), xticklabels=columns)
-        axes.set(yticks=range(len(grid)), yticklabels=grid)
-        common.write_atomically(path.with_suffix(".png"), figure.savefig)
-
-
-# ------------------------------------------------------------------------------------------------
 # Training
 
 
 def plan(stage, args):
     """(method, epochs of the schedule, epochs, learning rate, batch size) of a stage."""
-    if stage != "teacher":
-        method = args.method if stage == "student" else "plain"
-        return method, args.epochs, args.epochs, args.lr, args.batch_size
-    method, total = METHODS[args.method][1], args.teacher_epochs or args.epochs
-    numbers = args.teacher_lr or args.lr, args.teacher_batch_size or args.batch_size
-    return "at" if method == "x'" else "plain", total, args.teacher_es or total, *numbers
+    if stage == "teacher":
+        method, total = METHODS[args.method][1], args.teacher_epochs or args.epochs
+        numbers = args.teacher_lr or args.lr, args.teacher_batch_size or args.batch_size
+        return "at" if method == "x'" else "plain", total, args.teacher_es or total, *numbers
+    method = args.method if stage == "student" else "plain"
+    return method, args.epochs, args.epochs, args.lr, args.batch_size
 
 
 def lr_factor(step, steps, total, args):
     """The factor on the learning rate at a step, of `steps` an epoch and `total` epochs."""
-    done = step // steps / total
-    milestones = [m / args.epochs for m in args.milestones or []] or [0.3, 0.6, 0.8]
-    factor = {
-        "steps": lambda: args.gamma ** sum(done >= m for m in milestones),
-        "exponential": lambda: args.gamma ** (step // steps),
-        "cosine": lambda: (1 + math.cos(math.pi * step / (steps * total))) / 2,
-    }[args.schedule]()
+    done, drops = step // steps / total, step // steps
+    if args.schedule == "steps":
+        milestones = [m / args.epochs for m in args.milestones or []] or [0.3, 0.6, 0.8]
+        drops = sum(done >= milestone for milestone in milestones)
+    cosine = (1 + math.cos(math.pi * step / (steps * total))) / 2
+    factor = cosine if args.schedule == "cosine" else args.gamma**drops
     return factor * min(1.0, (step + 1) / max(1.0, steps * args.warmup))
 
 
 def teacher_settings(flags):
     """What a teacher depends on, of the flags (a dict): equal settings, equal teacher."""
-    settings = {"plan": plan("teacher", SimpleNamespace(**flags))}
+    settings = {"plan": plan("teacher", argparse.Namespace(**flags))}
     names = "data train_subset val_size seed deterministic precision width momentum weight_decay"
     names += " schedule gamma warmup teacher_shift teacher_ckpt"
     names += " eps steps step_size attack_bn" * (settings["plan"][0] == "at")
@@ -487,7 +411,7 @@ def teacher_settings(flags):
 
 @torch.no_grad()
 def fixed_logits(teacher, data, teaches):
-    """The teacher's logits (N, K) on the training images, if these are the same in every epoch."""
+    """The teacher's logits (N, K) on the training images, if an image is its one view; or None."""
     if teaches == "x" and not data.pad and not data.flip:
         return torch.cat([teacher(common.to_float(x)) for x in data.x_train.split(500)])
     return None
@@ -496,23 +420,22 @@ def fixed_logits(teacher, data, teaches):
 def train_model(model, teacher, data, stage, args, run):
     """Train the model of a stage into the run's <stage>.pt; teacher: in eval mode, or None."""
     method, total, stop, lr, batch_size = plan(stage, args)
-    loss_fn, sees, teaches = METHODS[method]
+    loss_fn, sees, teaches, *_ = METHODS[method]
     settings = {name: value for name, value in vars(args).items() if name in needs(loss_fn)}
     pgd, steps = (args.eps, args.step_size, args.steps), -(-len(data.x_train) // batch_size)
     parts = {"model": model} | ({"exits": Exits(model)} if method == "self-distillation" else {})
     optimizer = common.sgd(nn.ModuleList(parts.values()), lr, args.momentum, args.weight_decay)
     schedule = LambdaLR(optimizer, lambda step: lr_factor(step, steps, total, args))
     chosen = {*(args.grad_epochs or [1, (stop + 1) // 2, stop])} if args.grad_heatmap else {}
-    gradients = Gradients(model, sorted(epoch for epoch in chosen if epoch <= stop))
-    known_logits, indexed = fixed_logits(teacher, data, teaches), copy.copy(data)
-    indexed.y_train = torch.arange(len(data.y_train), device=data.y_train.device)
+    gradients = plumbing.Gradients(model, sorted(epoch for epoch in chosen if epoch <= stop))
+    known_logits = fixed_logits(teacher, data, teaches)
 
-    def train_step(x, index, epoch):
-        shown, known = {"x": x}, {"labels": data.y_train[index]}  # known: as the losses name it
+    def train_step(x, labels, index, epoch):
+        shown, known = {"x": x}, {"labels": labels}  # known: by the names that the losses use
         with plumbing.autocast(run):
             if sees == "x'":
                 model.train(args.attack_bn == "train")
-                shown["x'"] = common.pgd(model, x, known["labels"], *pgd)
+                shown["x'"] = common.pgd(model, x, labels, *pgd)
             if known_logits is not None:
                 known["teacher_logits"] = known_logits[index]
             elif teaches:
@@ -524,19 +447,19 @@ def train_model(model, teacher, data, stage, args, run):
             logits = known["exit_logits"][-1] if "exits" in parts else model(shown[sees])
             known["student_logits"] = logits
             loss = loss_fn(**{k: known[k] for k in needs(loss_fn) if k in known}, **settings)
-        traced = loss if args.grad_loss == "own" else plain_loss(logits, known["labels"])
+        traced = loss if args.grad_loss == "own" else plain_loss(logits, labels)
         gradients.add(epoch, traced, steps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return plumbing.metrics(loss, logits, known["labels"])
+        return plumbing.metrics(loss, logits, labels)
 
     seed = common.derive_seed(args.seed, stage) if stage == "teacher" else args.seed
     state = parts | {"optimizer": optimizer, "schedule": schedule, "gradients": gradients}
     for epoch in plumbing.epochs(run, stage, stop, **state):
         history = []
-        for x, index in common.batches(indexed, batch_size, seed, epoch, run):
-            history.append(train_step(x, index, epoch + 1))
+        for batch in common.batches(data, batch_size, seed, epoch, run, views=True):
+            history.append(train_step(*batch, epoch + 1))
             schedule.step()  # per batch
         plumbing.end_epoch(run, epoch, history, data, *(pgd if sees == "x'" else ()))
     meta = {"training": method, "epoch": stop, "seconds": run.seconds, "best": run.best}
@@ -545,17 +468,30 @@ def train_model(model, teacher, data, stage, args, run):
     plumbing.save_model(run, stage, model, meta)
 
 
-def stages(args):
-    """The stages of a run: the teacher, the student without it (Tables 1 and 3), the student."""
-    teacher = ["teacher"] * (METHODS[args.method][2] is not None)
-    return [*teacher, *["student-alone"] * (args.method in COMPARED), "student"]
+def trained(stage, teacher, data, args, run):
+    """-> (model in eval mode, its meta) of <stage>.pt, trained now if it is not there."""
+    path, name = run.dir / f"{stage}.pt", args.model
+    if not path.exists():
+        if stage == "teacher":
+            shift = data.pad if args.teacher_shift is None else args.teacher_shift
+            name, data = args.teacher_model or name, dataclasses.replace(data, pad=shift)
+        elif args.omit_digit is not None:
+            data = without(data, args.omit_digit)
+        # student and student-alone start from the same weights and see the same batches
+        model = common.model_for(data, name, args.seed, stage.split("-")[0], args.width)
+        train_model(model, teacher, data, stage, args, run)
+    return common.load_model(path, run.device)
 
 
-def check_data(args, data):
+# ------------------------------------------------------------------------------------------------
+# The whole job
+
+
+def check(args, data):
     """An error if --delta or --teacher-ckpt does not go with the data and the method."""
-    if "delta" in needs(METHODS[args.method][0]) and not 1 / len(data.classes) < args.delta <= 1:
-        fail = f"expected more than 1/{len(data.classes)}, that of a guess, and at most 1"
-        common.fail(f"--delta: {fail}, got {args.delta:g}")
+    guess = 1 / len(data.classes)
+    if "delta" in needs(METHODS[args.method][0]) and args.delta <= guess:
+        common.fail(f"--delta: expected more than {guess:g}, that of a guess, got {args.delta:g}")
     if args.teacher_ckpt and args.method in SAME_NET and Path(args.teacher_ckpt).exists():
         arch = common.load_model(args.teacher_ckpt, "cpu", data, args.model)[0].arch
         if arch["width"] != args.width:
@@ -569,8 +505,8 @@ def evaluated(name, model, meta, data, args):
     print(f"evaluating {name} on {len(data.x_test)} test images", flush=True)
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)  # as Table 1, no biases
     row = {"model": name, "weights": weights, "parameters": common.parameters(model)}
-    row |= {"macs": macs(model, data)}
     test, options = (data.x_test, data.y_test), {"eps": args.eps, "seed": args.seed}
+    row["macs"] = macs(model, data)
     row |= eval_robustness.evaluate(model, *test, args.eval_attack, **options)
     if args.omit_digit is not None:
         right, digit = common.correct(model, *test), data.y_test == args.omit_digit
@@ -579,67 +515,44 @@ def evaluated(name, model, meta, data, args):
     return row | {"epochs": meta.get("epoch"), "seconds": meta.get("seconds")}
 
 
-def start(stage, data, args):
-    """-> (the new model of a stage, the data that it is trained on)."""
-    name, digit = args.model, args.omit_digit
-    if stage == "teacher":
-        shift = data.pad if args.teacher_shift is None else args.teacher_shift
-        name, data = args.teacher_model or args.model, dataclasses.replace(data, pad=shift)
-    elif digit is not None:
-        data = without(data, digit)
-    # student and student-alone start from the same weights and see the same batches
-    return common.model_for(data, name, args.seed, stage.split("-")[0], args.width), data
-
-
 def main(argv=None):
     """For each seed: data, teacher, student alone, student, evaluation, one table."""
-    plumbing.across_seeds(
-        [train_and_evaluate(args) for args in plumbing.per_seed(parse_args(argv))]
-    )
+    runs = [train_and_evaluate(args) for args in plumbing.per_seed(parse_args(argv))]
+    plumbing.across_seeds(runs)
 
 
 def train_and_evaluate(args):
     """The run of one seed; everything is in its folder. -> Run"""
-    with plumbing.open_run("teacher_free_kd", args, lambda data: check_data(args, data)) as (
-        run,
-        data,
-    ):
+    with plumbing.open_run("teacher_free_kd", args, lambda data: check(args, data)) as (run, data):
         if run.finished:
             return run
         used = {name: getattr(args, name) for name in recipe(args)}
         used = [f"--{k.replace('_', '-')} {v}" for k, v in used.items() if v is not None]
         print(f"{args.method} with", *used, flush=True)
         models, rows, teacher = {}, [], None  # models: row of the table -> (model, its training)
-
-        def train(stage):
-            model, images = start(stage, data, args)
-            train_model(model, teacher, images, stage, args, run)
-
-        for stage in stages(args):
-            if stage == "teacher":
-                options = teacher_settings, lambda: train("teacher")
-                model, meta = teacher, _ = plumbing.get_teacher(run, data, *options)
-            else:
-                if not (run.dir / f"{stage}.pt").exists():
-                    train(stage)
-                model, meta = common.load_model(run.dir / f"{stage}.pt", run.device)
-            models[f"{stage} ({meta.get('training', 'given')})"] = model, meta
+        if METHODS[args.method][2]:
+            options = teacher_settings, lambda: trained("teacher", None, data, args, run)
+            teacher, meta = plumbing.get_teacher(run, data, *options)
+            models[f"teacher ({meta.get('training', 'given')})"] = teacher, meta
+        for stage in [*["student-alone"] * (args.method in COMPARED), "student"]:
+            model, meta = trained(stage, teacher, data, args, run)
+            models[f"{stage} ({meta['training']})"] = model, meta
         for name, (model, meta) in models.items():
             rows.append(evaluated(name, model, meta, data, args))
             if args.bias_correction and "student" in name:
                 raised = corrected(model, data, args.omit_digit)
                 rows.append(evaluated(f"{name}, bias corrected", raised, meta, data, args))
         if "exits" in meta:
-            exits = Exits(model).eval()
-            exits.load_state_dict(meta["exits"])
-            rows += exit_rows(model, exits, data)
+            rows += exit_rows(model, meta["exits"], data)
         if meta["best"].get("epoch", args.epochs) != args.epochs:
             best = common.load_model(run.dir / "student_best.pt", run.device)
             rows.append(evaluated("student, best on held-out images", *best, data, args))
         if args.grad_heatmap:
+            from benchmark import gradients
+
             path = Path(args.grad_heatmap)
             own = path.with_stem(f"{path.stem}-s{args.seed}")
-            show_heatmaps(own if args.seeds else path, models)
+            gradients.write(own if args.seeds else path, models)
         plumbing.finish(run, rows)
     return run
 

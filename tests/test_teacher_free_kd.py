@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import common
 import images
+import plumbing
 import teacher_free_kd as tf
 
 SHAPES = functools.cache(images.make_shapes)  # drawn once, not for each run
@@ -288,7 +289,7 @@ def test_ensembles_are_of_all_exits():
     net = common.build_model("wrn-10-1").eval()
     exits = tf.Exits(net).eval()
     data = common.load_data("shapes", test_subset=40)
-    found = {row["model"]: row["clean_acc"] for row in tf.exit_rows(net, exits, data)}
+    found = {row["model"]: row["clean_acc"] for row in tf.exit_rows(net, exits.state_dict(), data)}
     with torch.no_grad():
         every = torch.stack(exits(net, common.to_float(data.x_test))[0])
     for name, averaged in (
@@ -314,7 +315,7 @@ def test_the_heat_map_is_a_gradient_computed_by_hand_on_a_two_layer_net():
     torch.manual_seed(3)
     net = common.build_model("mlp-3", 4, channels=1, size=2, mean=[0.0], std=[1.0])
     first, second = (m for m in net.modules() if isinstance(m, nn.Linear))
-    gradients, total = tf.Gradients(net, [2]), {"1.1": 0.0, "1.2": 0.0}
+    gradients, total = plumbing.Gradients(net, [2]), {"1.1": 0.0, "1.2": 0.0}
     for _ in range(2):  # two minibatches: means of absolute values, not of their sum
         x = torch.rand(B, 1, 2, 2)
         loss = tf.plain_loss(net(x), LABELS)
@@ -333,10 +334,10 @@ def test_the_heat_map_is_a_gradient_computed_by_hand_on_a_two_layer_net():
 
 
 def test_the_layers_of_a_resnet_are_its_convolutions_by_stage():
-    names = list(tf.Gradients(common.build_model("resnet18", 10, 1 / 16), [1]).weights)
+    names = list(plumbing.Gradients(common.build_model("resnet18", 10, 1 / 16), [1]).weights)
     grid = [f"{i}.{k}" for i in (1, 2, 3, 4) for k in (1, 2, 3, 4)]
     assert sorted(names) == sorted([*grid, "2.shortcut", "3.shortcut", "4.shortcut"])
-    assert list(tf.Gradients(common.build_model("wrn-10-1"), [1]).weights)[:3] == [
+    assert list(plumbing.Gradients(common.build_model("wrn-10-1"), [1]).weights)[:3] == [
         "1.1",
         "1.2",
         "2.1",

@@ -54,11 +54,11 @@ def summary(runs):
 def test_omitted_digits_never_reach_the_students_batches(mnist, tmp_path, monkeypatch):
     seen, make = {}, common.batches
 
-    def spied(data, batch_size, seed, epoch, run):
-        for x, index in make(data, batch_size, seed, epoch, run):
+    def spied(data, batch_size, seed, epoch, run, views):
+        for x, *rest in make(data, batch_size, seed, epoch, run, views):
             images = seen.setdefault(run.stage, [])
             images.append(x.flatten(1))
-            yield x, index
+            yield x, *rest
 
     monkeypatch.setattr(common, "batches", spied)
     flags = f"{DIGITS} --omit-digit 7 --bias-correction --data-root {mnist} --runs {tmp_path}"
