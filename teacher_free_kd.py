@@ -24,13 +24,12 @@ Expect   MNIST, seed 0: teacher 99.00, student alone 98.23, distilled 98.73 %. D
          and PGD-20: teacher 0.994, 0.802, student 0.998, 0.892. ResNets: not measured yet.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); targets and logits (B, K)
 Differs  1. 1,024 training images are held out to report the best epoch too (--val-size 0: none).
-         2. The paper gives T = 10 for Table 2, and for Table 5 SGD, lr 0.1, 50 epochs, PGD-7; no
-            alpha, batch, eps or weight decay. The rest is as in Yuan et al. (clean), in Maroto et
-            al. (at, robust_kd.py's teacher), or what reaches Table 1 (MNIST).
+         2. Printed are T = 10 (Table 2); SGD, lr 0.1, 50 epochs, PGD-7 (Table 5). The rest is as in
+            Yuan et al. (clean), Maroto et al. (at), or what reaches Table 1 (MNIST).
          3. t^2 is in none of its equations (--no-tau2). KL: averaged over the batch; the code of
             Yuan et al. averages over the classes too (--kl-reduction mean).
          4. tf-kd-reg is Eq. 4 as written. The code of Yuan et al. softens p^d, not its logarithm,
-            and not the student, without t^2: nearly uniform targets, whatever delta, which is
+            and not the student, without t^2: whatever delta, the targets are nearly uniform, as in
             label smoothing (--reg-form repo; their numbers come from it; plain: t = 1).
          5. The MNIST teacher learns from digits shifted by up to 2 pixels (Hinton et al. 2015): one
             trained without has nothing to teach (--teacher-shift 0).
@@ -136,8 +135,8 @@ def recipe(known):
     vanilla, attacked = known.method == "vanilla", known.method.startswith("at")
     data = known.data or ("shapes" if known.demo else "mnist" if vanilla else "cifar10")
     small, large = NETS.get(data, NETS["cifar10"])
-    chosen = {"data": data, "model": large if known.method == "re-kd" else small}
-    chosen["teacher_model"] = {"vanilla": large, "re-kd": small}.get(known.method)
+    pairs, chosen = {"vanilla": (small, large), "re-kd": (large, small)}, {"data": data}
+    chosen["model"], chosen["teacher_model"] = pairs.get(known.method, (small, None))
     chosen["alpha"], chosen["temperature"] = METHODS[known.method][3:]
     chosen["tau2"] = known.method != "self-distillation"  # differs: 7
     slow = [] if known.demo else ["aa"]
@@ -428,7 +427,7 @@ def train_model(model, teacher, data, stage, args, run):
     schedule = LambdaLR(optimizer, lambda step: lr_factor(step, steps, total, args))
     chosen = {*(args.grad_epochs or [1, (stop + 1) // 2, stop])} if args.grad_heatmap else {}
     gradients = plumbing.Gradients(model, sorted(epoch for epoch in chosen if epoch <= stop))
-    known_logits = fixed_logits(teacher, data, teaches)
+    table = fixed_logits(teacher, data, teaches)
 
     def train_step(x, labels, index, epoch):
         shown, known = {"x": x}, {"labels": labels}  # known: by the names that the losses use
@@ -436,11 +435,10 @@ def train_model(model, teacher, data, stage, args, run):
             if sees == "x'":
                 model.train(args.attack_bn == "train")
                 shown["x'"] = common.pgd(model, x, labels, *pgd)
-            if known_logits is not None:
-                known["teacher_logits"] = known_logits[index]
-            elif teaches:
+            if teaches:
                 with torch.no_grad():
-                    known["teacher_logits"] = teacher(shown[teaches])
+                    logits = teacher(shown[teaches]) if table is None else table[index]
+                known["teacher_logits"] = logits
             model.train()
             if "exits" in parts:
                 known["exit_logits"], known["exit_features"] = parts["exits"](model, x)

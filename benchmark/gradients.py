@@ -9,7 +9,6 @@ File     for each model trained in the run <row>/means (epochs, layers), <row>/e
 Written  with matplotlib a picture; the numbers are printed with and without it
 """
 
-import contextlib
 import math
 import sys
 from pathlib import Path
@@ -72,17 +71,19 @@ def show(found, path):
                 line[layer[2:]] = mean
     rows = [{"row": k} | {c: f"{v:.1e}" for c, v in line.items()} for k, line in grid.items()]
     print(f"\nmean |gradient|\n{common.table(rows)}", flush=True)
-    with contextlib.suppress(ImportError):
+    try:
         from matplotlib.figure import Figure
-
-        size = 4 + 0.6 * len(columns), 1 + 0.2 * len(grid)
-        figure = Figure(size, dpi=75, layout="constrained")
-        axes = figure.subplots()
-        cells = [[line.get(column, math.nan) for column in columns] for line in grid.values()]
-        figure.colorbar(axes.imshow(cells, norm="log", aspect="auto"), label="mean |dL/dW|")
-        axes.set(xlabel="layer", xticks=range(len(columns)), xticklabels=columns)
-        axes.set(yticks=range(len(grid)), yticklabels=grid)
-        common.write_atomically(path, figure.savefig)
+    except ImportError:
+        print("no picture: matplotlib is not installed; pip install matplotlib")
+        return
+    size = 4 + 0.6 * len(columns), 1 + 0.2 * len(grid)
+    figure = Figure(size, dpi=75, layout="constrained")
+    axes = figure.subplots()
+    cells = [[line.get(column, math.nan) for column in columns] for line in grid.values()]
+    figure.colorbar(axes.imshow(cells, norm="log", aspect="auto"), label="mean |dL/dW|")
+    axes.set(xlabel="layer", xticks=range(len(columns)), xticklabels=columns)
+    axes.set(yticks=range(len(grid)), yticklabels=grid)
+    common.write_atomically(path, figure.savefig)
 
 
 def main(argv=None):

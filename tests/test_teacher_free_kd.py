@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -13,6 +14,7 @@ import common
 import images
 import plumbing
 import teacher_free_kd as tf
+from benchmark import gradients
 
 SHAPES = functools.cache(images.make_shapes)  # drawn once, not for each run
 B, K = 5, 4
@@ -342,3 +344,21 @@ def test_the_layers_of_a_resnet_are_its_convolutions_by_stage():
         "1.2",
         "2.1",
     ]
+
+
+def test_heat_maps_of_several_runs_become_one(tmp_path, capsys, refused):
+    kept = {"epochs": [1, 3], "layers": ["1.1", "2.shortcut"], "means": [[0.5, 0.25], [2e-3, 1e-3]]}
+    for stem in "ab":
+        gradients.write(tmp_path / f"{stem}.npz", {"student": (None, {"gradients": kept})})
+    assert gradients.read(tmp_path / "a.npz") == {"student": kept}
+    capsys.readouterr()
+    files = [str(tmp_path / f"{stem}.npz") for stem in "ab"]
+    gradients.main([*files, "--out", str(tmp_path / "both.png")])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[2] == ["row", "1", "shortcut"] and len(lines) == 4 + 8
+    assert "b: student, epoch 3, stage 2 - 1.0e-03".split() in lines
+    assert "a: student, epoch 1, stage 1 5.0e-01 -".split() in lines
+    (tmp_path / "a.npz").write_bytes((tmp_path / "b.npz").read_bytes()[:-30])  # torn
+    np.savez(tmp_path / "b.npz", **{"student/epochs": [1], "student/layers": ["1.1"]})
+    for path in (*files, str(tmp_path / "none.npz")):
+        assert "no file of --grad-heatmap" in refused(gradients.main, [path])

@@ -1,0 +1,1 @@
+"""The programs that measure: a package, so that no other `benchmark` is imported instead."""
