@@ -529,6 +529,46 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def macs(forward, data: Data) -> int:
+    """Multiply-adds of the layers in forward(x), x one test image: what some papers call FLOPs."""
+    from torch.utils.flop_counter import FlopCounterMode  # a slow import
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward(to_float(data.x_test[:1]))
+    return counter.get_total_flops() // 2
+
+
+class Gradients(nn.Module):
+    """The mean |dL/dW| of each layer in some epochs (paper 3, Figure 1), for --grad-heatmap.
+
+    A layer is named by its stage and number, or as the stage's shortcut; an MLP is one stage.
+    A module, so that checkpoints have it. benchmark/gradients.py writes and shows it.
+    """
+
+    def __init__(self, model: nn.Module, epochs: list[int]):
+        super().__init__()
+        self.epochs, self.weights = epochs, {}
+        for i, stage in enumerate(getattr(model, "stages", [model]), 1):
+            found = [(name, w) for name, w in stage.named_parameters() if w.dim() > 1]
+            straight = [w for name, w in found if "shortcut" not in name]
+            self.weights |= {f"{i}.{k}": w for k, w in enumerate(straight, 1)}
+            self.weights |= {f"{i}.shortcut": w for name, w in found if "shortcut" in name}
+        means = torch.zeros(len(epochs), len(self.weights), device=straight[0].device)
+        self.register_buffer("means", means)
+
+    def add(self, epoch: int, loss: Tensor, steps: int) -> None:
+        """Add the gradients of one of the `steps` of an epoch, before they are used."""
+        if epoch in self.epochs:
+            found = torch.autograd.grad(loss, [*self.weights.values()], retain_graph=True)
+            means = torch.stack([gradient.abs().mean() for gradient in found])
+            self.means[self.epochs.index(epoch)] += means / steps
+
+    def numbers(self) -> dict:
+        """{epochs: (E,), layers: (L,), means: (E, L)}, as lists."""
+        layers = [*self.weights]
+        return {"epochs": self.epochs, "layers": layers, "means": self.means.tolist()}
+
+
 # ------------------------------------------------------------------------------------------------
 # Attacks (L-infinity) and what training needs of evaluation; eval_robustness.py has the rest
 

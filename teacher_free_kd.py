@@ -50,7 +50,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import plumbing
@@ -338,16 +337,9 @@ def exit_rows(net, state, data):
     found.append(("ensemble: mean of logits", logits.mean(0), None))
     for name, each, only in found:
         right = (each.argmax(1) == data.y_test).double().mean().item()
-        cost = macs(functools.partial(exits, net, only=only), data)
+        cost = common.macs(functools.partial(exits, net, only=only), data)
         rows.append({"model": name, "macs": cost, "clean_acc": right})
     return rows
-
-
-def macs(forward, data):
-    """Multiply-adds of the layers in forward(x), x one image: what Table 1 calls FLOPS."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        forward(common.to_float(data.x_test[:1]))
-    return counter.get_total_flops() // 2
 
 
 def without(data, digit):
@@ -426,7 +418,7 @@ def train_model(model, teacher, data, stage, args, run):
     optimizer = common.sgd(nn.ModuleList(parts.values()), lr, args.momentum, args.weight_decay)
     schedule = LambdaLR(optimizer, lambda step: lr_factor(step, steps, total, args))
     chosen = {*(args.grad_epochs or [1, (stop + 1) // 2, stop])} if args.grad_heatmap else {}
-    gradients = plumbing.Gradients(model, sorted(epoch for epoch in chosen if epoch <= stop))
+    gradients = common.Gradients(model, sorted(epoch for epoch in chosen if epoch <= stop))
     table = fixed_logits(teacher, data, teaches)
 
     def train_step(x, labels, index, epoch):
@@ -504,7 +496,7 @@ def evaluated(name, model, meta, data, args):
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)  # as Table 1, no biases
     row = {"model": name, "weights": weights, "parameters": common.parameters(model)}
     test, options = (data.x_test, data.y_test), {"eps": args.eps, "seed": args.seed}
-    row["macs"] = macs(model, data)
+    row["macs"] = common.macs(model, data)
     row |= eval_robustness.evaluate(model, *test, args.eval_attack, **options)
     if args.omit_digit is not None:
         right, digit = common.correct(model, *test), data.y_test == args.omit_digit

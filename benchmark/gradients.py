@@ -3,7 +3,7 @@
 Usage    python teacher_free_kd.py --method tf-kd-self --grad-heatmap a.npz     # writes, shows it
          python benchmark/gradients.py a.npz b.npz --out both.png               # of several runs
 Cell     |dL/dW| of a convolution or linear layer: the mean over its elements and over the
-         minibatches of an epoch, before weight decay                  <- plumbing.Gradients
+         minibatches of an epoch, before weight decay                  <- common.Gradients
 File     for each model trained in the run <row>/means (epochs, layers), <row>/epochs (epochs,),
          <row>/layers (layers,): "2.1" is layer 1 of stage 2, "2.shortcut" that of its shortcut
 Written  with matplotlib a picture; the numbers are printed with and without it

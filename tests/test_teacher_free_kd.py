@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 import common
 import images
-import plumbing
 import teacher_free_kd as tf
 from benchmark import gradients
 
@@ -249,9 +248,9 @@ def test_exits_have_the_right_shapes_and_growing_costs(name, width):
         torch.testing.assert_close(alone, each)
         torch.testing.assert_close(feature, features[i])
     data = common.load_data("shapes", test_subset=1)
-    costs = [tf.macs(lambda x, i=i: exits(net, x, i), data) for i in range(number)]
-    assert costs == sorted(costs) and costs[-1] == tf.macs(net, data)
-    assert tf.macs(lambda x: exits(net, x), data) > costs[-1]
+    costs = [common.macs(lambda x, i=i: exits(net, x, i), data) for i in range(number)]
+    assert costs == sorted(costs) and costs[-1] == common.macs(net, data)
+    assert common.macs(lambda x: exits(net, x), data) > costs[-1]
 
 
 def by_hand_cost(net, size=32):
@@ -274,7 +273,7 @@ def by_hand_cost(net, size=32):
 def test_costs_are_multiply_adds_counted_by_hand_and_table_1s():
     data = common.load_data("shapes", test_subset=1)
     net = common.build_model("resnet18", 10, 1 / 8)
-    assert tf.macs(net, data) == by_hand_cost(net)
+    assert common.macs(net, data) == by_hand_cost(net)
     digits = dataclasses.replace(data, x_test=torch.zeros(1, 28, 28, 1, dtype=torch.uint8))
     for name, weights, parameters in (
         ("mlp-1200-1200", 2_392_800, 2_395_210),  # paper: 940800 + 1440000 + 12000
@@ -317,7 +316,7 @@ def test_the_heat_map_is_a_gradient_computed_by_hand_on_a_two_layer_net():
     torch.manual_seed(3)
     net = common.build_model("mlp-3", 4, channels=1, size=2, mean=[0.0], std=[1.0])
     first, second = (m for m in net.modules() if isinstance(m, nn.Linear))
-    gradients, total = plumbing.Gradients(net, [2]), {"1.1": 0.0, "1.2": 0.0}
+    gradients, total = common.Gradients(net, [2]), {"1.1": 0.0, "1.2": 0.0}
     for _ in range(2):  # two minibatches: means of absolute values, not of their sum
         x = torch.rand(B, 1, 2, 2)
         loss = tf.plain_loss(net(x), LABELS)
@@ -336,10 +335,10 @@ def test_the_heat_map_is_a_gradient_computed_by_hand_on_a_two_layer_net():
 
 
 def test_the_layers_of_a_resnet_are_its_convolutions_by_stage():
-    names = list(plumbing.Gradients(common.build_model("resnet18", 10, 1 / 16), [1]).weights)
+    names = list(common.Gradients(common.build_model("resnet18", 10, 1 / 16), [1]).weights)
     grid = [f"{i}.{k}" for i in (1, 2, 3, 4) for k in (1, 2, 3, 4)]
     assert sorted(names) == sorted([*grid, "2.shortcut", "3.shortcut", "4.shortcut"])
-    assert list(plumbing.Gradients(common.build_model("wrn-10-1"), [1]).weights)[:3] == [
+    assert list(common.Gradients(common.build_model("wrn-10-1"), [1]).weights)[:3] == [
         "1.1",
         "1.2",
         "2.1",
