@@ -542,12 +542,13 @@ class Gradients(nn.Module):
     """The mean |dL/dW| of each layer in some epochs (paper 3, Figure 1), for --grad-heatmap.
 
     A layer is named by its stage and number, or as the stage's shortcut; an MLP is one stage.
-    A module, so that checkpoints have it. benchmark/gradients.py writes and shows it.
+    A module, so that checkpoints have it. benchmark/gradients.py writes and shows it. The loop says
+    in `epoch` (1, 2, ...) where it is.
     """
 
     def __init__(self, model: nn.Module, epochs: list[int]):
         super().__init__()
-        self.epochs, self.weights = epochs, {}
+        self.epochs, self.epoch, self.weights = epochs, 1, {}
         for i, stage in enumerate(getattr(model, "stages", [model]), 1):
             found = [(name, w) for name, w in stage.named_parameters() if w.dim() > 1]
             straight = [w for name, w in found if "shortcut" not in name]
@@ -556,12 +557,12 @@ class Gradients(nn.Module):
         means = torch.zeros(len(epochs), len(self.weights), device=straight[0].device)
         self.register_buffer("means", means)
 
-    def add(self, epoch: int, loss: Tensor, steps: int) -> None:
-        """Add the gradients of one of the `steps` of an epoch, before they are used."""
-        if epoch in self.epochs:
+    def add(self, loss: Tensor, steps: int) -> None:
+        """Add the gradients of one of the `steps` of the epoch, before they are used."""
+        if self.epoch in self.epochs:
             found = torch.autograd.grad(loss, [*self.weights.values()], retain_graph=True)
             means = torch.stack([gradient.abs().mean() for gradient in found])
-            self.means[self.epochs.index(epoch)] += means / steps
+            self.means[self.epochs.index(self.epoch)] += means / steps
 
     def numbers(self) -> dict:
         """{epochs: (E,), layers: (L,), means: (E, L)}, as lists."""

@@ -157,6 +157,8 @@ def check_flags(args, error):
         error("--bias-correction: goes with --omit-digit")
     if (args.teacher_es or 1) > (most := args.teacher_epochs or args.epochs):
         error(f"--teacher-es: at most --teacher-epochs {most}")
+    if args.grad_heatmap and args.graph:
+        error("--grad-heatmap: goes without --graph")
     if max(args.grad_epochs or [1]) > args.epochs:
         error(f"--grad-epochs: at most --epochs {args.epochs}")
     path = Path(args.grad_heatmap or "x.npz")
@@ -415,13 +417,15 @@ def train_model(model, teacher, data, stage, args, run):
     settings = {name: value for name, value in vars(args).items() if name in needs(loss_fn)}
     pgd, steps = (args.eps, args.step_size, args.steps), -(-len(data.x_train) // batch_size)
     parts = {"model": model} | ({"exits": Exits(model)} if method == "self-distillation" else {})
-    optimizer = common.sgd(nn.ModuleList(parts.values()), lr, args.momentum, args.weight_decay)
+    nets = nn.ModuleList(parts.values())
+    optimizer = common.sgd(nets, lr, args.momentum, args.weight_decay)
     schedule = LambdaLR(optimizer, lambda step: lr_factor(step, steps, total, args))
     chosen = {*(args.grad_epochs or [1, (stop + 1) // 2, stop])} if args.grad_heatmap else {}
     gradients = common.Gradients(model, sorted(epoch for epoch in chosen if epoch <= stop))
     table = fixed_logits(teacher, data, teaches)
 
-    def train_step(x, labels, index, epoch):
+    @plumbing.captured(run, nets)
+    def compute(x, labels, index):
         shown, known = {"x": x}, {"labels": labels}  # known: by the names that the losses use
         with plumbing.autocast(run):
             if sees == "x'":
@@ -438,18 +442,18 @@ def train_model(model, teacher, data, stage, args, run):
             known["student_logits"] = logits
             loss = loss_fn(**{k: known[k] for k in needs(loss_fn) if k in known}, **settings)
         traced = loss if args.grad_loss == "own" else plain_loss(logits, labels)
-        gradients.add(epoch, traced, steps)
-        optimizer.zero_grad()
+        gradients.add(traced, steps)
         loss.backward()
-        optimizer.step()
         return plumbing.metrics(loss, logits, labels)
 
     seed = common.derive_seed(args.seed, stage) if stage == "teacher" else args.seed
     state = parts | {"optimizer": optimizer, "schedule": schedule, "gradients": gradients}
     for epoch in plumbing.epochs(run, stage, stop, **state):
-        history = []
+        history, gradients.epoch = [], epoch + 1
         for batch in common.batches(data, batch_size, seed, epoch, run, views=True):
-            history.append(train_step(*batch, epoch + 1))
+            optimizer.zero_grad()
+            history.append(compute(*batch))
+            optimizer.step()
             schedule.step()  # per batch
         plumbing.end_epoch(run, epoch, history, data, *(pgd if sees == "x'" else ()))
     meta = {"training": method, "epoch": stop, "seconds": run.seconds, "best": run.best}

@@ -12,6 +12,7 @@ import messy_collab
 import plumbing
 import robust_kd
 import soft_randomization
+import teacher_free_kd
 
 
 class FakeCuda:
@@ -62,12 +63,15 @@ PLAIN = "--eval-steps 1 --restarts 1"
         (fickle_teacher, f"--method swap --teacher-table yes {PLAIN}", 2),
         (soft_randomization, f"--method soft-randomization {PLAIN}", 2),
         (messy_collab, f"--method mc-ts {PLAIN}", 2),
+        (teacher_free_kd, "--method at-tf-kd-self --steps 2 --eval-attack clean", 2),
+        (teacher_free_kd, "--method self-distillation", 1),
     ],
 )
 def test_replayed_steps_train_as_plain_ones_and_each_shape_has_its_graph(
     script, flags, nets, tmp_path, monkeypatch
 ):
-    flags = f"{SMALL} {flags} --runs {tmp_path}/"
+    small = SMALL.replace("--teacher-model wrn-10-1", "") if nets == 1 else SMALL
+    flags = f"{small} {flags} --runs {tmp_path}/"
     script.main(f"{flags}plain".split())
     fake = FakeCuda()
     monkeypatch.setattr(plumbing, "_capture", fake.capture)
