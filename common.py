@@ -214,7 +214,8 @@ def load_data(name, root="data", device="cpu", val_size=0, train_subset=None, te
         has = f"{name} has {len(x)} training and {len(x_test)} test images"
         fail(f"--train-subset, --val-size, --test-subset, --n: more than there are; {has}")
     levels = np.arange(256) / 255  # from integer counts: the same on every machine
-    counts = np.stack([np.bincount(c.ravel(), minlength=256) for c in np.moveaxis(x, 3, 0)])
+    pixels = torch.from_numpy(x).flatten(0, 2).T
+    counts = np.stack([torch.bincount(c, minlength=256).numpy() for c in pixels])
     mean = counts @ levels / counts.sum(1)
     std = np.sqrt((counts * (levels - mean[:, None]) ** 2).sum(1) / counts.sum(1))
     order = np.random.default_rng(0).permutation(len(x))
