@@ -182,6 +182,8 @@ def open_run(script: str, args: argparse.Namespace, check=lambda data: None):
         with common.stoppable():
             _join(run.device)
             sizes = (args.val_size, args.train_subset, args.test_subset)
+            if common.rank():
+                sync()  # until the first process has read or unpacked the data and made the folder
             data = common.load_data(args.data, args.data_root, run.device, *sizes)
             if args.teacher_ckpt and not (run.dir / "teacher.pt").exists():
                 named = any(flag.startswith("--teacher-model") for flag in args.argv)
@@ -214,8 +216,6 @@ def _begin(run: Run, data: common.Data) -> None:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             fail("--tensorboard: TensorBoard is not installed; pip install tensorboard")
-    if common.rank():
-        sync()  # until the first process has made the folder
     path, flags = run.dir / "config.json", json.loads(json.dumps(run.flags))
     run.fingerprint = data.fingerprint
     if path.is_file():

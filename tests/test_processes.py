@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 
 import common
+import plumbing
 import robust_kd
 
 SMALL = "--data shapes --model mlp-16 --train-subset 150 --val-size 20 --test-subset 20 --steps 1"
@@ -77,3 +78,13 @@ def test_when_one_process_is_killed_the_others_end_and_the_command_goes_on(tmp_p
         raise AssertionError("it did not go on")
     again.terminate()
     again.communicate(timeout=60)
+
+
+@pytest.mark.parametrize("rank, order", [(0, ["data", "sync"]), (1, ["sync", "data"])])
+def test_the_first_process_downloads_and_unpacks_for_the_others(monkeypatch, tmp_path, rank, order):
+    seen, read = [], common.load_data
+    monkeypatch.setattr(common, "rank", lambda: rank)
+    monkeypatch.setattr(common, "load_data", lambda *args: seen.append("data") or read(*args))
+    monkeypatch.setattr(plumbing, "sync", lambda: seen.append("sync"))
+    with plumbing.open_run("robust_kd", robust_kd.parse_args(f"{SMALL} --runs {tmp_path}".split())):
+        assert seen == order
