@@ -205,6 +205,7 @@ def extra_files(folder):
         "float": (npy((2, 32, 32, 3), "<f4", bytes(4 * 6144)), y),
         "other shape": (npy((2, 8, 8, 3), content=bytes(384)), y),
         "more labels": (x, npy((9,), "<i8", bytes(72))),
+        "no images": (npy((0, 32, 32, 3)), npy((0,), "<i8")),
         "large labels": (x, npy((2,), "<i8", b"\x7f" * 16)),
         "negative labels": (x, npy((2,), "<i8", b"\xff" * 16)),
         "no array": (b"hello", y),

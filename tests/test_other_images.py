@@ -51,6 +51,8 @@ def test_official_files_give_accuracy_and_the_papers_conditional_form(official):
     first = [v for name in list(part.CORRUPTIONS)[:15] for v in result["corruptions_acc"][name]]
     assert result["mean15_acc"] == pytest.approx(np.mean(first))
     assert len(result["note"]) < 40
+    few = part.corruption_accuracy(Brightness(), x[y == 0][:5], y[y == 0][:5], folder)
+    assert few["n"] == 5 and few["clean_acc"] is not None  # the files hold more classes
 
 
 def test_images_that_are_not_those_of_the_files_leave_the_conditional_form_out(official):
