@@ -151,7 +151,7 @@ def read_torchvision(name: str, root: Path) -> dict:
     try:
         for part in ("train", "test"):
             found = getattr(datasets, name.upper())(root, train=part == "train", download=True)
-            arrays |= {f"x_{part}": np.stack(found.data), f"y_{part}": np.array(found.targets)}
+            arrays |= {f"x_{part}": np.asarray(found.data), f"y_{part}": np.array(found.targets)}
             arrays["classes"] = [c.split(" - ")[0] for c in found.classes]  # of MNIST "0 - zero"
     except Exception as error:  # of the network, or what a damaged file makes torchvision raise
         wanted = f"{name}.npz, or to download it by torchvision"
@@ -328,8 +328,8 @@ def uniform(images, *key):
     return draw
 
 
-def _normal(draw, *shape):
-    return math.sqrt(2) * torch.erfinv(2 * draw(*shape) - 1)
+def _normal(draw, channels):
+    return math.sqrt(2) * torch.erfinv(2 * draw(channels, 32, 32) - 1)
 
 
 def _inside(i, border):
@@ -440,7 +440,7 @@ def _zoom_blur(x, draw, end):
 
 
 def _snow(x, draw, mean, std, zoom, threshold, radius, sigma, weight):
-    flakes = _zoom(mean + std * _normal(draw, 1, 32, 32), zoom)
+    flakes = _zoom(mean + std * _normal(draw, 1), zoom)
     flakes = (torch.where(flakes < threshold, 0, flakes).clamp(0, 1) * 255).floor()
     flakes = _motion(flakes, radius, sigma, 90 * draw(1)[:, 0] - 135) / 255
     grey = 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
@@ -554,7 +554,7 @@ def _jpeg_compression(x, draw, quality):
 
 
 def _spatter(x, draw, mean, std, sigma, threshold, strength, mud):
-    liquid = _blur(mean + std * _normal(draw, 1, 32, 32), sigma)
+    liquid = _blur(mean + std * _normal(draw, 1), sigma)
     liquid = torch.where(liquid < threshold, 0, liquid)
     color = torch.tensor([63, 42, 20] if mud else [175, 238, 238], device=x.device).view(3, 1, 1)
     if mud:
@@ -623,8 +623,7 @@ def _equalise(v, bins=21):
 # name: (function, its parameters at severities 1..5); the last four are not in the benchmark's mean
 # fmt: off
 CORRUPTIONS = {
-    "gaussian_noise": (lambda x, draw, c: x + c * _normal(draw, 3, 32, 32),
-                       (0.04, 0.06, 0.08, 0.09, 0.1)),
+    "gaussian_noise": (lambda x, draw, c: x + c * _normal(draw, 3), (0.04, 0.06, 0.08, 0.09, 0.1)),
     "shot_noise": (_shot_noise, (500, 250, 100, 75, 50)),
     "impulse_noise": (_impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07)),
     "defocus_blur": (_defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))),
@@ -645,7 +644,7 @@ CORRUPTIONS = {
     "pixelate": (lambda x, draw, n: _box(_box((x * 255).round(), int(n)), 32).to(torch.uint8),
                  (30, 28, 27, 24, 20)),
     "jpeg_compression": (_jpeg_compression, (80, 65, 58, 50, 40)),
-    "speckle_noise": (lambda x, draw, c: x + c * x * _normal(draw, 3, 32, 32),
+    "speckle_noise": (lambda x, draw, c: x + c * x * _normal(draw, 3),
                       (0.06, 0.1, 0.12, 0.16, 0.2)),
     "gaussian_blur": (lambda x, draw, sigma: _blur(x, sigma), (0.4, 0.6, 0.7, 0.8, 1)),
     "spatter": (_spatter, ((0.62, 0.1, 0.7, 0.7, 0.5, 0), (0.65, 0.1, 0.8, 0.7, 0.5, 0),
@@ -791,11 +790,9 @@ def load_ood(path, classes, per_class=None, seed=0, cinic=False, size=(32, 32)):
             common.fail(f"{path}: an image of {x.shape[1:]}, not {shape}")
         if labels.max() >= len(classes):
             common.fail(f"{path}: label {labels.max()}, but the model has {len(classes)} classes")
-        names = list(map(str, range(len(x))))
     else:
         pairs = _list_others(path, classes, cinic)
         labels = np.array([label for label, _ in pairs])
-        names = [str(file.relative_to(path)) for _, file in pairs]
     keep = [np.flatnonzero(labels == k) for k in np.unique(labels)]
     if per_class is not None:
         if (fewest := min(map(len, keep))) < per_class:
@@ -804,7 +801,8 @@ def load_ood(path, classes, per_class=None, seed=0, cinic=False, size=(32, 32)):
         keep = [rng.choice(k, per_class, replace=False) for k in keep]
     keep = np.sort(np.concatenate(keep))
     x = x[keep] if npz else _read_images("test", [pairs[i] for i in keep], path, shape)["x_test"]
-    digest = hashlib.sha256("\n".join(names[i] for i in keep).encode()).hexdigest()[:12]
+    chosen = "\n".join(str(i if npz else pairs[i][1].relative_to(path)) for i in keep)
+    digest = hashlib.sha256(chosen.encode()).hexdigest()[:12]
     note = f"{len(keep)} images; sha256 of their list: {digest}"
     return torch.from_numpy(x), torch.from_numpy(labels[keep]), note
 

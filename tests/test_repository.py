@@ -16,7 +16,7 @@ LINES = {
     "common": 900,
     "plumbing": 770,
     "eval_robustness": 1000,
-    "images": 863,
+    "images": 861,
     "robust_kd": 485,
     "teacher_free_kd": 555,
 }
