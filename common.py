@@ -59,6 +59,33 @@ def stoppable():
         signal.signal(signal.SIGTERM, handler)
 
 
+def status(stop: KeyboardInterrupt | BrokenPipeError) -> int:
+    """The exit status that a shell gives to SIGINT, SIGTERM and SIGPIPE (`| head` has gone)."""
+    return 141 if isinstance(stop, BrokenPipeError) else 143 if stop.args else 130
+
+
+def start(main) -> None:
+    """main() of a program, without a traceback for what happens to its process, files and output.
+
+    Ctrl-C and `| head` end it with `status`, a file that cannot be written with one line and 2.
+    """
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # at exit it would be too late to catch the error
+    except KeyboardInterrupt as stop:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(status(stop)) from None
+    except OSError as error:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)  # for what Python itself flushes at exit
+        if not isinstance(error, BrokenPipeError):
+            fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
+        os.dup2(null, 2)  # perhaps of the same pipe
+        raise SystemExit(status(error)) from None
+
+
 def _number(expected: str, low: float, high: float = sys.float_info.max, kind=float):
     """A `type=` for argparse: text -> a number in [low, high]; floats may be fractions."""
 

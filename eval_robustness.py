@@ -111,10 +111,10 @@ def parse_args(argv=None):
     for path in filter(None, (args.json, args.save_examples, args.plot)):
         if not Path(path).absolute().parent.is_dir():  # before the work, not after
             parser.error(f"{path}: there is no folder {Path(path).parent}")
-    if args.eps is None:
-        args.eps = 8 / 255 if args.norm == "linf" else 0.5
+    args.eps = args.eps if args.eps is not None else {"linf": 8 / 255, "l2": 0.5}[args.norm]
     args.step_size = args.eps / 4 if args.step_size is None else args.step_size
-    args.deterministic, args.argv = False, sys.argv[1:] if argv is None else list(argv)
+    args.deterministic, argv = False, sys.argv[1:] if argv is None else argv
+    args.command = shlex.join(["python", os.path.relpath(__file__), *argv])
     return args
 
 
@@ -926,10 +926,10 @@ def load_models(args, data, device):
 
 
 # Flags that change no number: an evaluation may go on with others
-FREE_FLAGS = {"json", "data_root", "device", "batch_size", "argv", "deterministic"}
+FREE_FLAGS = {"json", "data_root", "device", "batch_size", "command", "deterministic"}
 
 
-def run(args, command):
+def run(args):
     """Evaluate every model, print the tables, write the JSON; go on where a killed run stopped."""
     device = common.setup_device(args)
     data = common.load_data(args.data, args.data_root, device, test_subset=args.n)
@@ -947,6 +947,8 @@ def run(args, command):
             print(f"{out} is finished")
             drop_state(base)
             return show(record)
+        except OSError:  # of the output, perhaps
+            raise
         except Exception:  # whatever another record makes Python raise
             common.fail(f"--json: {out} is there and holds something else; take another")
     store = open_store(Path(f"{base}.state") if base else None, flags)
@@ -962,11 +964,10 @@ def run(args, command):
     if args.save_examples:
         save_examples(args.save_examples, x, labels, store)
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    record = {"command": command, "flags": flags, "torch": torch.__version__, "gpu": gpu}
+    record = {"command": args.command, "flags": flags, "torch": torch.__version__, "gpu": gpu}
     record |= {"data": data.name, "n": len(x), "norm": args.norm, "precision": "float32"}
     record |= {"eps": args.eps, "step_size": args.step_size, "rows": rows}
     record["logits"] = "log of the averaged probabilities" if args.ensemble else "of the model"
-    show(record)
     if args.plot:
         plot(args.plot, record)
     if out:
@@ -975,20 +976,20 @@ def run(args, command):
     store.file.close()
     if base:
         drop_state(base)
+    show(record)  # last: perhaps nobody reads it
 
 
 def main(argv=None):
     """`run` with these flags; when it is stopped, the last lines say how to go on."""
     args = parse_args(argv)
-    command = shlex.join(["python", os.path.relpath(__file__), *args.argv])
     try:
         with common.stoppable():
-            run(args, command)
-    except KeyboardInterrupt as stop:
+            run(args)
+    except (KeyboardInterrupt, BrokenPipeError) as stop:
         kept = args.json or args.save_examples
         kept = "finished batches are kept; go on" if kept else "nothing is kept; begin again"
-        print(f"\nstopped; {kept} with:\n{command}", file=sys.stderr)
-        raise SystemExit(143 if stop.args else 130) from None
+        print(f"\nstopped; {kept} with:\n{args.command}", file=sys.stderr)
+        raise SystemExit(common.status(stop)) from None
     except torch.OutOfMemoryError:
         common.fail("--batch-size: out of GPU memory; take a smaller one, the same command goes on")
     except OSError as error:
@@ -996,4 +997,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

@@ -192,10 +192,10 @@ def open_run(script: str, args: argparse.Namespace, check=lambda data: None):
             check(data)
             _begin(run, data)
             yield run, data
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, BrokenPipeError) as stop:
         print(f"\nstopped; finished epochs are in {run.dir}; go on with:", file=sys.stderr)
         print(run.command, file=sys.stderr)
-        raise SystemExit(143 if stop.args else 130) from None
+        raise SystemExit(common.status(stop)) from None
     except torch.OutOfMemoryError as error:
         fail(f"{run.stage}: the GPU has too little memory; try a smaller --batch-size ({error})")
     except RuntimeError as error:
@@ -717,8 +717,8 @@ def best_epoch(run: Run) -> dict:
     return {} if last else {row: run.dir / "student_best.pt"}
 
 
-def evaluate_files(run: Run, files: dict, main) -> list[dict]:
-    """{name: saved model} -> rows of the summary, by `main` of eval_robustness.py.
+def evaluate_files(run: Run, files: dict, evaluation) -> list[dict]:
+    """{name: saved model} -> rows of the summary; evaluation: the module eval_robustness.
 
     All its numbers are in evaluation.json, its tables in evaluation.txt; it goes on if stopped.
     """
@@ -734,15 +734,10 @@ def evaluate_files(run: Run, files: dict, main) -> list[dict]:
         flags += [f"--{name.replace('_', '-')}", value] * (value is not None)
     flags += ["--n", args.test_subset] * bool(args.test_subset)
     print(f"evaluating {', '.join(files)}: {run.dir / 'evaluation.txt'}", flush=True)
-    try:
-        if not common.rank():
-            with open(run.dir / "evaluation.txt", "w") as out, contextlib.redirect_stdout(out):
-                main([str(flag) for flag in flags])
-        sync()
-    except SystemExit as stop:
-        if stop.code == 2:
-            raise
-        raise KeyboardInterrupt(*[stop.code] * (stop.code == 143)) from None  # as in training
+    if not common.rank():
+        with open(run.dir / "evaluation.txt", "w") as out, contextlib.redirect_stdout(out):
+            evaluation.run(evaluation.parse_args([str(flag) for flag in flags]))
+    sync()
     found = json.loads((run.dir / "evaluation.json").read_text())["rows"]
     rows = []
     for name, row in zip(files, found):
@@ -760,10 +755,13 @@ def across_seeds(runs: list[Run]) -> None:
         if len(same) < len(runs):  # a best epoch that is not the last has a row of its own
             continue
         rows.append(dict(first))
-        for key in (key for key, value in first.items() if isinstance(value, float)):
-            values, digits = [row[key] for row in same], 4 if "_acc" in key else 1
-            mean, std = np.mean(values), np.std(values, ddof=1)
-            rows[-1][key] = f"{mean:.{digits}f} +- {std:.{digits}f}"
+        for key in first:
+            values, digits = [row.get(key) for row in same], 4 if "_acc" in key else 1
+            if None in values:  # of a seed whose net is never wrong, or never right
+                rows[-1][key] = None
+            elif isinstance(first[key], float):
+                mean, std = np.mean(values), np.std(values, ddof=1)
+                rows[-1][key] = f"{mean:.{digits}f} +- {std:.{digits}f}"
     if rows:
         print(f"\nmean +- std of seeds {' '.join(str(run.args.seed) for run in runs)}")
         print(common.table(rows), flush=True)

@@ -480,4 +480,4 @@ def train_and_evaluate(args):
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

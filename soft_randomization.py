@@ -219,9 +219,9 @@ def train_and_evaluate(args, tables):
             files |= plumbing.best_epoch(run)
         import eval_robustness
 
-        plumbing.finish(run, plumbing.evaluate_files(run, files, eval_robustness.main))
+        plumbing.finish(run, plumbing.evaluate_files(run, files, eval_robustness))
     return run
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

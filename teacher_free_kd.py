@@ -552,4 +552,4 @@ def train_and_evaluate(args):
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

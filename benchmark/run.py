@@ -595,9 +595,9 @@ def main(argv=None):
     try:
         with common.stoppable():
             failures = run_all(left, args)
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, BrokenPipeError) as stop:
         print("\nstopped; the same command goes on from there", file=sys.stderr)
-        raise SystemExit(143 if stop.args else 130) from None
+        raise SystemExit(common.status(stop)) from None
     if args.tables and args.scale == "full":
         compare(args)
         print()
@@ -609,4 +609,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    main()
+    common.start(main)

@@ -112,7 +112,7 @@ def run_one(script, flags):
     try:
         importlib.import_module(script).main(flags)
     except SystemExit as end:
-        if end.code in (130, 143):  # Ctrl-C and SIGTERM stop the sweep too
+        if end.code in (130, 141, 143):  # what stops the script stops the sweep too
             raise
         if end.code:
             return [], f"status {end.code}"
@@ -284,4 +284,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)
