@@ -512,6 +512,7 @@ CHOICES = {
     "paper2-table2-x1-rkd-acc.": [
         "--kl-reduction mean", "--attack-loss kl-teacher", "--lam 1", "--temperature 30"],
     "paper2-table4-akd+-eps-2-255": ["--alpha 0.3", "--teacher-es 100", "--attack-bn train"],
+    "paper3-table1-small-model-distilled": ["--teacher-shift 0"],
     "paper3-table2-one-omitted-distilled": [
         "--teacher-shift 0", "--teacher-shift 3", "--teacher-epochs 30", "--epochs 60",
         "--lr 0.1", "--alpha 0.9"],
