@@ -15,10 +15,12 @@ import dataclasses
 import hashlib
 import importlib
 import io
+import json
 import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
 import warnings
@@ -43,6 +45,17 @@ def fail(message: str):
     line = " ".join(str(message).split())  # names in foreign files may hold terminal commands
     print("error: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
     raise SystemExit(2)
+
+
+def print_line(text: str, end: str = "\n") -> None:
+    """Print over the live line of a terminal; with end "" `text` is the live line.
+
+    Of that the end that fits: a line that wraps could not be printed over.
+    """
+    live = sys.stdout.isatty()
+    if live and not end:
+        text = text[1 - shutil.get_terminal_size().columns :]
+    print("\r\x1b[2K" * live + text, end=end, flush=True)
 
 
 @contextlib.contextmanager
@@ -828,6 +841,16 @@ def load_model(path, device="cpu", data: Data | None = None, name: str | None = 
             is_for = f"{arch['classes']} classes of {arch['size']} x {arch['channels']} images"
             fail(f"{path}: for {is_for}; {data.name} has {wanted[0]}, {wanted[1]} x {wanted[2]}")
     return model.to(device).eval(), meta
+
+
+def warn_of_other_data(paths, name) -> None:
+    """A line on stderr for each checkpoint whose run, by its config.json, had not --data `name`."""
+    for path in paths:
+        config = Path(path).parent / "config.json"
+        with contextlib.suppress(Exception):  # whatever a foreign file makes Python raise
+            trained = json.loads(config.read_text())["flags"]["data"] if config.is_file() else name
+            if Path(trained).stem != Path(name).stem:
+                print(f"warning: {path}: trained on {trained!r}, not {name!r}", file=sys.stderr)
 
 
 def foreign_model(spec, weights, device):

@@ -7,7 +7,7 @@ Attacks  pgdN              N steps of size --step-size from --restarts uniform s
          aa                AutoAttack, standard: apgd-ce+apgd-t+fab-t+square
          aa-plus, aa-rand  its longer version; that for models that draw random numbers
          A+B:5+...         your own list of pgdN and ATTACKS, here with five restarts of B
-Usage    python eval_robustness.py runs/robust_kd/*/student.pt --attack clean pgd20 aa --json a.json
+Usage    python eval_robustness.py CKPT CKPT --attack clean pgd20 aa --json a.json
          python eval_robustness.py CKPT CKPT --ensemble --attack clean aa --n 1000
          python eval_robustness.py --model package.module:function --weights FILE --attack aa
          python eval_robustness.py CKPT --attack corruptions calibration cinic --cinic DIR
@@ -109,8 +109,8 @@ def parse_args(argv=None):
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot: needs matplotlib; pip install matplotlib")
     for path in filter(None, (args.json, args.save_examples, args.plot)):
-        if not Path(path).absolute().parent.is_dir():  # before the work, not after
-            parser.error(f"{path}: there is no folder {Path(path).parent}")
+        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():  # before the work
+            parser.error(f"{path}: expected a file, in a folder that is there")
     args.eps = args.eps if args.eps is not None else {"linf": 8 / 255, "l2": 0.5}[args.norm]
     args.step_size = args.eps / 4 if args.step_size is None else args.step_size
     args.deterministic, argv = False, sys.argv[1:] if argv is None else argv
@@ -695,8 +695,7 @@ def run_attack(model, points, name, s, store, key):
             if key[:1].strip() and (sys.stdout.isatty() or done):  # of a named model
                 at = f"{attack} {serial} of {len(plan)}, image {entry['position']} of {len(alive)}"
                 at += f", {(broken == 0).double().mean():.4f} left, {seconds[attack]:,.0f} s"
-                clear, end = "\r\x1b[2K" * sys.stdout.isatty(), "\n" * done
-                print(f"{clear}{key}: {at}", end=end, flush=True)
+                common.print_line(f"{key}: {at}", "\n" * done)
         entry["serial"], entry["position"] = serial + 1, 0
     return entry
 
@@ -910,6 +909,7 @@ def save_examples(path, x, labels, store):
 def load_models(args, data, device):
     """-> {name of the row: model}, {file: digest of its content}, from the flags."""
     models = {path: common.load_model(path, device, data)[0] for path in args.checkpoints}
+    common.warn_of_other_data(args.checkpoints, args.data)
     if args.model:
         models[args.model] = common.foreign_model(args.model, args.weights, device)
     torch.set_float32_matmul_precision("highest")  # whatever the module of a foreign model has set

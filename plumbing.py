@@ -96,7 +96,9 @@ def parse(parser: argparse.ArgumentParser, argv: list | None, presets: dict):
         given = f" {preset} " in f" {' '.join(argv)} ".replace("=", " ")
         if given and not {"-h", "--help"} & set(argv):
             parser.set_defaults(**{k.replace("-", "_"): str(value) for k, value in flags.items()})
-            print(f"{preset} sets " + " ".join(f"--{k} {value}" for k, value in flags.items()))
+            own = {flag.split("=")[0] for flag in argv}
+            sets = [f"--{k} {value}" for k, value in flags.items() if f"--{k}" not in own]
+            print(f"{preset} sets {' '.join(sets) or 'nothing'}")
     args = parser.parse_args(argv)
     if args.name is None:
         default = vars(parser.parse_args(["--demo"] if args.demo else []))
@@ -163,7 +165,7 @@ class Run:
         self.ticked = time.monotonic()
         text = f"{self.stage} {epoch:{len(str(self.total))}d}/{self.total}  {text}"
         left = f"  left {datetime.timedelta(seconds=self.left)}" if self.left is not None else ""
-        print("\r\x1b[2K" * sys.stdout.isatty() + text + left, end=end, flush=True)
+        common.print_line(text + left, end)
 
 
 @contextlib.contextmanager

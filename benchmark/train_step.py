@@ -313,9 +313,7 @@ def agree(data, name, batch_size):
 
 def parse_args(argv=None):
     """The flags of this benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.make_parser(__doc__)
     parser.add_argument("--job", default="pgd", choices=["pgd", "distillation"])
     parser.add_argument("--ladder", action="store_true")
     parser.add_argument("--loss", default="at", choices=["st", "at", "ckd", "akd+"])

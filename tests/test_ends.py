@@ -1,13 +1,16 @@
 """How programs end: the reader of the output has gone, Ctrl-C in the evaluation, a full disk."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
+import common
 import eval_robustness as ev
 import fickle_teacher
 import plumbing
@@ -101,3 +104,30 @@ def test_a_value_that_a_seed_lacks_has_no_mean(tmp_path, capsys):
         plumbing.across_seeds(order)
         last = capsys.readouterr().out.splitlines()[-1]
         assert last.split() == ["student", "0.5500", "+-", "0.0707", "-"]
+
+
+def test_a_live_line_fits_the_terminal_and_is_printed_over(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "20")
+    common.print_line("a/long/name/of/a/model.pt: image 5", "")
+    common.print_line("a/long/name/of/a/model.pt: done")
+    lines = screen.getvalue().split("\r\x1b[2K")
+    assert lines == ["", "a/model.pt: image 5", "a/long/name/of/a/model.pt: done\n"]
+
+
+def test_an_evaluation_on_other_data_than_a_run_had_says_so(tmp_path, capsys):
+    fickle_teacher.main(f"{SMALL} --method student --runs {tmp_path} --name run".split())
+    folder = tmp_path / "fickle_teacher" / "run-s0"
+    x, y = np.zeros((20, 32, 32, 3), np.uint8), np.arange(20) % 10
+    arrays = {f"{k}_{part}": v for part in ("train", "test") for k, v in (("x", x), ("y", y))}
+    np.savez(tmp_path / "other.npz", **arrays)
+    for data, warned in (("shapes", 0), (tmp_path / "other.npz", 1)):
+        capsys.readouterr()
+        ev.main([str(folder / "student.pt"), "--attack", "clean", "--n", "5", "--data", str(data)])
+        err = capsys.readouterr().err
+        assert err.count("warning: ") == warned and ("trained on 'shapes'" in err) == warned
+    (folder / "config.json").write_text("[" * 10**5)
+    ev.main([str(folder / "student.pt"), "--attack", "clean", "--n", "5", "--data", "shapes"])
+    assert capsys.readouterr().err == ""

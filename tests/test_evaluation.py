@@ -360,7 +360,8 @@ BAD = {
     "pgd in L2": (["net0.pt", "--norm", "l2"], "--norm l2"),
     "eps above 1": (["net0.pt", "--eps", "8"], "--eps"),
     "examples of two": (["net0.pt", "--attack", "aa", "pgd2", "--save-examples", "e"], "--save-"),
-    "no folder": (["net0.pt", "--json", "nowhere/out.json"], "there is no folder nowhere"),
+    "no folder": (["net0.pt", "--json", "nowhere/out.json"], "expected a file, in a folder"),
+    "a folder": (["net0.pt", "--json", "."], ".: expected a file"),
 }
 
 
