@@ -108,6 +108,7 @@ def parse(parser: argparse.ArgumentParser, argv: list | None, presets: dict):
         for key, value in vars(args).items():
             if key not in shown and value != default[key]:
                 short = f"{value:.4g}" if isinstance(value, float) else value
+                short = "+".join(map(str, value)) if isinstance(value, list) else short
                 name += f",{key.replace('_', '-')}={short}"
         name = re.sub(r"[^\w.,=+-]", "-", name)
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]

@@ -520,9 +520,9 @@ def train_and_evaluate(args):
     with plumbing.open_run("teacher_free_kd", args, lambda data: check(args, data)) as (run, data):
         if run.finished:
             return run
-        used = {name: getattr(args, name) for name in recipe(args)}
-        used = [f"--{k.replace('_', '-')} {v}" for k, v in used.items() if v is not None]
-        print(f"{args.method} with", *used, flush=True)
+        used = {name: getattr(args, name) for name in recipe(args) if name != "eval_attack"}
+        used = [f"{k.replace('_', '-')} {v}" for k, v in used.items() if v is not None]
+        print(f"{args.method} with", ", ".join(used), flush=True)
         models, rows, teacher = {}, [], None  # models: row of the table -> (model, its training)
         if METHODS[args.method][2]:
             options = teacher_settings, lambda: trained("teacher", None, data, args, run)

@@ -221,6 +221,7 @@ def main(argv=None):
         begin = time.perf_counter()
         robust[name] = attack(ev.Settings(eps, search=search, **options))
         seconds.setdefault(name, []).append(time.perf_counter() - begin)
+        print(f"{name}: {seconds[name][-1]:.1f} s", flush=True)
     clean = (points[2].argmax(1) == data.y_test).double().mean().item()
     print(f"eps {255 * eps:.3g}/255, {args.n} images, clean accuracy {clean:.4f}")
     first, rows = next(iter(ways)), []

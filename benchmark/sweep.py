@@ -48,7 +48,7 @@ def parse_args(argv=None):
     add("--grid", nargs="+", required=True, metavar="FLAG=VALUE,...", help="flags and their values")
     add("--baseline", metavar="FLAGS", help="what the lines under the table compare with")
     add("--robust", metavar="METRIC", help="None: aa_acc if it was measured, else pgdN_acc")
-    add("--out", metavar="PREFIX", help="of the files; None: sweep, in the script's folder of runs")
+    add("--out", metavar="PREFIX", help="of the files; None: of the grid, with the runs")
     args = parser.parse_args(argv[:at])
     args.flags, args.script = argv[at + 1 :], Path(args.script).stem
     if not (ROOT / f"{args.script}.py").is_file() or args.script in (
@@ -271,9 +271,11 @@ def main(argv=None):
     robust = args.robust or (attacks or ["clean_acc"])[0]
     sentences = show(lines, base, robust)
     runs = parsed(args.script, args.combinations[0][1]).runs
-    prefix = Path(args.out or Path(runs) / args.script / "sweep")
-    record = {"script": args.script, "grid": args.grid, "flags": args.flags, "lines": lines}
-    record |= {"baseline": {"flags": args.baseline} | base, "choice": sentences}
+    asked = {"script": args.script, "grid": args.grid, "flags": args.flags}
+    digest = common.derive_seed("sweep", asked, args.baseline)  # another sweep, another file
+    prefix = Path(args.out or Path(runs) / args.script / f"sweep-{digest:016x}"[:14])
+    record = asked | {"lines": lines, "choice": sentences}
+    record["baseline"] = {"flags": args.baseline} | base
     text = json.dumps(record, indent=1) + "\n"
     json_file, picture = Path(f"{prefix}.json"), Path(f"{prefix}.png")
     common.write_atomically(json_file, lambda file: file.write(text.encode()))

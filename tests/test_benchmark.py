@@ -350,7 +350,8 @@ def test_a_sweep_runs_the_grid_once_and_ends_in_a_table(tmp_path, capsys, monkey
     argv += ["--", *flags]
     sweep.main(argv)
     assert len(reads) == 1
-    first = json.loads((tmp_path / "robust_kd/sweep.json").read_text())
+    (file,) = tmp_path.glob("robust_kd/sweep-*.json")
+    first = json.loads(file.read_text())
     out = capsys.readouterr().out
     assert out.count("teacher 1/1") == out.count("teacher 2/2") == 1  # shared by the two alphas
     assert [line["values"] for line in first["lines"]][1] == {"alpha": "0.2", "teacher-es": "2"}
@@ -358,7 +359,7 @@ def test_a_sweep_runs_the_grid_once_and_ends_in_a_table(tmp_path, capsys, monkey
     assert len(logs) == 5
     sweep.main(argv)
     assert {path: path.stat().st_mtime_ns for path in logs} == logs
-    assert json.loads((tmp_path / "robust_kd/sweep.json").read_text()) == first
+    assert json.loads(file.read_text()) == first
     table = capsys.readouterr().out.split("alpha")[-4:]
     assert "RKD-Acc." in "".join(table) and "RKD-Rob." in "".join(table)
 
