@@ -31,8 +31,8 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
          4. tf-kd-reg is Eq. 4 as written. The code of Yuan et al. softens p^d, not its logarithm,
             and not the student, without t^2: whatever delta, the targets are nearly uniform, as in
             label smoothing (--reg-form repo; their numbers come from it; plain: t = 1).
-         5. The MNIST teacher learns from digits shifted by up to 2 pixels (Hinton et al. 2015): one
-            trained without has nothing to teach (--teacher-shift 0).
+         5. The MNIST teacher learns from digits shifted by up to 2 pixels (Hinton et al. 2015);
+            without (--teacher-shift 0) Table 1 gains less, and Table 2 is nearer to the paper.
          6. at-kd is AKD of Maroto et al.; the paper does not say what its row was trained with.
          7. self-distillation: the paper gives no number of it. Heads: bottlenecks of ResNet-50; the
             hint is the L2 distance of the pooled features, in the mean over the batch; no t^2.

@@ -539,6 +539,7 @@ def choices(rows):
             more = {
                 "run": f"{run} {flags}",
                 "name": f"{row.name}: {flags[2:]}",
+                "note": "",
                 "seeds": min(row.seeds, 3) if row.data == "mnist" else 1,
             }
             table = f"{row.table.split('-')[0]}-choices"
