@@ -109,7 +109,7 @@ def parse_args(argv=None):
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot: needs matplotlib; pip install matplotlib")
     for path in filter(None, (args.json, args.save_examples, args.plot)):
-        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():  # before the work
+        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             parser.error(f"{path}: expected a file, in a folder that is there")
     args.eps = args.eps if args.eps is not None else {"linf": 8 / 255, "l2": 0.5}[args.norm]
     args.step_size = args.eps / 4 if args.step_size is None else args.step_size
