@@ -194,6 +194,8 @@ def main(argv=None):
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        common.fail("--device: there is no CUDA device here; --device cpu works everywhere")
     if args.checkpoint:
         data = common.load_data(args.data, device=device, test_subset=args.n)
         model, eps = common.load_model(args.checkpoint, device, data)[0], 8 / 255
@@ -210,9 +212,11 @@ def main(argv=None):
         with common.evaluating(model):
             return ev.run_attack(model, points, "aa", s, ev.open_store(), "")["broken"] == 0
 
-    ways = (
-        {} if args.checkpoint else {"plain": ("fp32", lambda s: plain_autoattack(model, points, s))}
-    )
+    def plain(s):
+        with common.convolutions(tf32=False):  # as ours
+            return plain_autoattack(model, points, s)
+
+    ways = {} if args.checkpoint else {"plain": ("fp32", plain)}
     ways["ours, search in fp32"] = "fp32", ours
     if device.type == "cuda":
         ways["ours, search in tf32"] = "tf32", ours
@@ -223,7 +227,8 @@ def main(argv=None):
         seconds.setdefault(name, []).append(time.perf_counter() - begin)
         print(f"{name}: {seconds[name][-1]:.1f} s", flush=True)
     clean = (points[2].argmax(1) == data.y_test).double().mean().item()
-    print(f"eps {255 * eps:.3g}/255, {args.n} images, clean accuracy {clean:.4f}")
+    where = f"{args.device}, {torch.get_num_threads()} threads"
+    print(f"eps {255 * eps:.3g}/255, {args.n} images, clean accuracy {clean:.4f}, {where}")
     first, rows = next(iter(ways)), []
     for name, times in seconds.items():
         differ = int((robust[name] != robust[first]).sum())
