@@ -931,6 +931,8 @@ FREE_FLAGS = {"json", "data_root", "device", "batch_size", "command", "determini
 
 def run(args):
     """Evaluate every model, print the tables, write the JSON; go on where a killed run stopped."""
+    if missing := [path for path in args.checkpoints if not os.path.isfile(path)]:
+        common.fail(f"{missing[0]}: no such checkpoint")  # before any data are fetched
     device = common.setup_device(args)
     data = common.load_data(args.data, args.data_root, device, test_subset=args.n)
     x, labels = data.x_test, data.y_test
@@ -947,9 +949,7 @@ def run(args):
             print(f"{out} is finished")
             drop_state(base)
             return show(record)
-        except OSError:  # of the output, perhaps
-            raise
-        except Exception:  # whatever another record makes Python raise
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError):  # another record
             common.fail(f"--json: {out} is there and holds something else; take another")
     store = open_store(Path(f"{base}.state") if base else None, flags)
     for name, model in models.items():
