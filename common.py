@@ -11,6 +11,7 @@ The plumbing of a run (folder, log, resuming, teachers, summary) is plumbing.py.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import importlib
@@ -33,7 +34,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.optim.swa_utils
 from torch import Tensor
 
 # ------------------------------------------------------------------------------------------------
@@ -172,12 +172,11 @@ def sgd(model, lr, momentum, weight_decay, nesterov=False, decay_norms=True):
 
     decay_norms: whether the weight decay is on those of BatchNorm too.
     """
-    norms = [p for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
+    norms = {p for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
     groups = [{"params": list(model.parameters())}]
     if not decay_norms:
-        among = set(norms)
-        groups = [{"params": [p for p in model.parameters() if p not in among]}]
-        groups.append({"params": norms, "weight_decay": 0.0})
+        groups = [{"params": [p for p in model.parameters() if p not in norms]}]
+        groups += [{"params": [p for p in model.parameters() if p in norms], "weight_decay": 0.0}]
     options = dict(momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
     return torch.optim.SGD(groups, lr=lr, **options)
 
@@ -192,19 +191,26 @@ def cosine(optimizer, steps: int, warm_up: int):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def average_of(model: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel:
-    """The exponential moving average of the weights: call update_parameters(model) after a step.
+class Average(nn.Module):
+    """The exponential moving average of a net's weights: update_parameters(model) after a step.
 
     The first step copies; step t = 1, 2, ... makes it d average + (1 - d) weights, with the ramp
     d = min(decay, (1 + t) / (10 + t)) of Rebuffi et al. (2021). BatchNorm statistics: the model's.
+    torch.optim.swa_utils.AveragedModel would make the host wait for CUDA in every step.
     """
 
-    def update(averages, weights, t):  # t: a tensor, so that nothing waits for the device
-        d = ((1 + t) / (10 + t)).clamp(max=decay)
-        torch._foreach_mul_(averages, d)
-        torch._foreach_add_(averages, torch._foreach_mul(weights, 1 - d))
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__()
+        self.module, self.decay = copy.deepcopy(model), decay
+        self.register_buffer("n_averaged", torch.tensor(0))  # stays on the host
 
-    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=update)
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        t = int(self.n_averaged)
+        d = min(self.decay, (1 + t) / (10 + t)) if t else 0.0
+        torch._foreach_lerp_([*self.module.parameters()], [*model.parameters()], 1 - d)
+        torch._foreach_copy_([*self.module.buffers()], [*model.buffers()])
+        self.n_averaged += 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -607,8 +613,7 @@ class Gradients(nn.Module):
 
     def numbers(self) -> dict:
         """{epochs: (E,), layers: (L,), means: (E, L)}, as lists."""
-        layers = [*self.weights]
-        return {"epochs": self.epochs, "layers": layers, "means": self.means.tolist()}
+        return {"epochs": self.epochs, "layers": [*self.weights], "means": self.means.tolist()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -675,10 +680,8 @@ def evaluating(model: nn.Module):
 @torch.no_grad()
 def correct(model: nn.Module, x: Tensor, labels: Tensor, batch_size: int = 500) -> Tensor:
     """Which of x, float (N, C, H, W) or uint8 (N, H, W, C), the model gets right: bool (N,)."""
-    right = []
-    for part, y in zip(x.split(batch_size), labels.split(batch_size)):
-        right.append(model(to_float(part)).argmax(1) == y)
-    return torch.cat(right)
+    pairs = zip(x.split(batch_size), labels.split(batch_size))
+    return torch.cat([model(to_float(part)).argmax(1) == y for part, y in pairs])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -397,8 +397,7 @@ def _capture(compute, model: nn.Module, inputs: list):
             compute(*inputs)
     torch.cuda.current_stream().wait_stream(side)
     model.zero_grad()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
         out = compute(*inputs)
     gradients = [parameter.grad for parameter in model.parameters()]
     for buffer, before in zip(model.buffers(), buffers):
@@ -423,7 +422,7 @@ def end_epoch(run: Run, epoch: int, history: list, data: common.Data, *attack) -
 
     attack: eps, step_size and steps of the PGD on the held-out images; without it only clean. The
     epoch with the highest sum of their accuracies is kept as <stage>_best.pt; if there is an
-    `average` (common.average_of), it is what is validated and kept. A loss or weight that is not
+    `average` (common.Average), it is what is validated and kept. A loss or weight that is not
     finite ends the run.
     """
     model, trained = run.parts["model"], final_model(run)
@@ -695,8 +694,9 @@ def teacher_table(teacher: nn.Module, data: common.Data, run: "Run", epochs: int
     if use:
         table = cache["table"] = torch.empty(math.prod(ways), len(data.classes), device=device)
         for rows in torch.arange(len(table), device=device).split(1024):
+            # torch.unravel_index makes the host wait for CUDA
+            plan = torch.stack([rows // math.prod(ways[i + 1 :]) % k for i, k in enumerate(ways)])
             with autocast(run):
-                plan = torch.stack(torch.unravel_index(rows, ways))
                 table[rows] = teacher(common.cut(data, data.x_padded, plan))
     return cache["table"]
 

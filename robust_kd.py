@@ -364,7 +364,7 @@ def train_model(run, data, stage, recipe, teacher=None):
     settings = {name: getattr(args, name) for name in names if name in wanted}
     n = -(-len(data.x_train) // how.batch_size)
     optimizer, schedule = make_optimizer(model, stage, how, args, n)
-    average = common.average_of(model, args.ema) if args.ema else None
+    average = common.Average(model, args.ema) if args.ema else None
     # other batches than the student's
     seed = how.seed if stage == "student" else common.derive_seed(how.seed, stage)
 

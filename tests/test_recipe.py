@@ -46,7 +46,7 @@ def test_the_recipe_prints_what_it_sets_and_flags_go_before_it(capsys):
 
 def test_the_average_follows_the_ramp_and_takes_batchnorm_as_it_is():
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    average, expected = common.average_of(net, 0.6), None
+    average, expected = common.Average(net, 0.6), None
     for t in range(12):
         with torch.no_grad():
             for p in net.parameters():
