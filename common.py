@@ -566,14 +566,9 @@ def model_for(data: Data, name: str, seed: int, stage: str, width=1.0, dropout=0
     torch.manual_seed(derive_seed("init", seed, stage))
     like_data = (*data.x_train.shape[:1:-1], data.mean, data.std)  # channels, size, ...
     model = build_model(name, len(data.classes), width, dropout, *like_data)
-    device = data.x_train.device
-    print(f"{stage}: {name}, {parameters(model):,} parameters, on {device}", flush=True)
+    device, size = data.x_train.device, sum(p.numel() for p in model.parameters())
+    print(f"{stage}: {name}, {size:,} parameters, on {device}", flush=True)
     return model.to(device)
-
-
-def parameters(model: nn.Module) -> int:
-    """How many trained numbers the model has."""
-    return sum(p.numel() for p in model.parameters())
 
 
 def macs(forward, data: Data) -> int:
@@ -638,43 +633,49 @@ def pgd(model, x, targets, eps, step_size, steps, start="uniform") -> Tensor:
             "none": lambda: torch.zeros_like(x),
         }[start]()
     x_adv = torch.clamp((x + start).detach(), low, high)
-    for _ in range(steps):
-        x_adv.requires_grad_()
-        with torch.enable_grad():
-            loss = F.cross_entropy(model(x_adv), targets, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, x_adv)
-        x_adv = torch.clamp(x_adv.detach() + step_size * gradient.sign(), low, high)
+    with frozen(model):
+        for _ in range(steps):
+            x_adv.requires_grad_()
+            with torch.enable_grad():
+                loss = F.cross_entropy(model(x_adv), targets, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, x_adv)
+            x_adv = torch.clamp(x_adv.detach() + step_size * gradient.sign(), low, high)
     return x_adv
 
 
-@contextlib.contextmanager
 def convolutions(tf32: bool):
-    """Those of float32 images on CUDA in TF32, of 10 bits, or strictly; and no cudnn.benchmark.
+    """A context: those of float32 in TF32, of 10 bits, or strictly, and no cudnn.benchmark.
 
     That times its kernels for each new number of images; an attack that drops what is broken has
-    hundreds of those. Everything is put back afterwards.
+    hundreds of those.
     """
     cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32, cudnn.benchmark
-    cudnn.allow_tf32, cudnn.benchmark = tf32, False
+    same = {"enabled": cudnn.enabled, "deterministic": cudnn.deterministic}
+    return cudnn.flags(**same, benchmark=False, allow_tf32=tf32)
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module):
+    """No weight has a gradient inside: what torch.compile makes computes all that there are."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
     try:
         yield
     finally:
-        cudnn.allow_tf32, cudnn.benchmark = before
+        for p in trained:
+            p.requires_grad_(True)
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module):
-    """The model in eval mode, weights frozen, no TF32; everything is put back afterwards."""
-    training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
+    """The model frozen in eval mode, without TF32 or torch.compile; all is put back afterwards."""
+    training, compiled = model.training, "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     try:
-        with convolutions(tf32=False):
+        with frozen(model.eval()), convolutions(tf32=False), eager:
             yield model
     finally:
         model.train(training)
-        for p in trained:
-            p.requires_grad_(True)
 
 
 @torch.no_grad()

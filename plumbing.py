@@ -53,6 +53,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--precision", default="bf16", choices=["bf16", "fp32"], help="of training on CUDA")
     add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower)")
     add("--graph", action="store_true", help="on CUDA: replay steps as a graph (not measured)")
+    add("--compile", action="store_true", help="the nets by torch.compile (on CUDA not measured)")
     add("--runs", default="runs", help="folder of the run folders")
     add("--name", help="name of the run folder; None: made of the flags that are not the default")
     add("--tensorboard", action="store_true", help="log to TensorBoard too, if it is installed")
@@ -68,8 +69,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
         return text
 
     add = parser.add_argument_group("evaluation").add_argument
-    both = "fast: clean, PGD; full: all below"
-    add("--eval", choices=["fast", "full"], default="fast", help=both)
+    add("--eval", choices=["fast", "full"], default="fast", help="fast: clean, PGD; full: all")
     add("--eps", type=probability, default=0.031, help="radius of PGD")
     add("--step-size", type=fraction, default=0.003, help="of PGD")
     add("--eval-steps", type=count, default=20, help="of PGD; full: 10 and 15 too")
@@ -81,7 +81,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
 
 
 # Flags that do not change what is computed: a run may be resumed with others.
-FREE_FLAGS = {"data_root", "device", "runs", "name", "tensorboard", "argv", "seeds", "graph"}
+FREE_FLAGS = {*"data_root device runs name tensorboard argv seeds graph compile".split()}
 
 
 def parse(parser: argparse.ArgumentParser, argv: list | None, presets: dict):
@@ -202,6 +202,8 @@ def open_run(script: str, args: argparse.Namespace, check=lambda data: None):
     except torch.OutOfMemoryError as error:
         fail(f"{run.stage}: the GPU has too little memory; try a smaller --batch-size ({error})")
     except RuntimeError as error:
+        if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
+            fail(f"--compile: {str(error).split('Set TORCH')[0]}; the command goes on without it")
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         fail(f"process {common.rank()}: another process has ended; the same command goes on")
@@ -240,8 +242,7 @@ def _begin(run: Run, data: common.Data) -> None:
         with contextlib.suppress(OSError):  # no git here
             git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty"]
             config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        config["flags"] = flags
-        text = json.dumps(config, indent=1).encode()
+        text = json.dumps(config | {"flags": flags}, indent=1).encode()
         common.write_atomically(path, lambda file: file.write(text))
     if run.args.tensorboard:
         run.writer = SummaryWriter(run.dir)
@@ -315,6 +316,9 @@ def epochs(run: Run, stage: str, total: int, **parts):
     Seeds each epoch with (seed, stage, epoch): it is the same epoch after any interruption.
     """
     run.stage, run.total, run.parts, run.left = stage, total, parts, None
+    for part in parts.values():
+        if run.args.compile and isinstance(part, nn.Module):
+            part.compile(dynamic=False)  # the last batch of an epoch has its own code
     run.seconds, run.row, run.best, done = 0.0, {}, {}, 0
     sync()  # no process may find files of this stage that another one did not find
     last = run.dir / "last.pt"
@@ -428,7 +432,9 @@ def end_epoch(run: Run, epoch: int, history: list, data: common.Data, *attack) -
     model, trained = run.parts["model"], final_model(run)
     steps = torch.stack(history).double()
     if common.world() > 1:
-        _share_epoch(model, steps)
+        dist.all_reduce(steps)
+        for buffer in model.buffers():  # BatchNorm statistics: those of the first process
+            dist.broadcast(buffer, 0)
     steps = steps.cpu()
     spent = time.monotonic() - run.started
     finite = torch.isfinite(steps[:, 0]).tolist()
@@ -506,8 +512,7 @@ def _log(run: Run, row: dict) -> None:
 def _join(device: torch.device) -> None:
     """Join the other processes: gloo on CPUs, NCCL on GPUs; alone nothing happens."""
     if common.world() > 1 and not dist.is_initialized():
-        # long: the others wait while the first one validates and evaluates
-        wait = datetime.timedelta(days=7)
+        wait = datetime.timedelta(days=7)  # while the first one validates and evaluates
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
         atexit.register(dist.destroy_process_group)
 
@@ -532,13 +537,6 @@ def _sum_gradients(run: Run) -> None:
     dist.all_reduce(flat)
     for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
         grad.copy_(part.view_as(grad))
-
-
-def _share_epoch(model: nn.Module, steps: Tensor) -> None:
-    """The sum of all processes' metrics in `steps`; the first one's BatchNorm statistics."""
-    dist.all_reduce(steps)
-    for buffer in model.buffers():
-        dist.broadcast(buffer, 0)
 
 
 def save_model(run: Run, stage: str, model: nn.Module, meta: dict) -> None:
@@ -642,6 +640,8 @@ def get_teacher(run: Run, data: common.Data, settings, train, file="teacher.pt")
             run.settings = _kept(run, settings(run.flags))
             train()
     teacher, meta = common.load_model(own, run.device, data)
+    if run.args.compile:
+        teacher.compile(dynamic=False)
     return teacher.requires_grad_(False), meta
 
 

@@ -497,8 +497,8 @@ def evaluated(name, model, meta, data, args):
     import eval_robustness
 
     print(f"evaluating {name} on {len(data.x_test)} test images", flush=True)
-    weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)  # as Table 1, no biases
-    row = {"model": name, "weights": weights, "parameters": common.parameters(model)}
+    weights, every = (sum(p.numel() for p in model.parameters() if p.dim() > d) for d in (1, 0))
+    row = {"model": name, "weights": weights, "parameters": every}  # Table 1: without biases
     test, options = (data.x_test, data.y_test), {"eps": args.eps, "seed": args.seed}
     row["macs"] = common.macs(model, data)
     row |= eval_robustness.evaluate(model, *test, args.eval_attack, **options)

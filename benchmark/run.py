@@ -194,7 +194,7 @@ def size_of(net, classes, size, channels, width=1.0):
     with FlopCounterMode(display=False) as counter:
         model(x)
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    return counter.get_total_flops() // 2, weights, common.parameters(model)
+    return counter.get_total_flops() // 2, weights, sum(p.numel() for p in model.parameters())
 
 
 def counted(run):

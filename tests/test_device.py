@@ -95,7 +95,7 @@ def test_tensors_on_two_devices_are_an_error(trained_on, monkeypatch):
         return (student_logits * torch.arange(10.0)).mean()
 
     monkeypatch.setitem(robust_kd.LOSSES, "st", loss)
-    with pytest.raises(Exception, match="lazy:0 and cpu"):
+    with pytest.raises(Exception, match=r"lazy:0.* cpu"):
         trained_on(robust_kd, f"--loss st {ROBUST}")
 
 
