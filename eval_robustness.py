@@ -46,6 +46,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import common
 import images
@@ -540,8 +541,21 @@ class Affine(nn.BatchNorm2d):
 
 
 def faster(model):
-    """A copy for the search, with Affine for BatchNorm2d: the same logits up to rounding."""
+    """A copy for the search, the same up to rounding: BatchNorm2d in the convolution before it.
+
+    That in nets of common.py; where there is none, and in other nets, it becomes Affine.
+    """
     model = copy.deepcopy(model).requires_grad_(False)
+    ours = nn.ModuleList(n for n in model.modules() if isinstance(n, common.ConvNet))
+    for m in [*ours.modules()]:
+        names = [*m._modules] if type(m) is nn.Sequential else []
+        pairs = [(m, one, m, other) for one, other in itertools.pairwise(names)]
+        pairs += [(m, "conv1", m.norm2, "0")] if isinstance(m, common.PreActBlock) else []
+        for a, i, b, j in pairs:
+            conv, norm = getattr(a, i), getattr(b, j)
+            if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and not norm.training:
+                setattr(a, i, fuse_conv_bn_eval(conv, norm))
+                setattr(b, j, nn.Identity())
     for n in model.modules():
         if type(n) is nn.BatchNorm2d and n.running_mean is not None and not n.training:
             scale = (n.running_var + n.eps).rsqrt() * (1 if n.weight is None else n.weight)
@@ -841,37 +855,6 @@ def accuracy_curve(model, x, labels, s):
     return curve
 
 
-def plot(path, record):
-    """Write a figure: accuracy against eps of all rows, confidence histograms, corruptions."""
-    from matplotlib.figure import Figure
-
-    rows = {"/".join(Path(r["model"]).parts[-2:])[-36:]: r for r in record["rows"]}
-    histograms = [(n, k, v) for n, r in rows.items() for k, v in r.get("calibration", {}).items()]
-    maps = [(n, r["corruptions"]["corruptions_acc"]) for n, r in rows.items() if "corruptions" in r]
-    columns = 1 + bool(histograms) + len(maps)
-    figure = Figure((5 * columns, 4.5), layout="tight")
-    axes = figure.subplots(1, columns, squeeze=False)
-    for name, row in rows.items():
-        eps, accuracy = np.array(row["curve"]).T
-        axes[0, 0].plot(255 * eps, accuracy, marker=".", label=name)
-    axes[0, 0].set(xlabel=f"255 eps ({record['norm']})", ylabel="accuracy (APGD-CE, 20 iterations)")
-    for name, kind, numbers in histograms:
-        edges = np.linspace(0, 1, len(numbers["confidence"]) + 1)
-        patch = axes[0, 1].stairs(numbers["confidence"], edges, label=f"{name}, {kind}")
-        color = patch.get_edgecolor()
-        axes[0, 1].stairs(numbers["probabilities"], edges, color=color, linestyle=":")
-        axes[0, 1].set(xlabel="probability: largest; dots: all", yscale="log", ylabel="share")
-    for axis, (name, table) in zip(axes[0, ::-1], maps):
-        figure.colorbar(axis.imshow(list(table.values()), vmin=0, vmax=1, aspect="auto"))
-        axis.set(title=f"{name}: accuracy", xlabel="severity", xticks=range(5))
-        axis.set(xticklabels=range(1, 6), yticks=range(len(table)))
-        axis.set_yticklabels(table, fontsize=6)
-    for axis in axes[0, : columns - len(maps)]:
-        axis.legend(fontsize=7)
-    kind = Path(path).suffix[1:] or "png"
-    common.write_atomically(Path(path), lambda file: figure.savefig(file, format=kind, dpi=150))
-
-
 def show(record):
     """Print the record of main: a table of the models, of their attacks, of their calibration."""
     step, eps = (f"{255 * record[key]:.4g}/255" for key in ("step_size", "eps"))
@@ -969,7 +952,9 @@ def run(args):
     record |= {"eps": args.eps, "step_size": args.step_size, "rows": rows}
     record["logits"] = "log of the averaged probabilities" if args.ensemble else "of the model"
     if args.plot:
-        plot(args.plot, record)
+        from benchmark import robustness
+
+        robustness.plot(args.plot, record)
     if out:
         text = json.dumps(record, indent=1).encode() + b"\n"
         common.write_atomically(out, lambda file: file.write(text))

@@ -8,8 +8,9 @@ Plain    One batch after the other through all four attacks; `backward` with wei
          query, and stay to the end of a run of APGD and FAB; BatchNorm as it is. L-infinity only.
 Model    A WRN-10-1 trained for seconds on the embedded shapes; eps is chosen by APGD-CE such that
          about half of the images survive. Both use the same random draws.
-Ours     On CUDA twice: searching in float32 and in TF32, where only what float32 confirms counts.
-         For each way the images are counted on which it differs from the first.
+Ours     On CUDA three times: searching in float32; in TF32, where only what float32 confirms
+         counts; so, with the net replayed as CUDA graphs, which eval_robustness.py does not do. For
+         each way the images are counted on which it differs from the first.
 """
 
 import sys
@@ -176,6 +177,29 @@ def plain_autoattack(model, points, s):
     return robust.cpu()
 
 
+class Captured(torch.nn.Module):
+    """net(x) as CUDA graphs, its gradient in x too, for batches filled up to most / 2 / 2 ...
+
+    A graph for each of those sizes, with and without gradient, in TF32 and in float32.
+    """
+
+    def __init__(self, net, most):
+        super().__init__()
+        self.net, self.most, self.graphs = net, most, {}
+
+    def forward(self, x):
+        n, size = len(x), self.most
+        while size // 2 >= max(n, 32):
+            size //= 2
+        x = F.pad(x, [0] * 7 + [size - n])  # a copy, as its gradient: a graph writes over its own
+        key = size, x.requires_grad, torch.backends.cudnn.allow_tf32
+        if key not in self.graphs:
+            sample = x.detach().clone().requires_grad_(x.requires_grad)
+            with torch.enable_grad():
+                self.graphs[key] = torch.cuda.make_graphed_callables(self.net.forward, (sample,))
+        return self.graphs[key](x)[:n].clone()
+
+
 def trained_model(data):
     """A WRN-10-1 after three epochs of FGSM training on the shapes."""
     model = common.model_for(data, "wrn-10-1", 0, "benchmark")
@@ -212,6 +236,13 @@ def main(argv=None):
         with common.evaluating(model):
             return ev.run_attack(model, points, "aa", s, ev.open_store(), "")["broken"] == 0
 
+    def captured(s, faster=ev.faster):
+        ev.faster = lambda model: Captured(faster(model), args.batch_size)
+        try:
+            return ours(s)
+        finally:
+            ev.faster = faster
+
     def plain(s):
         with common.convolutions(tf32=False):  # as ours
             return plain_autoattack(model, points, s)
@@ -220,6 +251,7 @@ def main(argv=None):
     ways["ours, search in fp32"] = "fp32", ours
     if device.type == "cuda":
         ways["ours, search in tf32"] = "tf32", ours
+        ways["ours, tf32, as CUDA graphs"] = "tf32", captured
     for name in [*ways] * args.repeats:
         search, attack = ways[name]
         begin = time.perf_counter()

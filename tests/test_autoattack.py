@@ -12,7 +12,7 @@ from conftest import Linear, Made, linear_problem
 import common
 import eval_robustness as ev
 
-INF, L2 = "linf", "l2"
+INF, L2, IMAGE = "linf", "l2", (3, 32, 32)
 
 
 def distances(model, x, labels, norm):
@@ -282,6 +282,25 @@ def test_the_copy_for_the_search_has_no_batchnorm_and_the_same_logits(small):
     copy = ev.faster(model)
     assert isinstance(model[1], nn.BatchNorm2d) and isinstance(copy[1], ev.Affine)
     np.testing.assert_allclose(copy(common.to_float(x)), model(common.to_float(x)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "preact-resnet18", "wrn-10-1-silu", "mlp-8"])
+def test_our_nets_are_searched_with_batchnorm_in_the_convolution_before_it(name):
+    net, x = (
+        common.build_model(name, width=1 / 16 if "resnet" in name else 1),
+        torch.rand(6, *IMAGE),
+    )
+    for _ in range(3):
+        net(x)  # statistics
+    model = common.Ensemble([net, net]).eval()
+    copy = ev.faster(model)
+    torch.testing.assert_close(copy(x), model(x))
+    kinds = [[type(m) for m in one.modules()] for one in (model, copy)]
+    assert nn.BatchNorm2d not in kinds[1]
+    # a net that is pre-activation has half of them after a sum
+    after_sum = {"preact-resnet18": 9, "wrn-10-1-silu": 4}.get(name, 0)
+    assert kinds[1].count(ev.Affine) == after_sum  # one net, twice in the ensemble
+    assert model(x).requires_grad and not copy(x).requires_grad
 
 
 def test_what_a_search_in_tf32_takes_for_broken_and_is_not_is_searched_again(small, monkeypatch):

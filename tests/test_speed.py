@@ -1,13 +1,15 @@
-"""benchmark/train_step.py: the rungs of the ladder train alike, the page is made of the JSON."""
+"""What measures speed: all ways do the same, and the page is made of the JSON."""
 
 import json
 import re
 
 import pytest
+import torch
 from conftest import ROOT
 
 import common
-from benchmark import train_step
+import eval_robustness as ev
+from benchmark import autoattack, train_step
 
 SMALL = "--ladder --data shapes --model wrn-10-1 --teacher-model mlp-8 --batch-size 32"
 SMALL = f"{SMALL} --rounds 2 --steps 2 --workers 0 --device cpu"
@@ -40,3 +42,73 @@ def test_operations_are_those_of_the_passes():
 def test_the_page_is_made_of_the_numbers_that_were_kept():
     records = json.loads((ROOT / "benchmark" / "speed.json").read_text())
     assert records and (ROOT / "docs" / "SPEED.md").read_text() == train_step.page(records)
+
+
+class Graphed:
+    """What torch.cuda.make_graphed_callables makes: it writes over its last output and gradient."""
+
+    def __init__(self, function, sample):
+        self.function, (self.x,), self.calls = function, sample, 0
+        self.out, self.grad = function(self.x).detach(), torch.zeros_like(self.x)
+
+    def __call__(self, x):
+        graph = self
+        graph.calls += 1
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                assert x.shape == graph.x.shape
+                graph.x.data.copy_(x)
+                with torch.enable_grad():
+                    graph.live = graph.function(graph.x)
+                graph.out.copy_(graph.live)
+                return graph.out.detach()
+
+            @staticmethod
+            def backward(ctx, grad):
+                found = torch.autograd.grad(graph.live, graph.x, grad, retain_graph=True)
+                graph.grad.copy_(found[0])
+                return graph.grad.detach()
+
+        return Function.apply(x)
+
+
+@pytest.mark.parametrize("n", [40, 64])
+def test_what_a_replayed_net_returned_stays_as_it_is(n, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", Graphed)
+    net, found, expected = common.build_model("mlp-8"), [], []
+    replayed = autoattack.Captured(net.requires_grad_(False), 64)
+    for x in torch.rand(3, n, 3, 32, 32):
+        x.requires_grad_()
+        for out, forward in ((found, replayed), (expected, net)):
+            logits = forward(x)
+            out += [logits.detach(), *torch.autograd.grad(logits[:, 0].sum(), x)]
+    torch.testing.assert_close(found, expected)
+    assert len(replayed.graphs) == 1
+
+
+def test_an_attack_on_the_replayed_net_breaks_the_same_images(monkeypatch):
+    data = common.load_data("shapes", train_subset=200, test_subset=500)
+    model, graphs = autoattack.trained_model(data), []
+    points = data.x_test, data.y_test, ev.clean_logits(model, data.x_test, data.y_test)
+
+    def make(function, sample):
+        graphs.append(Graphed(function, sample))
+        return graphs[-1]
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make)
+    s = ev.Settings(4 / 255, steps=8, queries=60, targets=2, batch_size=400)
+
+    def broken():
+        with common.evaluating(model):
+            return ev.run_attack(
+                model, points, "apgd-ce+apgd-t+fab+square", s, ev.open_store(), ""
+            )["broken"]
+
+    plain, faster = broken(), ev.faster
+    monkeypatch.setattr(ev, "faster", lambda model: autoattack.Captured(faster(model), 400))
+    assert torch.equal(broken(), plain) and 0 < (plain > 0).sum() < (plain >= 0).sum()
+    shapes = {(len(g.x), g.x.requires_grad) for g in graphs}
+    assert {(100, True), (50, True), (50, False)} <= shapes and len(graphs) <= 6
+    assert sum(g.calls for g in graphs) > 100
