@@ -289,8 +289,9 @@ What each trick is worth for one training step, one on top of the other: made by
 `python benchmark/train_step.py --ladder --keep` (flags: `--loss`, `--model`, `--teacher-model`,
 `--batch-size`, `--device`) from `benchmark/speed.json`. All rungs live in one process and are timed
 in turn; medians and quartiles. The scripts do what the last line of a CPU table does; on CUDA bf16
-too. torch.compile is only in the benchmark, and the CUDA graph is off without `--graph`, until they
-have been measured on a GPU. So far there are no GPU numbers here."""
+too. torch.compile and the CUDA graph are off without `--compile` and `--graph` until they have been
+measured on a GPU. So far there are no GPU numbers here. `python benchmark/correct.py` says whether
+what is fast is right; `benchmark/autoattack.py` times AutoAttack."""
 
 
 def our_pgd(model, x, labels):

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 import common
 import eval_robustness as ev
-from benchmark import autoattack, train_step
+from benchmark import autoattack, correct, train_step
 
 SMALL = "--ladder --data shapes --model wrn-10-1 --teacher-model mlp-8 --batch-size 32"
 SMALL = f"{SMALL} --rounds 2 --steps 2 --workers 0 --device cpu"
@@ -112,3 +112,26 @@ def test_an_attack_on_the_replayed_net_breaks_the_same_images(monkeypatch):
     shapes = {(len(g.x), g.x.requires_grad) for g in graphs}
     assert {(100, True), (50, True), (50, False)} <= shapes and len(graphs) <= 6
     assert sum(g.calls for g in graphs) > 100
+
+
+def test_what_is_fast_is_compared_with_what_is_exact(capsys, refused, monkeypatch):
+    flags = "--model wrn-10-1 --batch-size 4 --steps 2 --precision fp32 bf16 --device cpu"
+    monkeypatch.setattr(train_step, "STEPS", 1)
+    correct.main(flags.split())
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^\d x \d+ -> \d+, kernel .* (?:fp32|bf16) ", out, re.M)) == 16
+    assert "reference, other starts" in out and "channels_last" in out
+    assert len(re.findall(r"^pgd(?:7|20) +(?:fp32|bf16) +\d\.\d+$", out, re.M)) == 4
+    real, pgd = correct.convolve, common.pgd
+
+    def convolve(x, w, *options):
+        y, gx, gw = real(x, w, *options)
+        return y, gx, gw * (1.02 if x.dtype == torch.float32 else 1)
+
+    monkeypatch.setattr(correct, "convolve", convolve)
+    weak = lambda model, x, *rest: x if torch.is_autocast_enabled("cpu") else pgd(model, x, *rest)  # noqa: E731
+    monkeypatch.setattr(common, "pgd", weak)
+    monkeypatch.setattr(train_step, "first", lambda x: torch.full_like(x, 8 / 255))
+    error = refused(correct.main, flags.split())
+    assert "side 8 in fp32: of w is off by 2.0e-02; " in error and "pgd20 in bf16: loss" in error
+    assert "channels_last: losses differ" in error  # here both references have the same start
