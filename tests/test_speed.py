@@ -1,7 +1,10 @@
 """What measures speed: all ways do the same, and the page is made of the JSON."""
 
+import contextlib
+import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from conftest import ROOT
 
 import common
 import eval_robustness as ev
-from benchmark import autoattack, correct, train_step
+from benchmark import autoattack, correct, seeds, train_step
 
 SMALL = "--ladder --data shapes --model wrn-10-1 --teacher-model mlp-8 --batch-size 32"
 SMALL = f"{SMALL} --rounds 2 --steps 2 --workers 0 --device cpu"
@@ -135,3 +138,53 @@ def test_what_is_fast_is_compared_with_what_is_exact(capsys, refused, monkeypatc
     error = refused(correct.main, flags.split())
     assert "side 8 in fp32: of w is off by 2.0e-02; " in error and "pgd20 in bf16: loss" in error
     assert "channels_last: losses differ" in error  # here both references have the same start
+
+
+def test_seeds_as_branches_train_as_one_after_another(monkeypatch):
+    class Graph:
+        """Replayed, it writes what a capture has made: losses and gradients."""
+
+        def replay(self):
+            for seed, (loss, gradients) in zip(made, kept):
+                seed.model.zero_grad()
+                loss.copy_(compute(seed))
+                for gradient, p in zip(gradients, seed.model.parameters()):
+                    gradient.copy_(p.grad)
+
+    compute, made, kept = seeds.Seed.compute, [], []
+
+    def watched(seed):
+        loss = compute(seed)
+        if capturing:
+            made.append(seed)
+            kept.append((loss, [p.grad for p in seed.model.parameters()]))
+        return loss
+
+    @contextlib.contextmanager
+    def graph(_):
+        capturing.append(True)
+        yield
+        capturing.clear()
+
+    capturing = []
+    monkeypatch.setattr(seeds.Seed, "compute", watched)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    stream = lambda: SimpleNamespace(wait_stream=lambda other: None)  # noqa: E731
+    for name, fake in (("Stream", stream), ("current_stream", stream)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    data = common.load_data("shapes", train_subset=20)
+    args = seeds.parse_args("--seeds 2 --batch-size 8 --loss at --device cpu".split())
+    monkeypatch.setattr(train_step, "STEPS", 1)
+    plain, branches = (
+        [float(loss) for loss in itertools.islice(seeds.training(data, args, way), 4)]
+        for way in (seeds.in_turn, seeds.branches)
+    )
+    assert plain == branches and len(made) == 2
+
+
+def test_the_program_that_times_seeds_runs(capsys):
+    flags = "--model mlp-8 --seeds 2 --batch-size 8 --rounds 2 --steps 1 --device cpu"
+    seeds.main(flags.split())
+    assert "both are the same" in capsys.readouterr().out
