@@ -14,9 +14,8 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
-import importlib
 import io
-import json
+import itertools
 import math
 import os
 import pickle
@@ -179,38 +178,6 @@ def sgd(model, lr, momentum, weight_decay, nesterov=False, decay_norms=True):
         groups += [{"params": [p for p in model.parameters() if p in norms], "weight_decay": 0.0}]
     options = dict(momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
     return torch.optim.SGD(groups, lr=lr, **options)
-
-
-def cosine(optimizer, steps: int, warm_up: int):
-    """A schedule by steps: linear over `warm_up` steps to the optimizer's rate, a cosine to 0."""
-
-    def factor(step):
-        done = (step - warm_up) / max(steps - warm_up, 1)
-        return (step + 1) / warm_up if step < warm_up else 0.5 + 0.5 * math.cos(math.pi * done)
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-class Average(nn.Module):
-    """The exponential moving average of a net's weights: update_parameters(model) after a step.
-
-    The first step copies; step t = 1, 2, ... makes it d average + (1 - d) weights, with the ramp
-    d = min(decay, (1 + t) / (10 + t)) of Rebuffi et al. (2021). BatchNorm statistics: the model's.
-    torch.optim.swa_utils.AveragedModel would make the host wait for CUDA in every step.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        super().__init__()
-        self.module, self.decay = copy.deepcopy(model), decay
-        self.register_buffer("n_averaged", torch.tensor(0))  # stays on the host
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        t = int(self.n_averaged)
-        d = min(self.decay, (1 + t) / (10 + t)) if t else 0.0
-        torch._foreach_lerp_([*self.module.parameters()], [*model.parameters()], 1 - d)
-        torch._foreach_copy_([*self.module.buffers()], [*model.buffers()])
-        self.n_averaged += 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -507,6 +474,67 @@ class Ensemble(nn.Module):
         parts = zip(self.weights, self.models)
         logs = [math.log(w) + model(x).log_softmax(1) for w, model in parts if w > 0]
         return torch.stack(logs).logsumexp(0)
+
+
+class Affine(nn.BatchNorm2d):
+    """What a BatchNorm2d in eval mode computes, in one pass over x (B, C, H, W)."""
+
+    def forward(self, x):
+        return torch.addcmul(self.shift, x, self.scale)
+
+
+class Folded(nn.Module):
+    """A frozen copy of a net in eval mode that attacks are faster on, the same up to rounding.
+
+    BatchNorm2d is in the convolution before it, or (in other nets than of this file) Affine.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.net, self.parts, before = copy.deepcopy(model).requires_grad_(False), [], {}
+        self.training, twin = model.training, dict(zip(model.modules(), self.net.modules()))
+        for m in [m for net in twin if isinstance(net, ConvNet) for m in net.modules()]:
+            if type(m) is nn.Sequential:
+                before |= {b: a for a, b in itertools.pairwise(m) if type(a) is nn.Conv2d}
+            elif isinstance(m, PreActBlock):
+                before[m.norm2[0]] = m.conv1
+        for mine, given in zip(self.net.parameters(), model.parameters()):
+            mine.data = given.data  # the same memory, but for what refresh writes
+        for norm in twin:
+            if type(norm) is nn.BatchNorm2d and norm.running_mean is not None and not norm.training:
+                conv = before.get(norm)
+                twin[norm].__class__ = Affine if conv is None else nn.Identity
+                self.parts.append((norm, twin[norm], conv, twin.get(conv)))
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> nn.Module:
+        """Take the weights and statistics that the net has now. -> self"""
+        for n, affine, conv, folded in self.parts:
+            scale = (n.running_var + n.eps).rsqrt() * (1 if n.weight is None else n.weight)
+            shift = (0 if n.bias is None else n.bias) - n.running_mean * scale
+            if conv is None:
+                affine.scale, affine.shift = scale[:, None, None], shift[:, None, None]
+            else:
+                folded.weight.data = conv.weight * scale[:, None, None, None]
+                folded.bias = nn.Parameter(shift, requires_grad=False)
+        return self
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def attacked(model: nn.Module, norms: str) -> nn.Module:
+    """What an attack in training differentiates: BatchNorm in mode `train`, or `eval` and Folded.
+
+    Not under torch.compile, which does as well.
+    """
+    model.train(norms == "train")
+    if norms == "train" or model._compiled_call_impl is not None:
+        return model
+    if "folded" not in vars(model):
+        vars(model)["folded"] = Folded(model)  # no submodule: it is neither saved nor trained
+    return vars(model)["folded"].refresh()
 
 
 def check_model(flag: str, name: str, width: float = 1.0, dropout: float = 0.0) -> None:
@@ -845,44 +873,6 @@ def load_model(path, device="cpu", data: Data | None = None, name: str | None = 
             is_for = f"{arch['classes']} classes of {arch['size']} x {arch['channels']} images"
             fail(f"{path}: for {is_for}; {data.name} has {wanted[0]}, {wanted[1]} x {wanted[2]}")
     return model.to(device).eval(), meta
-
-
-def warn_of_other_data(paths, name) -> None:
-    """A line on stderr for each checkpoint whose run, by its config.json, had not --data `name`."""
-    for path in paths:
-        config = Path(path).parent / "config.json"
-        with contextlib.suppress(Exception):  # whatever a foreign file makes Python raise
-            trained = json.loads(config.read_text())["flags"]["data"] if config.is_file() else name
-            if Path(trained).stem != Path(name).stem:
-                print(f"warning: {path}: trained on {trained!r}, not {name!r}", file=sys.stderr)
-
-
-def foreign_model(spec, weights, device):
-    """The net of `package.module:function`; weights: None or the file of its state_dict.
-
-    That may be below `state_dict`, `model` or `weights`, its names may begin with `module.`.
-    """
-    module, _, function = spec.partition(":")
-    sys.path.insert(0, "")  # the current folder
-    try:
-        model = getattr(importlib.import_module(module), function)()
-    except Exception as error:  # whatever the module raises
-        fail(f"--model {spec}: expected package.module:function ({error!r})")
-    finally:
-        sys.path.remove("")
-    if not isinstance(model, nn.Module):
-        fail(f"--model {spec}: returned a {type(model).__name__}, not a torch.nn.Module")
-    try:
-        if weights:
-            if not Path(weights).is_file():  # a pipe would block
-                raise FileNotFoundError("no such file")
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-            for key in ("state_dict", "model", "weights"):
-                state = state[key] if isinstance(state.get(key), dict) else state
-            model.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
-    except Exception as error:  # torch raises half a dozen types for a damaged file
-        fail(f"--weights {weights}: {str(error)[:200] or repr(error)}")
-    return model.to(device).eval()
 
 
 def table(rows: list[dict]) -> str:

@@ -23,10 +23,11 @@ Differs  1. Draws depend on (seed, attack, pass, image) alone; all images share 
 """
 
 import argparse
-import copy
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib
 import importlib.util
 import itertools
 import json
@@ -46,7 +47,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import common
 import images
@@ -533,37 +533,6 @@ def passes(name, classes, s):
 # Models, and where an evaluation stands on the disk
 
 
-class Affine(nn.BatchNorm2d):
-    """What a BatchNorm2d in eval mode computes, in one pass over x (B, C, H, W)."""
-
-    def forward(self, x):
-        return torch.addcmul(self.shift, x, self.scale)
-
-
-def faster(model):
-    """A copy for the search, the same up to rounding: BatchNorm2d in the convolution before it.
-
-    That in nets of common.py; where there is none, and in other nets, it becomes Affine.
-    """
-    model = copy.deepcopy(model).requires_grad_(False)
-    ours = nn.ModuleList(n for n in model.modules() if isinstance(n, common.ConvNet))
-    for m in [*ours.modules()]:
-        names = [*m._modules] if type(m) is nn.Sequential else []
-        pairs = [(m, one, m, other) for one, other in itertools.pairwise(names)]
-        pairs += [(m, "conv1", m.norm2, "0")] if isinstance(m, common.PreActBlock) else []
-        for a, i, b, j in pairs:
-            conv, norm = getattr(a, i), getattr(b, j)
-            if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and not norm.training:
-                setattr(a, i, fuse_conv_bn_eval(conv, norm))
-                setattr(b, j, nn.Identity())
-    for n in model.modules():
-        if type(n) is nn.BatchNorm2d and n.running_mean is not None and not n.training:
-            scale = (n.running_var + n.eps).rsqrt() * (1 if n.weight is None else n.weight)
-            shift = (0 if n.bias is None else n.bias) - n.running_mean * scale
-            n.__class__, n.scale, n.shift = Affine, scale[:, None, None], shift[:, None, None]
-    return model
-
-
 @torch.no_grad()
 def clean_logits(model, x, labels, batch_size=500, classes=None, name="the model"):
     """Logits (N, K) of x; an error if they are none: shape, classes, values that are not finite."""
@@ -692,7 +661,7 @@ def run_attack(model, points, name, s, store, key):
         common.fail(f"{store.path}: not the state of these images; delete it to begin again")
     s = dataclasses.replace(s, eot=20 if name == "aa-rand" else 1)
     plan, broken, seconds = passes(name, logits.shape[1], s), entry["broken"], entry["seconds"]
-    fast = faster(model)
+    fast = common.Folded(model)
     for serial, (attack, which) in list(enumerate(plan, 1))[entry["serial"] - 1 :]:
         alive = ((broken == 0) | (broken == serial)).nonzero()[:, 0]  # when the pass began
         begin = time.monotonic()
@@ -842,7 +811,7 @@ def accuracy_curve(model, x, labels, s):
     with common.evaluating(model), torch.no_grad():
         points = x, labels, clean_logits(model, x, labels, s.batch_size)
         right = (points[2].argmax(1) == labels).cpu()
-        curve, fast = [(0.0, right.double().mean().item())], faster(model)
+        curve, fast = [(0.0, right.double().mean().item())], common.Folded(model)
         for factor in (0.25, 0.5, 0.75, 1, *(k * 2**j for j in range(11) for k in (1.5, 2))):
             if not right.any() or s.norm == "linf" and curve[-1][0] >= 1:
                 break
@@ -889,12 +858,50 @@ def save_examples(path, x, labels, store):
     common.write_atomically(Path(path), lambda file: np.savez_compressed(file, **arrays))
 
 
+def warn_of_other_data(paths, name) -> None:
+    """A line on stderr for each checkpoint whose run, by its config.json, had not --data `name`."""
+    for path in paths:
+        config = Path(path).parent / "config.json"
+        with contextlib.suppress(Exception):  # whatever a foreign file makes Python raise
+            trained = json.loads(config.read_text())["flags"]["data"] if config.is_file() else name
+            if Path(trained).stem != Path(name).stem:
+                print(f"warning: {path}: trained on {trained!r}, not {name!r}", file=sys.stderr)
+
+
+def foreign_model(spec, weights, device):
+    """The net of `package.module:function`; weights: None or the file of its state_dict.
+
+    That may be below `state_dict`, `model` or `weights`, its names may begin with `module.`.
+    """
+    module, _, function = spec.partition(":")
+    sys.path.insert(0, "")  # the current folder
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except Exception as error:  # whatever the module raises
+        common.fail(f"--model {spec}: expected package.module:function ({error!r})")
+    finally:
+        sys.path.remove("")
+    if not isinstance(model, nn.Module):
+        common.fail(f"--model {spec}: returned a {type(model).__name__}, not a torch.nn.Module")
+    try:
+        if weights:
+            if not Path(weights).is_file():  # a pipe would block
+                raise FileNotFoundError("no such file")
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            for key in ("state_dict", "model", "weights"):
+                state = state[key] if isinstance(state.get(key), dict) else state
+            model.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
+    except Exception as error:  # torch raises half a dozen types for a damaged file
+        common.fail(f"--weights {weights}: {str(error)[:200] or repr(error)}")
+    return model.to(device).eval()
+
+
 def load_models(args, data, device):
     """-> {name of the row: model}, {file: digest of its content}, from the flags."""
     models = {path: common.load_model(path, device, data)[0] for path in args.checkpoints}
-    common.warn_of_other_data(args.checkpoints, args.data)
+    warn_of_other_data(args.checkpoints, args.data)
     if args.model:
-        models[args.model] = common.foreign_model(args.model, args.weights, device)
+        models[args.model] = foreign_model(args.model, args.weights, device)
     torch.set_float32_matmul_precision("highest")  # whatever the module of a foreign model has set
     few = data.x_test[:100], data.y_test[:100], 100, len(data.classes)
     for name, model in models.items():

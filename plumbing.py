@@ -8,6 +8,7 @@ Random   every draw depends on (seed, stage, epoch), so resuming needs no genera
 import argparse
 import atexit
 import contextlib
+import copy
 import dataclasses
 import datetime
 import hashlib
@@ -426,7 +427,7 @@ def end_epoch(run: Run, epoch: int, history: list, data: common.Data, *attack) -
 
     attack: eps, step_size and steps of the PGD on the held-out images; without it only clean. The
     epoch with the highest sum of their accuracies is kept as <stage>_best.pt; if there is an
-    `average` (common.Average), it is what is validated and kept. A loss or weight that is not
+    `average` (Average), it is what is validated and kept. A loss or weight that is not
     finite ends the run.
     """
     model, trained = run.parts["model"], final_model(run)
@@ -481,6 +482,38 @@ def _validate(model: nn.Module, data: common.Data, *attack) -> dict:
                 parts.append(common.correct(model, x_adv, y))
             row[f"val_pgd{attack[2]}_acc"] = torch.cat(parts).double().mean().item()
     return row
+
+
+def cosine(optimizer, steps: int, warm_up: int):
+    """A schedule by steps: linear over `warm_up` steps to the optimizer's rate, a cosine to 0."""
+
+    def factor(step):
+        done = (step - warm_up) / max(steps - warm_up, 1)
+        return (step + 1) / warm_up if step < warm_up else 0.5 + 0.5 * math.cos(math.pi * done)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class Average(nn.Module):
+    """The exponential moving average of a net's weights: update_parameters(model) after a step.
+
+    The first step copies; step t = 1, 2, ... makes it d average + (1 - d) weights, with the ramp
+    d = min(decay, (1 + t) / (10 + t)) of Rebuffi et al. (2021). BatchNorm statistics: the model's.
+    torch.optim.swa_utils.AveragedModel would make the host wait for CUDA in every step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__()
+        self.module, self.decay = copy.deepcopy(model), decay
+        self.register_buffer("n_averaged", torch.tensor(0))  # stays on the host
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        t = int(self.n_averaged)
+        d = min(self.decay, (1 + t) / (10 + t)) if t else 0.0
+        torch._foreach_lerp_([*self.module.parameters()], [*model.parameters()], 1 - d)
+        torch._foreach_copy_([*self.module.buffers()], [*model.buffers()])
+        self.n_averaged += 1
 
 
 def final_model(run: Run) -> nn.Module:
@@ -544,50 +577,6 @@ def save_model(run: Run, stage: str, model: nn.Module, meta: dict) -> None:
     kept = {"settings": run.settings} if stage.startswith("teacher") else {}
     common.save_model(run.dir / f"{stage}.pt", model, meta | kept)
     sync()
-
-
-class Trajectories:
-    """What a net gives the right class after each epoch (paper 2, App. C.2), for --trajectories.
-
-    train, test (clean) and adv (PGD on test) float16 (E, N): log-probabilities; entropy float32
-    (E,): the mean of S(x) over the training images, nats. benchmark/trajectories.py reads them.
-    """
-
-    def __init__(self, data: common.Data, epochs: int):
-        sizes = {"train": len(data.y_train), "test": len(data.y_test), "adv": len(data.y_test)}
-        self.values = {k: torch.zeros(epochs, n, dtype=torch.float16) for k, n in sizes.items()}
-        self.values["entropy"] = torch.zeros(epochs)
-
-    def record(self, epoch: int, model: nn.Module, data: common.Data, attack: tuple) -> None:
-        """The rows of `epoch`; attack: eps, step_size, steps of the PGD on the test images."""
-        with common.evaluating(model), torch.no_grad():
-            for name, images, labels in (
-                ("train", data.x_train, data.y_train),
-                ("test", data.x_test, data.y_test),
-                ("adv", data.x_test, data.y_test),
-            ):
-                right, entropy = [], torch.zeros((), device=images.device)
-                for x, y in zip(images.split(500), labels.split(500)):
-                    x = common.to_float(x)
-                    x = common.pgd(model, x, y, *attack) if name == "adv" else x
-                    log_probs = model(x).log_softmax(1)  # (B, K)
-                    right.append(log_probs.gather(1, y[:, None])[:, 0])
-                    entropy -= (log_probs.exp() * log_probs).sum() / len(images)
-                self.values[name][epoch] = torch.cat(right)
-                if name == "train":
-                    self.values["entropy"][epoch] = entropy
-
-    def until(self, epochs: int) -> dict:
-        """{name: tensor} of the first epochs, for the meta of a model's file."""
-        return {name: values[:epochs].clone() for name, values in self.values.items()}
-
-    def state_dict(self) -> dict:
-        """For the checkpoint, like those of the model and the optimizer."""
-        return self.values
-
-    def load_state_dict(self, values: dict) -> None:
-        """Go on from a state_dict."""
-        self.values = values
 
 
 # ------------------------------------------------------------------------------------------------

@@ -298,7 +298,7 @@ def make_optimizer(model, stage, how, args, n):
     optimizer = common.sgd(model, how.lr, args.momentum, args.weight_decay, **yes)
     if args.schedule == "cosine":  # stopped early or not, a teacher has the same rates
         total = n * (args.epochs if stage == "student" else args.teacher_epochs)
-        schedule = common.cosine(optimizer, total, total // 40)  # 10 of 400 epochs
+        schedule = plumbing.cosine(optimizer, total, total // 40)  # 10 of 400 epochs
     elif stage == "student":
         cycle = {"cycle_momentum": args.cycle_momentum == "yes"}
         schedule = lr_scheduler.OneCycleLR(optimizer, how.lr, how.epochs * n, **cycle)
@@ -341,7 +341,7 @@ def tensors(model, teacher, x, labels, how):
     if "teacher_logits" in wanted or how.attack_loss == "kl-teacher":
         known["teacher_logits"] = teacher(x)
     if "student_adv_logits" in wanted:
-        x_adv = perturb(model.train(how.attack_bn == "train"), x, known, how)  # differs: 5
+        x_adv = perturb(common.attacked(model, how.attack_bn), x, known, how)  # differs: 5
         known["student_adv_logits"] = model.train()(x_adv)
     if "teacher_adv_logits" in wanted:
         known["teacher_adv_logits"] = teacher(x_adv)
@@ -364,9 +364,8 @@ def train_model(run, data, stage, recipe, teacher=None):
     settings = {name: getattr(args, name) for name in names if name in wanted}
     n = -(-len(data.x_train) // how.batch_size)
     optimizer, schedule = make_optimizer(model, stage, how, args, n)
-    average = common.Average(model, args.ema) if args.ema else None
-    # other batches than the student's
-    seed = how.seed if stage == "student" else common.derive_seed(how.seed, stage)
+    average = plumbing.Average(model, args.ema) if args.ema else None
+    seed = how.seed if stage == "student" else common.derive_seed(how.seed, stage)  # own batches
 
     @plumbing.captured(run, model)
     def compute(x, labels):
@@ -389,7 +388,9 @@ def train_model(run, data, stage, recipe, teacher=None):
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     parts |= {"average": average} if average else {}
     if args.trajectories:
-        parts["trajectories"] = plumbing.Trajectories(data, how.epochs)
+        from benchmark.trajectories import Trajectories
+
+        parts["trajectories"] = Trajectories(data, how.epochs)
     attack = (args.eps, step_size(args.eps, vars(args)), args.steps)  # of the held-out images
     for epoch in plumbing.epochs(run, stage, how.epochs, **parts):
         if collapsed(run, how):

@@ -429,8 +429,8 @@ def train_model(model, teacher, data, stage, args, run):
         shown, known = {"x": x}, {"labels": labels}  # known: by the names that the losses use
         with plumbing.autocast(run):
             if sees == "x'":
-                model.train(args.attack_bn == "train")
-                shown["x'"] = common.pgd(model, x, labels, *pgd)
+                attacked = common.attacked(model, args.attack_bn)
+                shown["x'"] = common.pgd(attacked, x, labels, *pgd)
             if teaches:
                 with torch.no_grad():
                     logits = teacher(shown[teaches]) if table is None else table[index]

@@ -236,12 +236,12 @@ def main(argv=None):
         with common.evaluating(model):
             return ev.run_attack(model, points, "aa", s, ev.open_store(), "")["broken"] == 0
 
-    def captured(s, faster=ev.faster):
-        ev.faster = lambda model: Captured(faster(model), args.batch_size)
+    def captured(s, folded=common.Folded):
+        common.Folded = lambda model: Captured(folded(model), args.batch_size)
         try:
             return ours(s)
         finally:
-            ev.faster = faster
+            common.Folded = folded
 
     def plain(s):
         with common.convolutions(tf32=False):  # as ours

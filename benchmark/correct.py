@@ -99,7 +99,7 @@ def convolutions(model, x, precisions):
 
 def losses(args, data):
     """{way: the first losses of training}: those of the reference, twice, and of each rung."""
-    rungs = [*train_step.RUNGS.items()][1 : None if data.x_train.is_cuda else 4]
+    rungs = [*train_step.RUNGS.items()][1 : None if data.x_train.is_cuda else train_step.ON_CPU]
     ways, tricks = {}, set()
     for name, more in rungs:  # without the first: the DataLoader draws other images
         tricks = tricks | more

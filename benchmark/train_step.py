@@ -170,16 +170,20 @@ def adversarial(args, device):
     }
 
 
-# What is switched on from a rung on; those after the fourth are for CUDA
+# What is switched on from a rung on; those after the fifth are for CUDA
 RUNGS = {
     "DataLoader, float32, NCHW, all gradients": set(),
     "images on the device, one gather a batch": {"gather"},
     "in the attack the gradient of x alone": {"input"},
     "channels_last": {"nhwc"},
+    "in the attack BatchNorm in the convolution": {"fold"},
     "bfloat16": {"bf16"},
     "torch.compile": {"compile"},
     "CUDA graph of attack, forward, backward": {"graph"},
 }
+
+
+ON_CPU = 5
 
 
 def rung(data, args, tricks):
@@ -192,7 +196,7 @@ def rung(data, args, tricks):
     )
     teacher.eval().requires_grad_(False)
     optimizer, wanted = common.sgd(model, 0.1, 0.9, 5e-4), robust_kd.needs(args.loss)
-    attack = our_pgd if "input" in tricks else plain_pgd
+    attack = our_pgd if "fold" in tricks else input_pgd if "input" in tricks else plain_pgd
     if "compile" in tricks:
         model.compile()
         teacher.compile()
@@ -249,7 +253,7 @@ def ladder(args, device):
     """({name: loop} of the rungs that this device has, {name: seconds of the first step})."""
     data = common.load_data(args.data, args.data_root, device)
     loops, firsts, tricks, expected = {}, {}, set(), math.nan
-    for name in list(RUNGS)[: None if device.type == "cuda" else 4]:
+    for name in list(RUNGS)[: None if device.type == "cuda" else ON_CPU]:
         tricks = tricks | RUNGS[name]
         torch.manual_seed(0)
         loops[name], start = rung(data, args, tricks), time.perf_counter()
@@ -294,9 +298,14 @@ measured on a GPU. So far there are no GPU numbers here. `python benchmark/corre
 what is fast is right; `benchmark/autoattack.py` times AutoAttack."""
 
 
-def our_pgd(model, x, labels):
-    """The attack of the scripts."""
+def input_pgd(model, x, labels):
+    """The attack of the scripts, on the net as it is."""
     return common.pgd(model, x, labels, EPS, STEP, STEPS, first(x))
+
+
+def our_pgd(model, x, labels):
+    """The attack of the scripts: on the net with BatchNorm in the convolutions."""
+    return input_pgd(common.attacked(model, "eval"), x, labels)
 
 
 def agree(data, name, batch_size):

@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
@@ -33,6 +34,50 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 PARTS = 5  # of the table: quintiles
 RANK = "test images, easiest to hardest"  # of the horizontal axes
 SHOWN, COLUMNS = 10, 8  # of images.png: classes, the first ones; images beside each other
+
+
+class Trajectories:
+    """What a net gives the right class after each epoch (paper 2, App. C.2), for --trajectories.
+
+    train, test (clean) and adv (PGD on test) float16 (E, N): log-probabilities; entropy float32
+    (E,): the mean of S(x) over the training images, nats. benchmark/trajectories.py reads them.
+    """
+
+    def __init__(self, data: common.Data, epochs: int):
+        sizes = {"train": len(data.y_train), "test": len(data.y_test), "adv": len(data.y_test)}
+        self.values = {k: torch.zeros(epochs, n, dtype=torch.float16) for k, n in sizes.items()}
+        self.values["entropy"] = torch.zeros(epochs)
+
+    def record(self, epoch: int, model: torch.nn.Module, data: common.Data, attack: tuple) -> None:
+        """The rows of `epoch`; attack: eps, step_size, steps of the PGD on the test images."""
+        with common.evaluating(model), torch.no_grad():
+            for name, images, labels in (
+                ("train", data.x_train, data.y_train),
+                ("test", data.x_test, data.y_test),
+                ("adv", data.x_test, data.y_test),
+            ):
+                right, entropy = [], torch.zeros((), device=images.device)
+                for x, y in zip(images.split(500), labels.split(500)):
+                    x = common.to_float(x)
+                    x = common.pgd(model, x, y, *attack) if name == "adv" else x
+                    log_probs = model(x).log_softmax(1)  # (B, K)
+                    right.append(log_probs.gather(1, y[:, None])[:, 0])
+                    entropy -= (log_probs.exp() * log_probs).sum() / len(images)
+                self.values[name][epoch] = torch.cat(right)
+                if name == "train":
+                    self.values["entropy"][epoch] = entropy
+
+    def until(self, epochs: int) -> dict:
+        """{name: tensor} of the first epochs, for the meta of a model's file."""
+        return {name: values[:epochs].clone() for name, values in self.values.items()}
+
+    def state_dict(self) -> dict:
+        """For the checkpoint, like those of the model and the optimizer."""
+        return self.values
+
+    def load_state_dict(self, values: dict) -> None:
+        """Go on from a state_dict."""
+        self.values = values
 
 
 def parse_args(argv=None):

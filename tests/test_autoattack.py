@@ -279,8 +279,8 @@ def test_weights_get_no_gradient_and_the_model_is_put_back(small):
 
 def test_the_copy_for_the_search_has_no_batchnorm_and_the_same_logits(small):
     model, x, _ = small
-    copy = ev.faster(model)
-    assert isinstance(model[1], nn.BatchNorm2d) and isinstance(copy[1], ev.Affine)
+    copy = common.Folded(model)
+    assert isinstance(model[1], nn.BatchNorm2d) and isinstance(copy.net[1], common.Affine)
     np.testing.assert_allclose(copy(common.to_float(x)), model(common.to_float(x)), atol=1e-5)
 
 
@@ -293,13 +293,13 @@ def test_our_nets_are_searched_with_batchnorm_in_the_convolution_before_it(name)
     for _ in range(3):
         net(x)  # statistics
     model = common.Ensemble([net, net]).eval()
-    copy = ev.faster(model)
+    copy = common.Folded(model)
     torch.testing.assert_close(copy(x), model(x))
     kinds = [[type(m) for m in one.modules()] for one in (model, copy)]
     assert nn.BatchNorm2d not in kinds[1]
     # a net that is pre-activation has half of them after a sum
     after_sum = {"preact-resnet18": 9, "wrn-10-1-silu": 4}.get(name, 0)
-    assert kinds[1].count(ev.Affine) == after_sum  # one net, twice in the ensemble
+    assert kinds[1].count(common.Affine) == after_sum  # one net, twice in the ensemble
     assert model(x).requires_grad and not copy(x).requires_grad
 
 
@@ -307,21 +307,21 @@ def test_what_a_search_in_tf32_takes_for_broken_and_is_not_is_searched_again(sma
     model, x, labels = small
     options = {"steps": 5, "queries": 30, "targets": 2}
     strict = ev.evaluate(model, x, labels, ["aa"], 4 / 255, search="fp32", **options)
-    faster, shares = ev.faster, []
+    folded, shares = common.Folded, []
 
     class Coarse(nn.Module):
         """Wrong on every image as long as TF32 is allowed."""
 
         def __init__(self, model):
             super().__init__()
-            self.model = faster(model)
+            self.model = folded(model)
 
         def forward(self, x):
             shares.append(torch.backends.cudnn.allow_tf32)
             logits = self.model(x)
             return logits.roll(1, 1) if shares[-1] else logits
 
-    monkeypatch.setattr(ev, "faster", Coarse)
+    monkeypatch.setattr(common, "Folded", Coarse)
     assert ev.evaluate(model, x, labels, ["aa"], 4 / 255, **options) == strict
     assert 0 < strict["aa_acc"] < 1 and set(shares) == {True, False}
     shares.clear()
@@ -331,11 +331,13 @@ def test_what_a_search_in_tf32_takes_for_broken_and_is_not_is_searched_again(sma
 
 def test_only_norms_with_fixed_statistics_are_folded_and_their_attributes_stay():
     norm, x = nn.BatchNorm2d(3), torch.rand(4, 3, 2, 2)
-    assert type(ev.faster(norm)) is nn.BatchNorm2d  # in training mode it uses those of the batch
+    assert (
+        type(common.Folded(norm).net) is nn.BatchNorm2d
+    )  # in training mode it uses those of the batch
     for _ in range(3):
         norm(x)
-    copy = ev.faster(norm.eval())  # a model of one layer
-    assert isinstance(copy, ev.Affine) and torch.equal(copy.weight, norm.weight)
+    copy = common.Folded(norm.eval()).net  # a model of one layer
+    assert isinstance(copy, common.Affine) and torch.equal(copy.weight, norm.weight)
     np.testing.assert_allclose(copy(x), norm(x).detach(), atol=1e-6)
 
 

@@ -75,7 +75,7 @@ def test_a_step_waits_for_nothing_and_an_epoch_for_its_numbers(script, flags, tr
     assert waits["plumbing.end_epoch"] == 2 * epochs  # the metrics; whether all is finite
     assert waits["common.batches"] == 2 * epochs  # the draws of the epoch and a constant go there
     rest = {"common.load_data", "common.model_for", "common.load_model"}
-    rest |= {"plumbing._validate", "plumbing.record"}
+    rest |= {"plumbing._validate", "trajectories.record"}
     assert set(waits) <= rest | {"plumbing.end_epoch", "common.batches"}
 
 

@@ -117,7 +117,7 @@ def test_a_randomised_model_is_warned_of(small):
 
 def test_gradients_of_aa_rand_are_averaged_over_twenty_passes(small, monkeypatch):
     model, x, labels = small
-    monkeypatch.setattr(ev, "faster", lambda model: model)  # a copy would count elsewhere
+    monkeypatch.setattr(common, "Folded", lambda model: model)  # a copy would count elsewhere
     passes = []
     counted = Made(model, lambda z: passes.append(z.requires_grad) or z)
     ev.evaluate(counted, x[:1], labels[:1], ["aa-rand"], eps=1e-6, steps=3)

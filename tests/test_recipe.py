@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import common
 import images
+import plumbing
 import robust_kd as rk
 
 TINY = "--data shapes --model wrn-10-1 --train-subset 40 --test-subset 12 --val-size 12"
@@ -46,7 +47,7 @@ def test_the_recipe_prints_what_it_sets_and_flags_go_before_it(capsys):
 
 def test_the_average_follows_the_ramp_and_takes_batchnorm_as_it_is():
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    average, expected = common.Average(net, 0.6), None
+    average, expected = plumbing.Average(net, 0.6), None
     for t in range(12):
         with torch.no_grad():
             for p in net.parameters():
@@ -76,7 +77,7 @@ def test_batchnorm_is_not_decayed_if_asked():
 def test_cosine_rates_of_an_early_stopped_teacher_are_those_of_a_whole_one():
     def rates(steps):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2)
-        schedule = common.cosine(optimizer, 40, 10)
+        schedule = plumbing.cosine(optimizer, 40, 10)
         for _ in range(steps):
             yield optimizer.param_groups[0]["lr"]
             optimizer.step()

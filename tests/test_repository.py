@@ -14,8 +14,8 @@ from conftest import ROOT
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 LINES = {
     "common": 900,
-    "plumbing": 770,
-    "eval_robustness": 986,
+    "plumbing": 760,
+    "eval_robustness": 992,
     "images": 861,
     "robust_kd": 485,
     "teacher_free_kd": 555,

@@ -19,16 +19,18 @@ SMALL = f"{SMALL} --rounds 2 --steps 2 --workers 0 --device cpu"
 
 
 @pytest.mark.parametrize("loss", ["st", "ckd", "akd+"])
-def test_the_ladder_of_a_cpu_has_four_rungs_that_agree(loss, capsys):
+def test_the_ladder_of_a_cpu_has_five_rungs_that_agree(loss, capsys):
     train_step.main(f"{SMALL} --loss {loss}".split())
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
-    assert [line.split(" | ")[0][2:] for line in lines] == list(train_step.RUNGS)[:4]
+    assert [line.split(" | ")[0][2:] for line in lines] == list(train_step.RUNGS)[
+        : train_step.ON_CPU
+    ]
     assert all(re.search(r"\| [\d.]+ \([\d.]+ to [\d.]+\) \|", line) for line in lines)
 
 
 def test_a_rung_that_trains_another_way_is_an_error(monkeypatch, refused):
     wrong = lambda model, x, labels: 20 * x  # noqa: E731
-    monkeypatch.setattr(train_step, "our_pgd", wrong)
+    monkeypatch.setattr(train_step, "input_pgd", wrong)
     error = refused(train_step.main, f"{SMALL} --loss at".split())
     assert "in the attack the gradient of x alone: first loss" in error
 
@@ -109,8 +111,8 @@ def test_an_attack_on_the_replayed_net_breaks_the_same_images(monkeypatch):
                 model, points, "apgd-ce+apgd-t+fab+square", s, ev.open_store(), ""
             )["broken"]
 
-    plain, faster = broken(), ev.faster
-    monkeypatch.setattr(ev, "faster", lambda model: autoattack.Captured(faster(model), 400))
+    plain, folded = broken(), common.Folded
+    monkeypatch.setattr(common, "Folded", lambda net: autoattack.Captured(folded(net), 400))
     assert torch.equal(broken(), plain) and 0 < (plain > 0).sum() < (plain >= 0).sum()
     shapes = {(len(g.x), g.x.requires_grad) for g in graphs}
     assert {(100, True), (50, True), (50, False)} <= shapes and len(graphs) <= 6
