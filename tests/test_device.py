@@ -1,6 +1,7 @@
 """On a device that is not the CPU: no operation mixes the two, and nothing waits within a step."""
 
 import collections
+import json
 
 import pytest
 import torch
@@ -129,3 +130,28 @@ def test_an_evaluation_runs_on_the_device(name, monkeypatch):
         x, labels = data.x_test.to(DEVICE), data.y_test.to(DEVICE)
         row = ev.evaluate_all(model, x, labels, ["clean", name, "calibration"], steps=3)
     assert row["clean_acc"] == 1
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (robust_kd, f"--loss rslad+ {ROBUST} --augment cutmix"),
+        (robust_kd, f"--loss trades {ROBUST}"),
+        (messy_collab, f"--method mc-ts {WRN} --teacher-model mlp-8"),
+        (teacher_free_kd, f"--method self-distillation {WRN}"),
+    ],
+)
+def test_training_in_bfloat16_has_the_losses_of_float32(script, flags, tmp_path, monkeypatch):
+    rows = lambda run, files, module: [{"model": name} for name in files]  # noqa: E731
+    monkeypatch.setattr(plumbing, "evaluate_files", rows)
+    monkeypatch.setattr(ev, "evaluate", lambda *args, **options: {})
+    losses = []
+    for bf16 in (False, True):
+        options = {"dtype": torch.bfloat16, "enabled": bf16, "cache_enabled": False}
+        cast = lambda run, options=options: torch.autocast("cpu", **options)  # noqa: E731
+        monkeypatch.setattr(plumbing, "autocast", cast)  # as on CUDA
+        script.main(f"{SMALL} {flags} --runs {tmp_path}/{bf16}".split())
+        (log,) = (tmp_path / f"{bf16}").rglob("log.jsonl")
+        found = [json.loads(line) for line in log.read_text().splitlines()]
+        losses.append([row["loss"] for row in found if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=0.03) and losses[0] != losses[1]
