@@ -53,8 +53,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there")
     add("--precision", default="bf16", choices=["bf16", "fp32"], help="of training on CUDA")
     add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower)")
-    add("--graph", action="store_true", help="on CUDA: replay steps as a graph (not measured)")
-    add("--compile", action="store_true", help="the nets by torch.compile (on CUDA not measured)")
+    switch = {"action": argparse.BooleanOptionalAction, "default": False}
+    add("--graph", **switch, help="on CUDA: replay steps as a graph (not measured)")
+    add("--compile", **switch, help="the nets by torch.compile (on CUDA not measured)")
     add("--runs", default="runs", help="folder of the run folders")
     add("--name", help="name of the run folder; None: made of the flags that are not the default")
     add("--tensorboard", action="store_true", help="log to TensorBoard too, if it is installed")
