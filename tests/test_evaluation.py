@@ -225,6 +225,11 @@ def files(tmp_path_factory, small):
         "def net():\n"
         "    first = [nn.Conv2d(3, 12, 3, 2, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten()]\n"
         "    return nn.Sequential(*first, nn.Linear(192, 10))\n"
+        "def coarse():\n"
+        "    import torch\n"
+        "    torch.backends.fp32_precision = 'tf32'\n"
+        "    torch.backends.cudnn.rnn.fp32_precision = 'ieee'\n"
+        "    return net()\n"
         "def soft():\n"
         "    return nn.Sequential(net(), nn.Softmax(1))\n"
         "def broken():\n"
@@ -306,6 +311,18 @@ def test_a_foreign_model_is_evaluated_with_its_weights(small, tmp_path):
     (row,) = json.loads((tmp_path / "f.json").read_text())["rows"]
     model, x, labels = small
     assert row["clean_acc"] == pytest.approx(ev.evaluate(model, x, labels, ["clean"])["clean_acc"])
+
+
+def test_a_foreign_model_that_asks_for_tf32_is_judged_without(small, monkeypatch):
+    logits, found = ev.clean_logits, []
+
+    def watched(*args):
+        found.append(torch.backends.cudnn.conv.fp32_precision)
+        return logits(*args)
+
+    monkeypatch.setattr(ev, "clean_logits", watched)
+    main("--model", "foreign:coarse", "--weights", "w", "--attack", "clean", "pgd1")
+    assert set(found) == {"none"} and torch.backends.fp32_precision == "none"
 
 
 def test_saved_examples_are_those_that_broke_the_images(small, tmp_path):
