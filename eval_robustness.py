@@ -107,8 +107,8 @@ def parse_args(argv=None):
         parser.error(f"--eps: expected at most 1 in L-infinity, got {args.eps:g}")
     if args.save_examples and (rows, len(adversarial)) != (1, 1):
         parser.error("--save-examples: goes with one model (or --ensemble) and one attack")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error("--plot: needs matplotlib; pip install matplotlib")
+    if args.plot and not all(map(importlib.util.find_spec, ("matplotlib", "benchmark"))):
+        parser.error("--plot: needs matplotlib (pip install matplotlib) and the folder benchmark/")
     for path in filter(None, (args.json, args.save_examples, args.plot)):
         if os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             parser.error(f"{path}: expected a file, in a folder that is there")
