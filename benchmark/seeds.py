@@ -45,17 +45,15 @@ class Seed:
     def __init__(self, data, args, seed):
         self.model = common.model_for(data, args.model, seed, "student")
         self.optimizer = common.sgd(self.model, 0.1, 0.9, 5e-4)
-        self.batches, self.args = self.stream_of(data, args, seed), args
+        self.batches, self.args = self.forever(data, args.batch_size, seed), args
         x, labels = next(self.batches)
         self.x, self.start, self.labels = x.clone(), torch.zeros_like(x), labels.clone()
         self.draw = torch.Generator(x.device).manual_seed(seed)
 
-    def stream_of(self, data, args, seed):
-        """Yield whole batches for ever."""
+    def forever(self, data, size, seed):
+        """Yield whole batches, epoch after epoch."""
         for epoch in range(10**9):
-            for x, labels in common.batches(data, args.batch_size, seed, epoch):
-                if len(x) == args.batch_size:
-                    yield x, labels
+            yield from (b for b in common.batches(data, size, seed, epoch) if len(b[0]) == size)
 
     def load(self):
         """Put the next batch, and the start of its attack, where the graph reads them."""
@@ -71,7 +69,7 @@ class Seed:
         with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda, cache_enabled=False):
             if self.args.loss == "at":
                 options = eps, train_step.STEP, train_step.STEPS, self.start
-                x = common.pgd(self.model.eval(), x, self.labels, *options)
+                x = common.pgd(common.attacked(self.model, "eval"), x, self.labels, *options)
             loss = F.cross_entropy(self.model.train()(x), self.labels)
         loss.backward()
         return loss.detach()
