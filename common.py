@@ -671,15 +671,20 @@ def pgd(model, x, targets, eps, step_size, steps, start="uniform") -> Tensor:
     return x_adv
 
 
+@contextlib.contextmanager
 def convolutions(tf32: bool):
-    """A context: those of float32 in TF32, of 10 bits, or strictly, and no cudnn.benchmark.
+    """Those of float32 on CUDA in TF32, of 10 bits, or strictly; and no cudnn.benchmark.
 
     That times its kernels for each new number of images; an attack that drops what is broken has
-    hundreds of those.
+    hundreds of those. By operation, or torch.backends.fp32_precision of others would be inherited.
     """
-    cudnn = torch.backends.cudnn
-    same = {"enabled": cudnn.enabled, "deterministic": cudnn.deterministic}
-    return cudnn.flags(**same, benchmark=False, allow_tf32=tf32)
+    cudnn, now = torch.backends.cudnn, "tf32" if tf32 else "ieee"
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark
+    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark = now, now, False
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark = before
 
 
 @contextlib.contextmanager

@@ -903,7 +903,6 @@ def load_models(args, data, device):
     if args.model:
         models[args.model] = foreign_model(args.model, args.weights, device)
     torch.set_float32_matmul_precision("highest")  # whatever the module of a foreign model has set
-    torch.backends.fp32_precision, torch.backends.cudnn.allow_tf32 = "none", True
     few = data.x_test[:100], data.y_test[:100], 100, len(data.classes)
     for name, model in models.items():
         with common.evaluating(model):

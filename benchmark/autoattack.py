@@ -192,7 +192,7 @@ class Captured(torch.nn.Module):
         while size // 2 >= max(n, 32):
             size //= 2
         x = F.pad(x, [0] * 7 + [size - n])  # a copy, as its gradient: a graph writes over its own
-        key = size, x.requires_grad, torch.backends.cudnn.allow_tf32
+        key = size, x.requires_grad, torch.backends.cudnn.conv.fp32_precision
         if key not in self.graphs:
             sample = x.detach().clone().requires_grad_(x.requires_grad)
             with torch.enable_grad():

@@ -49,10 +49,10 @@ def parse_args(argv=None):
 @contextlib.contextmanager
 def computing(precision, device):
     """float32 nets compute as named inside; cuDNN times its kernels, as in training."""
-    flags = {"enabled": True, "benchmark": True, "allow_tf32": precision == "tf32"}
     bf16 = {"enabled": precision == "bf16", "cache_enabled": False}
     cast = torch.autocast(device.type, torch.bfloat16, **bf16)
-    with torch.backends.cudnn.flags(**flags), cast:
+    with common.convolutions(precision == "tf32"), cast:
+        torch.backends.cudnn.benchmark = True  # put back like the rest
         yield
 
 

@@ -317,7 +317,7 @@ def test_what_a_search_in_tf32_takes_for_broken_and_is_not_is_searched_again(sma
             self.model = folded(model)
 
         def forward(self, x):
-            shares.append(torch.backends.cudnn.allow_tf32)
+            shares.append(torch.backends.cudnn.conv.fp32_precision == "tf32")
             logits = self.model(x)
             return logits.roll(1, 1) if shares[-1] else logits
 

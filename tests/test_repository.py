@@ -15,7 +15,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 LINES = {
     "common": 900,
     "plumbing": 760,
-    "eval_robustness": 993,
+    "eval_robustness": 992,
     "images": 861,
     "robust_kd": 485,
     "teacher_free_kd": 555,
