@@ -198,7 +198,7 @@ class Data:
     classes: list[str]
     mean: list[float]  # per channel, of the training images in [0, 1]: the models normalise with it
     std: list[float]
-    fingerprint: int  # of the training images
+    fingerprint: int  # of all images and labels, whatever --test-subset is
     pad: int  # augmentation: random crop after padding with so many zeros, ...
     flip: bool  # ... and random horizontal flip, ...
     augment: str = "crop"  # ... and `cutout` or `cutmix`
@@ -236,7 +236,10 @@ def load_data(name, root="data", device="cpu", val_size=0, train_subset=None, te
     test = np.sort(np.random.default_rng(0).permutation(len(x_test))[:test_subset])
     parts = (x[train], y[train], x[val], y[val], x_test[test], y_test[test])
     tensors = [torch.from_numpy(part).to(device) for part in parts]
-    statistics = (mean.tolist(), np.where(std > 0, std, 1).tolist(), zlib.crc32(parts[0]))
+    fingerprint = 0
+    for part in (*parts[:4], x_test, y_test):
+        fingerprint = zlib.crc32(part, fingerprint)
+    statistics = (mean.tolist(), np.where(std > 0, std, 1).tolist(), fingerprint)
     augmented = name != "mnist"  # digits are neither shifted nor mirrored
     return Data(name, *tensors, classes, *statistics, pad=4 * augmented, flip=augmented)
 
