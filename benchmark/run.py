@@ -23,6 +23,7 @@ Tiny     Results and runs are kept in runs/tiny, marked, and never reported.
 import argparse
 import contextlib
 import functools
+import hashlib
 import importlib
 import io
 import json
@@ -234,8 +235,10 @@ def cost(run, seed, seen, args):
                 for i in range(len(script.teacher_trainings(settings)))
             ]
         else:  # a net of these settings is shared by the scripts
-            seeds = range(getattr(flags, "teacher_seeds", 1))
-            recipes = [script.teacher_settings(settings) | {"of_seed": seed} for seed in seeds]
+            teacher_seeds = range(getattr(flags, "teacher_seeds", 1))
+            if kind == "teacher":  # that of the run's own seed is what is measured
+                teacher_seeds = [seed]
+            recipes = [script.teacher_settings(settings) | {"of_seed": i} for i in teacher_seeds]
         length = getattr(flags, "teacher_es", None) or flags.teacher_epochs or epochs
         for recipe in recipes:
             key, training = json.dumps(recipe, sort_keys=True), recipe.get("training")
@@ -324,9 +327,19 @@ def summarise(folder, rows, run, seed, each, args):
         record["stages"][stage] = entry
     if "student" in record["stages"]:
         record["macs_per_second"] = each * record["stages"]["student"]["images_per_second"]
+    files = [folder / f"{take}.pt" for take in ("teacher", "student", "student-alone")]
+    record["weights"] = {path.stem: digest(path) for path in files if path.exists()}
     plain = str | int | float | None
     record["rows"] = [{k: v for k, v in r.items() if isinstance(v, plain)} for r in summary]
     return record
+
+
+def digest(path):
+    """16 hex digits of the weights in a saved model: by them two seeds with one net are told."""
+    weights, found = common.load(path)["weights"], hashlib.sha256()
+    for name in sorted(weights):
+        found.update(weights[name].cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def write(record, args):
@@ -389,13 +402,16 @@ TRIED = set()  # what --scale tiny has evaluated
 def evaluate(folder, pairs, record, limit, args):
     """Evaluate the checkpoints of a run for the pairs, into the record; -> "" or what failed."""
     flags, files = record["flags"], {"student": ["student.pt", "student_best.pt"]}
-    files["ensemble"] = ["teacher.pt", "teacher[0-9]*.pt"]
+    number = len(flags["teacher_training"]) if "teacher_training" in flags else 1
+    number = max(number, flags.get("teachers") or 1)
+    files["ensemble"] = ["teacher.pt", *(f"teacher{i}.pt" for i in range(2, number + 1))]
     for take, attacks in attacks_for(pairs, args).items():
         job = record["run"].split()[0], take, *attacks
         if args.scale == "tiny" and job in TRIED:  # seconds each: once for a script
             continue
         TRIED.add(job)
-        found = [p for name in files.get(take, [f"{take}.pt"]) for p in sorted(folder.glob(name))]
+        found = [folder / name for name in files.get(take, [f"{take}.pt"])]
+        found = [path for path in found if path.exists() or path.name != "student_best.pt"]
         out = folder / f"{take}-{'-'.join(attacks)}.json"
         argv = [*map(str, found), *["--ensemble"] * (take == "ensemble"), "--attack", *attacks]
         argv += ["--json", str(out), "--data", flags["data"], "--data-root", args.data]
