@@ -3,11 +3,13 @@
 import importlib
 import json
 import re
+import shlex
 
 import pytest
 import torch
 
 import common
+import robust_kd
 from benchmark import report, run, tables
 
 SMALL = "--data shapes --model mlp-8 --train-subset 40 --test-subset 10 --val-size 20 --epochs 1"
@@ -126,3 +128,52 @@ def test_all_seeds_are_evaluated_on_the_same_images_of_cinic(benchmark, tmp_path
         path = tmp_path / f"fickle_teacher/paper9-table1-student-s{seed}/student-cinic.json"
         notes.update(json.loads(path.read_text())["rows"][0]["cinic_note"])
     assert len(notes) == 1 and "10 images; sha256 of their list" in notes.pop()
+
+
+# Figure 4 of paper 2: a large teacher, a small student -------------------------------------------
+
+
+def figure4():
+    """-> (the row of the teacher, those of the students)."""
+    rows = [row for row in tables.ROWS if row.table == "paper2-figure4"]
+    teachers = [row for row in rows if row.take == "teacher"]
+    return teachers[0] if teachers else None, [row for row in rows if row.take == "student"]
+
+
+def test_figure_4_trains_the_teacher_once_and_the_students_by_appendix_a():
+    teacher, students = figure4()
+    given = robust_kd.parse_args(shlex.split(teacher.run)[1:])
+    assert (given.model, given.teacher_epochs, given.recipe) == ("wrn-28-10-silu", 400, "at+")
+    folder = f"runs/robust_kd/{run.FIRST[teacher.run]}-s0"
+    found = []
+    for row in students:
+        flags = robust_kd.parse_args(shlex.split(row.run)[1:])
+        default = vars(robust_kd.parse_args(["--loss", flags.loss])) | {"alpha": flags.alpha}
+        own = {"teacher_ckpt": flags.teacher_ckpt, "teacher_model": "wrn-28-10-silu"}
+        ignored = {"argv": None, "name": None}
+        assert vars(flags) | ignored == default | own | ignored  # 100 epochs, OneCycle, no EMA, ...
+        epoch = int(re.fullmatch(rf"{folder}/teacher-ep(\d+)\.pt", flags.teacher_ckpt)[1])
+        assert epoch <= 400 and epoch % given.teacher_save_every == 0
+        found.append((epoch, flags.alpha if flags.loss == "akd+" else 1.0))
+    assert {(50, 1.0), (400, 1.0), (100, 0.2), (100, 1.0)} <= set(found)
+    args = run.parse_args(["--device", "cpu"])
+    macs, large = (run.size_of(net, 10, 32, 3)[0] for net in ("resnet18", "wrn-28-10-silu"))
+    evaluation = 10_000 * macs * (200 + 5000)
+    total = run.cost(students[0].run, 0, set(), args)[0] - evaluation
+    assert total == 100 * 50_000 * (macs * (3 + 2 * 7) + large)  # no teacher is trained
+
+
+def test_the_students_of_figure_4_come_after_their_teacher(tmp_path, capsys):
+    teacher, students = figure4()
+    flags = ["--scale", "tiny", "--runs", str(tmp_path), "--results", str(tmp_path / "results")]
+    run.main([*flags, students[0].id])
+    out = capsys.readouterr().out
+    assert re.search(rf"teacher-ep1\.pt.*{re.escape(run.FIRST[teacher.run])}", out)
+    assert not list((tmp_path / "results").glob("*"))
+    run.main([*flags, "paper2-figure4"])
+    out = capsys.readouterr().out
+    assert "FAILED" not in out and " 0 are left" in out and "0 wait" in out
+    names = {path.stem for path in (tmp_path / "results").iterdir()}
+    assert {f"{run.FIRST[teacher.run]}-s0", f"{students[0].id}-s0"} <= names
+    record = json.loads((tmp_path / "results" / f"{students[0].id}-s0.json").read_text())
+    assert record["flags"]["teacher_ckpt"].endswith("teacher-ep1.pt")
