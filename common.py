@@ -81,6 +81,8 @@ def start(main) -> None:
 
     Ctrl-C and `| head` end it with `status`, a file that cannot be written with one line and 2.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as a script sets it for its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         try:
             main()
@@ -268,8 +270,10 @@ def batches(data: Data, batch_size: int, seed: int, epoch: int, run=None, views=
     CutMix. The draws depend on (seed, epoch) alone: not on device, batch size or a global
     generator. One gather a batch on the device, one host copy an epoch. data.extra_fraction of a
     batch are images of data.extra, drawn at random from the disk; an epoch keeps its steps. With
-    `run`, the live line on a terminal moves, and each of several processes gets its share of every
-    batch. With `views`, a third tensor int64 (B,): the rows of `plumbing.teacher_table` for x.
+    `views`, a third tensor int64 (B,): the rows of `plumbing.teacher_table` for x. With `run`, the
+    live line on a terminal moves, and each of several processes gets every n-th image of the batch:
+    run.share is that part of the batch. Without an image it computes on the first one, with a share
+    of 0, and run.idle has the number of the step.
     """
     n, size = len(data.x_train), data.x_train.shape[1:3]
     ways = (2 * data.pad + 1, 2 * data.pad + 1, 1 + data.flip)
@@ -281,17 +285,15 @@ def batches(data: Data, batch_size: int, seed: int, epoch: int, run=None, views=
     mean = torch.tensor(data.mean, device=plan.device)
     boxes = torch.rand(-(-n // batch_size), 3, generator=g).tolist()  # one for each batch
     processes, me = (world(), rank()) if run is not None else (1, 0)
+    if run is not None:
+        run.idle = []
     for step, start in enumerate(range(0, n, batch_size)):
         stop = min(start + batch_size, n)
-        first = stop - round(data.extra_fraction * (stop - start))  # the first extra image
-        mine = slice(start + me, stop, processes)  # positions in the epoch
-        if mine.start >= stop:  # fewer images than processes: all the first one
-            mine = slice(start, start + 1)
-        part = plan[:, mine]  # (6, B)
-        own = min(max(-(-(first - mine.start) // processes), 0), part.shape[1])
+        part = plan[:, start:stop]  # (6, B)
+        own = stop - start - round(data.extra_fraction * (stop - start))
         x, labels = cut(data, data.x_padded, part[:4, :own]), data.y_train[part[0, :own]]
-        if own < part.shape[1]:
-            index = picks[mine][own:]
+        if own < stop - start:
+            index = picks[start:stop][own:]
             images = torch.from_numpy(data.extra[0][index.numpy()]).to(plan.device)
             more = part[:4, own:].clone()
             more[0] = torch.arange(len(index), device=plan.device)
@@ -308,8 +310,12 @@ def batches(data: Data, batch_size: int, seed: int, epoch: int, run=None, views=
         view, *draws = part[:4]
         for k, draw in zip(ways, draws):
             view = view * k + draw
-        if run is not None:
-            run.share = part.shape[1] / (stop - start)
+        if processes > 1:  # of the finished batch: CutMix mixes neighbours
+            mine = slice(me, None, processes) if me < len(x) else slice(0, 1)
+            run.share = len(x[mine]) / len(x) if me < len(x) else 0.0
+            run.idle += [step] if me >= len(x) else []
+            x = x[mine].contiguous(memory_format=torch.channels_last)
+            labels, view = labels[mine].contiguous(), view[mine].contiguous()
         yield (x, labels, view)[: 2 + views]
         if run is not None:
             run.show(epoch + 1, f"{stop / n:.0%}")

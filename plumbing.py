@@ -155,6 +155,7 @@ class Run:
     lock: object = None  # an open file: no other process may use the folder
     settings: str = ""  # of the teacher that is trained now
     share: float = 1.0  # of the images of this step that this process has, of several
+    idle: list = dataclasses.field(default_factory=list)  # steps in which that is none
 
     def __post_init__(self):
         self.dir = Path(self.args.runs) / self.script / f"{self.args.name}-s{self.args.seed}"
@@ -444,6 +445,7 @@ def end_epoch(run: Run, epoch: int, history: list, data: common.Data, *attack) -
     model, trained = run.parts["model"], final_model(run)
     steps = torch.stack(history).double()
     if common.world() > 1:
+        steps[run.idle] = 0  # computed on an image of another process
         dist.all_reduce(steps)
         for buffer in model.buffers():  # BatchNorm statistics: those of the first process
             dist.broadcast(buffer, 0)
@@ -572,6 +574,7 @@ def _sum_gradients(run: Run) -> None:
 
     The sum of the gradients by the share of images, in one transfer: equal to one process with the
     whole batch, whatever the number of processes, but for BatchNorm, which sees the share alone.
+    A share may be 0: see common.batches.
     DistributedDataParallel would wrap the net: the attack and the two forwards of a step on x and
     x' do not go through it, and it takes shares for equal.
     """
