@@ -1,7 +1,8 @@
 """Fickle teacher: knowledge distillation from a teacher whose answers vary from trial to trial.
 
 Paper    "Improving generalization and robustness with noisy collaboration in knowledge
-         distillation", Arani, Sarfraz, Zonooz, arXiv 1910.05057: sections 4.1, A.2.1, A.2.2, A.3.
+         distillation", Arani, Sarfraz, Zonooz, arXiv 1910.05057v1 (2019): sections 4.1,
+         A.2.1, A.2.2, A.3.
 Loss     (1-alpha) CE(S(x), y) + alpha tau^2 KL(T(x) || S(x))                 <- hinton_loss Eq. 2
 Methods  fickle   dropout stays active in the teacher while it teaches          <- make_fickle
          signal   z (1 + sigma N(0, 1)) instead of the teacher's logits z      <- signal_noise Eq. 5
@@ -73,7 +74,9 @@ def parse_args(argv=None):
     add("--teacher-seeds", type=common.count, default=1, help="train those of seeds 0 to N-1, ...")
     add("--pick-teacher", choices=["val", "test"], default="val", help="... take the best on these")
     add("--teacher-epochs", type=common.count, default=200, help="length of its training")
-    add("--teacher-milestones", type=common.count, nargs="+", help="None: as --milestones")
+    drops = "epochs after which the teacher's learning rate drops; "
+    drops += "None: 60 120 150 of 200, stretched to --teacher-epochs"
+    add("--teacher-milestones", type=common.count, nargs="+", help=drops)
     add("--teacher-ckpt", help="take this finished teacher and train none")
     add("--teacher-table", choices=["auto", "yes", "no"], default="auto", help="of all its logits")
     add = parser.add_argument_group("optimisation").add_argument

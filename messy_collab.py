@@ -1,7 +1,8 @@
 """Messy collaboration: teacher, student or both learn from labels that are wrong at random.
 
 Paper    "Improving generalization and robustness with noisy collaboration in knowledge
-         distillation", Arani, Sarfraz, Zonooz, arXiv 1910.05057: section 4.3, Figures 6 to 10, 17.
+         distillation", Arani, Sarfraz, Zonooz, arXiv 1910.05057v1 (2019): section 4.3,
+         Figures 6 to 10, 17.
 Loss     (1-alpha) CE(S(x), y') + alpha tau^2 KL(T(x) || S(x))                <- hinton_loss Eq. 2
          y' is y; another class for a share of the images
 Methods  mc-t, mc-s, mc-ts      drawn anew for each batch, at --noise-rate    <- vary_labels
@@ -71,7 +72,9 @@ def parse_args(argv=None):
     add("--teacher-seeds", type=common.count, default=1, help="train those of seeds 0 to N-1, ...")
     add("--pick-teacher", choices=["val", "test"], default="val", help="... take the best on these")
     add("--teacher-epochs", type=common.count, default=200, help="length of its training")
-    add("--teacher-milestones", type=common.count, nargs="+", help="None: as --milestones")
+    drops = "epochs after which the teacher's learning rate drops; "
+    drops += "None: 60 120 150 of 200, stretched to --teacher-epochs"
+    add("--teacher-milestones", type=common.count, nargs="+", help=drops)
     add("--teacher-ckpt", help="take this finished teacher and train none")
     add("--teacher-table", choices=["auto", "yes", "no"], default="auto", help="of all its logits")
     add = parser.add_argument_group("optimisation").add_argument

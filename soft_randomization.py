@@ -1,7 +1,7 @@
 """Soft randomization: the student sees noisy images, its teacher the same images without noise.
 
 Paper    "Improving generalization and robustness with noisy collaboration in knowledge
-         distillation", Arani, Sarfraz, Zonooz, arXiv 1910.05057: section 4.2.
+         distillation", Arani, Sarfraz, Zonooz, arXiv 1910.05057v1 (2019): section 4.2.
 Loss     (1-alpha) CE(S(x'), y) + alpha tau^2 KL(T(x) || S(x'))               <- hinton_loss Eq. 1
 Methods  soft-randomization   x' = x + sigma N(0, 1) for the student          <- add_noise
          gaussian             CE(S(x'), y): the student alone, with the same noise
@@ -55,7 +55,9 @@ def parse_args(argv=None):
     add("--teacher-seeds", type=common.count, default=1, help="train those of seeds 0 to N-1, ...")
     add("--pick-teacher", choices=["val", "test"], default="val", help="... take the best on these")
     add("--teacher-epochs", type=common.count, default=200, help="length of its training")
-    add("--teacher-milestones", type=common.count, nargs="+", help="None: as --milestones")
+    drops = "epochs after which the teacher's learning rate drops; "
+    drops += "None: 60 120 150 of 200, stretched to --teacher-epochs"
+    add("--teacher-milestones", type=common.count, nargs="+", help=drops)
     add("--teacher-ckpt", help="take this finished teacher and train none")
     add("--teacher-table", choices=["auto", "yes", "no"], default="auto", help="of all its logits")
     add = parser.add_argument_group("optimisation").add_argument
