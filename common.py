@@ -680,20 +680,47 @@ def pgd(model, x, targets, eps, step_size, steps, start="uniform") -> Tensor:
     return x_adv
 
 
+def set_precision(precision: str) -> None:
+    """What float32 is on CUDA from now on: with `tf32` convolutions and matrix products have 10
+    bits, with `fp32` and `bf16` (what autocast leaves in float32) they are those of IEEE float32.
+
+    By the old switches of PyTorch too: torch.compile of some versions reads those, and refuses a
+    contradiction. By operation, or torch.backends.fp32_precision of others would be inherited.
+    """
+    tf32 = precision == "tf32"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions call the old switches deprecated
+        torch.backends.cudnn.allow_tf32 = tf32
+    cudnn = torch.backends.cudnn
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
+    set_matmul_tf32(tf32)
+
+
+def set_matmul_tf32(allowed: bool) -> None:
+    """Whether float32 matrix products on CUDA are in TF32."""
+    if (torch.backends.cuda.matmul.fp32_precision == "tf32") != allowed:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.backends.cuda.matmul.allow_tf32 = allowed  # the old switch sets the new one
+
+
 @contextlib.contextmanager
 def convolutions(tf32: bool):
     """Those of float32 on CUDA in TF32, of 10 bits, or strictly; and no cudnn.benchmark.
 
-    That times its kernels for each new number of images; an attack that drops what is broken has
-    hundreds of those. By operation, or torch.backends.fp32_precision of others would be inherited.
+    Matrix products are strict. cudnn.benchmark times its kernels for each new number of images; an
+    attack that drops what is broken has hundreds of those.
     """
     cudnn, now = torch.backends.cudnn, "tf32" if tf32 else "ieee"
     before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark
+    matmul_before = torch.backends.cuda.matmul.fp32_precision == "tf32"
     cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark = now, now, False
+    set_matmul_tf32(False)
     try:
         yield
     finally:
         cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark = before
+        set_matmul_tf32(matmul_before)
 
 
 @contextlib.contextmanager

@@ -51,7 +51,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=count0, default=0, help="seed of weights, batches and attacks")
     add("--seeds", type=count0, nargs="+", help="several runs, their mean and std; None: --seed")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there")
-    add("--precision", default="bf16", choices=["bf16", "fp32"], help="of training on CUDA")
+    precisions = "arithmetic of training on CUDA: bf16 by autocast, float32 with TF32 convolutions "
+    precisions += "and matrix products, or strict float32; on a CPU it is always strict float32"
+    add("--precision", default="bf16", choices=["bf16", "tf32", "fp32"], help=precisions)
     add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower)")
     switch = {"action": argparse.BooleanOptionalAction, "default": False}
     add("--graph", **switch, help="on CUDA: replay steps as a graph (not measured)")
@@ -181,6 +183,7 @@ def open_run(script: str, args: argparse.Namespace, check=lambda data: None):
     of GPU memory with one line. What is on the disk then is the last finished epoch.
     """
     run = Run(script, args, common.setup_device(args))
+    common.set_precision(args.precision)
     here, python = Path(__file__).resolve().parent / f"{script}.py", Path(sys.executable)
     paths = [python if Path.cwd() not in python.parents else os.path.relpath(python)]
     run.command = shlex.join(map(str, [*paths, os.path.relpath(here), *args.argv]))

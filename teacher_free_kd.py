@@ -40,6 +40,11 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
             hint is the L2 distance of the pooled features, in the mean over the batch; no t^2.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import argparse
 import copy
 import dataclasses
@@ -334,7 +339,8 @@ def exit_rows(net, state, data):
     """
     exits = Exits(net).eval()
     exits.load_state_dict(state)
-    parts = [torch.stack(exits(net, common.to_float(x))[0]) for x in data.x_test.split(500)]
+    with common.evaluating(net):  # strict float32, of the exits too
+        parts = [torch.stack(exits(net, common.to_float(x))[0]) for x in data.x_test.split(500)]
     logits, rows = torch.cat(parts, 1), []  # (exits, N, K)
     found = [(f"exit {i + 1}", each, i) for i, each in enumerate(logits)]
     found.append(("ensemble: mean of probabilities", logits.softmax(2).mean(0), None))
@@ -361,7 +367,8 @@ def corrected(model, data, digit):
     The bias of the digit is raised for that; of these images, no label is used but their number.
     """
     model = copy.deepcopy(model)
-    logits = torch.cat([model(common.to_float(x)) for x in data.x_train.split(500)])
+    with common.evaluating(model):
+        logits = torch.cat([model(common.to_float(x)) for x in data.x_train.split(500)])
     lead = torch.cat([logits[:, :digit], logits[:, digit + 1 :]], 1).amax(1) - logits[:, digit]
     *_, last = (m for m in model.modules() if isinstance(m, nn.Linear))
     last.bias[digit] += lead.quantile((data.y_train == digit).double().mean().item())
@@ -505,7 +512,9 @@ def evaluated(name, model, meta, data, args):
     row["macs"] = common.macs(model, data)
     row |= eval_robustness.evaluate(model, *test, args.eval_attack, **options)
     if args.omit_digit is not None:
-        right, digit = common.correct(model, *test), data.y_test == args.omit_digit
+        with common.evaluating(model):
+            right = common.correct(model, *test)
+        digit = data.y_test == args.omit_digit
         row[f"without_{args.omit_digit}_acc"] = right[~digit].double().mean().item()
         row[f"only_{args.omit_digit}_acc"] = right[digit].double().mean().item()
     return row | {"epochs": meta.get("epoch"), "seconds": meta.get("seconds")}
