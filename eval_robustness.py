@@ -22,6 +22,11 @@ Differs  1. Draws depend on (seed, attack, pass, image) alone; all images share 
          4. Logits that are not finite are no success; the authors' code counts them as one.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import argparse
 import contextlib
 import dataclasses

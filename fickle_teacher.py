@@ -7,7 +7,7 @@ Loss     (1-alpha) CE(S(x), y) + alpha tau^2 KL(T(x) || S(x))                 <-
 Methods  fickle   dropout stays active in the teacher while it teaches          <- make_fickle
          signal   z (1 + sigma N(0, 1)) instead of the teacher's logits z      <- signal_noise Eq. 5
          swap     close neighbours among the teacher's logits change places     <- swap_logits
-         teacher, student: each alone, from labels; hinton: nothing varies
+         teacher, student: the net of --seed alone, from labels; hinton: nothing varies
 Usage    python fickle_teacher.py --dropout 0.4                      # 350 epochs, by A.3
          python fickle_teacher.py --method signal --sigma 0.1
          python fickle_teacher.py --method swap --swap top2 --swap-probability 0.3
@@ -28,6 +28,11 @@ Differs  1. Momentum 0.9, weight decay 5e-4, PGD steps of 0.003: from later code
          6. The paper gives no probability and no threshold for swaps; gaps are relative to the
             larger softened probability, as in the caption of Figure 13 (--swap-gap absolute).
 """
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 from pathlib import Path
 
@@ -96,6 +101,8 @@ def parse_args(argv=None):
             parser.error(f"{flag}: --method {args.method} has none")
     if args.teacher_table == "yes" and varies(args):
         parser.error("--teacher-table yes: a fickle teacher answers anew each time")
+    if args.method == "teacher" and args.teacher_seeds > 1:
+        parser.error("--teacher-seeds: --method teacher trains one, that of --seed; leave it out")
     common.check_model("--model", args.model)
     common.check_model("--teacher-model", args.teacher_model, dropout=teacher_dropout(vars(args)))
     return args
@@ -213,7 +220,7 @@ def train_net(net, teach, data, args, run, stage, seed, total, milestones):
 
     parts = {"model": net, "optimizer": optimizer, "schedule": schedule}
     for epoch in plumbing.epochs(run, stage, total, **parts):
-        torch.manual_seed(common.derive_seed("noise", seed, epoch))  # a teacher's: of its own seed
+        plumbing.seed_epoch("noise", seed, epoch)  # a teacher's: of its own seed
         history = []
         for x, labels, view in common.batches(data, args.batch_size, seed, epoch, run, views=True):
             optimizer.zero_grad()

@@ -8,7 +8,7 @@ Loss     (1-alpha) CE(S(x), y') + alpha tau^2 KL(T(x) || S(x))                <-
 Methods  mc-t, mc-s, mc-ts      drawn anew for each batch, at --noise-rate    <- vary_labels
          flc-t, flc-s, flc-ts   drawn once, at --corruption-rate, kept        <- corrupt_labels
                                 in the labels of teacher, student or both
-         teacher, student: each alone, from labels; hinton: y' = y
+         teacher, student: the net of --seed alone, from labels; hinton: y' = y
 Usage    python messy_collab.py --noise-rate 0.5                     # mc-ts
          python messy_collab.py --method flc-ts --corruption-rate 0.25
          python messy_collab.py --method mc-s --noise-rate 0.1 --corruption-rate 0.25   # Figure 10
@@ -29,6 +29,11 @@ Differs  1. Momentum 0.9, weight decay 5e-4, PGD steps of 0.003: from later code
             and the student's vary at --noise-rate on top: the paper does not say who sees what.
          6. Held-out and test images keep their labels. Exactly round(rate N) labels are corrupted.
 """
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import copy
 
@@ -94,6 +99,8 @@ def parse_args(argv=None):
             parser.error(f"{flag}: --method {args.method} has none")
     if args.labels_file and args.corruption_rate is not None:
         parser.error("--corruption-rate: the labels of --labels-file are drawn already")
+    if args.method == "teacher" and args.teacher_seeds > 1:
+        parser.error("--teacher-seeds: --method teacher trains one, that of --seed; leave it out")
     common.check_model("--model", args.model)
     common.check_model("--teacher-model", args.teacher_model)
     return args
@@ -169,6 +176,7 @@ def corrupted(data, args, run):
             rate, seed = drawn[0] or drawn[1]
             labels = corrupt_labels(data.y_train, rate, len(data.classes), seed, args.label_draw)
         common.save(file, {"labels": labels.cpu(), "fingerprint": data.fingerprint})
+    plumbing.sync()  # the first process has written them
     noisy = copy.copy(data)  # with the same images
     noisy.y_train = read_labels(file, data)
     wrong = int((noisy.y_train != data.y_train).sum())
@@ -219,7 +227,7 @@ def train_net(net, rate, teach, data, args, run, stage, seed, total, milestones)
 
     parts = {"model": net, "optimizer": optimizer, "schedule": schedule}
     for epoch in plumbing.epochs(run, stage, total, **parts):
-        torch.manual_seed(common.derive_seed("noise", seed, epoch))  # a teacher's: of its own seed
+        plumbing.seed_epoch("noise", seed, epoch)  # a teacher's: of its own seed
         history = []
         for x, labels, view in common.batches(data, args.batch_size, seed, epoch, run, views=True):
             optimizer.zero_grad()

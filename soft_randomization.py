@@ -5,7 +5,7 @@ Paper    "Improving generalization and robustness with noisy collaboration in kn
 Loss     (1-alpha) CE(S(x'), y) + alpha tau^2 KL(T(x) || S(x'))               <- hinton_loss Eq. 1
 Methods  soft-randomization   x' = x + sigma N(0, 1) for the student          <- add_noise
          gaussian             CE(S(x'), y): the student alone, with the same noise
-         teacher, student: each alone, from labels; hinton: x' = x (Eq. 2)
+         teacher, student: the net of --seed alone, from labels; hinton: x' = x (Eq. 2)
 Usage    python soft_randomization.py --sigma 0.05
          python soft_randomization.py --method gaussian --sigma 0.05
          python soft_randomization.py --method hinton                # sigma 0
@@ -22,6 +22,11 @@ Differs  1. Momentum 0.9, weight decay 5e-4, PGD steps of 0.003: from later code
          4. Noise is drawn for each pixel and channel of a batch, after crop and flip; x' may leave
             [0, 1], as in Eq. 1 (--clip: it may not). The teacher sees the same crop and flip.
 """
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +80,8 @@ def parse_args(argv=None):
     for flag in given & ONLY.keys():
         if args.method not in ONLY[flag] and not args.demo:
             parser.error(f"{flag}: --method {args.method} has none")
+    if args.method == "teacher" and args.teacher_seeds > 1:
+        parser.error("--teacher-seeds: --method teacher trains one, that of --seed; leave it out")
     common.check_model("--model", args.model)
     common.check_model("--teacher-model", args.teacher_model)
     return args
@@ -147,7 +154,7 @@ def train_net(net, noise, teach, data, args, run, stage, seed, total, milestones
 
     parts = {"model": net, "optimizer": optimizer, "schedule": schedule}
     for epoch in plumbing.epochs(run, stage, total, **parts):
-        torch.manual_seed(common.derive_seed("noise", seed, epoch))  # a teacher's: of its own seed
+        plumbing.seed_epoch("noise", seed, epoch)  # a teacher's: of its own seed
         history = []
         for x, labels, view in common.batches(data, args.batch_size, seed, epoch, run, views=True):
             optimizer.zero_grad()

@@ -270,9 +270,7 @@ def test_seeds_share_the_teacher_and_draw_other_students(tmp_path):
 
 @pytest.mark.parametrize("on", ["val", "test"])
 def test_the_most_accurate_teacher_is_chosen(on, tmp_path):
-    folder = run(
-        "messy_collab", tmp_path, f"--method teacher --teacher-seeds 3 --pick-teacher {on}"
-    )
+    folder = run("messy_collab", tmp_path, f"--method hinton --teacher-seeds 3 --pick-teacher {on}")
     data = common.load_data("shapes", val_size=20, train_subset=48, test_subset=20)
     x, labels = (data.x_val, data.y_val) if on == "val" else (data.x_test, data.y_test)
     scores = []
