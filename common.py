@@ -486,10 +486,11 @@ class Ensemble(nn.Module):
 
 
 class Affine(nn.BatchNorm2d):
-    """What a BatchNorm2d in eval mode computes, in one pass over x (B, C, H, W)."""
+    """What a BatchNorm2d in eval mode computes, in one pass over x (B, C, H, W) in its own type."""
 
     def forward(self, x):
-        return torch.addcmul(self.shift, x, self.scale)
+        # under autocast the product with a float32 scale would be float32, of twice the memory
+        return torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype))
 
 
 class Folded(nn.Module):

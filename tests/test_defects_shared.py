@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT
 from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
 import eval_robustness
@@ -237,3 +238,38 @@ def test_accuracies_with_and_without_a_digit_are_in_strict_float32(precisions, t
     flags += f" --omit-digit 3 --bias-correction --epochs 1 --runs {tmp_path} --precision tf32"
     teacher_free_kd.main(flags.split())
     assert precisions == {True: {(True, True)}, False: {(False, False)}}
+
+
+# ------------------------------------------------------------------------------------------------
+# The attack on a net with BatchNorm folded
+
+
+@pytest.mark.parametrize("name", ["wrn-10-1", "preact-resnet18", "resnet18"])
+def test_the_attack_on_a_folded_net_stays_in_bfloat16_under_autocast(name):
+    # float32 scales make float32 of bfloat16 activations, on a CPU by type promotion, on CUDA by
+    # autocast's list of operations that promote
+    model, types = common.build_model(name, width=1 / 16 if "resnet" in name else 1), []
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), torch.no_grad():
+        attacked = common.attacked(model, "eval")
+        for module in attacked.modules():
+            if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.ReLU | nn.Identity):
+                module.register_forward_hook(lambda m, given, out: types.append(out.dtype))
+        attacked(torch.rand(2, 3, 32, 32))
+    assert len(types) > 10 and set(types) == {torch.bfloat16}
+
+
+def test_a_folded_norm_stays_in_bfloat16_under_the_autocast_of_cuda():
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    folded = common.Folded(model.eval())
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        norm = folded.net[0]
+        norm.scale, norm.shift = (torch.ones(4, 1, 1, device="cuda") for _ in range(2))
+        x = torch.ones(2, 4, 8, 8, device="cuda", dtype=torch.bfloat16)
+        torch.set_autocast_enabled("cuda", True)  # torch.autocast asks for a GPU
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            assert norm(x.float()).dtype == torch.float32
+            assert norm(x).dtype == torch.bfloat16
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.set_autocast_dtype("cuda", torch.float16)  # PyTorch's default
