@@ -13,9 +13,11 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
+import logging
 import math
 import os
 import pickle
@@ -55,6 +57,12 @@ def print_line(text: str, end: str = "\n") -> None:
     if live and not end:
         text = text[1 - shutil.get_terminal_size().columns :]
     print("\r\x1b[2K" * live + text, end=end, flush=True)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Print `warning: text` as one line on stderr; the same text only once."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -607,6 +615,27 @@ def model_for(data: Data, name: str, seed: int, stage: str, width=1.0, dropout=0
     device, size = data.x_train.device, sum(p.numel() for p in model.parameters())
     print(f"{stage}: {name}, {size:,} parameters, on {device}", flush=True)
     return model.to(device)
+
+
+RECOMPILE_LIMIT = 64  # PyTorch's 8 are too few: all nets of a kind share the code of one forward
+
+
+def compile_net(net: nn.Module) -> None:
+    """Use torch.compile for a net, for --compile. Each size of a batch has its own code."""
+    import torch._dynamo  # a slow import
+
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(_limit_in_one_line)
+    net.compile(dynamic=False)
+
+
+def _limit_in_one_line(record: logging.LogRecord) -> bool:
+    """Whether to log what torch.compile says; that its limit is hit is a line of our own."""
+    if "recompile_limit" not in record.getMessage():
+        return True
+    rest = "further kinds of forward passes run without torch.compile: right, but slower"
+    warn_once(f"--compile: the limit of {RECOMPILE_LIMIT} compiled versions is reached; {rest}")
+    return False
 
 
 def macs(forward, data: Data) -> int:

@@ -335,7 +335,7 @@ def epochs(run: Run, stage: str, total: int, **parts):
     run.stage, run.total, run.parts, run.left = stage, total, parts, None
     for part in parts.values():
         if run.args.compile and isinstance(part, nn.Module):
-            part.compile(dynamic=False)  # the last batch of an epoch has its own code
+            common.compile_net(part)
     run.seconds, run.row, run.best, done = 0.0, {}, {}, 0
     sync()  # no process may find files of this stage that another one did not find
     last = run.dir / "last.pt"
@@ -647,7 +647,7 @@ def get_teacher(run: Run, data: common.Data, settings, train, file="teacher.pt")
             train()
     teacher, meta = common.load_model(own, run.device, data)
     if run.args.compile:
-        teacher.compile(dynamic=False)
+        common.compile_net(teacher)
     return teacher.requires_grad_(False), meta
 
 

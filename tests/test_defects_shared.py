@@ -3,6 +3,7 @@
 Each test failed on the code as it was when the defect was found.
 """
 
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
@@ -273,3 +275,46 @@ def test_a_folded_norm_stays_in_bfloat16_under_the_autocast_of_cuda():
         finally:
             torch.set_autocast_enabled("cuda", False)
             torch.set_autocast_dtype("cuda", torch.float16)  # PyTorch's default
+
+
+# ------------------------------------------------------------------------------------------------
+# torch.compile
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that torch.compile makes, by a backend that needs no compiler."""
+    made = []
+
+    def keep(graph, inputs):
+        made.append(graph)
+        return graph
+
+    backend, real = aot_autograd(fw_compiler=keep, bw_compiler=lambda graph, _: graph), nn.Module
+    given = functools.partialmethod(real.compile, backend=backend)
+    monkeypatch.setattr(nn.Module, "compile", given)
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8):  # put back afterwards
+        yield made
+    torch._dynamo.reset()
+    counters.clear()
+
+
+# two nets with two sizes of batches, in several modes: 12 pieces of code for one `forward`
+COMPILED = f"{SMALL} --loss akd+ --teacher-training trades --model wrn-10-1 --compile --steps 1"
+COMPILED += " --teacher-model wrn-16-1 --eval-steps 1 --teacher-epochs 1 --teacher-batch-size 16"
+
+
+def test_all_nets_of_a_run_are_compiled(graphs, tmp_path, capfd):
+    robust_kd.main([*COMPILED.split(), "--runs", str(tmp_path)])
+    assert len(graphs) > 8 and not counters["unimplemented"]
+    assert "recompile" not in capfd.readouterr().err
+
+
+def test_one_line_says_that_the_limit_of_compiling_is_hit(graphs, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(common, "RECOMPILE_LIMIT", 2)
+    robust_kd.main([*COMPILED.split(), "--runs", str(tmp_path)])
+    lines = [line for line in capfd.readouterr().err.splitlines() if "compile" in line]
+    assert counters["unimplemented"] and len(graphs) == 2
+    assert len(lines) == 1 and lines[0].startswith("warning: --compile: "), lines
