@@ -809,6 +809,27 @@ def write_atomically(path: Path, write) -> None:
         os.close(folder)
 
 
+def lock(path: Path, what: str | Path, flag: str):
+    """Lock the file `path` until it is closed or the process ends. -> the open file
+
+    An error if another process has it: `what` is in use, and `flag` can name something else.
+    """
+    file = open(path, "a+")  # noqa: SIM115
+    with contextlib.suppress(ImportError):  # Windows has no fcntl
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            process = file.read()
+            file.close()
+            fail(f"{what}: in use by process {process}; wait, or take another {flag}")
+    file.truncate(0)
+    print(os.getpid(), end="", file=file, flush=True)
+    return file
+
+
 def save(path: Path, record: dict) -> None:
     """Write a dict of tensors, numbers, strings, lists and dicts atomically, for `load`."""
     buffer = io.BytesIO()  # torch's own file writer hides a full disk in a RuntimeError

@@ -926,9 +926,24 @@ FREE_FLAGS = {"json", "data_root", "device", "batch_size", "command", "determini
 
 def run(args):
     """Evaluate every model, print the tables, write the JSON; go on where a killed run stopped."""
+    base, flag = args.json or args.save_examples, "--json" if args.json else "--save-examples"
+    if not base or os.path.isfile(args.json or ""):  # finished: nothing is written
+        return evaluate_models(args)
+    path = Path(f"{base}.lock")  # two evaluations would share their state
+    with common.lock(path, base, flag):
+        try:
+            evaluate_models(args)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def evaluate_models(args):
+    """What `run` does, alone with the files of --json and --save-examples."""
     if missing := [path for path in args.checkpoints if not os.path.isfile(path)]:
         common.fail(f"{missing[0]}: no such checkpoint")  # before any data are fetched
     device = common.setup_device(args)
+    if device.type == "cpu" and args.search != "tf32":
+        print(f"--search {args.search}: no effect on a CPU, all is in float32 there")
     data = common.load_data(args.data, args.data_root, device, test_subset=args.n)
     x, labels = data.x_test, data.y_test
     others = images.load_others(args, data, x)

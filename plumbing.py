@@ -122,6 +122,12 @@ def parse(parser: argparse.ArgumentParser, argv: list | None, presets: dict):
     if len(set(args.seeds or [])) < len(args.seeds or []):
         parser.error(f"--seeds: a seed stands there twice, in {args.seeds}")
     args.argv = argv
+    if args.device == "cpu" or not torch.cuda.is_available():
+        given = {word.split("=")[0] for word in argv}
+        reasons = {"--graph": "it is about CUDA graphs", "--precision": "all is in float32 there"}
+        for flag, reason in reasons.items():
+            if flag in given:
+                print(f"{flag}: no effect on a CPU, {reason}")
     return args
 
 
@@ -253,21 +259,10 @@ def _begin(run: Run, data: common.Data) -> None:
     if run.args.tensorboard:
         run.writer = SummaryWriter(run.dir)
     run.finished = _finished(run)
-    with contextlib.suppress(ImportError):  # Windows has no fcntl
-        import fcntl
-
-        if not (run.finished or common.rank()):
-            run.lock = open(run.dir / "lock", "a+")  # noqa: SIM115
-            try:
-                fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
-            except BlockingIOError:
-                run.lock.seek(0)
-                who = run.lock.read()
-                fail(f"{run.dir}: in use by process {who}; wait, or take another --name")
-            run.lock.truncate(0)
-            print(os.getpid(), end="", file=run.lock, flush=True)
-            for torn in run.dir.glob(".*.tmp"):  # a kill leaves what it was writing
-                torn.unlink(missing_ok=True)
+    if not (run.finished or common.rank()):
+        run.lock = common.lock(run.dir / "lock", run.dir, "--name")
+        for torn in run.dir.glob(".*.tmp"):  # a kill leaves what it was writing
+            torn.unlink(missing_ok=True)
     if not common.rank():
         sync()
 

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -318,3 +319,60 @@ def test_one_line_says_that_the_limit_of_compiling_is_hit(graphs, tmp_path, capf
     lines = [line for line in capfd.readouterr().err.splitlines() if "compile" in line]
     assert counters["unimplemented"] and len(graphs) == 2
     assert len(lines) == 1 and lines[0].startswith("warning: --compile: "), lines
+
+
+# ------------------------------------------------------------------------------------------------
+# Two evaluations at once; flags without effect
+
+
+def evaluation(folder):
+    """The flags of an evaluation of some seconds, with its state in the folder."""
+    common.save_model(folder / "net.pt", common.build_model("wrn-10-1"), {})
+    flags = f"{folder}/net.pt --data shapes --n 200 --attack clean pgd100 --batch-size 20"
+    return [*flags.split(), "--device", "cpu", "--json", f"{folder}/out.json"]
+
+
+def test_a_second_evaluation_of_the_same_json_is_refused(tmp_path, refused):
+    flags = evaluation(tmp_path)
+    command = [sys.executable, f"{ROOT}/eval_robustness.py", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "out.json.state").exists():
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        message = refused(eval_robustness.main, flags)
+        assert f"{tmp_path}/out.json" in message and f"process {first.pid}" in message
+        assert "--json" in message
+    finally:
+        first.terminate()
+        first.communicate(timeout=60)
+    eval_robustness.main(flags)  # the first has ended: this one goes on from there
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.pt", "out.json"]
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--graph", ["--graph"]),
+        ("--precision=tf32 --graph", ["--graph", "--precision"]),
+        ("--no-graph", []),
+        ("", []),
+    ],
+)
+def test_flags_without_effect_on_a_cpu_are_named(flags, said, tmp_path, capsys):
+    flags = f"{SMALL} --model mlp-8 --loss st --eval-steps 1 --device cpu {flags}"
+    robust_kd.main([*flags.split(), "--seeds", "0", "1", "--runs", str(tmp_path)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
+    assert [line.split()[0] for line in lines] == [f"{flag}:" for flag in said]
+
+
+def test_a_precision_of_the_search_without_effect_on_a_cpu_is_named(tmp_path, capsys):
+    common.save_model(tmp_path / "net.pt", common.build_model("mlp-8"), {})
+    flags = f"{tmp_path}/net.pt --data shapes --n 8 --attack clean --device cpu"
+    eval_robustness.main(flags.split())
+    assert "no effect" not in capsys.readouterr().out
+    eval_robustness.main([*flags.split(), "--search", "fp32"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
+    assert len(lines) == 1 and lines[0].startswith("--search")
