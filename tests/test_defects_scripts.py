@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -264,3 +265,13 @@ def test_after_the_import_ctrl_c_is_caught(tmp_path):
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=50)[1]
     assert process.returncode == 130 and "go on with:" in err and "Traceback" not in err
+
+
+def test_the_python_that_is_promised_is_one_that_the_tests_ran_on():
+    makefile, pyproject, trust = (
+        (ROOT / name).read_text() for name in ("Makefile", "pyproject.toml", "tests/trust.md")
+    )
+    asked = re.search(r"sys.version_info >= \(3, (\d+)\)", makefile)[1]
+    assert f"Python 3.{asked} or newer is needed" in makefile
+    assert f'target-version = "py3{asked}"' in pyproject
+    assert f"on Python 3.{asked})" in trust  # with which versions all tests passed
