@@ -572,11 +572,12 @@ def train(recipe, data, folder, stage, args, teacher=None):
     average = WeightAverage(model, args.ema) if args.ema else None
     trained = average.module if average else model  # what is validated and kept
     attack = (recipe.eps, recipe.step_size, recipe.steps)
-    kl_options = (args.temperature, args.kl_reduction)
+    lam, alpha, temperature = args.lam, args.alpha, args.temperature
+    kl_options = (temperature, args.kl_reduction)
 
     def step(x, labels):
         """One batch up to the gradients of the weights -> metrics."""
-        # Its cache is off: weights first cast under no_grad (in TRADES) would get no gradient.
+        # The cache is off: weights first cast under no_grad (in TRADES) would get no gradient.
         with torch.autocast("cuda", torch.bfloat16, args.autocast, cache_enabled=False):
             # What the teacher says of the clean images. Its weights are frozen: no gradient there.
             if recipe.loss in TAUGHT_ON_CLEAN_IMAGES or recipe.attack_loss == "kl-teacher":
@@ -594,7 +595,7 @@ def train(recipe, data, folder, stage, args, teacher=None):
                         own_probs = target(x).softmax(1)
                     x_adv = common.pgd(target, x, own_probs, *attack, "gaussian")
 
-            # The student sees x' (plain and clean distillation: x), the loss compares.
+            # The student sees x' (st and ckd: x); some losses also compare what it says of x.
             model.train()
             logits = model(x_adv if recipe.loss in ATTACKED else x)
             match recipe.loss:
@@ -605,27 +606,21 @@ def train(recipe, data, folder, stage, args, teacher=None):
                 case "trades":
                     loss = trades_loss(model(x), logits, labels, recipe.trades_beta)
                 case "ckd":
-                    loss = ckd_loss(logits, teacher_logits, labels, args.lam, *kl_options)
+                    loss = ckd_loss(logits, teacher_logits, labels, lam, *kl_options)
                 case "ard":
-                    loss = ard_loss(model(x), logits, teacher_logits, labels, args.lam, *kl_options)
+                    loss = ard_loss(model(x), logits, teacher_logits, labels, lam, *kl_options)
                 case "rslad":
-                    loss = rslad_loss(model(x), logits, teacher_logits, args.lam, *kl_options)
+                    loss = rslad_loss(model(x), logits, teacher_logits, lam, *kl_options)
                 case "akd":
-                    loss = akd_loss(logits, teacher(x_adv), args.temperature)
+                    loss = akd_loss(logits, teacher(x_adv), temperature)
                 case "ard+":
-                    weights = (args.lam, args.alpha)
-                    loss = ard_plus_loss(
-                        model(x), logits, teacher_logits, labels, *weights, *kl_options
-                    )
+                    given = (model(x), logits, teacher_logits, labels)
+                    loss = ard_plus_loss(*given, lam, alpha, *kl_options)
                 case "rslad+":
-                    weights = (args.lam, args.alpha)
-                    loss = rslad_plus_loss(
-                        model(x), logits, teacher_logits, labels, *weights, *kl_options
-                    )
+                    given = (model(x), logits, teacher_logits, labels)
+                    loss = rslad_plus_loss(*given, lam, alpha, *kl_options)
                 case "akd+":
-                    loss = akd_plus_loss(
-                        logits, teacher(x_adv), labels, args.alpha, args.temperature
-                    )
+                    loss = akd_plus_loss(logits, teacher(x_adv), labels, alpha, temperature)
         loss.backward()
         return common.metrics(loss, logits, labels)
 
@@ -643,7 +638,7 @@ def train(recipe, data, folder, stage, args, teacher=None):
         common.seed_epoch(recipe.seed, stage, epoch)
         began, history = time.monotonic(), []
         for x, labels in common.batches(data, recipe.batch_size, recipe.seed, stage, epoch):
-            x, labels = augment(x, labels, data, args)
+            x, labels = augment(x, labels, data, args)  # for AT+; otherwise they stay as they are
             optimizer.zero_grad()
             history.append(step(x, labels))
             common.average_gradients(model, len(labels))
