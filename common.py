@@ -275,7 +275,7 @@ class Data:
     classes: list[str]
     mean: list[float]  # per channel, of the training images in [0, 1]: the models normalise with it
     std: list[float]
-    fingerprint: int  # CRC-32 of the training images and labels
+    fingerprint: int  # CRC-32 of all images and labels, whatever --test-subset is
     pad: int = 0  # augmentation: a random crop after padding with this many zeros, ...
     flip: bool = False  # ... and a random horizontal flip
 
@@ -318,6 +318,9 @@ def load_data(
     val = order[:val_size]
     train = np.sort(order[val_size:][:train_subset])
     test = np.sort(np.random.default_rng(0).permutation(len(x_test))[:test_subset])
+    fingerprint = 0
+    for part in (x[train], y[train], x[val], y[val], x_test, y_test):
+        fingerprint = zlib.crc32(np.ascontiguousarray(part), fingerprint)
     mean, std = channel_statistics(x)
     augmented = augment != "none" and name != "mnist"
     return Data(
@@ -327,7 +330,7 @@ def load_data(
         classes=classes,
         mean=mean,
         std=std,
-        fingerprint=zlib.crc32(y[train].tobytes(), zlib.crc32(x[train].tobytes())),
+        fingerprint=fingerprint,
         pad=4 if augmented else 0,
         flip=augmented,
     )
@@ -1396,7 +1399,7 @@ def check_same_run(folder: Path, config, flags: dict, data: Data) -> None:
             flag = f"--{key.replace('_', '-')}"
             raise UserError(f"{flag}: {folder} was made with {values}; take another --name")
     if old_fingerprint != data.fingerprint:
-        raise UserError(f"--data: {folder} was made with other data; take another --name")
+        raise UserError(f"--data: {folder} was made with other images or labels; take another --name")
 
 
 @contextlib.contextmanager

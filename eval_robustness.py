@@ -930,7 +930,7 @@ def run(args):
     models, digests = load_models(args, data, device)
     settings = {k: v for k, v in vars(args).items() if k in Settings.__dataclass_fields__}
     flags = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items() if k not in FREE_FLAGS}
-    flags |= digests
+    flags |= digests | {"the images and labels of --data": data.fingerprint}
     out, base, rows = args.json and Path(args.json), args.json or args.save_examples, []
     if out and out.is_file():
         try:

@@ -836,8 +836,8 @@ def load_others(args, data, x):
     found = {}
     for name in [name for name in ("cinic", "ood") if name in args.attack]:
         number = args.cinic_per_class if name == "cinic" else None
-        rest = number, args.seed, name == "cinic", tuple(x.shape[1:3])
-        *tensors, note = load_ood(getattr(args, name), data.classes, *rest)
+        options = {"cinic": name == "cinic", "size": tuple(x.shape[1:3])}  # the same for all seeds
+        *tensors, note = load_ood(getattr(args, name), data.classes, number, **options)
         found[name] = *(tensor.to(x.device) for tensor in tensors), note
     return found
 

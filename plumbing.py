@@ -236,7 +236,7 @@ def _begin(run: Run, data: common.Data) -> None:
                 flag, other = "--" + key.replace("_", "-"), f"{old.get(key)}, not {flags.get(key)}"
                 fail(f"{flag}: {run.dir} was made with {other}; take another --name")
         if fingerprint != data.fingerprint:
-            fail(f"--data: {run.dir} was made with other images; take another --name")
+            fail(f"--data: {run.dir} was made with other images or labels; take another --name")
     else:
         config = {"command": run.command, "commit": None, "fingerprint": data.fingerprint}
         config |= {"python": sys.version.split()[0], "torch": torch.__version__}
@@ -311,6 +311,17 @@ def _finished(run: Run) -> bool:
 # Epochs
 
 
+def seed_epoch(*parts) -> None:
+    """Seed the draws of an epoch (noise, starts of attacks) by `parts`.
+
+    Each process under torchrun draws its own, since it has other images; the first one draws what
+    a process alone would. What must be equal in all (weights, batches) has seeds without the rank.
+    """
+    if common.rank():
+        parts = (*parts, common.rank())
+    torch.manual_seed(common.derive_seed(*parts))
+
+
 def epochs(run: Run, stage: str, total: int, **parts):
     """Yield the epochs of a stage that are still to do, after loading what last.pt has of them.
 
@@ -345,9 +356,8 @@ def epochs(run: Run, stage: str, total: int, **parts):
     _write_rows(run, rows)
     if common.world() > 1:
         parts["optimizer"].register_step_pre_hook(lambda *_: _sum_gradients(run))
-    mine = [common.rank()] * bool(common.rank())
     for epoch in range(done, total):
-        torch.manual_seed(common.derive_seed("epoch", run.args.seed, stage, epoch, *mine))
+        seed_epoch("epoch", run.args.seed, stage, epoch)
         run.started = time.monotonic()
         yield epoch
 
@@ -639,27 +649,35 @@ def choose_teacher(run: Run, data: common.Data, settings, train):
     """get_teacher of the most accurate of the teachers of seeds 0 to --teacher-seeds - 1.
 
     By --pick-teacher: on held-out training images, or on the test images as some papers do.
+    These teachers are the same for all students; --method teacher is about that of --seed.
     settings: as for get_teacher, without a seed; train(seed) writes teacher<seed>.pt.
     """
-    n, on = run.args.teacher_seeds, run.args.pick_teacher
+    seeds, on = range(run.args.teacher_seeds), run.args.pick_teacher
+    if run.args.method == "teacher":
+        seeds = [run.args.seed]
 
     def choose():
         x, labels = (data.x_test, data.y_test) if on == "test" else (data.x_val, data.y_val)
-        files, scores = [run.dir / f"teacher{seed}.pt" for seed in range(n)], [0.0]
-        for seed, file in enumerate(files):
+        files, scores = [run.dir / f"teacher{seed}.pt" for seed in seeds], []
+        for seed, file in zip(seeds, files):
             teacher, _ = get_teacher(run, data, settings, lambda: train(seed), file.name)  # noqa: B023
-            if n > 1:
+            if len(seeds) > 1:
                 with common.evaluating(teacher):
-                    scores[seed:] = [common.correct(teacher, x, labels).double().mean().item()]
-                print(f"teacher of seed {seed}: {on} accuracy {scores[seed]:.4f}", flush=True)
-        best = files[scores.index(max(scores))]
+                    scores.append(common.correct(teacher, x, labels).double().mean().item())
+                print(f"teacher of seed {seed}: {on} accuracy {scores[-1]:.4f}", flush=True)
+        best = files[scores.index(max(scores))] if scores else files[0]
         save_copy = lambda out: out.write(best.read_bytes())  # noqa: E731
         sync()
         common.write_atomically(run.dir / "teacher.pt", save_copy)
         sync()
 
-    names = ("teacher_seeds", "pick_teacher", "test_subset")
-    return get_teacher(run, data, lambda f: settings(f) | {k: f[k] for k in names}, choose)
+    def chosen(flags):  # what teacher.pt depends on
+        names = ["teacher_seeds", "pick_teacher", "test_subset"]
+        if flags["method"] == "teacher":
+            names.append("seed")
+        return settings(flags) | {name: flags[name] for name in names}
+
+    return get_teacher(run, data, chosen, choose)
 
 
 @torch.no_grad()

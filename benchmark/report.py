@@ -62,8 +62,12 @@ def measured(row, metric, done, best=False):
     """Our values of a metric, a value a seed, in the units of the paper."""
     if row.run.startswith("count "):
         return [] if best else [run.counted(row.run)[metric]]
-    records = [record for (command, _), record in sorted(done.items()) if command == row.run]
-    found = [run.value(record, row.take, metric, best) for record in records]
+    found, nets = [], set()
+    for (command, seed), record in sorted(done.items()):
+        net = record.get("weights", {}).get(row.take, seed)
+        if command == row.run and net not in nets:  # the same net again is not another seed
+            nets.add(net)
+            found.append(run.value(record, row.take, metric, best))
     return [value if is_size(metric) else 100 * value for value in found if value is not None]
 
 

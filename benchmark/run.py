@@ -14,7 +14,8 @@ Result   benchmark/results/<row>-s<seed>.json, a few KB: flags, versions, GPU, c
          epoch, every metric of the last and of the best epoch. AutoAttack and other images, where
          a script does not evaluate them, are evaluated from its checkpoints.
 Stop     Ctrl-C, --minutes or a kill at any time: the same command goes on where it stopped.
-Waits    A row whose script, flag or data is not there is listed with what it waits for.
+Waits    A row whose script, flag, data or teacher is not there is listed with what it waits for.
+         A teacher that another row trains is there once that row has been run in the same --runs.
 Minutes  multiply-adds over what this device was measured to do with the same net in an earlier
          result, or else over a guess, which is then called "estimate, not measured".
 Tiny     Results and runs are kept in runs/tiny, marked, and never reported.
@@ -23,6 +24,7 @@ Tiny     Results and runs are kept in runs/tiny, marked, and never reported.
 import argparse
 import contextlib
 import functools
+import hashlib
 import importlib
 import io
 import json
@@ -65,6 +67,7 @@ TINY += " --teacher-epochs 1 --device cpu"
 TINY_SCRIPT = {"robust_kd": "--teacher-batch-size 16 --steps 1", "teacher_free_kd": "--steps 1"}
 TINY_NOISY = "--teacher-model mlp-16 --restarts 1"
 TINY_REPLACED = {"--teacher-es": "1", "--milestones": "1", "--extra-data": "{data}/extra.npz"}
+TINY_REPLACED |= {"--teacher-save-every": "1"}
 TINY_EVALUATION = "--n 12 --queries 20 --steps 3 --targets 2 --batch-size 12 --cinic-per-class 1"
 
 
@@ -124,14 +127,15 @@ def flags_of(run, args):
 
 def tiny(script, flags, args):
     """The same command with a tiny net, few images and one epoch."""
-    flags, given = list(flags), " ".join(flags)
+    given = " ".join(flags)
+    flags = [re.sub(r"teacher-ep\d+", "teacher-ep1", flag) for flag in flags]  # --teacher-ckpt
     more = f"{TINY} {TINY_SCRIPT.get(script, TINY_NOISY)}"
     if "vanilla" in flags:  # real digits: Table 2 leaves one out
         more = more.replace("shapes", "mnist") + " --teacher-model mlp-16"
     if re.search("--width|--model resnet", given):
         more += " --width 1/16"
     elif "self-distillation" in flags or "--model wrn" in given:
-        more += " --model wrn-10-1"
+        more += " --model wrn-10-1" + "-silu" * ("silu" in given)
     else:
         more += " --model mlp-16"
     if "--teacher-model" in flags:
@@ -161,12 +165,20 @@ def parsed(run, scale, data, runs):
         return None, unknown[1] if unknown else line
 
 
+def teacher_file(run, args):
+    """The path of the teacher that a run takes from the run of another row; None without one."""
+    file = getattr(parsed(run, args.scale, args.data, args.runs)[0], "teacher_ckpt", None)
+    return file and Path(file)
+
+
 def waits_for(run, args):
-    """What a run waits for: a script, a flag or a file; "" if it can be started."""
+    """What a run waits for: a script, a flag, a file or a teacher; "" if it can be started."""
     if run.startswith("count "):
         return ""
     if missing := parsed(run, args.scale, args.data, args.runs)[1]:
         return missing
+    if (teacher := teacher_file(run, args)) and not teacher.exists():
+        return f"{teacher}, which the row {teacher.parent.name.rpartition('-s')[0]} trains"
     if args.scale == "tiny":
         mnist = Path(args.data) / "mnist.npz"
         return "" if mnist.exists() or "vanilla" not in run else str(mnist)
@@ -234,14 +246,17 @@ def cost(run, seed, seen, args):
                 for i in range(len(script.teacher_trainings(settings)))
             ]
         else:  # a net of these settings is shared by the scripts
-            seeds = range(getattr(flags, "teacher_seeds", 1))
-            recipes = [script.teacher_settings(settings) | {"of_seed": seed} for seed in seeds]
+            teacher_seeds = range(getattr(flags, "teacher_seeds", 1))
+            if kind == "teacher":  # that of the run's own seed is what is measured
+                teacher_seeds = [seed]
+            recipes = [script.teacher_settings(settings) | {"of_seed": i} for i in teacher_seeds]
         length = getattr(flags, "teacher_es", None) or flags.teacher_epochs or epochs
         for recipe in recipes:
             key, training = json.dumps(recipe, sort_keys=True), recipe.get("training")
             training = training or ("at" if kind[:3] == "at-" else "st")
             passes = {"st": 3, "ffgsm": 5}.get(training, 3 + 2 * steps)
-            total += (key not in seen) * length * images * passes * teacher
+            if not flags.teacher_ckpt:
+                total += (key not in seen) * length * images * passes * teacher
             seen.add(key)
         each += teacher * len(recipes)
     total += students * epochs * images * each
@@ -324,9 +339,19 @@ def summarise(folder, rows, run, seed, each, args):
         record["stages"][stage] = entry
     if "student" in record["stages"]:
         record["macs_per_second"] = each * record["stages"]["student"]["images_per_second"]
+    files = [folder / f"{take}.pt" for take in ("teacher", "student", "student-alone")]
+    record["weights"] = {path.stem: digest(path) for path in files if path.exists()}
     plain = str | int | float | None
     record["rows"] = [{k: v for k, v in r.items() if isinstance(v, plain)} for r in summary]
     return record
+
+
+def digest(path):
+    """16 hex digits of the weights in a saved model: by them two seeds with one net are told."""
+    weights, found = common.load(path)["weights"], hashlib.sha256()
+    for name in sorted(weights):
+        found.update(weights[name].cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def write(record, args):
@@ -389,13 +414,16 @@ TRIED = set()  # what --scale tiny has evaluated
 def evaluate(folder, pairs, record, limit, args):
     """Evaluate the checkpoints of a run for the pairs, into the record; -> "" or what failed."""
     flags, files = record["flags"], {"student": ["student.pt", "student_best.pt"]}
-    files["ensemble"] = ["teacher.pt", "teacher[0-9]*.pt"]
+    number = len(flags["teacher_training"]) if "teacher_training" in flags else 1
+    number = max(number, flags.get("teachers") or 1)
+    files["ensemble"] = ["teacher.pt", *(f"teacher{i}.pt" for i in range(2, number + 1))]
     for take, attacks in attacks_for(pairs, args).items():
         job = record["run"].split()[0], take, *attacks
         if args.scale == "tiny" and job in TRIED:  # seconds each: once for a script
             continue
         TRIED.add(job)
-        found = [p for name in files.get(take, [f"{take}.pt"]) for p in sorted(folder.glob(name))]
+        found = [folder / name for name in files.get(take, [f"{take}.pt"])]
+        found = [path for path in found if path.exists() or path.name != "student_best.pt"]
         out = folder / f"{take}-{'-'.join(attacks)}.json"
         argv = [*map(str, found), *["--ensemble"] * (take == "ensemble"), "--attack", *attacks]
         argv += ["--json", str(out), "--data", flags["data"], "--data-root", args.data]
@@ -454,7 +482,7 @@ for _row in tables.ROWS:
 
 def form(run):
     """The run without its numbers: --scale tiny runs one of each form, and parses all."""
-    return re.sub(r"(?<= )[\d./]+(?= |$)", "#", run)
+    return re.sub(r"(?<= )[\d./]+(?= |$)|(?<=teacher-ep)\d+", "#", run)
 
 
 def jobs(args):
@@ -476,8 +504,11 @@ def jobs(args):
 def plan(args, device):
     """[dict] of the jobs that are not done: what they wait for, or their minutes."""
     done, seen, left = read_results(args.results), set(), []
+    coming = set()  # folders of the runs that will have been made by then
     for turn, run, seed, rows in jobs(args):
-        waits = waits_for(run, args)
+        waits, teacher = waits_for(run, args), teacher_file(run, args)
+        if teacher and teacher.parent in coming:
+            waits = ""
         pairs = missing(rows, done.get((run, seed)))
         if (run, seed) in done and (args.scale == "tiny" or not attacks_for(pairs, args)):
             continue
@@ -486,6 +517,7 @@ def plan(args, device):
         if cinic and not (Path(args.data) / CINIC).is_dir():
             job["partly"] = f"cinic_acc: {args.data}/{CINIC} (doi 10.7488/ds/2448)"
         if not waits:
+            coming.add(Path(args.runs) / script_of(run)[0] / f"{FIRST[run]}-s{seed}")
             flags = parsed(run, args.scale, args.data, args.runs)[0]
             rate, job["measured"] = speed(flags.model, done, device)
             job["minutes"] = cost(run, seed, seen, args)[0] / rate / 60
@@ -562,8 +594,11 @@ def run_all(left, args):
         seconds = ends - time.monotonic()
         if job["waits"] or seconds <= 0 or begun and job["minutes"] * 60 > seconds:
             continue
-        begun, started = True, time.monotonic()
         text = f"{FIRST[job['run']]} seed {job['seed']}"
+        if waits := waits_for(job["run"], args):
+            print(f"{text}: waits for {waits}", flush=True)
+            continue
+        begun, started = True, time.monotonic()
         if args.scale == "full":
             about = f"about {job['minutes']:.1f} min" + ", not measured" * (not job["measured"])
             print(f"{text}: {about}, progress in {args.runs}/benchmark.log", flush=True)

@@ -142,7 +142,10 @@ def test_the_true_labels_of_corrupted_images_are_never_used(tmp_path):
     np.savez(tmp_path / "b.npz", **(arrays | lie))
     flags = "--method mc-ts --noise-rate 0.2 --val-size 0 --data"
     first = run(tmp_path / "1", f"{flags} {tmp_path / 'a.npz'} --corruption-rate 0.5")
-    more = f"--labels-file {first / 'labels.pt'}"
+    record = common.load(first / "labels.pt")
+    record["fingerprint"] = common.load_data(f"{tmp_path}/b.npz", train_subset=48).fingerprint
+    common.save(tmp_path / "labels.pt", record)  # else refused, since the labels differ
+    more = f"--labels-file {tmp_path / 'labels.pt'}"
     second = run(tmp_path / "2", f"{flags} {tmp_path / 'b.npz'} {more}")
     for name in ("teacher.pt", "student.pt"):
         assert torch.equal(weights(first / name), weights(second / name)), name

@@ -1,0 +1,113 @@
+"""What was wrong once in data, processes, precision, compiling and evaluation, and must stay right.
+
+Each test failed on the code as it was when the defect was found.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import ROOT
+from torch._dynamo.backends.common import aot_autograd
+
+import common
+import eval_robustness
+import fickle_teacher
+import robust_kd
+import teacher_free_kd
+
+SMALL = "--data shapes --train-subset 40 --val-size 8 --test-subset 8 --batch-size 16 --epochs 1"
+ONE_EVALUATION = "--eval-steps 1 --restarts 1"
+
+
+def saved_shapes(path, n=40, change=None):
+    """An .npz of n training and n test images of the shapes, after change(its arrays)."""
+    data = common.load_data("shapes", train_subset=n, test_subset=n)
+    arrays = {"x_train": data.x_train, "y_train": data.y_train}
+    arrays |= {"x_test": data.x_test, "y_test": data.y_test}
+    arrays = {key: value.numpy().copy() for key, value in arrays.items()}
+    if change:
+        change(arrays)
+    np.savez(path, **arrays)
+
+
+# ------------------------------------------------------------------------------------------------
+# Labels that change
+
+
+def relabel(part):
+    def change(arrays):
+        arrays[f"y_{part}"][0] = (arrays[f"y_{part}"][0] + 1) % 10
+
+    return change
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_run_on_a_file_with_other_labels_is_refused(part, tmp_path, refused):
+    flags = f"--data {tmp_path}/own.npz --val-size 8 --model mlp-8 --teacher-model mlp-8 --epochs 1"
+    flags += f" --teacher-epochs 1 --runs {tmp_path} --name run {ONE_EVALUATION}"
+    saved_shapes(tmp_path / "own.npz")
+    fickle_teacher.main(flags.split())
+    saved_shapes(tmp_path / "own.npz", change=relabel(part))
+    message = refused(fickle_teacher.main, flags.split())
+    assert "--data" in message and "--name" in message
+
+
+def test_a_teacher_of_other_labels_is_not_taken_for_this_one(tmp_path, capsys):
+    flags = f"--data {tmp_path}/own.npz --val-size 8 --model mlp-8 --teacher-model mlp-8 --epochs 1"
+    flags += f" --teacher-epochs 1 --runs {tmp_path} {ONE_EVALUATION}"
+    saved_shapes(tmp_path / "own.npz")
+    fickle_teacher.main([*flags.split(), "--name", "first"])
+    saved_shapes(tmp_path / "own.npz", change=relabel("train"))
+    capsys.readouterr()
+    fickle_teacher.main([*flags.split(), "--name", "second"])
+    assert "taken from" not in capsys.readouterr().out
+
+
+def test_an_evaluation_of_a_file_with_other_labels_is_refused(tmp_path, refused):
+    saved_shapes(tmp_path / "own.npz")
+    model = common.build_model("mlp-8")
+    common.save_model(tmp_path / "net.pt", model, {})
+    flags = [f"{tmp_path}/net.pt", "--data", f"{tmp_path}/own.npz", "--attack", "clean"]
+    flags += ["--json", f"{tmp_path}/out.json"]
+    eval_robustness.main(flags)
+    eval_robustness.main(flags)  # the same images: shown again
+    saved_shapes(tmp_path / "own.npz", change=relabel("test"))
+    assert "--data" in refused(eval_robustness.main, flags)
+
+
+# ------------------------------------------------------------------------------------------------
+# The subset of CINIC-10
+
+
+def save_cinic(folder, names, images=3):
+    """The three parts of a CINIC-10 folder with so many images from ImageNet for each class."""
+    from PIL import Image
+
+    for part in ("train", "valid", "test"):
+        for k, name in enumerate(names):
+            place = folder / part / name
+            place.mkdir(parents=True)
+            for i in range(images):
+                pixels = np.full((32, 32, 3), 20 * k + i, np.uint8)
+                Image.fromarray(pixels).save(place / f"n0123456{k}_{i}.png")
+
+
+def test_the_cinic_images_are_the_same_for_every_seed(tmp_path):
+    data = common.load_data("shapes", test_subset=8)
+    save_cinic(tmp_path / "cinic", data.classes)
+    common.save_model(tmp_path / "net.pt", common.build_model("mlp-8"), {})
+    notes = []
+    for seed in (0, 1, 2):
+        flags = f"{tmp_path}/net.pt --data shapes --n 8 --attack clean cinic --seed {seed}"
+        flags += f" --cinic {tmp_path}/cinic --cinic-per-class 4 --json {tmp_path}/{seed}.json"
+        eval_robustness.main(flags.split())
+        notes += re.findall(r"sha256 of their list: (\w+)", (tmp_path / f"{seed}.json").read_text())
+    assert len(notes) == 3 and len(set(notes)) == 1, notes
