@@ -208,21 +208,33 @@ def derive_seed(*parts) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-def setup_device(args: argparse.Namespace) -> torch.device:
-    """The device of --device, set up for training by --precision and --deterministic."""
-    if args.device == "cuda" and not torch.cuda.is_available():
+def find_device(name: str) -> torch.device:
+    """The device of --device: "cpu", "cuda", or "auto" for CUDA if it is there."""
+    if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device here; --device cpu works anywhere")
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if device.type == "cuda" and world() > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if world() == 1:
+        return torch.device("cuda")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def setup_training(args: argparse.Namespace) -> torch.device:
+    """The device of --device, set up by --precision and --deterministic; joins the processes."""
+    device = find_device(args.device)
+    if args.graph and device.type == "cpu":
+        print("--graph has no effect here: there are no CUDA graphs on a CPU")
     if world() > 1 and not dist.is_initialized():
         # the others wait while the first process validates and evaluates
         week = datetime.timedelta(days=7)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=week)
         atexit.register(dist.destroy_process_group)
-    # bf16 autocast is for training on CUDA; everything else is float32
+    # the three precisions of training on CUDA; what is not training is always strict float32
     args.autocast = device.type == "cuda" and args.precision == "bf16"
+    torch.backends.cudnn.conv.fp32_precision = "ieee" if args.precision == "fp32" else "tf32"
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if args.precision == "tf32" else "ieee"
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -955,22 +967,25 @@ def attacked(model: nn.Module, attack_bn: str) -> nn.Module:
 
 @contextlib.contextmanager
 def convolutions(tf32: bool):
-    """Convolutions of float32 on CUDA in TF32 (10 bits of mantissa) or strictly in float32.
+    """Convolutions on CUDA in TF32 (10 bits of mantissa) or, like all else, in strict float32.
 
     cudnn.benchmark is off inside: it times its kernels for each new batch size, and an attack that
     drops broken images has hundreds of sizes. The precision is set by operation, since a model from
     elsewhere may have set torch.backends.fp32_precision.
     """
-    cudnn = torch.backends.cudnn
-    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark
-    precision = "tf32" if tf32 else "ieee"
-    cudnn.conv.fp32_precision = precision
-    cudnn.rnn.fp32_precision = precision
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    operations = (cudnn.conv, cudnn.rnn, matmul)
+    before = [operation.fp32_precision for operation in operations]
+    benchmark = cudnn.benchmark
     cudnn.benchmark = False
+    for operation in operations:
+        operation.fp32_precision = "tf32" if tf32 and operation is not matmul else "ieee"
     try:
         yield
     finally:
-        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark = before
+        cudnn.benchmark = benchmark
+        for operation, precision in zip(operations, before):
+            operation.fp32_precision = precision
 
 
 @contextlib.contextmanager
@@ -1248,7 +1263,7 @@ class RunParser(Parser):
         elif not re.fullmatch(r"\w[\w.,=+-]{0,159}", args.name):
             self.error(f"--name: expected letters, digits and . , = + - _, got {args.name!r}")
         args.given = given  # the flags that are in argv
-        args.autocast = False  # setup_device turns it on
+        args.autocast = False  # setup_training turns it on
         return args
 
     def run_name(self, args: argparse.Namespace) -> str:
@@ -1286,7 +1301,7 @@ def run_seeds(script: str, args: argparse.Namespace, job, prepare=None) -> list[
     prepare(args, data): checks flags against the data, and changes `data`, before a folder is made.
     -> the rows of each seed; after several seeds their mean and deviation are printed.
     """
-    device = setup_device(args)
+    device = setup_training(args)
     with first_process_first():
         data = load_data(
             args.data,
@@ -1399,7 +1414,9 @@ def check_same_run(folder: Path, config, flags: dict, data: Data) -> None:
             flag = f"--{key.replace('_', '-')}"
             raise UserError(f"{flag}: {folder} was made with {values}; take another --name")
     if old_fingerprint != data.fingerprint:
-        raise UserError(f"--data: {folder} was made with other images or labels; take another --name")
+        raise UserError(
+            f"--data: {folder} was made with other images or labels; take another --name"
+        )
 
 
 @contextlib.contextmanager
