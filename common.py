@@ -178,6 +178,8 @@ class HelpLayout(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     def _get_help_string(self, action):
         if action.default is None or action.default is False:
             return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
 
 
@@ -1202,12 +1204,10 @@ class RunParser(Parser):
         add("--train-subset", type="count", help="train on this many images, the same for any seed")
         add("--test-subset", type="count", help="test on this many images, the same for any seed")
         add("--val-size", type="count0", default=1024, help="training images held out to validate")
-        add(
-            "--augment",
-            choices=augment,
-            default="crop",
-            help="crop: random crops and flips (MNIST: never); none: images as they are",
-        )
+        meaning = "crop: random crops and flips (MNIST: never); none: images as they are"
+        if len(augment) > 2:
+            meaning += f"; {' and '.join(augment[2:])}: crop with that on top"
+        add("--augment", choices=augment, default="crop", help=meaning)
         add = self.add_argument_group("run").add_argument
         add("--seed", type="count0", default=0, help="seed of the weights, batches and attacks")
         add("--seeds", type="count0", nargs="+", help="one run per seed, then mean and deviation")

@@ -190,7 +190,7 @@ def parse_args(argv=None):
     add("--batch-size", type="count", default=256, help="images per step of the student")
     add("--momentum", type="probability", default=0.9, help="momentum of SGD for both nets")
     add("--weight-decay", type="fraction", default=5e-4, help="weight decay of SGD for both nets")
-    add("--nesterov", choices=["yes", "no"], default="no", help="use Nesterov's momentum")
+    add("--nesterov", choices=["yes", "no"], default="no", help="use Nesterov's momentum in SGD")
     add(
         "--decay-norms",
         choices=["yes", "no"],
