@@ -29,6 +29,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -42,14 +43,12 @@ import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import common
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-
-import common
-import images
 
 VERSIONS = {
     "aa": "apgd-ce+apgd-t+fab-t+square",
@@ -61,7 +60,7 @@ POINTS = ["clean", "calibration", "corruptions", "cinic", "ood"]  # these pertur
 
 def parse_args(argv=None):
     """The flags of this script as a namespace; errors are one line with exit status 2."""
-    parser = common.make_parser(__doc__)
+    parser = common.Parser(__doc__)
     add = parser.add_argument_group("models").add_argument
     add("checkpoints", nargs="*", metavar="CKPT", help="files written by the training scripts")
     add("--model", metavar="MODULE:FUNCTION", help="makes a net from [0, 1] images to logits")
@@ -70,25 +69,25 @@ def parse_args(argv=None):
     add = parser.add_argument_group("attack").add_argument
     add("--attack", nargs="+", type=attack_name, default=["clean", "pgd20"], help="see Attacks")
     add("--norm", default="linf", choices=["linf", "l2"], help="of the perturbations")
-    add("--eps", type=common.fraction, help="radius; None: 8/255, or 0.5 with --norm l2")
-    add("--step-size", type=common.fraction, help="of PGD; None: a quarter of the radius")
-    add("--restarts", type=common.count, default=1, help="random starts of PGD, the worst counts")
-    add("--steps", type=common.count, default=100, help="iterations of APGD and FAB")
-    add("--queries", type=common.count, default=5000, help="queries of Square")
-    add("--targets", type=common.count, default=9, help="classes of targeted APGD and FAB")
+    add("--eps", type="fraction", help="radius; None: 8/255, or 0.5 with --norm l2")
+    add("--step-size", type="fraction", help="of PGD; None: a quarter of the radius")
+    add("--restarts", type="count", default=1, help="random starts of PGD, the worst counts")
+    add("--steps", type="count", default=100, help="iterations of APGD and FAB")
+    add("--queries", type="count", default=5000, help="queries of Square")
+    add("--targets", type="count", default=9, help="classes of targeted APGD and FAB")
     add("--search", choices=["tf32", "fp32"], default="tf32", help="of aa on CUDA, not the verdict")
     add = parser.add_argument_group("other images").add_argument
     add("--corruptions", default="generate", metavar="DIR", help="CIFAR-10-C; generate: made here")
     add("--frost-dir", metavar="DIR", help="frost1.png ... of its generator; None: drawn by code")
     add("--cinic", metavar="DIR", help="CINIC-10, of which the images from ImageNet count")
-    add("--cinic-per-class", type=common.count, help="a fixed choice (paper: 2100); None: all")
+    add("--cinic-per-class", type="count", help="a fixed choice (paper: 2100); None: all")
     add("--ood", metavar="PATH", help="an .npz or a folder of class folders, for --attack ood")
     add = parser.add_argument_group("run").add_argument
     add("--data", default="cifar10", help="cifar10, cifar100, mnist, shapes, FILE.npz or a FOLDER")
     add("--data-root", default="data", help="where data sets are, and missing ones are downloaded")
-    add("--n", type=common.count, help="use so many test images (a fixed choice); None: all")
-    add("--batch-size", type=common.count, default=500, help="images at once; changes no result")
-    add("--seed", type=common.count0, default=0, help="seed of the attacks")
+    add("--n", type="count", help="use so many test images (a fixed choice); None: all")
+    add("--batch-size", type="count", default=500, help="images at once; changes no result")
+    add("--seed", type="count0", default=0, help="seed of the attacks")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there")
     add("--json", metavar="FILE", help="write all numbers here as well")
     add("--save-examples", metavar="FILE", help=".npz of x_adv, labels, broken (one model, attack)")
@@ -114,7 +113,7 @@ def parse_args(argv=None):
             parser.error(f"{path}: expected a file, in a folder that is there")
     args.eps = args.eps if args.eps is not None else {"linf": 8 / 255, "l2": 0.5}[args.norm]
     args.step_size = args.eps / 4 if args.step_size is None else args.step_size
-    args.deterministic, argv = False, sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:] if argv is None else argv
     args.command = shlex.join(["python", os.path.relpath(__file__), *argv])
     return args
 
@@ -162,7 +161,7 @@ class Batch:
 
     def draw(self, *shape, use="start"):
         """Uniform (B, *shape) in [0, 1], by seed, attack, pass, use and image alone."""
-        draw = images.uniform(self.index, self.attack, use, self.s.seed, self.which)
+        draw = uniform(self.index, self.attack, use, self.s.seed, self.which)
         return draw(*shape).float()
 
     def target(self):
@@ -170,6 +169,102 @@ class Batch:
         first = torch.full_like(self.logits[:, :1], math.inf)
         ranked = self.logits.scatter(1, self.labels[:, None], first).argsort(1, descending=True)
         return ranked[:, 1 + self.which % (self.logits.shape[1] - 1)]
+
+
+# Copied from robust_kd.Ensemble
+class Ensemble(nn.Module):
+    """log sum_i w_i p_i(x) of some models: logits (B, K) whose softmax is their mean probability.
+
+    weights: of the models, summing to 1 (None: all equal).
+    """
+
+    def __init__(self, models, weights=None):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.weights = weights or [1 / len(models)] * len(models)
+
+    def forward(self, x):
+        logs = []
+        for weight, model in zip(self.weights, self.models):
+            if weight > 0:
+                logs.append(math.log(weight) + model(x).log_softmax(1))
+        return torch.stack(logs).logsumexp(0)
+
+
+@torch.no_grad()
+def is_correct(model, x, labels, batch_size=500):
+    """bool (N,): whether the model classifies x, uint8 (N, H, W, C) or float, as its label."""
+    pairs = zip(x.split(batch_size), labels.split(batch_size))
+    return torch.cat([model(common.to_float(part)).argmax(1) == y for part, y in pairs])
+
+
+def is_like(value, like) -> bool:
+    """Whether it has the type of `like`: all its keys, likewise; the dtype of a tensor."""
+    if isinstance(like, dict) and isinstance(value, dict):
+        return all(key in value and is_like(value[key], like[key]) for key in like)
+    return type(value) is type(like) and getattr(value, "dtype", 0) == getattr(like, "dtype", 0)
+
+
+def add_evaluation_flags(parser):
+    """The flags of `evaluate_files`, with the attack of the papers that train without one."""
+
+    def path(text):
+        if text != "generate" and not Path(text).exists():
+            raise argparse.ArgumentTypeError(f"expected a file or a folder, there is no {text}")
+        return text
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add(
+        "--eval",
+        choices=["fast", "full"],
+        default="fast",
+        help="fast: clean accuracy and PGD; full: corruptions, calibration and other images too",
+    )
+    add("--eps", type="probability", default=0.031, help="radius of PGD in pixel units")
+    add("--step-size", type="fraction", default=0.003, help="step of PGD in pixel units")
+    add("--eval-steps", type="count", default=20, help="number of PGD steps in the evaluation")
+    add(
+        "--restarts", type="count", default=5, help="random starts of PGD; an image must resist all"
+    )
+    add(
+        "--corruptions",
+        type=path,
+        default="generate",
+        help="folder of CIFAR-10-C; generate: the corruptions are made here",
+    )
+    add("--cinic", type=path, help="folder of CINIC-10, of which the ImageNet images are used")
+    add("--cinic-per-class", type="count", help="CINIC-10 images per class, a fixed choice (2100)")
+    add("--ood", type=path, help="other images of the same classes: an .npz or class folders")
+
+
+def evaluate_files(args, files, folder):
+    """{name: file of a saved model} -> rows of a summary: model, accuracies, epochs, seconds.
+
+    All numbers are in folder/evaluation.json; an interrupted evaluation goes on.
+    """
+    names = ["eps", "step_size", "restarts", "seed", "data", "data_root", "device"]
+    flags = [*files.values(), "--json", folder / "evaluation.json"]
+    flags += ["--attack", "clean", f"pgd{args.eval_steps}"]
+    if args.eval == "full":
+        flags += ["pgd10", "pgd15", "corruptions", "calibration"]
+        flags += [name for name in ("cinic", "ood") if getattr(args, name)]
+        names += ["corruptions", "cinic", "cinic_per_class", "ood"]
+    for name in names:
+        if getattr(args, name) is not None:
+            flags += [f"--{name.replace('_', '-')}", getattr(args, name)]
+    if args.test_subset:
+        flags += ["--n", args.test_subset]
+    print(f"evaluating {', '.join(files)}", flush=True)
+    if common.rank() == 0:
+        run(parse_args([str(flag) for flag in flags]))
+    common.sync()
+    rows = []
+    for name, row in zip(files, common.read_json(folder / "evaluation.json")["rows"]):
+        meta = common.load(files[name])["meta"]
+        accuracies = {k: v for k, v in row.items() if k.endswith("_acc")}
+        training = {"epochs": meta.get("epoch"), "seconds": meta.get("seconds")}
+        rows.append({"model": name} | accuracies | training)
+    return rows
 
 
 def batches(points, index, s, attack="", which=0):
@@ -530,6 +625,644 @@ def passes(name, classes, s):
 
 
 # ------------------------------------------------------------------------------------------------
+# The 19 corruptions of CIFAR-10-C (Hendrycks and Dietterich 2019), with its parameters for 32x32.
+# Each takes x float64 (B, 3, 32, 32) in [0, 1], draw and the parameters of a severity, and returns
+# the same shape; float results are clipped and truncated to uint8, as in the published set.
+
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # odd constants of splitmix64, as signed 64-bit numbers
+MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
+
+
+def corrupt(x, name, severity, seed=0, start=0, frost_dir=None):
+    """x uint8 (B, 32, 32, 3) -> the same under a corruption of CIFAR-10-C at severity 1..5.
+
+    Random draws of an image depend on (seed, name, severity, its index) alone, where x[0] has the
+    index `start`: neither on the batch nor on the device. frost_dir: the folder with frost1.png ..
+    frost5.jpg of the reference generator; None: textures drawn by code. Errors: one line.
+    """
+    if x.dtype != torch.uint8 or x.shape[1:] != (32, 32, 3):
+        raise common.UserError(
+            f"corruptions: need uint8 (N, 32, 32, 3), got {x.dtype} {tuple(x.shape)}"
+        )
+    function, parameters = CORRUPTIONS[name]
+    numbers = torch.arange(start, start + len(x), device=x.device)
+    draw = uniform(numbers, "corrupt", seed, name, severity)
+    extra = (frost_dir,) if name == "frost" else ()
+    # by a tensor: for a number, a GPU multiplies by 1 / 255 instead, and k becomes k - 1
+    clean = x.permute(0, 3, 1, 2) / torch.tensor([255.0], device=x.device).double()
+    out = function(clean, draw, *np.atleast_1d(parameters[severity - 1]).tolist(), *extra)
+    if out.dtype != torch.uint8:
+        out = (out.clamp(0, 1) * 255).to(torch.uint8)
+    return out.permute(0, 2, 3, 1).contiguous()
+
+
+def uniform(images, *key):
+    """-> draw(*shape): float64 (B, *shape) in (0, 1), others at each call; images int64 (B,).
+
+    splitmix64 of a counter: they depend on the image's number and `key`, not on batch or device.
+    """
+    calls = itertools.count()
+
+    def mix(z):
+        for shift, factor in MIX:
+            z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
+        return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+    def draw(*shape):
+        stream = mix(images * GOLDEN + common.derive_seed(*key, next(calls)))[:, None]
+        bits = mix(stream + torch.arange(1, math.prod(shape) + 1, device=images.device) * GOLDEN)
+        bits = (bits >> 12) & ((1 << 52) - 1)
+        return ((bits.double() + 0.5) * 2.0**-52).view(-1, *shape)
+
+    return draw
+
+
+def _normal(draw, channels):
+    return math.sqrt(2) * torch.erfinv(2 * draw(channels, 32, 32) - 1)
+
+
+def _inside(i, border):
+    """What a row or column outside 0..31 means, by border."""
+    if border == "edge":  # a a | a b c | c c
+        return i.clamp(0, 31)
+    period = 64 if border == "mirror" else 62  # b a | a b c | c b, and c b | a b c | b a
+    i = i.remainder(period)
+    return torch.minimum(i, min(period, 63) - i)
+
+
+def _at(x, row, column):
+    """x (B, C, 32, 32) at whole row, column (B, 32, 32): (B, C, 32, 32)."""
+    index = (row * 32 + column).flatten(1)[:, None].expand(-1, x.shape[1], -1)
+    return x.flatten(2).gather(2, index).view(x.shape)
+
+
+def _bilinear(x, row, column, border):
+    """x (B, C, 32, 32) at fractional row, column (B, 32, 32)."""
+    total = 0
+    for near, side in itertools.product((0, 1), (0, 1)):
+        r, c = row.floor() + near, column.floor() + side
+        weight = (1 - (row - r).abs()) * (1 - (column - c).abs())
+        corner = _at(x, _inside(r.long(), border), _inside(c.long(), border))
+        total = total + weight[:, None] * corner
+    return total
+
+
+def _separable(x, matrix):
+    matrix = matrix.to(x.device)
+    return matrix @ x.contiguous() @ matrix.T
+
+
+def _blur(x, sigma, truncate=4.0, border="edge"):
+    """Gaussian blur of x (B, C, 32, 32): a 32 x 32 matrix from either side."""
+    taps = torch.arange(-int(truncate * sigma + 0.5), int(truncate * sigma + 0.5) + 1)
+    weights = torch.exp(-(taps.double() ** 2) / (2 * sigma**2))
+    index = _inside(torch.arange(32)[:, None] + taps, border)
+    matrix = torch.zeros(32, 32, dtype=torch.float64)
+    return _separable(x, matrix.scatter_add_(1, index, (weights / weights.sum()).expand(32, -1)))
+
+
+def _zoom(x, factor):
+    """The centre of x enlarged by `factor`, linear between aligned corners, the middle 32 x 32."""
+    side = math.ceil(32 / factor)
+    count = round(side * factor)
+    position = (torch.arange(32).double() + (count - 32) // 2) * (side - 1) / (count - 1)
+    position = position + (32 - side) // 2
+    return _separable(x, (1 - (position[:, None] - torch.arange(32)).abs()).clamp(min=0))
+
+
+def _motion(v, radius, sigma, degrees):
+    """One-sided motion blur of whole numbers v (B, C, 32, 32) along degrees (B,); whole again.
+
+    Offsets, border and the 16-bit rounding are those of ImageMagick 6, which made the set.
+    """
+    count, angle = 2 * math.ceil(radius) + 1, torch.deg2rad(degrees)[:, None]
+    weights = np.exp(-(np.arange(count) ** 2) / (2 * sigma**2))
+    grid, total = torch.arange(32, device=v.device), 0
+    for i, weight in enumerate((weights / weights.sum()).tolist()):
+        column = (grid + (i * angle.cos() - 0.5).ceil().long()).clamp(0, 31)[:, None]
+        row = (grid + (i * angle.sin() - 0.5).ceil().long()).clamp(0, 31)[:, :, None]
+        total = total + weight * _at(v, row, column)
+    return (257 * total + 0.5).floor().div(257, rounding_mode="floor")
+
+
+def _shot_noise(x, draw, photons):
+    """Poisson counts by inversion: a pixel has 256 levels, so a table holds every distribution."""
+    rate, top = photons * torch.arange(256).double()[:, None] / 255, int(photons + 10) * 2
+    k = torch.arange(top).double()
+    pmf = torch.exp(torch.xlogy(k, rate) - rate - torch.lgamma(k + 1))
+    level = (x * 255).round()
+    # row v of the table lies in [2 v, 2 v + 1], so that one search finds level and count
+    table = (pmf.cumsum(1).clamp(max=1) + 2 * torch.arange(256)[:, None]).flatten().to(x.device)
+    found = torch.searchsorted(table, draw(3, 32, 32) + 2 * level)
+    return (found - level * top) / photons
+
+
+def _impulse_noise(x, draw, rate):
+    u = draw(3, 32, 32)
+    return torch.where(u < rate, (u < rate / 2).double(), x)
+
+
+def _glass_blur(x, draw, sigma, passes):
+    """Each pass moves every pixel from row 2, column 2 on to a copy of itself or up-left of it."""
+    x = (_blur(x, sigma) * 255).floor() / 255
+    grid = torch.arange(32, device=x.device)
+    for _ in range(int(passes)):
+        move = (draw(2, 32, 32) < 0.5) & (grid >= 2) & (grid[:, None] >= 2)
+        x = _at(x, grid[:, None] - move[:, 0].long(), grid - move[:, 1].long())
+    return _blur(x, sigma)
+
+
+def _defocus_blur(x, draw, radius, alias):
+    axis = torch.arange(-2, 3).double()
+    disk = (axis**2 + axis[:, None] ** 2 <= radius**2).double()
+    taps = torch.exp(-(torch.arange(-1, 2).double() ** 2) / (2 * alias**2))
+    taps = (torch.outer(taps, taps) / taps.sum() ** 2)[None, None]
+    kernel = F.conv2d((disk / disk.sum())[None, None], taps, padding=1)[0, 0].numpy()
+    padded = F.pad(x, (2,) * 4, mode="reflect")
+    taps = [(i, j, w) for (i, j), w in np.ndenumerate(kernel) if w > 1e-9]
+    return sum(float(w) * padded[..., i : i + 32, j : j + 32] for i, j, w in taps)
+
+
+def _zoom_blur(x, draw, end):
+    factors = np.arange(1, end, 0.01)
+    return (x + sum(_zoom(x, factor) for factor in factors)) / (len(factors) + 1)
+
+
+def _snow(x, draw, mean, std, zoom, threshold, radius, sigma, weight):
+    flakes = _zoom(mean + std * _normal(draw, 1), zoom)
+    flakes = (torch.where(flakes < threshold, 0, flakes).clamp(0, 1) * 255).floor()
+    flakes = _motion(flakes, radius, sigma, 90 * draw(1)[:, 0] - 135) / 255
+    grey = 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+    x = weight * x + (1 - weight) * torch.maximum(x, 1.5 * grey + 0.5)
+    return x + flakes + flakes.flip(2, 3)
+
+
+def _frost(x, draw, weight, frost_weight, folder=None):
+    textures, sizes = _frost_textures(folder)
+    which, *place = draw(3).T
+    which, grid = (which * 5).long(), torch.arange(32, device=x.device)
+    room = torch.tensor(sizes, device=x.device)[which].T - 32
+    row, column = ((u * r).long()[:, None] + grid for u, r in zip(place, room))
+    ice = textures.to(x.device)[which[:, None, None], row[:, :, None], column[:, None]]
+    out = weight * (x * 255).round() + frost_weight * ice.permute(0, 3, 1, 2)
+    return out.clamp(0, 255).to(torch.uint8)
+
+
+@functools.cache
+def _frost_textures(folder):
+    """Five textures as float64 (5, H, W, 3), 0..255, padded to one size, and their own sizes."""
+    if folder is None:  # ridges and grain, about as bright and as contrasted as the published ones
+        draw = uniform(torch.arange(5), "frost textures")
+        ice = _plasma(draw, 1.7, 128)[..., None] * torch.tensor([225.0, 235.0, 245.0])
+        return (ice + 24 + 60 * draw(128, 128, 1)).clamp(0, 255), [(128, 128)] * 5
+    textures, sizes = torch.zeros(5, 400, 400, 3, dtype=torch.float64), []
+    for i, name in enumerate("frost1.png frost2.png frost3.png frost4.jpg frost5.jpg".split()):
+        image = common.read_image(Path(folder) / name)
+        image = image[2::5, 2::5]  # bilinear at a fifth of the size falls on these pixels exactly
+        if min(image.shape[:2]) < 33 or max(image.shape[:2]) > 400:
+            raise common.UserError(f"--frost-dir: {name}: expected 165 to 2000 pixels a side")
+        sizes.append(image.shape[:2])
+        textures[i, : len(image), : image.shape[1]] = torch.tensor(image)
+    return textures, sizes
+
+
+def _plasma(draw, decay, side=32):
+    """Diamond-square on a torus, each image scaled to 0..1: (B, side, side)."""
+    plasma, wobble, n = torch.zeros_like(draw(1, 1)), 100.0, 1
+    while n < side:  # a grid of n x n becomes one of 2n x 2n; the square is the reference's
+        centre, left, top = (wobble**2 * (2 * draw(n, n) - 1) for _ in range(3))
+        below = plasma + plasma.roll(-1, 1)  # with the next corner in the column
+        right = plasma + plasma.roll(-1, 2)
+        centre += (below + below.roll(-1, 2)) / 4
+        left += (below + centre + centre.roll(1, 2)) / 4
+        top += (right + centre + centre.roll(1, 1)) / 4
+        rows = torch.stack([plasma, top], 3), torch.stack([left, centre], 3)
+        plasma = torch.stack(rows, 2).view(-1, 2 * n, 2 * n)
+        wobble, n = wobble / decay, 2 * n
+    low, high = plasma.amin((1, 2), True), plasma.amax((1, 2), True)
+    return (plasma - low) / (high - low)
+
+
+def _fog(x, draw, strength, decay):
+    top = x.amax((1, 2, 3), True)
+    return (x + strength * _plasma(draw, decay)[:, None]) * top / (top + strength)
+
+
+def _brightness(x, draw, shift):
+    value = x.amax(1, True)
+    saturation = torch.where(value > 0, (value - x) / value, 0)
+    return (value + shift).clamp(max=1) * (1 - saturation)
+
+
+def _saturate(x, draw, scale, shift):
+    value, span = x.amax(1, True), x.amax(1, True) - x.amin(1, True)
+    grey = torch.tensor([0.0, 1.0, 1.0], device=x.device).view(3, 1, 1)  # the hue of grey is red
+    part = torch.where(span > 0, (value - x) / span, grey)
+    saturation = torch.where(span > 0, span / value, 0)
+    return value * (1 - part * (scale * saturation + shift).clamp(0, 1))
+
+
+def _contrast(x, draw, factor):
+    mean = x.mean((2, 3), True)
+    return (x - mean) * factor + mean
+
+
+def _elastic_transform(x, draw, alpha, sigma, jitter):
+    points = torch.tensor([[26.0, 26.0], [26.0, 6.0], [6.0, 6.0]], device=x.device).double()
+    moved = F.pad(points + jitter * (2 * draw(3, 2) - 1), (0, 1), value=1.0)
+    grid = torch.arange(32, device=x.device).double()
+    back = torch.linalg.solve(moved, points.expand(len(x), 3, 2))  # (B, 3, 2): to x, y
+    a, b, c = back[..., None, None].unbind(1)
+    column, row = (a * grid + b * grid[:, None] + c).unbind(1)
+    x = _bilinear(x, (row * 32).round() / 32, (column * 32).round() / 32, "mirror101")
+    if alpha:
+        shift = alpha * _blur(2 * draw(2, 32, 32) - 1, sigma, 3.0, "mirror")
+        x = _bilinear(x, grid[:, None] + shift[:, 1], grid + shift[:, 0], "mirror")
+    return x
+
+
+def _box(v, out):
+    """Pillow's box filter from v (B, C, n, n) to (B, C, out, out): columns, then rows, rounded."""
+    n = v.shape[2]
+    offset = torch.arange(n) + 0.5 - ((torch.arange(out).double() + 0.5) * (n / out))[:, None]
+    offset = offset / max(n / out, 1)
+    taps = ((offset > -0.5) & (offset <= 0.5)).double()
+    taps = (taps / taps.sum(1, keepdim=True)).to(v.device)
+    return (taps @ (v @ taps.T + 0.5).floor() + 0.5).floor()
+
+
+def _jpeg_compression(x, draw, quality):
+    from PIL import Image  # libjpeg, as in the published set: no other decoder agrees exactly
+
+    images = []
+    for image in (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy():
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=int(quality))
+        images.append(np.asarray(Image.open(file)))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(x.device)
+
+
+def _spatter(x, draw, mean, std, sigma, threshold, strength, mud):
+    liquid = _blur(mean + std * _normal(draw, 1), sigma)
+    liquid = torch.where(liquid < threshold, 0, liquid)
+    color = torch.tensor([63, 42, 20] if mud else [175, 238, 238], device=x.device).view(3, 1, 1)
+    if mud:
+        mask = _blur((liquid > threshold).double(), strength)
+        mask = torch.where(mask < 0.8, 0, mask)
+        return x * (1 - mask) + mask * color / 255
+    liquid = (liquid * 255).floor() % 256
+    relief = _equalise(_around(_edge_distance(_canny(liquid))).floor())
+    kernel = torch.tensor([[-2.0, -1, 0], [-1, 1, 1], [0, 1, 2]], device=x.device).double()
+    relief = F.conv2d(F.pad(relief, (1,) * 4, mode="reflect"), kernel[None, None]).clamp(0, 255)
+    mask = liquid * _around(relief).round()
+    return x + strength * mask / mask.amax((2, 3), True).clamp(min=1) * color / 255
+
+
+def _around(v):
+    return F.avg_pool2d(F.pad(v, (1,) * 4, mode="reflect"), 3, 1)
+
+
+def _canny(v, low=50, high=150):
+    """Edges (bool) of whole numbers v (B, 1, 32, 32), with the tie rules of OpenCV."""
+    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=v.device).double()
+    sobel = torch.stack([sobel, sobel.T])[:, None]
+    dx, dy = F.conv2d(F.pad(v, (1,) * 4, mode="replicate"), sobel).split(1, 1)
+    size, slope = dx.abs() + dy.abs(), 13573 / 32768  # tan 22.5 degrees, as OpenCV rounds it
+    q = F.pad(size, (1,) * 4)
+
+    def beats(row, column):  # the neighbour on one side, and the one on the other
+        a = q[:, :, 1 - row : 33 - row, 1 - column : 33 - column]
+        b = q[:, :, 1 + row : 33 + row, 1 + column : 33 + column]
+        return (size > a) & ((size > b) if row and column else (size >= b))
+
+    diagonal = torch.where(dx * dy < 0, beats(1, -1), beats(1, 1))
+    steep = dy.abs() > dx.abs() * (2 + slope)
+    ridge = torch.where(steep, beats(1, 0), diagonal)
+    ridge = torch.where(dy.abs() < dx.abs() * slope, beats(0, 1), ridge) & (size > low)
+    edges, grown = torch.zeros_like(ridge), ridge & (size > high)
+    while not torch.equal(edges, grown):
+        edges = grown
+        grown = (F.max_pool2d(edges.double(), 3, 1, 1) > 0) & ridge
+    return edges
+
+
+def _edge_distance(edges, most=20.0):
+    """Distance to the nearest edge in the 5 x 5 chamfer metric 1, 1.4, 2.1969, at most `most`."""
+    costs = {1: 1.0, 2: 1.4, 5: 2.1969}
+    steps = [(i, j) for i in range(-2, 3) for j in range(-2, 3) if i * i + j * j in costs]
+    before, distance = None, torch.where(edges, 0.0, most).double()
+    while before is None or not torch.equal(before, distance):
+        before, p = distance, F.pad(distance, (2,) * 4, value=most)
+        for i, j in steps:
+            near = p[:, :, 2 + i : 34 + i, 2 + j : 34 + j] + costs[i * i + j * j]
+            distance = torch.minimum(distance, near)
+    return distance
+
+
+def _equalise(v, bins=21):
+    """Histogram equalisation of whole numbers v (B, 1, 32, 32) below `bins` to 0..255."""
+    level = v.long().flatten(1)
+    counts = torch.stack([(level == k).sum(1) for k in range(bins)], 1).double()
+    lowest = level.amin(1, True)
+    first = counts.gather(1, lowest)
+    table = ((counts.cumsum(1) - first) * 255 / (1024 - first).clamp(min=1)).round()
+    return torch.where(first == 1024, lowest, table.gather(1, level)).view(v.shape)
+
+
+# name: (function, its parameters at severities 1..5); the last four are not in the benchmark's mean
+# fmt: off
+CORRUPTIONS = {
+    "gaussian_noise": (lambda x, draw, c: x + c * _normal(draw, 3), (0.04, 0.06, 0.08, 0.09, 0.1)),
+    "shot_noise": (_shot_noise, (500, 250, 100, 75, 50)),
+    "impulse_noise": (_impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07)),
+    "defocus_blur": (_defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))),
+    "glass_blur": (_glass_blur, ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2))),
+    "motion_blur": (lambda x, draw, radius, sigma: _motion(
+        (x * 255).round(), radius, sigma, 90 * draw(1)[:, 0] - 45).to(torch.uint8),
+                    ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
+    "zoom_blur": (_zoom_blur, (1.06, 1.11, 1.16, 1.21, 1.26)),
+    "snow": (_snow, ((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+                    (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9), (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+                    (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8))),
+    "frost": (_frost, ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45))),
+    "fog": (_fog, ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75))),
+    "brightness": (_brightness, (0.05, 0.1, 0.15, 0.2, 0.3)),
+    "contrast": (_contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
+    "elastic_transform": (_elastic_transform, ((0, 0, 2.56), (1.6, 6.4, 2.24), (2.56, 1.92, 1.92),
+                                              (3.2, 1.28, 1.6), (3.2, 0.96, 0.96))),
+    "pixelate": (lambda x, draw, n: _box(_box((x * 255).round(), int(n)), 32).to(torch.uint8),
+                 (30, 28, 27, 24, 20)),
+    "jpeg_compression": (_jpeg_compression, (80, 65, 58, 50, 40)),
+    "speckle_noise": (lambda x, draw, c: x + c * x * _normal(draw, 3),
+                      (0.06, 0.1, 0.12, 0.16, 0.2)),
+    "gaussian_blur": (lambda x, draw, sigma: _blur(x, sigma), (0.4, 0.6, 0.7, 0.8, 1)),
+    "spatter": (_spatter, ((0.62, 0.1, 0.7, 0.7, 0.5, 0), (0.65, 0.1, 0.8, 0.7, 0.5, 0),
+                          (0.65, 0.3, 1, 0.69, 0.5, 0), (0.65, 0.1, 0.7, 0.69, 0.6, 1),
+                          (0.65, 0.1, 0.5, 0.68, 0.6, 1))),
+    "saturate": (_saturate, ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2))),
+}
+# fmt: on
+
+# ------------------------------------------------------------------------------------------------
+# Accuracy under corruptions, and on other data
+
+
+def corruption_accuracy(
+    model, x, labels, folder=None, frost_dir=None, seed=0, batch_size=500, done=None, save=None
+):
+    """Accuracy of a model under the 19 corruptions at 5 severities -> the dict of `summarise`.
+
+    x uint8 (N, 32, 32, 3) clean test images, labels (N,). folder: the unpacked CIFAR-10-C, whose
+    images are paired with x, in any order, or a part of it; None: x is corrupted here. done: what
+    an earlier call gave to save(done), called after each corruption; those are not run again.
+    Errors (a file missing or of a wrong shape): one line, exit status 2.
+    """
+    note = "published files" if folder else "corruptions generated from the test images"
+    done = {} if done is None else done
+    with common.evaluating(model):
+        clean = is_correct(model, x, labels, batch_size)
+        if folder:
+            files, y = read_corruptions(folder)
+            rows = pair_images(x, labels, files["gaussian_blur"][: len(y)], y)
+            if rows is None:
+                rows, labels, clean = torch.arange(len(y)), y.to(labels.device), None
+                note += ", all of them; no conditional accuracy: the test images are others"
+        elif frost_dir is None:
+            note += ", frost from textures drawn by code, not the published ones"
+        for name in (name for name in CORRUPTIONS if name not in done):
+            counts = []
+            for severity in range(5):
+                right = []
+                for start in range(0, len(labels), batch_size):
+                    part = slice(start, start + batch_size)
+                    if folder:
+                        batch = files[name][(rows[part] + severity * len(y)).numpy()]
+                        batch = torch.from_numpy(batch).to(labels.device)
+                    else:
+                        batch = corrupt(x[part], name, severity + 1, seed, start, frost_dir)
+                    right.append(is_correct(model, batch, labels[part]))
+                right = torch.cat(right)
+                both = right if clean is None else right & clean
+                counts.append([right.sum().item(), both.sum().item()])
+            done[name] = counts
+            if save:
+                save(done)
+    right = None if clean is None else clean.sum().item()
+    return summarise(done, len(labels), right) | {"note": note}
+
+
+def summarise(counts, n, clean=None):
+    """counts[name] = five of [right, right here and when clean], of n images -> a summary.
+
+    corruptions_acc: {name: [5]}; mean15_acc: the benchmark's 15, mean19_acc: all, mean18_acc: all
+    but frost. clean: how many are right when clean; with it conditional_acc, over those alone, and
+    mca_acc, the paper's: its mean over severities, then over the 19; mca18_acc: without frost.
+    """
+    every, kept = list(CORRUPTIONS), [name for name in CORRUPTIONS if name != "frost"]
+    acc = {k: [right / n for right, _ in counts[k]] for k in every}
+    of_right = {k: [both / clean for _, both in counts[k]] for k in every} if clean else None
+    means = {"mean15_acc": (acc, every[:15]), "mean18_acc": (acc, kept), "mean19_acc": (acc, every)}
+    means |= {"mca_acc": (of_right, every), "mca18_acc": (of_right, kept)}
+    result = {"n": n, "clean_acc": None if clean is None else clean / n}
+    for key, (table, names) in means.items():
+        result[key] = np.mean([table[name] for name in names]).item() if table else None
+    return result | {"corruptions_acc": acc, "conditional_acc": of_right}
+
+
+def corruption_rows(result):
+    """A row for each corruption, for common.table: accuracy by severity, mean, conditional mean."""
+    rows = []
+    for name, acc in result["corruptions_acc"].items():
+        row = {"corruption": name} | {f"{k}_acc": value for k, value in enumerate(acc, 1)}
+        row["mean_acc"], of_right = np.mean(acc).item(), result["conditional_acc"]
+        row["conditional_acc"] = np.mean(of_right[name]).item() if of_right else None
+        rows.append(row)
+    return rows
+
+
+def read_corruptions(folder, classes=100_000):
+    """The 19 files of CIFAR-10-C as memory maps {name: uint8 (5 N, 32, 32, 3)}, labels (N,)."""
+    arrays = {}
+    for name in ("labels", *CORRUPTIONS):
+        path = Path(folder) / f"{name}.npy"
+        try:
+            _must_be_in(Path(folder), path)
+            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # numpy's of a header that is none
+            wrong = f"missing, truncated, or not an .npy file ({str(error)[:200]})"
+            raise common.UserError(
+                f"--corruptions: {path}: {wrong}; expected 19 corruptions and labels"
+            ) from None
+    labels = arrays.pop("labels")
+    n, rest = divmod(labels.size, 5)
+    if (
+        rest
+        or not common.are_labels(labels, 5 * n, classes)
+        or (labels != np.tile(labels[:n], 5)).any()
+    ):
+        wanted = f"N labels 0..{classes - 1}, five times over"
+        raise common.UserError(f"--corruptions: {folder}/labels.npy: expected {wanted}")
+    for name, array in arrays.items():
+        if (array.dtype, array.shape) != (np.uint8, (5 * n, 32, 32, 3)):
+            wanted, got = f"uint8 {(5 * n, 32, 32, 3)}", f"{array.dtype} {array.shape}"
+            raise common.UserError(
+                f"--corruptions: {folder}/{name}.npy: expected {wanted}, got {got}"
+            )
+    return arrays, torch.from_numpy(labels[:n].astype(np.int64))
+
+
+def pair_images(x, labels, blurred, blurred_labels):
+    """The row of each of x in `blurred`, its mildest corruption: int64 (N,); None if x is others.
+
+    The published rows are in the order of CIFAR-10's test batch, which a converted data set may
+    not keep; an image under a blur of 0.4 pixels is 1.4 levels away, another image 30 and more.
+    """
+    rows = torch.zeros(len(x), dtype=torch.long)
+    for label in labels.unique():
+        mine = (labels == label).nonzero()[:, 0].cpu()
+        theirs = (blurred_labels == label.cpu()).nonzero()[:, 0]
+        if not len(theirs):
+            return None
+        a = x[mine.to(x.device)].cpu().flatten(1).float()
+        b = torch.from_numpy(blurred[theirs.numpy()]).flatten(1).float()
+        distance, nearest = torch.cdist(a, b).min(1)
+        if (distance > 12 * math.sqrt(a.shape[1])).any():
+            return None
+        rows[mine] = theirs[nearest]
+    return rows
+
+
+def _list_classes(folder, wanted):
+    """-> (sorted names of the class folders, [(label, file)] with the files of a class sorted)."""
+    pairs = []
+    try:
+        classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        for k, name in enumerate(classes):
+            for where, folders, files in sorted(os.walk(folder / name)):  # follows no links
+                if links := [sub for sub in folders if Path(where, sub).is_symlink()]:
+                    raise ValueError(f"{where}/{links[0]} is a link to a folder")
+                pairs += [(k, Path(where, f)) for f in sorted(files) if wanted(Path(where, f))]
+            if not pairs or pairs[-1][0] != k:
+                raise ValueError(f"no images in {name}")
+        if not classes:
+            raise ValueError("no folder in it")
+    except (OSError, ValueError) as error:
+        raise common.UserError(
+            f"{folder}: expected class folders of images, none of them empty ({error})"
+        ) from None
+    return classes, pairs
+
+
+def _read_images(part, pairs, root, shape=None):
+    """{x_<part>: uint8 (N, H, W, 3), y_<part>: labels (N,)} of [(label, file)], of one shape."""
+    found = []
+    for _, file in pairs:
+        found.append(common.read_image(file))
+        shape = shape or found[0].shape
+        if found[-1].shape != shape:
+            raise common.UserError(f"{file}: an image of {found[-1].shape}, not {shape}")
+    if not pairs:
+        raise common.UserError(f"{root}: no images")
+    return {f"x_{part}": np.stack(found), f"y_{part}": np.array([label for label, _ in pairs])}
+
+
+def _must_be_in(root, file):
+    """ValueError if there is no regular file (a pipe would block) or it lies outside of root."""
+    if not (file.is_file() and file.resolve().is_relative_to(root.resolve())):
+        raise ValueError(f"no file, or a link out of {root}")
+
+
+def load_ood(path, classes, per_class=None, seed=0, cinic=False, size=(32, 32)):
+    """Other images of the same classes -> x uint8 (N, H, W, 3), labels int64 (N,), a note.
+
+    path: an .npz with x_test, y_test, or a folder of class folders named as in `classes`. cinic:
+    the CINIC-10 folder (train, valid, test), of which only the images from ImageNet count.
+    per_class: so many of each class, a fixed choice for a seed (the paper: 2100); the note holds
+    the hash of the list. Errors (no file, an empty class folder, another image size): one line.
+    """
+    path, shape = Path(path), (*size, 3)
+    if npz := path.suffix == ".npz":
+        x, labels = common.check_images(path, "test", common.read_npz(path, ("x_test", "y_test")))
+        if x.shape[1:] != shape:
+            raise common.UserError(f"{path}: an image of {x.shape[1:]}, not {shape}")
+        if labels.max() >= len(classes):
+            raise common.UserError(
+                f"{path}: label {labels.max()}, but the model has {len(classes)} classes"
+            )
+    else:
+        pairs = _list_others(path, classes, cinic)
+        labels = np.array([label for label, _ in pairs])
+    keep = [np.flatnonzero(labels == k) for k in np.unique(labels)]
+    if per_class is not None:
+        if (fewest := min(map(len, keep))) < per_class:
+            raise common.UserError(f"{path}: a class has {fewest} images, fewer than {per_class}")
+        rng = np.random.RandomState(seed)
+        keep = [rng.choice(k, per_class, replace=False) for k in keep]
+    keep = np.sort(np.concatenate(keep))
+    x = x[keep] if npz else _read_images("test", [pairs[i] for i in keep], path, shape)["x_test"]
+    chosen = "\n".join(str(i if npz else pairs[i][1].relative_to(path)) for i in keep)
+    digest = hashlib.sha256(chosen.encode()).hexdigest()[:12]
+    note = f"{len(keep)} images; sha256 of their list: {digest}"
+    return torch.from_numpy(x), torch.from_numpy(labels[keep]), note
+
+
+def _list_others(path, classes, cinic):
+    """[(label, file)] of the images below a folder, class by class and sorted."""
+
+    def wanted(file):  # the images of CIFAR-10 have cifar in their names
+        return file.name[0] != "." and not (cinic and "cifar" in file.name)
+
+    found = []
+    for part in ("train", "valid", "test") if cinic else ("",):
+        names, pairs = _list_classes(path / part, wanted)
+        if foreign := set(names) - set(classes):
+            raise common.UserError(
+                f"{path / part / min(foreign)}: none of the classes {', '.join(classes)}"
+            )
+        found += [(classes.index(names[k]), file) for k, file in pairs]
+    for _, file in found if cinic else ():
+        if not re.fullmatch(r"n\d{8}_\d+\.png", file.name):
+            raise common.UserError(f"{file}: neither an ImageNet name nor a CIFAR one")
+    if cinic and len({label for label, _ in found}) < len(classes):
+        raise common.UserError(f"{path}: expected folders named {', '.join(classes)}")
+    return sorted(found, key=lambda pair: pair[0])  # stable: the order within a class stays
+
+
+def load_others(args, data, x):
+    """{name: (x uint8 (M, H, W, C), labels (M,), note)} of --cinic, --ood; checks --corruptions."""
+    if "corruptions" in args.attack and args.corruptions != "generate":
+        read_corruptions(args.corruptions, len(data.classes))
+    elif "corruptions" in args.attack:
+        corrupt(x[:1], "frost", 1, frost_dir=args.frost_dir)
+    found = {}
+    for name in [name for name in ("cinic", "ood") if name in args.attack]:
+        number = args.cinic_per_class if name == "cinic" else None
+        options = {"cinic": name == "cinic", "size": tuple(x.shape[1:3])}  # the same for all seeds
+        *tensors, note = load_ood(getattr(args, name), data.classes, number, **options)
+        found[name] = *(tensor.to(x.device) for tensor in tensors), note
+    return found
+
+
+def natural(model, x, labels, others, args, done, save):
+    """The fields of a row for --attack corruptions, cinic and ood: accuracies, tables and notes.
+
+    others: of load_others; done, save: of corruption_accuracy.
+    """
+    found = {}
+    if "corruptions" in args.attack:
+        folder = None if args.corruptions == "generate" else args.corruptions
+        rest = folder, args.frost_dir, args.seed, args.batch_size, done, save
+        result = corruption_accuracy(model, x, labels, *rest)
+        found |= {k: result[k] for k in ("mean15_acc", "mean18_acc", "mean19_acc", "mca_acc")}
+        found["corruptions"] = result
+    for name, (x_other, y_other, note) in others.items():
+        with common.evaluating(model):
+            right = is_correct(model, x_other, y_other, args.batch_size)
+        found |= {f"{name}_acc": right.double().mean().item(), f"{name}_note": [note]}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
 # Models, and where an evaluation stands on the disk
 
 
@@ -537,7 +1270,7 @@ def passes(name, classes, s):
 def clean_logits(model, x, labels, batch_size=500, classes=None, name="the model"):
     """Logits (N, K) of x; an error if they are none: shape, classes, values that are not finite."""
     if x.dtype != torch.uint8 and not (x.min() >= 0 and x.max() <= 1):
-        common.fail(f"images must be in [0, 1], got {x.min():.4g} to {x.max():.4g}")
+        raise common.UserError(f"images must be in [0, 1], got {x.min():.4g} to {x.max():.4g}")
     parts = []
     for part in map(common.to_float, x.split(batch_size)):
         try:
@@ -545,16 +1278,20 @@ def clean_logits(model, x, labels, batch_size=500, classes=None, name="the model
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            common.fail(f"{name} does not take images {tuple(part.shape)}: {error}")
+            raise common.UserError(
+                f"{name} does not take images {tuple(part.shape)}: {error}"
+            ) from None
         shape = tuple(getattr(logits, "shape", [type(logits).__name__]))
         if len(shape) != 2 or shape[0] != len(part):
-            common.fail(f"{name} must return logits ({len(part)}, K), got {shape}")
+            raise common.UserError(f"{name} must return logits ({len(part)}, K), got {shape}")
         parts.append(logits.float())
     logits, wanted = torch.cat(parts), classes or max(int(labels.max()) + 1, shape[1])
     if shape[1] != wanted:
-        common.fail(f"{name} returns {shape[1]} logits, the data has {wanted} classes")
+        raise common.UserError(f"{name} returns {shape[1]} logits, the data has {wanted} classes")
     if len(bad := (~logits.isfinite().all(1)).nonzero()):
-        common.fail(f"{name}: the logits of {len(bad)} images are not finite, as of {int(bad[0])}")
+        raise common.UserError(
+            f"{name}: the logits of {len(bad)} images are not finite, as of {int(bad[0])}"
+        )
     return logits
 
 
@@ -577,18 +1314,22 @@ def open_store(path=None, flags=None):
     record = {"flags": flags, "entries": {}, "bytes": 0}
     if path is None:
         return SimpleNamespace(path=None, record=record, file=tempfile.TemporaryFile())
-    examples, (old, found) = path.with_suffix(".examples"), common.load_latest(path)
-    common.settle(path, found)
+    examples = path.with_suffix(".examples")
+    old = common.load(path) if path.exists() else {}
     if old:
         record = old
-        if not common.is_like(record, {"flags": {}, "entries": {}, "bytes": 0}) or not all(
-            key.endswith(" corruptions") or common.is_like(entry, NEW | {"place": 0})
+        if not is_like(record, {"flags": {}, "entries": {}, "bytes": 0}) or not all(
+            key.endswith(" corruptions") or is_like(entry, NEW | {"place": 0})
             for key, entry in record["entries"].items()
         ):
-            common.fail(f"{path}: not the state of an evaluation; delete it to begin again")
+            raise common.UserError(
+                f"{path}: not the state of an evaluation; delete it to begin again"
+            )
         compare_flags(path, record["flags"], flags)
         if not examples.exists() or examples.stat().st_size < record["bytes"]:
-            common.fail(f"{examples}: missing or truncated; delete {path} to begin again")
+            raise common.UserError(
+                f"{examples}: missing or truncated; delete {path} to begin again"
+            )
         print(f"goes on from {path}", flush=True)
     for torn in path.parent.glob(f".{path.name}.*.tmp"):  # a kill leaves what it was writing
         torn.unlink(missing_ok=True)
@@ -601,7 +1342,7 @@ def compare_flags(path, old, new):
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             was = f"{key}: {path} was made with {old.get(key)}, not {new.get(key)}"
-            common.fail(f"{was}; take another --json, or delete it")
+            raise common.UserError(f"{was}; take another --json, or delete it")
 
 
 def drop_state(base):
@@ -627,7 +1368,7 @@ def save_store(store):
     if store.path is not None:
         os.fsync(store.file.fileno())
         store.record["bytes"] = os.fstat(store.file.fileno()).st_size
-        common.save_next(store.path, store.record)
+        common.save(store.path, store.record)
 
 
 def read_examples(store, entry, index, like):
@@ -637,7 +1378,9 @@ def read_examples(store, entry, index, like):
         store.file.seek((entry["place"] + i) * image.nbytes)
         content = store.file.read(image.nbytes)
         if zlib.crc32(content) != entry["sums"].get(i):
-            common.fail(f"{store.path}: its examples were changed; delete it to begin again")
+            raise common.UserError(
+                f"{store.path}: its examples were changed; delete it to begin again"
+            )
         image[...] = np.frombuffer(content, np.float32).reshape(image.shape)
     return torch.from_numpy(out).to(like.device, memory_format=torch.channels_last)
 
@@ -658,7 +1401,9 @@ def run_attack(model, points, name, s, store, key):
     place = {"place": len(entries) * len(x), "seconds": {}, "sums": {}}
     entry = entries.setdefault(key, NEW | place | {"broken": right.short() - 1})
     if len(entry["broken"]) != len(x):
-        common.fail(f"{store.path}: not the state of these images; delete it to begin again")
+        raise common.UserError(
+            f"{store.path}: not the state of these images; delete it to begin again"
+        )
     s = dataclasses.replace(s, eot=20 if name == "aa-rand" else 1)
     plan, broken, seconds = passes(name, logits.shape[1], s), entry["broken"], entry["seconds"]
     fast = common.Folded(model)
@@ -678,7 +1423,7 @@ def run_attack(model, points, name, s, store, key):
             if key[:1].strip() and (sys.stdout.isatty() or done):  # of a named model
                 at = f"{attack} {serial} of {len(plan)}, image {entry['position']} of {len(alive)}"
                 at += f", {(broken == 0).double().mean():.4f} left, {seconds[attack]:,.0f} s"
-                common.print_line(f"{key}: {at}", "\n" * done)
+                common.print_line(f"{key}: {at}", live=not done)
         entry["serial"], entry["position"] = serial + 1, 0
     return entry
 
@@ -842,7 +1587,7 @@ def show(record):
     print("\n\n".join(common.table(part) for part in (main_rows, stages, points) if part))
     for row in rows:
         if result := row.get("corruptions"):
-            table = common.table(images.corruption_rows(result))
+            table = common.table(corruption_rows(result))
             print(f"\n{row['model']}: {result['note']}\n{table}")
         notes = row.get("cinic_note", []) + row.get("ood_note", [])
         for line in notes + [f"warning: {line}" for line in row["warnings"]]:
@@ -878,11 +1623,15 @@ def foreign_model(spec, weights, device):
     try:
         model = getattr(importlib.import_module(module), function)()
     except Exception as error:  # whatever the module raises
-        common.fail(f"--model {spec}: expected package.module:function ({error!r})")
+        raise common.UserError(
+            f"--model {spec}: expected package.module:function ({error!r})"
+        ) from None
     finally:
         sys.path.remove("")
     if not isinstance(model, nn.Module):
-        common.fail(f"--model {spec}: returned a {type(model).__name__}, not a torch.nn.Module")
+        raise common.UserError(
+            f"--model {spec}: returned a {type(model).__name__}, not a torch.nn.Module"
+        )
     try:
         if weights:
             if not Path(weights).is_file():  # a pipe would block
@@ -892,7 +1641,7 @@ def foreign_model(spec, weights, device):
                 state = state[key] if isinstance(state.get(key), dict) else state
             model.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
     except Exception as error:  # torch raises half a dozen types for a damaged file
-        common.fail(f"--weights {weights}: {str(error)[:200] or repr(error)}")
+        raise common.UserError(f"--weights {weights}: {str(error)[:200] or repr(error)}") from None
     return model.to(device).eval()
 
 
@@ -907,9 +1656,11 @@ def load_models(args, data, device):
     for name, model in models.items():
         with common.evaluating(model):
             if is_probabilities(clean_logits(model, *few, name)):
-                common.fail(f"{name}: returns probabilities; hand it over without its softmax")
+                raise common.UserError(
+                    f"{name}: returns probabilities; hand it over without its softmax"
+                )
     if args.ensemble:
-        models = {f"ensemble of {len(models)}": common.Ensemble([*models.values()]).eval()}
+        models = {f"ensemble of {len(models)}": Ensemble([*models.values()]).eval()}
         print("ensemble: the attacks get the logarithm of the averaged probabilities as logits")
     files = [*args.checkpoints, *filter(None, [args.weights])]
     return models, {f: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in files}
@@ -922,11 +1673,11 @@ FREE_FLAGS = {"json", "data_root", "device", "batch_size", "command", "determini
 def run(args):
     """Evaluate every model, print the tables, write the JSON; go on where a killed run stopped."""
     if missing := [path for path in args.checkpoints if not os.path.isfile(path)]:
-        common.fail(f"{missing[0]}: no such checkpoint")  # before any data are fetched
-    device = common.setup_device(args)
+        raise common.UserError(f"{missing[0]}: no such checkpoint")  # before any data are fetched
+    device = common.find_device(args.device)
     data = common.load_data(args.data, args.data_root, device, test_subset=args.n)
     x, labels = data.x_test, data.y_test
-    others = images.load_others(args, data, x)
+    others = load_others(args, data, x)
     models, digests = load_models(args, data, device)
     settings = {k: v for k, v in vars(args).items() if k in Settings.__dataclass_fields__}
     flags = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items() if k not in FREE_FLAGS}
@@ -940,14 +1691,16 @@ def run(args):
             drop_state(base)
             return show(record)
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError):  # another record
-            common.fail(f"--json: {out} is there and holds something else; take another")
+            raise common.UserError(
+                f"--json: {out} is there and holds something else; take another"
+            ) from None
     store = open_store(Path(f"{base}.state") if base else None, flags)
     for name, model in models.items():
         known = {"classes": len(data.classes), "store": store, "key": name}
         row = evaluate_all(model, x, labels, args.attack, **settings, **known)
         done = store.record["entries"].setdefault(f"{name} corruptions", {})
         rest = others, args, done, lambda done: save_store(store)
-        row = {"model": name} | row | images.natural(model, x, labels, *rest)
+        row = {"model": name} | row | natural(model, x, labels, *rest)
         if args.plot:
             row["curve"] = accuracy_curve(model, x, labels, Settings(**settings))
         rows.append(row)
@@ -972,21 +1725,9 @@ def run(args):
 
 
 def main(argv=None):
-    """`run` with these flags; when it is stopped, the last lines say how to go on."""
-    args = parse_args(argv)
-    try:
-        with common.stoppable():
-            run(args)
-    except (KeyboardInterrupt, BrokenPipeError) as stop:
-        kept = args.json or args.save_examples
-        kept = "finished batches are kept; go on" if kept else "nothing is kept; begin again"
-        print(f"\nstopped; {kept} with:\n{args.command}", file=sys.stderr)
-        raise SystemExit(common.status(stop)) from None
-    except torch.OutOfMemoryError:
-        common.fail("--batch-size: out of GPU memory; take a smaller one, the same command goes on")
-    except OSError as error:
-        common.fail(f"{error.filename or args.json}: {error.strerror or error}")
+    """`run` with these flags."""
+    run(parse_args(argv))
 
 
 if __name__ == "__main__":
-    common.start(main)
+    common.start(main, "with --json finished batches are kept; go on, or begin again, with:")
