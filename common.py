@@ -1371,16 +1371,22 @@ def run_folder(script: str, args: argparse.Namespace, data: Data):
             raise UserError("--tensorboard: not installed; pip install tensorboard") from None
     folder = Path(args.runs) / script / f"{args.name}-s{args.seed}"
     config_file, flags = folder / "config.json", run_flags(args)
-    with first_process_first():
-        config = read_json(config_file)
-        if config is None:
-            write_json(config_file, describe_run(args, data, flags))
-        else:
-            check_same_run(folder, config, flags, data)
     with locked(folder):
-        for torn in folder.glob(".*.tmp"):  # what a killed process was writing
-            torn.unlink(missing_ok=True)
+        with first_process_first():
+            delete_torn_files(folder)
+            config = read_json(config_file)
+            if config is None:
+                write_json(config_file, describe_run(args, data, flags))
+            else:
+                check_same_run(folder, config, flags, data)
         yield folder
+
+
+def delete_torn_files(folder: Path) -> None:
+    """Delete what a killed process was writing into a folder that this process has locked."""
+    if rank() == 0:
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def describe_run(args: argparse.Namespace, data: Data, flags: dict) -> dict:
@@ -1591,7 +1597,8 @@ def resume(folder: Path, stage: str, state: dict) -> list[dict]:
             part.load_state_dict(newest["state"][name])
         rows = [dict(row) for row in newest["rows"]]
         last = {"stage": rows[-1]["stage"], "epoch": rows[-1]["epoch"]}
-        if last != {"stage": stage, "epoch": len(rows)} or not is_plain(rows):
+        plain = all(is_plain(row) for row in rows)
+        if last != {"stage": stage, "epoch": len(rows)} or not plain:
             raise ValueError
     except MALFORMED:
         advice = "delete its checkpoints, and the stage begins again"
@@ -1665,14 +1672,18 @@ def save_model(path: Path, model: nn.Module, rows: list[dict] = (), **meta) -> N
 def teacher_file(args: argparse.Namespace, data: Data, recipe: dict) -> Path:
     """runs/teachers/<digest of recipe and data>/teacher.pt, whether it is there or not.
 
-    recipe: all flags on which the teacher's weights depend. recipe.json beside it holds them.
+    recipe: all flags on which the teacher's weights depend.
     """
     recipe = json.loads(json.dumps(recipe | {"data": data.fingerprint}))
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(args.runs) / "teachers" / digest
-    if not (folder / "recipe.json").exists():
-        write_json(folder / "recipe.json", recipe)
-    return folder / "teacher.pt"
+    return Path(args.runs) / "teachers" / digest / "teacher.pt"
+
+
+def write_recipe(folder: Path, data: Data, recipe: dict) -> None:
+    """Write recipe.json beside a teacher, for people: nothing reads it."""
+    path = folder / "recipe.json"
+    if not path.exists():
+        write_json(path, recipe | {"data": data.fingerprint})
 
 
 def get_teacher(args: argparse.Namespace, data: Data, recipe: dict, train):
@@ -1690,9 +1701,11 @@ def get_teacher(args: argparse.Namespace, data: Data, recipe: dict, train):
             sync()  # the first process has the lock
             there = path.exists()
             sync()  # and all processes have looked
+            delete_torn_files(path.parent)
+            write_recipe(path.parent, data, recipe)
             if not there:
                 train(path.parent)
-                delete_checkpoints(path.parent)
+            delete_checkpoints(path.parent)
     teacher, meta = load_model(path, data.x_train.device, data)
     print(f"teacher: {path}", flush=True)
     if args.compile:

@@ -628,8 +628,9 @@ def train(recipe, data, folder, stage, args, teacher=None):
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if average:
         state["average"] = average
-    if args.trajectories:
-        state["trajectories"] = trajectories = Trajectories(data, recipe.epochs)
+    trajectories = Trajectories(data, recipe.epochs) if args.trajectories else None
+    if trajectories:
+        state["trajectories"] = trajectories
     test_attack = (args.eps, step_size(args, args.eps), args.steps)  # of the held-out images
     rows = common.resume(folder, stage, state)
     for epoch in range(len(rows), recipe.epochs):
@@ -648,12 +649,12 @@ def train(recipe, data, folder, stage, args, teacher=None):
                 average.update(model)
         row = common.epoch_row(stage, epoch, model, history, began)
         rows.append(row | common.validate(trained, data, test_attack))
-        if args.trajectories:
+        if trajectories:
             trajectories.record(epoch, trained, data, test_attack)
-        common.save_epoch(folder, stage, trained, state, rows, recipe.epochs, args.tensorboard)
         every = args.teacher_save_every
         if stage == "teacher" and every and len(rows) % every == 0:
-            keep_early_stop(recipe, data, args, trained, rows)
+            keep_early_stop(recipe, data, args, trained, rows, trajectories)
+        common.save_epoch(folder, stage, trained, state, rows, recipe.epochs, args.tensorboard)
 
     meta = {"training": recipe.training}
     if collapsed(recipe, rows):
@@ -661,7 +662,7 @@ def train(recipe, data, folder, stage, args, teacher=None):
         trained.load_state_dict(best.state_dict())
         meta["epoch"] = best_meta["epoch"]
         print(f"{stage}: PGD accuracy fell by over 20 points; epoch {meta['epoch']} is kept")
-    if args.trajectories:
+    if trajectories:
         meta["trajectories"] = trajectories.until(len(rows))
     common.save_model(folder / f"{stage}.pt", trained, rows, **meta)
     return common.load_model(folder / f"{stage}.pt", data.x_train.device)
@@ -716,11 +717,17 @@ def collapsed(recipe, rows):
     return any(max(row[key] for row in rows) - rows[-1][key] > 0.2 for key in keys)
 
 
-def keep_early_stop(recipe, data, args, trained, rows):
+def keep_early_stop(recipe, data, args, trained, rows, trajectories):
     """Keep the teacher as it is now where a run with this --teacher-es looks for its teacher."""
-    early_stop = dataclasses.replace(recipe, epochs=len(rows))
-    path = common.teacher_file(args, data, dataclasses.asdict(early_stop))
-    common.save_model(path, trained, rows, training=recipe.training)
+    if len(rows) == recipe.epochs or collapsed(recipe, rows):
+        return  # the first is kept anyway; of the other, the best epoch before would be
+    early_stop = dataclasses.asdict(dataclasses.replace(recipe, epochs=len(rows)))
+    path = common.teacher_file(args, data, early_stop)
+    meta = {"training": recipe.training}
+    if trajectories:
+        meta["trajectories"] = trajectories.until(len(rows))
+    common.write_recipe(path.parent, data, early_stop)
+    common.save_model(path, trained, rows, **meta)
 
 
 class Trajectories:
