@@ -237,6 +237,25 @@ def add_evaluation_flags(parser):
     add("--ood", type=path, help="other images of the same classes: an .npz or class folders")
 
 
+def check_evaluation(args, data):
+    """A UserError if --eval or --teacher-ckpt does not go with the data, or no image is held out."""
+    if args.eval == "full" and data.x_test.shape[1:] != (32, 32, 3):
+        raise common.UserError(f"--eval full: needs colour images of 32 x 32, not {data.name}")
+    if args.teacher_seeds > 1 and args.pick_teacher == "val" and not len(data.x_val):
+        raise common.UserError("--pick-teacher val: needs held-out images, --val-size above 0")
+    if args.teacher_ckpt:
+        name = args.teacher_model if "--teacher-model" in args.given else None
+        common.load_model(args.teacher_ckpt, "cpu", data, name)
+
+
+def best_epoch(folder):
+    """{row of the summary: file} of the student's best epoch, if that is not its last; else {}."""
+    meta = common.load(folder / "student.pt")["meta"]
+    if meta["best"].get("epoch", meta["epoch"]) == meta["epoch"]:
+        return {}
+    return {"student, best on held-out images": folder / "student_best.pt"}
+
+
 def evaluate_files(args, files, folder):
     """{name: file of a saved model} -> rows of a summary: model, accuracies, epochs, seconds.
 
