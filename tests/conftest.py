@@ -1,4 +1,4 @@
-"""The programs lie one folder up; the tests import them from there. Nets and images to test with."""
+"""The programs lie one folder up and are imported from there; nets and images to test with."""
 
 import functools
 import os
