@@ -1,7 +1,8 @@
 """Fickle teacher: knowledge distillation from a teacher whose answers vary from trial to trial.
 
 Paper    "Improving generalization and robustness with noisy collaboration in knowledge
-         distillation", Arani, Sarfraz, Zonooz, 2019, arXiv 1910.05057: sections 4.1, A.2 and A.3.
+         distillation", Arani, Sarfraz, Zonooz, arXiv 1910.05057v1 (2019): sections 4.1,
+         A.2.1, A.2.2, A.3.
 Loss     (1-alpha) CE(S(x), y) + alpha tau^2 KL(T(x) || S(x))                 <- hinton_loss Eq. 2
 Methods  fickle   dropout stays active in the teacher while it teaches          <- make_fickle
          signal   z (1 + sigma N(0, 1)) instead of the teacher's logits z      <- signal_noise Eq. 5

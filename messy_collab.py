@@ -1,8 +1,8 @@
 """Messy collaboration: teacher, student or both learn from labels that are wrong at random.
 
 Paper    "Improving generalization and robustness with noisy collaboration in knowledge
-         distillation", Arani, Sarfraz, Zonooz, 2019, arXiv 1910.05057: section 4.3, Figures 6 to
-         10 and 17.
+         distillation", Arani, Sarfraz, Zonooz, arXiv 1910.05057v1 (2019): section 4.3,
+         Figures 6 to 10, 17.
 Loss     (1-alpha) CE(S(x), y') + alpha tau^2 KL(T(x) || S(x))                <- hinton_loss Eq. 2
          y' is y, or another class for a share of the images
 Methods  mc-t, mc-s, mc-ts      drawn anew for each batch, at --noise-rate    <- vary_labels

@@ -1,10 +1,12 @@
 """Robust knowledge distillation: train a robust teacher, stop it early, distil a robust student.
 
-Paper    "When does knowledge distillation improve robustness?", anonymous submission to TMLR, 2023;
-         its first version is "On the benefits of knowledge distillation for adversarial
-         robustness", Maroto, Ortiz-Jimenez, Frossard, 2022, arXiv 2203.07159. Eqs. (1) to (7).
-         x' is the adversarial example of the student on x; S and T are the probabilities of
-         student and teacher.
+Paper    "When does knowledge distillation improve robustness?", anonymous submission 1330 to TMLR
+         (2023, not accepted): equations (1) to (7), sections and tables are those of this text.
+         It is a later text of "On the benefits of knowledge distillation for adversarial
+         robustness", Maroto, Ortiz-Jimenez, Frossard, arXiv 2203.07159 (2022).
+         ARD: Goldblum et al., AAAI 2020. RSLAD: Zi et al., ICCV 2021. AT+: Rebuffi et al. 2021.
+         x' is the adversarial example of the student on x, S and T the probabilities of student
+         and teacher.
 Loss     CKD     (1-lam) CE(S(x), y) + lam KL(T(x) || S(x))          <- ckd_loss          Eq. 1
          ARD     (1-lam) CE(S(x), y) + lam KL(T(x) || S(x'))         <- ard_loss          Eq. 2
          RSLAD   (1-lam) KL(T(x) || S(x)) + lam KL(T(x) || S(x'))    <- rslad_loss        Eq. 3

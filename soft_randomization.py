@@ -1,7 +1,7 @@
 """Soft randomization: the student sees noisy images, its teacher the same images without noise.
 
 Paper    "Improving generalization and robustness with noisy collaboration in knowledge
-         distillation", Arani, Sarfraz, Zonooz, 2019, arXiv 1910.05057: section 4.2.
+         distillation", Arani, Sarfraz, Zonooz, arXiv 1910.05057v1 (2019): section 4.2.
 Loss     (1-alpha) CE(S(x'), y) + alpha tau^2 KL(T(x) || S(x'))               <- hinton_loss Eq. 1
 Methods  soft-randomization   x' = x + sigma N(0, 1) for the student          <- add_noise
          gaussian             CE(S(x'), y): the student alone, with the same noise

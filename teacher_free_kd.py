@@ -1,8 +1,10 @@
 """Distillation from a larger, a smaller, an equal and no teacher, clean and adversarially trained.
 
 Paper    "Knowledge Distillation: Current Understanding and Future Directions in an Adversarial
-         Context", Zhang, Zhuo, Kuo (Duke University), Eqs. (1) to (7). S, T: probabilities of
-         student and teacher, S_t, T_t: of logits / t; x' the student's adversarial example on x.
+         Context", Zhang, Zhuo, Kuo (Duke University), Eqs. (1) to (7). Re-KD and Tf-KD: Yuan et
+         al., CVPR 2020. Self-distillation: Zhang et al., ICCV 2019. AKD: Maroto et al. 2022, see
+         robust_kd.py. S, T: probabilities of student and teacher, S_t, T_t: of logits / t; x' the
+         student's adversarial example on x.
 Loss     plain, at          CE(S, y)                                <- plain_loss      on x, x'
          label-smoothing    CE((1-s) y + s/K, S)                    <- smoothing_loss
          vanilla, re-kd     (1-alpha) CE(S, y) + alpha t^2 KL(T_t || S_t)  <- kd_loss  Eqs. 1, 2

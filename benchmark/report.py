@@ -2,8 +2,9 @@
 
 Usage    python benchmark/report.py                       # after python benchmark/run.py
 Verdict  A rule, RULE below, which the page repeats; nothing in the page is typed by hand.
-Figures  With matplotlib, of what has been measured: all printed values against ours, and a curve
-         for each figure that varies a rate or a sigma. Without results there are none.
+Figures  With matplotlib, of what has been measured: all printed values against ours, a curve for
+         each figure that varies a rate or a sigma, the histograms of paper 1's Figure 8. Without
+         results there are none.
 """
 
 import re
@@ -13,7 +14,7 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from benchmark import run, tables
+from benchmark import robustness, run, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 BAND, ROBUST_BAND = 1.0, 0.7  # points that two trainings of one recipe may differ by
@@ -28,13 +29,15 @@ RULE = f"""\
 - **not run**: no result here yet. **-**: the paper prints no value."""
 PAPERS = {
     "paper1": "Noisy collaboration ([1910.05057](https://arxiv.org/abs/1910.05057))",
-    "paper2": "When does distillation improve robustness? "
-    "([2203.07159](https://arxiv.org/abs/2203.07159))",
+    "paper2": "On the benefits of knowledge distillation for adversarial robustness "
+    "([2203.07159](https://arxiv.org/abs/2203.07159)), in the text of its [TMLR submission]"
+    "(https://openreview.net/forum?id=e25HGDzfTu)",
     "paper3": "Distillation in an adversarial context",
 }
 VERDICTS = ["reproduced", "direction only", "not reproduced", "not run"]
 NAMES = {"clean_acc": "clean", "aa_acc": "AutoAttack", "cinic_acc": "CINIC-10", "mca_acc": "mCA"}
 NAMES |= {"others_acc": "other digits", "digit_acc": "that digit", "millions": "million weights"}
+NAMES |= {"entropy": "entropy, nats"}
 MOST = 10  # lines in the README
 MARKS = "<!-- results: begin -->", "<!-- results: end -->"
 
@@ -358,6 +361,14 @@ def draw(done, folder):
                 )
                 axis.legend(fontsize=6)
             save(figure, f"results-{table}.png")
+    shares = {}  # softmax probabilities, the mean over seeds
+    for row in tables.ROWS:
+        if "entropy" in row.printed and (ours := measured(row, "probabilities", done)):
+            shares[row.name] = [mean(bins) for bins in zip(*ours)]
+    if shares:
+        figure, axis = pyplot.subplots(figsize=(5.5, 4))
+        robustness.draw_probabilities(axis, shares)
+        save(figure, "results-paper1-figure8.png")
     return paths
 
 

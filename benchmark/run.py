@@ -52,6 +52,7 @@ GUESS = {"cpu": 2e10, "cuda": 3e13}  # multiply-adds a second of training, if no
 IMAGES = {"mnist": 60_000, "tiny-imagenet": 100_000}  # others: 50,000
 # What is asked of eval_robustness.py for a metric that a script's summary does not have
 ATTACKS = {"aa_acc": "aa", "cinic_acc": "cinic", "mca_acc": "corruptions", "clean_acc": "clean"}
+ATTACKS |= {"entropy": "calibration"}
 CINIC = "CINIC-10"  # the folder below --data
 # Files that a run needs below --data, and where they come from
 FILES = {
@@ -292,11 +293,11 @@ def read_results(folder):
 
 
 def value(record, take, metric, best=False):
-    """The metric of the row of a result that is named `take`, or `take (...)`; None without it."""
+    """A metric or histogram of a result's row that is named `take`, or `take (...)`; or None."""
     name = re.compile(rf"{re.escape(take)}(_best)?(?![\w-])")
     for row in record["rows"]:
         right = name.match(row["model"]) and ("best" in row["model"]) == best
-        if right and isinstance(row.get(metric), int | float):
+        if right and isinstance(row.get(metric), int | float | list):
             return row[metric]
         digits = {"others_acc": "without_", "digit_acc": "only_"}.get(metric)
         if right and digits and "bias" not in row["model"]:
@@ -441,6 +442,8 @@ def evaluate(folder, pairs, record, limit, args):
         for row in json.loads(out.read_text())["rows"]:
             name = "ensemble" if take == "ensemble" else Path(row["model"]).stem
             numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
+            if clean := row.get("calibration", {}).get("clean"):
+                numbers |= {key: clean[key] for key in ("entropy", "probabilities")}
             record["rows"].append({"model": name} | numbers | {"attacks": " ".join(attacks)})
     return ""
 

@@ -1,12 +1,13 @@
 """Run a script over a grid of its flags, in one process, and choose on held-out images.
 
-Usage    python benchmark/sweep.py robust_kd.py --grid alpha=0.2,0.6,1 teacher-es=2,4 -- --demo
-         python benchmark/sweep.py robust_kd.py --grid teacher-es=20,60,100 alpha=0.4,0.6,0.8,1
-         python benchmark/sweep.py robust_kd.py --grid alpha=0.4,0.8 --baseline "--loss at"
+Usage    python benchmark/sweep.py robust_kd.py --grid alpha=0.2,0.6,1 -- --demo
+         python benchmark/sweep.py robust_kd.py --grid teacher-es=9,6,3 -- --teacher-save-every 3
+         python benchmark/sweep.py robust_kd.py --grid lr=.1,.2 --baseline "--loss at --epochs 200"
          python benchmark/sweep.py robust_kd.py --grid lam=0.5,5/6,1 -- --loss ard+ --seeds 0 1
 Grid     Every combination is one call of the script's own main with the flags after `--`; data are
          read once, teachers are shared as the script does it. The same command goes on where it
-         stopped: a finished run is not run again.
+         stopped: a finished run is not run again. Early stops of one teacher: the longest first,
+         with --teacher-save-every; then no other teacher is trained.
 Table    A line for each combination: test accuracies of the last epoch, mean and deviation over
          seeds, and those on the held-out training images.
 Choice   As Table 2 of paper 2, but on the held-out images: RKD-Acc. has the highest accuracy of

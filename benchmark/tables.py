@@ -2,13 +2,15 @@
 
 Papers   paper1  noisy collaboration (arXiv 1910.05057)   fickle_teacher.py, soft_randomization.py,
                  messy_collab.py
-         paper2  robust distillation (arXiv 2203.07159)   robust_kd.py
+         paper2  "On the benefits of knowledge distillation for adversarial robustness" (arXiv
+                 2203.07159), numbered as in the submission to TMLR   robust_kd.py
          paper3  the adversarial-context paper            teacher_free_kd.py
 Usage    python benchmark/run.py --list                   # what these rows cost, what they wait for
 Values   Accuracies in percent, as printed (paper 3 prints Tables 1 and 2 as fractions); a value of
          None is drawn in a figure and printed nowhere, so there is nothing to compare it with.
          The keys are those of a run's summary: clean_acc, pgd20_acc, aa_acc (AutoAttack), mca_acc
          (19 corruptions), cinic_acc. `conditional`: among the images that are right when clean.
+         entropy (nats): mean of the softmax probabilities of the clean test images.
 Runs     A script and its flags, without seed, device and folders. Rows with the same text are one
          run. `count NET CLASSES SIZE CHANNELS` trains nothing: it counts the weights of a net.
 Turn     When a row is run: see TURNS. Later seeds of turn a have turn b.
@@ -137,8 +139,12 @@ def paper1_figures():
                 take = "teacher" if method == "teacher" else "student"
                 yield Row(t, f"{method}, r {r}", drawn(m), f"{MESSY} {method} --noise-rate {r}",
                           take=take, **five)
-    yield Row("paper1-figure8", "histograms", {},
-              reason="histograms without numbers; --eval full of the same runs draws ours")
+    for name, run in (("teacher", CLEAN_TEACHER), ("WRN-16-2 alone", ALONE), ("Hinton", HINTON)):
+        yield Row("paper1-figure8", name, drawn("entropy"), run, seeds=1,
+                  take="teacher" if name == "teacher" else "student")
+    for r in NOISE:  # the histograms are in the results, too; report.py draws them
+        yield Row("paper1-figure8", f"mc-ts, noise rate {r}", drawn("entropy"),
+                  f"{MESSY} mc-ts --noise-rate {r}", seeds=1)
     yield Row("paper1-figure9", "corruption rates", {},
               reason="the lines Teacher, WRN-16-2 and r 0 of Figure 10, drawn")
     for t, m in (("paper1-figure11", CCP), ("paper1-figure12", "mca_acc")):

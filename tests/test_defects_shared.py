@@ -3,6 +3,7 @@
 Each test failed on the code as it was when the defect was found.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -111,3 +112,67 @@ def test_the_cinic_images_are_the_same_for_every_seed(tmp_path):
         eval_robustness.main(flags.split())
         notes += re.findall(r"sha256 of their list: (\w+)", (tmp_path / f"{seed}.json").read_text())
     assert len(notes) == 3 and len(set(notes)) == 1, notes
+
+
+# ------------------------------------------------------------------------------------------------
+# Batches of several processes
+
+
+def batches_of_process(data, rank, batch_size, monkeypatch):
+    """[(x, labels, share of the images of its batch)] of one of four processes."""
+    run = SimpleNamespace(show=lambda *args, **options: None)
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "4")
+        patch.setenv("RANK", str(rank))
+        return [(x, y, run.share) for x, y in common.batches(data, batch_size, 0, 0, run)]
+
+
+@pytest.mark.parametrize("augment", ["crop", "cutout", "cutmix", "extra"])
+@pytest.mark.parametrize("batch_size", [32, 3])
+def test_any_split_of_a_batch_has_the_gradient_of_the_whole(batch_size, augment, monkeypatch):
+    data = common.load_data("shapes", train_subset=33)
+    if augment == "extra":
+        data.extra, data.extra_fraction = (data.x_test.numpy(), data.y_test), 0.6
+        data.smoothing = 0.1
+    else:
+        data.augment = augment
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+
+    def gradient(x, labels):
+        loss = F.cross_entropy(model(x), labels)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, model.parameters())])
+
+    processes = [batches_of_process(data, rank, batch_size, monkeypatch) for rank in range(4)]
+    for step, (x, labels) in enumerate(common.batches(data, batch_size, 0, 0)):
+        parts = [process[step] for process in processes]
+        shares = [share for *_, share in parts]
+        assert sum(shares) == pytest.approx(1)
+        for rank, (x_part, labels_part, share) in enumerate(parts):
+            assert len(x_part) == len(labels_part) > 0
+            assert share == len(x[rank::4]) / len(x)
+            if share:  # else it computes on some image, for nothing
+                assert torch.equal(x_part, x[rank::4])
+                assert torch.equal(labels_part, labels[rank::4])
+        together = sum(share * gradient(a, b) for a, b, share in parts)
+        assert torch.allclose(together, gradient(x, labels), atol=1e-6)
+
+
+def test_four_processes_with_too_few_images_train_as_one(tmp_path):
+    flags = "--data shapes --model mlp-16 --train-subset 33 --val-size 20 --test-subset 20"
+    flags += " --loss st --batch-size 32 --epochs 3 --augment cutmix --eval-steps 1 --lr 0.01"
+    flags += " --name run --device cpu --runs"
+    robust_kd.main([*flags.split(), f"{tmp_path}/one"])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4"]
+    command += ["--master_port", str(40000 + os.getpid() % 20000), f"{ROOT}/robust_kd.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += [*flags.split(), f"{tmp_path}/four"]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    rows, weights = [], []
+    for kind in ("one", "four"):
+        folder = tmp_path / kind / "robust_kd" / "run-s0"
+        lines = (folder / "log.jsonl").read_text().splitlines()[:-1]
+        rows.append([[json.loads(line)[key] for key in ("loss", "train_acc")] for line in lines])
+        weights.append(common.load(folder / "student.pt")["weights"])
+    assert len(rows[0]) == 3 and np.allclose(*rows, atol=1e-5), rows
+    for name, value in weights[0].items():
+        assert torch.allclose(weights[1][name], value, atol=1e-5), name
