@@ -22,6 +22,11 @@ Differs  1. Draws depend on (seed, attack, pass, image) alone; all images share 
          4. Logits that are not finite are no success; the authors' code counts them as one.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import argparse
 import contextlib
 import dataclasses
@@ -43,12 +48,13 @@ import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
-import common
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+import common
 
 VERSIONS = {
     "aa": "apgd-ce+apgd-t+fab-t+square",

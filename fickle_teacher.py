@@ -29,6 +29,11 @@ Differs  1. Momentum 0.9, weight decay 5e-4, PGD steps of 0.003: from later code
             larger softened probability, as in the caption of Figure 13 (--swap-gap absolute).
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import math
 import sys
 import time

@@ -31,6 +31,11 @@ Differs  1. Momentum 0.9, weight decay 5e-4, PGD steps of 0.003: from later code
          6. Held-out and test images keep their labels. Exactly round(rate N) labels are corrupted.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import dataclasses
 import math
 import sys

@@ -37,6 +37,11 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
          7. AT+: docs/robust_kd.md says which settings of Rebuffi et al. and Wang et al. it takes.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import copy
 import dataclasses
 import math

@@ -24,6 +24,11 @@ Differs  1. Momentum 0.9, weight decay 5e-4, PGD steps of 0.003: from later code
             [0, 1], as in Eq. 1 (--clip: it may not). The teacher sees the same crop and flip.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import math
 import sys
 import time

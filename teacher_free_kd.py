@@ -42,6 +42,11 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
             hint is the L2 distance of the pooled features, in the mean over the batch; no t^2.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import argparse
 import copy
 import dataclasses
