@@ -63,7 +63,7 @@ FLAG_METHODS = {
 STANDARD_EPOCHS = 200
 STANDARD_MILESTONES = [60, 120, 150]
 # The student of a fickle teacher learns for longer, by the teacher's dropout: section A.3
-LONGER_SCHEDULES = [  # largest dropout, epochs, milestones
+STUDENT_SCHEDULES = [  # largest dropout, epochs, milestones
     (0.0, STANDARD_EPOCHS, STANDARD_MILESTONES),
     (0.2, 250, [75, 150, 200]),
     (0.3, 300, [90, 180, 240]),
@@ -175,8 +175,10 @@ def parse_args(argv=None):
         if flag in args.given and args.method not in methods and not args.demo:
             parser.error(f"{flag}: has no effect with --method {args.method}; leave it out")
     common.check_model("--teacher-model", args.teacher_model, dropout=teacher_dropout(args))
-    if args.method == "teacher" and args.teacher_seeds > 1:
+    if args.teacher_seeds > 1 and args.method == "teacher":
         parser.error("--teacher-seeds: --method teacher trains one, that of --seed; leave it out")
+    if args.teacher_seeds > 1 and args.teacher_ckpt:
+        parser.error("--teacher-seeds: has no effect with --teacher-ckpt; leave it out")
     return args
 
 
@@ -260,17 +262,17 @@ def stretch(milestones, standard_epochs, epochs):
 def student_schedule(args):
     """-> (epochs, milestones) of the student: longer for fickle, by the teacher's dropout."""
     dropout = teacher_dropout(args) if args.method == "fickle" else 0.0
-    schedules = [schedule for schedule in LONGER_SCHEDULES if dropout <= schedule[0]]
-    _, standard_epochs, standard_milestones = schedules[0]
-    epochs = args.epochs or standard_epochs
-    return epochs, args.milestones or stretch(standard_milestones, standard_epochs, epochs)
+    for largest_dropout, standard_epochs, standard_milestones in STUDENT_SCHEDULES:
+        if dropout <= largest_dropout:
+            epochs = args.epochs or standard_epochs
+            return epochs, args.milestones or stretch(standard_milestones, standard_epochs, epochs)
 
 
 def train(model, data, folder, stage, args, seed, epochs, milestones, teacher=None):
     """Train `model` and write it to folder/<stage>.pt.
 
-    teacher: in eval mode with frozen weights, or None: from labels alone. By --method its dropout
-    is active, or its logits are changed. After an interruption the same call goes on.
+    teacher: in eval mode with frozen weights, or None: from labels alone. By --method it answers
+    with active dropout, or its logits are changed. After an interruption the same call goes on.
     """
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -280,22 +282,28 @@ def train(model, data, folder, stage, args, seed, epochs, milestones, teacher=No
         fused=True,
     )
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, args.gamma)
-    if teacher is not None and args.method == "fickle":
-        make_fickle(teacher, args.teacher_mode)
-    swap = (args.swap, args.swap_probability, args.swap_threshold, args.swap_gap)
 
     def step(x, labels):
         """One batch up to the gradients of the weights -> metrics."""
-        with torch.autocast("cuda", torch.bfloat16, args.autocast):
+        with torch.autocast("cuda", torch.bfloat16, args.autocast, cache_enabled=False):
             student_logits = model(x)
             if teacher is None:
                 loss = F.cross_entropy(student_logits, labels)
             else:
+                if args.method == "fickle":
+                    make_fickle(teacher, args.teacher_mode)
                 teacher_logits = teacher(x)
                 if args.method == "signal":
                     teacher_logits = signal_noise(teacher_logits, args.sigma, args.noise_per)
                 elif args.method == "swap":
-                    teacher_logits = swap_logits(teacher_logits, args.temperature, *swap)
+                    teacher_logits = swap_logits(
+                        teacher_logits,
+                        args.temperature,
+                        args.swap,
+                        args.swap_probability,
+                        args.swap_threshold,
+                        args.swap_gap,
+                    )
                 loss = hinton_loss(
                     student_logits, teacher_logits, labels, args.alpha, args.temperature
                 )
@@ -349,41 +357,47 @@ def teacher_recipe(args, seed):
     return recipe
 
 
-def get_teacher(args, data):
-    """-> (teacher in eval mode with frozen weights, its file).
+def get_teacher(args, data, seed):
+    """-> (the teacher of a seed, in eval mode with frozen weights; its file)."""
+    recipe = teacher_recipe(args, seed)
 
-    The most accurate of the teachers of seeds 0 to --teacher-seeds - 1, by --pick-teacher; the same
-    for all students. --method teacher is about the teacher of --seed.
+    def train_teacher(folder):
+        dropout = teacher_dropout(args)
+        model = common.new_model(data, args.teacher_model, seed, "teacher", dropout=dropout)
+        train(model, data, folder, "teacher", args, seed, recipe["epochs"], recipe["milestones"])
+
+    teacher, _, path = common.get_teacher(args, data, recipe, train_teacher)
+    return teacher, path
+
+
+def choose_teacher(args, data):
+    """-> (the most accurate of the teachers of seeds 0 to --teacher-seeds - 1; its file).
+
+    By --pick-teacher; the same one for all students. --method teacher is about that of --seed.
     """
-    seeds = [args.seed] if args.method == "teacher" else list(range(args.teacher_seeds))
+    if args.method == "teacher":
+        return get_teacher(args, data, args.seed)
+    if args.teacher_seeds == 1:
+        return get_teacher(args, data, 0)
     x, labels = data.x_val, data.y_val
     if args.pick_teacher == "test":
         x, labels = data.x_test, data.y_test
-    best_accuracy = -1.0
-    for seed in seeds:
-        recipe = teacher_recipe(args, seed)
-
-        def train_teacher(folder, recipe=recipe, seed=seed):
-            dropout = teacher_dropout(args)
-            model = common.new_model(data, args.teacher_model, seed, "teacher", dropout=dropout)
-            schedule = (recipe["epochs"], recipe["milestones"])
-            train(model, data, folder, "teacher", args, seed, *schedule)
-
-        teacher, _, path = common.get_teacher(args, data, recipe, train_teacher)
-        if len(seeds) == 1:
-            return teacher, path
-        accuracy = common.accuracy(common.predict(teacher, x), labels)
+    best, best_accuracy = None, -1.0
+    for seed in range(args.teacher_seeds):
+        teacher, path = get_teacher(args, data, seed)
+        accuracy = eval_robustness.evaluate(teacher, x, labels, ["clean"])["clean_acc"]
         print(f"teacher of seed {seed}: {args.pick_teacher} accuracy {accuracy:.4f}", flush=True)
         if accuracy > best_accuracy:
-            best_accuracy, best = accuracy, (teacher, path)
+            best, best_accuracy = (teacher, path), accuracy
     return best
 
 
 def main(argv=None):
     """For each seed: data, teacher, student, evaluation of both, one table."""
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    if args.demo and args.method in ("fickle", "signal", "swap"):
-        main([*(argv or sys.argv[1:]), "--method", "hinton"])  # to compare
+    if args.demo and args.method not in ("hinton", "teacher", "student"):
+        main([*argv, "--method", "hinton"])  # to compare
     return common.run_seeds("fickle_teacher", args, train_and_evaluate, prepare)
 
 
@@ -402,7 +416,7 @@ def train_and_evaluate(args, data, folder):
     """One seed: train what is missing, evaluate both nets -> the rows of the summary."""
     files, teacher = {}, None
     if args.method in TAUGHT or args.method == "teacher":
-        teacher, files["teacher"] = get_teacher(args, data)
+        teacher, files["teacher"] = choose_teacher(args, data)
     if args.method != "teacher":
         model = common.new_model(data, args.model, args.seed, "student")
         epochs, milestones = student_schedule(args)

@@ -154,8 +154,10 @@ def parse_args(argv=None):
         parser.error(f"--noise-rate: has no effect with --method {args.method}; leave it out")
     if args.labels_file and args.corruption_rate is not None:
         parser.error("--corruption-rate: the labels of --labels-file are drawn; leave it out")
-    if args.method == "teacher" and args.teacher_seeds > 1:
+    if args.teacher_seeds > 1 and args.method == "teacher":
         parser.error("--teacher-seeds: --method teacher trains one, that of --seed; leave it out")
+    if args.teacher_seeds > 1 and args.teacher_ckpt:
+        parser.error("--teacher-seeds: has no effect with --teacher-ckpt; leave it out")
     return args
 
 
@@ -247,6 +249,24 @@ def read_labels(path, data):
     return labels.to(data.y_train.device)
 
 
+def keep_labels(args, data, folder):
+    """Write the corrupted labels, if there are any, to folder/labels.pt, for --labels-file.
+
+    A UserError if the file is there and holds other labels than this command has.
+    """
+    labels = labels_of(args, data, "teacher")
+    if args.method in NOT_CORRUPTED["teacher"]:
+        labels = labels_of(args, data, "student")
+    if labels is data.y_train:
+        return
+    file = folder / "labels.pt"
+    if file.exists() and not torch.equal(read_labels(file, data), labels):
+        raise common.UserError(f"{file}: this command has other labels; take another --name")
+    common.save(file, {"labels": labels.cpu(), "fingerprint": data.fingerprint})
+    wrong = int((labels != data.y_train).sum())
+    print(f"{wrong:,} of {len(labels):,} labels are wrong: {file}", flush=True)
+
+
 # ------------------------------------------------------------------------------------------------
 # Training
 
@@ -278,7 +298,7 @@ def train(model, data, folder, stage, args, seed, epochs, milestones, teacher=No
         """One batch up to the gradients of the weights -> metrics."""
         if rate > 0:
             labels = vary_labels(labels, rate, len(data.classes), args.label_draw)
-        with torch.autocast("cuda", torch.bfloat16, args.autocast):
+        with torch.autocast("cuda", torch.bfloat16, args.autocast, cache_enabled=False):
             student_logits = model(x)
             if teacher is None:
                 loss = F.cross_entropy(student_logits, labels)
@@ -341,40 +361,46 @@ def teacher_recipe(args, data, seed):
     return recipe
 
 
-def get_teacher(args, data):
-    """-> (teacher in eval mode with frozen weights, its file).
+def get_teacher(args, data, seed):
+    """-> (the teacher of a seed, in eval mode with frozen weights; its file)."""
+    recipe = teacher_recipe(args, data, seed)
 
-    The most accurate of the teachers of seeds 0 to --teacher-seeds - 1, by --pick-teacher; the same
-    for all students. --method teacher is about the teacher of --seed.
+    def train_teacher(folder):
+        model = common.new_model(data, args.teacher_model, seed, "teacher")
+        train(model, data, folder, "teacher", args, seed, recipe["epochs"], recipe["milestones"])
+
+    teacher, _, path = common.get_teacher(args, data, recipe, train_teacher)
+    return teacher, path
+
+
+def choose_teacher(args, data):
+    """-> (the most accurate of the teachers of seeds 0 to --teacher-seeds - 1; its file).
+
+    By --pick-teacher; the same one for all students. --method teacher is about that of --seed.
     """
-    seeds = [args.seed] if args.method == "teacher" else list(range(args.teacher_seeds))
+    if args.method == "teacher":
+        return get_teacher(args, data, args.seed)
+    if args.teacher_seeds == 1:
+        return get_teacher(args, data, 0)
     x, labels = data.x_val, data.y_val
     if args.pick_teacher == "test":
         x, labels = data.x_test, data.y_test
-    best_accuracy = -1.0
-    for seed in seeds:
-        recipe = teacher_recipe(args, data, seed)
-
-        def train_teacher(folder, recipe=recipe, seed=seed):
-            model = common.new_model(data, args.teacher_model, seed, "teacher")
-            schedule = (recipe["epochs"], recipe["milestones"])
-            train(model, data, folder, "teacher", args, seed, *schedule)
-
-        teacher, _, path = common.get_teacher(args, data, recipe, train_teacher)
-        if len(seeds) == 1:
-            return teacher, path
-        accuracy = common.accuracy(common.predict(teacher, x), labels)
+    best, best_accuracy = None, -1.0
+    for seed in range(args.teacher_seeds):
+        teacher, path = get_teacher(args, data, seed)
+        accuracy = eval_robustness.evaluate(teacher, x, labels, ["clean"])["clean_acc"]
         print(f"teacher of seed {seed}: {args.pick_teacher} accuracy {accuracy:.4f}", flush=True)
         if accuracy > best_accuracy:
-            best_accuracy, best = accuracy, (teacher, path)
+            best, best_accuracy = (teacher, path), accuracy
     return best
 
 
 def main(argv=None):
     """For each seed: data, teacher, student, evaluation of both, one table."""
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     if args.demo and args.method not in ("hinton", "teacher", "student"):
-        main([*(argv or sys.argv[1:]), "--method", "hinton"])  # to compare
+        main([*argv, "--method", "hinton"])  # to compare
     return common.run_seeds("messy_collab", args, train_and_evaluate, prepare)
 
 
@@ -388,15 +414,9 @@ def prepare(args, data):
 def train_and_evaluate(args, data, folder):
     """One seed: train what is missing, evaluate both nets -> the rows of the summary."""
     files, teacher = {}, None
-    for labels in (labels_of(args, data, "teacher"), labels_of(args, data, "student")):
-        if labels is not data.y_train:
-            file = folder / "labels.pt"
-            common.save(file, {"labels": labels.cpu(), "fingerprint": data.fingerprint})
-            wrong = int((labels != data.y_train).sum())
-            print(f"{wrong:,} of {len(labels):,} labels are wrong: {file}", flush=True)
-            break  # teacher and student have the same wrong ones
+    keep_labels(args, data, folder)
     if args.method in TAUGHT or args.method == "teacher":
-        teacher, files["teacher"] = get_teacher(args, data)
+        teacher, files["teacher"] = choose_teacher(args, data)
     if args.method != "teacher":
         model = common.new_model(data, args.model, args.seed, "student")
         milestones = args.milestones

@@ -120,8 +120,10 @@ def parse_args(argv=None):
     for flag in ("--sigma", "--clip"):
         if flag in args.given and args.method not in NOISY and not args.demo:
             parser.error(f"{flag}: has no effect with --method {args.method}; leave it out")
-    if args.method == "teacher" and args.teacher_seeds > 1:
+    if args.teacher_seeds > 1 and args.method == "teacher":
         parser.error("--teacher-seeds: --method teacher trains one, that of --seed; leave it out")
+    if args.teacher_seeds > 1 and args.teacher_ckpt:
+        parser.error("--teacher-seeds: has no effect with --teacher-ckpt; leave it out")
     return args
 
 
@@ -180,7 +182,7 @@ def train(model, data, folder, stage, args, seed, epochs, milestones, teacher=No
 
     def step(x, labels):
         """One batch up to the gradients of the weights -> metrics."""
-        with torch.autocast("cuda", torch.bfloat16, args.autocast):
+        with torch.autocast("cuda", torch.bfloat16, args.autocast, cache_enabled=False):
             student_logits = model(add_noise(x, args.sigma, args.clip) if noisy else x)
             if teacher is None:
                 loss = F.cross_entropy(student_logits, labels)
@@ -236,40 +238,46 @@ def teacher_recipe(args, seed):
     }
 
 
-def get_teacher(args, data):
-    """-> (teacher in eval mode with frozen weights, its file).
+def get_teacher(args, data, seed):
+    """-> (the teacher of a seed, in eval mode with frozen weights; its file)."""
+    recipe = teacher_recipe(args, seed)
 
-    The most accurate of the teachers of seeds 0 to --teacher-seeds - 1, by --pick-teacher; the same
-    for all students. --method teacher is about the teacher of --seed.
+    def train_teacher(folder):
+        model = common.new_model(data, args.teacher_model, seed, "teacher")
+        train(model, data, folder, "teacher", args, seed, recipe["epochs"], recipe["milestones"])
+
+    teacher, _, path = common.get_teacher(args, data, recipe, train_teacher)
+    return teacher, path
+
+
+def choose_teacher(args, data):
+    """-> (the most accurate of the teachers of seeds 0 to --teacher-seeds - 1; its file).
+
+    By --pick-teacher; the same one for all students. --method teacher is about that of --seed.
     """
-    seeds = [args.seed] if args.method == "teacher" else list(range(args.teacher_seeds))
+    if args.method == "teacher":
+        return get_teacher(args, data, args.seed)
+    if args.teacher_seeds == 1:
+        return get_teacher(args, data, 0)
     x, labels = data.x_val, data.y_val
     if args.pick_teacher == "test":
         x, labels = data.x_test, data.y_test
-    best_accuracy = -1.0
-    for seed in seeds:
-        recipe = teacher_recipe(args, seed)
-
-        def train_teacher(folder, recipe=recipe, seed=seed):
-            model = common.new_model(data, args.teacher_model, seed, "teacher")
-            schedule = (recipe["epochs"], recipe["milestones"])
-            train(model, data, folder, "teacher", args, seed, *schedule)
-
-        teacher, _, path = common.get_teacher(args, data, recipe, train_teacher)
-        if len(seeds) == 1:
-            return teacher, path
-        accuracy = common.accuracy(common.predict(teacher, x), labels)
+    best, best_accuracy = None, -1.0
+    for seed in range(args.teacher_seeds):
+        teacher, path = get_teacher(args, data, seed)
+        accuracy = eval_robustness.evaluate(teacher, x, labels, ["clean"])["clean_acc"]
         print(f"teacher of seed {seed}: {args.pick_teacher} accuracy {accuracy:.4f}", flush=True)
         if accuracy > best_accuracy:
-            best_accuracy, best = accuracy, (teacher, path)
+            best, best_accuracy = (teacher, path), accuracy
     return best
 
 
 def main(argv=None):
     """For each seed: data, teacher, student, evaluation of both, one table."""
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    if args.demo and args.method in NOISY:
-        main([*(argv or sys.argv[1:]), "--method", "hinton"])  # to compare
+    if args.demo and args.method not in ("hinton", "teacher", "student"):
+        main([*argv, "--method", "hinton"])  # to compare
     return common.run_seeds("soft_randomization", args, train_and_evaluate, prepare)
 
 
@@ -282,7 +290,7 @@ def train_and_evaluate(args, data, folder):
     """One seed: train what is missing, evaluate both nets -> the rows of the summary."""
     files, teacher = {}, None
     if args.method in TAUGHT or args.method == "teacher":
-        teacher, files["teacher"] = get_teacher(args, data)
+        teacher, files["teacher"] = choose_teacher(args, data)
     if args.method != "teacher":
         model = common.new_model(data, args.model, args.seed, "student")
         milestones = args.milestones
