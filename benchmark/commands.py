@@ -12,7 +12,7 @@ class CommandParser(common.Parser):
 
     def __init__(self, doc: str, prog: str, **options):
         super().__init__(doc)
-        self.prog = prog
+        self.usage = prog.replace(" [flags]", "") + " [flags]"
 
 
 def add_commands(parser: common.Parser, name: str):
