@@ -53,6 +53,7 @@ def computing(precision, device):
     cast = torch.autocast(device.type, torch.bfloat16, **bf16)
     with common.convolutions(precision == "tf32"), cast:
         torch.backends.cudnn.benchmark = True  # put back like the rest
+        common.set_matmul_tf32(precision == "tf32")
         yield
 
 

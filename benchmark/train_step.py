@@ -4,8 +4,9 @@ Usage    python benchmark/train_step.py                          # WRN-10-1, bat
          python benchmark/train_step.py --model resnet18 --device cuda --batch-size 128
          python benchmark/train_step.py --job distillation --model wrn-16-2 --teacher-model wrn-40-2
          python benchmark/train_step.py --ladder --loss akd+ --model resnet18 --device cuda
-Plain    what most published code does: DataLoader with torchvision transforms, float32, NCHW, the
-         attack by loss.backward(), which also makes the gradients of all weights in every step.
+Plain    what most published code does: DataLoader with torchvision transforms, float32 (on CUDA
+         with TF32 convolutions, PyTorch's default), NCHW, the attack by loss.backward(), which
+         also makes the gradients of all weights in every step.
 Ours     data on the device, one gather a batch, channels_last (and bf16 on CUDA), the gradient of
          the input alone in the attack. The loss, the attack and the update are the same.
 Both     live in one process and are timed in turn, a few steps each; medians and quartiles. Before

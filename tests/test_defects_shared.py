@@ -176,3 +176,64 @@ def test_four_processes_with_too_few_images_train_as_one(tmp_path):
     assert len(rows[0]) == 3 and np.allclose(*rows, atol=1e-5), rows
     for name, value in weights[0].items():
         assert torch.allclose(weights[1][name], value, atol=1e-5), name
+
+
+# ------------------------------------------------------------------------------------------------
+# Precision
+
+
+def tf32():
+    """(convolutions in TF32, matrix products in TF32), by PyTorch's new and old switches."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    return cudnn.conv.fp32_precision == "tf32", matmul.fp32_precision == "tf32"
+
+
+@pytest.fixture
+def precisions(monkeypatch):
+    """{whether the net was in training mode: the tf32() of its forward passes}, as sets."""
+    found, forward = {True: set(), False: set()}, common.ConvNet.forward
+
+    def watched(net, x):
+        found[net.training].add(tf32())
+        return forward(net, x)
+
+    monkeypatch.setattr(common.ConvNet, "forward", watched)
+    monkeypatch.setattr(common, "macs", lambda *args: 0)  # it counts, whatever the precision
+    torch.backends.cudnn.allow_tf32 = True  # PyTorch's defaults
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield found
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
+def test_a_precision_of_training_is_what_its_name_says(precision, precisions, tmp_path):
+    flags = f"{SMALL} --loss st --model wrn-10-1 --eval-steps 1 --runs {tmp_path}"
+    robust_kd.main([*flags.split(), "--precision", precision])
+    allowed = precision == "tf32"
+    assert precisions == {True: {(allowed, allowed)}, False: {(False, False)}}
+    # torch.compile reads the old switches and refuses those that contradict the new ones
+    assert torch.backends.cudnn.allow_tf32 is allowed
+    assert torch.backends.cuda.matmul.allow_tf32 is allowed
+
+
+def test_every_accuracy_of_the_exits_is_in_strict_float32(precisions, tmp_path, monkeypatch):
+    seen, forward = set(), teacher_free_kd.Exits.forward
+
+    def watched(exits, net, x, only=None):
+        if not exits.training:
+            seen.add((*tf32(), net.training))
+        return forward(exits, net, x, only)
+
+    monkeypatch.setattr(teacher_free_kd.Exits, "forward", watched)
+    flags = f"{SMALL} --method self-distillation --model wrn-10-1 --runs {tmp_path}"
+    teacher_free_kd.main([*flags.split(), "--precision", "tf32"])
+    assert seen == {(False, False, False)}
+
+
+def test_accuracies_with_and_without_a_digit_are_in_strict_float32(precisions, tmp_path):
+    saved_shapes(tmp_path / "mnist.npz")
+    flags = f"--method plain --data mnist --data-root {tmp_path} --val-size 8 --model wrn-10-1"
+    flags += f" --omit-digit 3 --bias-correction --epochs 1 --runs {tmp_path} --precision tf32"
+    teacher_free_kd.main(flags.split())
+    assert precisions == {True: {(True, True)}, False: {(False, False)}}
