@@ -237,14 +237,38 @@ def setup_training(args: argparse.Namespace) -> torch.device:
         atexit.register(dist.destroy_process_group)
     # the three precisions of training on CUDA; what is not training is always strict float32
     args.autocast = device.type == "cuda" and args.precision == "bf16"
-    torch.backends.cudnn.conv.fp32_precision = "ieee" if args.precision == "fp32" else "tf32"
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if args.precision == "tf32" else "ieee"
+    set_precision(args.precision)
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if args.deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(args.deterministic)  # its import takes seconds
     return device
+
+
+def set_precision(precision: str) -> None:
+    """What float32 is on CUDA: with "tf32" convolutions and matrix products have 10 bits of mantissa.
+
+    With "fp32", and in what "bf16" autocast leaves in float32, they are those of IEEE float32. Set
+    by operation, since a model from elsewhere may have set torch.backends.fp32_precision, and by
+    PyTorch's old switches too: torch.compile of some versions refuses a contradiction.
+    """
+    tf32 = precision == "tf32"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions call the old switches deprecated
+        torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+    torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
+    set_matmul_tf32(tf32)
+
+
+def set_matmul_tf32(allowed: bool) -> None:
+    """Whether matrix products of float32 on CUDA are in TF32."""
+    if (torch.backends.cuda.matmul.fp32_precision == "tf32") == allowed:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.backends.cuda.matmul.allow_tf32 = allowed  # the old switch sets the new one
 
 
 def world() -> int:
@@ -977,19 +1001,18 @@ def convolutions(tf32: bool):
     drops broken images has hundreds of sizes. The precision is set by operation, since a model from
     elsewhere may have set torch.backends.fp32_precision.
     """
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    operations = (cudnn.conv, cudnn.rnn, matmul)
-    before = [operation.fp32_precision for operation in operations]
-    benchmark = cudnn.benchmark
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark
+    matmul_before = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+    cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
     cudnn.benchmark = False
-    for operation in operations:
-        operation.fp32_precision = "tf32" if tf32 and operation is not matmul else "ieee"
+    set_matmul_tf32(False)
     try:
         yield
     finally:
-        cudnn.benchmark = benchmark
-        for operation, precision in zip(operations, before):
-            operation.fp32_precision = precision
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark = before
+        set_matmul_tf32(matmul_before)
 
 
 @contextlib.contextmanager
