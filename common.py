@@ -247,7 +247,7 @@ def setup_training(args: argparse.Namespace) -> torch.device:
 
 
 def set_precision(precision: str) -> None:
-    """What float32 is on CUDA: with "tf32" convolutions and matrix products have 10 bits of mantissa.
+    """What float32 is on CUDA: with "tf32" convolutions and matrix products have 10 bits.
 
     With "fp32", and in what "bf16" autocast leaves in float32, they are those of IEEE float32. Set
     by operation, since a model from elsewhere may have set torch.backends.fp32_precision, and by
