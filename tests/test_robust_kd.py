@@ -523,7 +523,6 @@ def test_variants_run_and_end_in_finite_numbers(variant, tmp_path):
 def test_a_short_standard_training_beats_chance_and_pgd_hurts_it(tmp_path):
     flags = "--model wrn-10-1 --loss st --train-subset 600 --test-subset 100 --val-size 0 "
     (row,) = run(tmp_path, flags + "--epochs 4 --batch-size 16 --lr 0.1 --eval-steps 5")
-    print(row)
     assert row["clean_acc"] > 0.5 and row["pgd5_acc"] < row["clean_acc"] - 0.25
 
 
