@@ -367,7 +367,7 @@ def check_flags(args, error):
 
 def attack_name(text):
     """The `type=` of --eval-attack: `clean` or the name of an attack of eval_robustness.py."""
-    if text in {*eval_robustness.POINTS} - {"clean"}:
+    if text in eval_robustness.NOT_ATTACKS and text != "clean":
         raise argparse.ArgumentTypeError(f"expected clean, pgdN, aa, ..., got {text!r}")
     return eval_robustness.attack_name(text)
 
@@ -572,10 +572,11 @@ def exit_rows(net, exit_weights, data):
     cost_of_all_exits = macs(exits, data)
     rows = []
     for name, exit_logits in logits.items():
+        right = exit_logits.argmax(1) == data.y_test
         row = {
             "model": name,
             "macs": cost.get(name, cost_of_all_exits),
-            "clean_acc": common.accuracy(exit_logits, data.y_test),
+            "clean_acc": right.double().mean().item(),
         }
         rows.append(row)
     return rows
@@ -642,15 +643,13 @@ class Gradients(nn.Module):
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
         self.weights = {}  # name of the layer -> its weight
         for i, stage in enumerate(getattr(model, "stages", [model]), 1):
-            number = 0
-            for name, weight in stage.named_parameters():
-                if weight.dim() == 1:
-                    continue  # a bias, or of a BatchNorm
+            weights = {n: p for n, p in stage.named_parameters() if p.dim() > 1}  # without biases
+            straight = [weight for name, weight in weights.items() if "shortcut" not in name]
+            for number, weight in enumerate(straight, 1):
+                self.weights[f"{i}.{number}"] = weight
+            for name, weight in weights.items():
                 if "shortcut" in name:
                     self.weights[f"{i}.shortcut"] = weight
-                else:
-                    number += 1
-                    self.weights[f"{i}.{number}"] = weight
         device = next(model.parameters()).device
         self.register_buffer("means", torch.zeros(len(epochs), len(self.weights), device=device))
 
@@ -1003,11 +1002,10 @@ def evaluate(name, net, meta, data, args):
         net, data.x_test, data.y_test, args.eval_attack, eps=args.eps, seed=args.seed
     )
     if args.omit_digit is not None:
-        logits = common.predict(net, data.x_test)
-        shown = data.y_test == args.omit_digit
-        others_acc = common.accuracy(logits[~shown], data.y_test[~shown])
-        row[f"without_{args.omit_digit}_acc"] = others_acc
-        row[f"only_{args.omit_digit}_acc"] = common.accuracy(logits[shown], data.y_test[shown])
+        right = common.predict(net, data.x_test).argmax(1) == data.y_test
+        shows_digit = data.y_test == args.omit_digit
+        row[f"without_{args.omit_digit}_acc"] = right[~shows_digit].double().mean().item()
+        row[f"only_{args.omit_digit}_acc"] = right[shows_digit].double().mean().item()
     return row | {"epochs": meta.get("epoch"), "seconds": meta.get("seconds")}
 
 
