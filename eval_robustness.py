@@ -1575,6 +1575,11 @@ def load_models(args, data, device):
     return models, checksums
 
 
+def short_name(name):
+    """The last folder and the file of a path; another name stays as it is."""
+    return "/".join(Path(name).parts[-2:])
+
+
 def warn_of_other_data(path, name):
     """A line on stderr for a checkpoint whose run, by its config.json, had not --data `name`."""
     config = Path(path).parent / "config.json"
@@ -1822,7 +1827,7 @@ def run_attack(model, images, name, settings, state=None, model_name=""):
             state.save()
             left = (broken_by == 0).double().mean()
             done = f"pass {number} of {len(plan)}, image {progress.images_done} of {len(alive)}"
-            text = f"{model_name}: {attack}, {done}, {left:.4f} left, {seconds:,.0f} s"
+            text = f"{short_name(model_name)}: {attack}, {done}, {left:.4f} left, {seconds:,.0f} s"
             if model_name:
                 common.print_line(text, live=True)
         progress.passes_done, progress.images_done = number, 0
@@ -2219,7 +2224,7 @@ def format_record(record):
     lines = [f"{record['data']}, {record['n']} test images, {attack}, float32"]
     models, stages, calibrations = [], [], []
     for row in record["rows"]:
-        name = "/".join(Path(row["model"]).parts[-2:])
+        name = short_name(row["model"])
         models.append({k: v for k, v in row.items() if not isinstance(v, list | dict)})
         for version, report in row["reports"].items():
             largest = f"{report['max_perturbation']:.7f}"
@@ -2248,7 +2253,7 @@ def plot(path, record):
     """
     from matplotlib.figure import Figure
 
-    rows = {"/".join(Path(row["model"]).parts[-2:])[-36:]: row for row in record["rows"]}
+    rows = {short_name(row["model"])[-36:]: row for row in record["rows"]}
     calibrated = {name: row["calibration"] for name, row in rows.items() if "calibration" in row}
     corrupted = {name: row["corruptions"] for name, row in rows.items() if "corruptions" in row}
     panels = 1 + (2 if calibrated else 0) + len(corrupted)
