@@ -1539,7 +1539,8 @@ def epoch_row(stage: str, epoch: int, model: nn.Module, history: list, began: fl
     steps = steps.cpu()
     seconds = time.monotonic() - began
     finite = steps[:, 0].isfinite().tolist()
-    weights_finite = all(v.isfinite().all() for v in model.state_dict().values())
+    # one wait for the device, not one for each tensor
+    weights_finite = torch.stack([v.isfinite().all() for v in model.state_dict().values()]).all()
     if not all(finite) or not weights_finite:
         step = finite.index(False) + 1 if not all(finite) else len(steps)
         flag = "--lr" if stage.startswith("student") else "--teacher-lr (or --lr)"
