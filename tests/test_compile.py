@@ -73,11 +73,24 @@ def test_a_compiled_attack_makes_no_gradient_of_weights(compiled):
     assert [True, True, False] in masks and net.fc.weight.grad is not None
 
 
-def test_what_torch_compile_cannot_do_is_one_line(monkeypatch, tmp_path, refused):
+def test_what_torch_compile_cannot_do_is_one_line(monkeypatch, tmp_path, ended):
     def backend(graph, inputs):
         raise RuntimeError("no compiler")
 
     real = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda net, **_: real(net, backend=backend))
-    error = refused(robust_kd.main, f"{SMALL} --loss st --runs {tmp_path} --compile".split())
-    assert "--compile" in error and "no compiler" in error and "goes on without it" in error
+    flags = f"{SMALL} --loss st --runs {tmp_path} --compile".split()
+    status, error = ended(lambda: robust_kd.main(flags))
+    assert status == 2 and error.startswith("error: --compile") and error.count("\n") == 1
+    assert "no compiler" in error and "goes on without --compile" in error
+
+
+def test_more_variants_than_pytorch_allows_by_default_are_all_compiled(compiled):
+    sizes, _ = compiled
+    for _ in range(6):  # student, teacher, ...: nets of one class share one code object
+        net = common.build_model("wrn-10-1")
+        common.compile_model(net)
+        for training in (True, False):
+            with torch.no_grad():
+                net.train(training)(torch.rand(4, *IMAGE))
+    assert len([size for size in sizes if size]) >= 12

@@ -11,7 +11,6 @@ import common
 import eval_robustness as ev
 import fickle_teacher
 import messy_collab
-import plumbing
 import robust_kd
 import soft_randomization
 import teacher_free_kd
@@ -30,22 +29,19 @@ def trained_on(monkeypatch, tmp_path):
     def run(script, flags):
         sizes, within = [], []
 
-        def watched(run, model):
-            def decorate(compute):
-                def step(*tensors):
-                    before = len(gpu.waits)
-                    out = compute(*tensors)
-                    within.extend(gpu.waits[before:])
-                    sizes.append(len(tensors[0]))
-                    return out
+        def watched(step, model, args):
+            def watched_step(*tensors):
+                before = len(gpu.waits)
+                out = step(*tensors)
+                within.extend(gpu.waits[before:])
+                sizes.append(len(tensors[0]))
+                return out
 
-                return step
+            return watched_step
 
-            return decorate
-
-        monkeypatch.setattr(plumbing, "captured", watched)
-        rows = lambda run, files, module: [{"model": name} for name in files]  # noqa: E731
-        monkeypatch.setattr(plumbing, "evaluate_files", rows)
+        monkeypatch.setattr(common, "speed_up", watched)
+        rows = lambda args, files, folder: [{"model": name} for name in files]  # noqa: E731
+        monkeypatch.setattr(ev, "evaluate_files", rows)
         monkeypatch.setattr(ev, "evaluate", lambda *args, **options: {})
         with device(monkeypatch) as gpu:
             script.main(f"{SMALL} {flags} --runs {tmp_path}".split())
@@ -60,7 +56,7 @@ def trained_on(monkeypatch, tmp_path):
         (robust_kd, AKD),
         (robust_kd, f"--loss rslad+ {ROBUST} --teacher-training trades --ema 0.9 --augment cutmix"),
         (fickle_teacher, f"--method fickle {WRN}"),
-        (fickle_teacher, f"--method swap {MLP} --teacher-table yes"),
+        (fickle_teacher, f"--method swap {MLP}"),
         (fickle_teacher, f"--method signal {MLP}"),
         (soft_randomization, f"--method soft-randomization {MLP}"),
         (messy_collab, f"--method mc-ts {WRN}"),
@@ -73,20 +69,21 @@ def test_a_step_waits_for_nothing_and_an_epoch_for_its_numbers(script, flags, tr
     epochs = len(sizes) // 2
     assert sizes == [16, 4] * epochs and epochs >= 2 and not within
     waits = collections.Counter(gpu.waits)
-    assert waits["plumbing.end_epoch"] == 2 * epochs  # the metrics; whether all is finite
+    assert waits["common.epoch_row"] == 2 * epochs  # the metrics; whether all is finite
     assert waits["common.batches"] == 2 * epochs  # the draws of the epoch and a constant go there
-    rest = {"common.load_data", "common.model_for", "common.load_model"}
-    rest |= {"plumbing._validate", "trajectories.record"}
-    assert set(waits) <= rest | {"plumbing.end_epoch", "common.batches"}
+    rest = {"common.load_data", "common.new_model", "common.load_model"}
+    rest |= {"common.accuracy", "robust_kd.record"}
+    assert set(waits) <= rest | {"common.epoch_row", "common.batches"}
 
 
 def test_a_step_that_waits_is_found(trained_on, monkeypatch):
+    st_loss = robust_kd.st_loss
+
     def loss(student_logits, labels):
-        found = robust_kd.st_loss(student_logits, labels)
+        found = st_loss(student_logits, labels)
         return found if found.item() > 0 else 0 * found
 
-    monkeypatch.setitem(robust_kd.LOSSES, "st", loss)
-    robust_kd.needs.cache_clear()
+    monkeypatch.setattr(robust_kd, "st_loss", loss)
     _, sizes, within = trained_on(robust_kd, f"--loss st {ROBUST}")
     assert len(within) == len(sizes) == 4
 
@@ -95,7 +92,7 @@ def test_tensors_on_two_devices_are_an_error(trained_on, monkeypatch):
     def loss(student_logits, labels):
         return (student_logits * torch.arange(10.0)).mean()
 
-    monkeypatch.setitem(robust_kd.LOSSES, "st", loss)
+    monkeypatch.setattr(robust_kd, "st_loss", loss)
     with pytest.raises(Exception, match=r"lazy:0.* cpu"):
         trained_on(robust_kd, f"--loss st {ROBUST}")
 
@@ -142,14 +139,14 @@ def test_an_evaluation_runs_on_the_device(name, monkeypatch):
     ],
 )
 def test_training_in_bfloat16_has_the_losses_of_float32(script, flags, tmp_path, monkeypatch):
-    rows = lambda run, files, module: [{"model": name} for name in files]  # noqa: E731
-    monkeypatch.setattr(plumbing, "evaluate_files", rows)
+    rows = lambda args, files, folder: [{"model": name} for name in files]  # noqa: E731
+    monkeypatch.setattr(ev, "evaluate_files", rows)
     monkeypatch.setattr(ev, "evaluate", lambda *args, **options: {})
-    losses = []
+    losses, autocast = [], torch.autocast
     for bf16 in (False, True):
         options = {"dtype": torch.bfloat16, "enabled": bf16, "cache_enabled": False}
-        cast = lambda run, options=options: torch.autocast("cpu", **options)  # noqa: E731
-        monkeypatch.setattr(plumbing, "autocast", cast)  # as on CUDA
+        cast = lambda *_, options=options, **more: autocast("cpu", **options)  # noqa: E731
+        monkeypatch.setattr(torch, "autocast", cast)  # as on CUDA
         script.main(f"{SMALL} {flags} --runs {tmp_path}/{bf16}".split())
         (log,) = (tmp_path / f"{bf16}").rglob("log.jsonl")
         found = [json.loads(line) for line in log.read_text().splitlines()]

@@ -9,14 +9,13 @@ import torch
 import common
 import fickle_teacher
 import messy_collab
-import plumbing
 import robust_kd
 import soft_randomization
 import teacher_free_kd
 
 
 class FakeCuda:
-    """torch.cuda for plumbing._capture: a `graph` keeps nothing but the call, and replays it.
+    """torch.cuda for common.Graphs: a `graph` keeps nothing but the call, and replays it.
 
     As in a real capture, what is captured changes no weight, buffer, gradient or generator.
     """
@@ -29,23 +28,22 @@ class FakeCuda:
         self.CUDAGraph = lambda: SimpleNamespace(replay=lambda: None)
         self.graph = contextlib.nullcontext
 
-    def capture(self, compute, model, inputs):
-        """plumbing._capture, whose graph then computes again into the tensors of the capture."""
-        _, inputs, out, gradients = real_capture(compute, model, inputs)
+    def capture(self, graphs, inputs):
+        """Graphs.capture, whose graph then computes again into the tensors of the capture."""
+        _, inputs, out, gradients = real_capture(graphs, inputs)
 
         def replay():
-            for parameter in model.parameters():
+            for parameter in graphs.model.parameters():
                 parameter.grad = None
-            out.copy_(compute(*inputs))
-            for gradient, parameter in zip(gradients, model.parameters()):
+            out.copy_(graphs.step(*inputs))
+            for gradient, parameter in zip(gradients, graphs.model.parameters()):
                 gradient.copy_(parameter.grad)
 
         self.calls.append([tuple(tensor.shape) for tensor in inputs])
-        return replay, inputs, out, gradients
+        return SimpleNamespace(replay=replay), inputs, out, gradients
 
 
-real_capture = plumbing._capture
-
+real_capture = common.Graphs.capture
 
 SMALL = "--data shapes --model wrn-10-1 --teacher-model wrn-10-1 --train-subset 40 --test-subset 8"
 SMALL += " --val-size 8 --batch-size 16 --epochs 2 --teacher-epochs 1 --name run"
@@ -60,7 +58,7 @@ PLAIN = "--eval-steps 1 --restarts 1"
         (robust_kd, f"--loss akd+ {ATTACK}", 2),
         (robust_kd, f"--loss rslad+ {ATTACK}", 2),
         (fickle_teacher, f"--method fickle {PLAIN}", 2),
-        (fickle_teacher, f"--method swap --teacher-table yes {PLAIN}", 2),
+        (fickle_teacher, f"--method swap {PLAIN}", 2),
         (soft_randomization, f"--method soft-randomization {PLAIN}", 2),
         (messy_collab, f"--method mc-ts {PLAIN}", 2),
         (teacher_free_kd, "--method at-tf-kd-self --steps 2 --eval-attack clean", 2),
@@ -74,16 +72,11 @@ def test_replayed_steps_train_as_plain_ones_and_each_shape_has_its_graph(
     flags = f"{small} {flags} --runs {tmp_path}/"
     script.main(f"{flags}plain".split())
     fake = FakeCuda()
-    monkeypatch.setattr(plumbing, "_capture", fake.capture)
+    monkeypatch.setattr(common.Graphs, "capture", lambda graphs, x: fake.capture(graphs, x))
     names = "Stream current_stream stream get_rng_state set_rng_state CUDAGraph graph".split()
     for name in names:
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
-    plain = plumbing.captured
-
-    def as_on_cuda(run, model):
-        return plain(SimpleNamespace(device=torch.device("cuda"), args=run.args), model)
-
-    monkeypatch.setattr(plumbing, "captured", as_on_cuda)
+    monkeypatch.setattr(common, "speed_up", lambda step, model, args: common.Graphs(step, model))
     script.main([*f"{flags}graph".split(), "--graph"])
     assert [call[:2] for call in fake.calls] == [[(n, 3, 32, 32), (n,)] for n in (16, 8)] * nets
     file = f"{script.__name__}/run-s0/student.pt"
@@ -92,5 +85,10 @@ def test_replayed_steps_train_as_plain_ones_and_each_shape_has_its_graph(
 
 
 def test_on_a_cpu_the_step_is_the_plain_call():
-    run = SimpleNamespace(device=torch.device("cpu"), args=SimpleNamespace(graph=True))
-    assert plumbing.captured(run, torch.nn.Linear(1, 1))(len) is len
+    args = SimpleNamespace(graph=True, compile=False)
+    assert common.speed_up(len, torch.nn.Linear(1, 1), args) is len
+
+
+def test_on_a_cpu_the_flag_says_that_it_has_no_effect(tmp_path, capsys):
+    robust_kd.main(f"{SMALL} --model mlp-8 --loss st {ATTACK} --runs {tmp_path} --graph".split())
+    assert capsys.readouterr().out.count("--graph has no effect here") == 1
