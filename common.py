@@ -1344,7 +1344,7 @@ def run_seeds(script: str, args: argparse.Namespace, job, prepare=None) -> list[
     for seed in seeds:
         args.seed = seed
         with run_folder(script, args, data) as folder:
-            rows = read_json(folder / "summary.json")
+            rows = read_summary(folder / "summary.json")
             if rows is None:
                 rows = job(args, data, folder)
                 sync()  # until every process has read what it needs from the folder
@@ -1357,6 +1357,17 @@ def run_seeds(script: str, args: argparse.Namespace, job, prepare=None) -> list[
         print(f"\nmean +- std of seeds {' '.join(map(str, seeds))}")
         print(table(mean_and_std(summaries)), flush=True)
     return summaries
+
+
+def read_summary(path: Path) -> list[dict] | None:
+    """The rows in summary.json; None if there is no such file; a UserError if it is damaged."""
+    rows = read_json(path)
+    if rows is None:
+        return None
+    is_list = isinstance(rows, list) and len(rows) > 0
+    if not is_list or not all(isinstance(row, dict) and "model" in row for row in rows):
+        raise UserError(f"{path}: damaged; delete it, and the same command makes it again")
+    return rows
 
 
 def mean_and_std(summaries: list[list[dict]]) -> list[dict]:
