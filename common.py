@@ -1089,7 +1089,10 @@ def read_json(path: Path):
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
+        if value is None:
+            raise ValueError("null")
+        return value
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}); delete it or take another --name") from None
 
