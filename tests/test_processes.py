@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 
 import common
-import plumbing
+import messy_collab
 import robust_kd
 
 SMALL = "--data shapes --model mlp-16 --train-subset 150 --val-size 20 --test-subset 20 --steps 1"
@@ -37,7 +37,7 @@ def weights(runs):
 
 def losses(runs):
     lines = (runs / "robust_kd" / "run-s0" / "log.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines[:-1]]
+    return [json.loads(line)["loss"] for line in lines]
 
 
 def test_two_processes_go_on_where_one_stopped_with_the_same_losses(tmp_path, stop_at):
@@ -81,10 +81,68 @@ def test_when_one_process_is_killed_the_others_end_and_the_command_goes_on(tmp_p
 
 
 @pytest.mark.parametrize("rank, order", [(0, ["data", "sync"]), (1, ["sync", "data"])])
-def test_the_first_process_downloads_and_unpacks_for_the_others(monkeypatch, tmp_path, rank, order):
-    seen, read = [], common.load_data
+def test_the_first_process_downloads_and_unpacks_for_the_others(monkeypatch, rank, order):
+    seen = []
     monkeypatch.setattr(common, "rank", lambda: rank)
-    monkeypatch.setattr(common, "load_data", lambda *args: seen.append("data") or read(*args))
-    monkeypatch.setattr(plumbing, "sync", lambda: seen.append("sync"))
-    with plumbing.open_run("robust_kd", robust_kd.parse_args(f"{SMALL} --runs {tmp_path}".split())):
-        assert seen == order
+    monkeypatch.setattr(common, "sync", lambda: seen.append("sync"))
+    with common.first_process_first():
+        seen.append("data")
+    assert seen == order
+
+
+@pytest.mark.parametrize("batch_size", [16, 32])
+def test_any_split_of_a_batch_has_the_gradient_of_the_whole(batch_size, monkeypatch):
+    data = common.load_data("shapes", train_subset=33)
+    net = common.build_model("mlp-8")
+
+    def gradient(x, labels):
+        net.zero_grad()
+        torch.nn.functional.cross_entropy(net(x), labels).backward()
+        return torch.cat([p.grad.flatten() for p in net.parameters()])
+
+    whole = [gradient(x, y) for x, y in common.batches(data, batch_size, 0, "student", 0)]
+    monkeypatch.setattr(common, "world", lambda: 4)
+    shares = []
+    for rank in range(4):
+        monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
+        batches = common.batches(data, batch_size, 0, "student", 0)
+        shares.append([(gradient(x, y), len(y)) for x, y in batches])
+    for step, expected in enumerate(whole):  # what average_gradients adds up over the processes
+        images = sum(process[step][1] for process in shares)
+        average = sum(process[step][0] * process[step][1] for process in shares) / images
+        torch.testing.assert_close(average, expected)
+    assert [process[-1][1] for process in shares] == [1, 1, 1, 1]  # one image is left: all have it
+
+
+def test_processes_average_their_gradients_by_their_images(tmp_path):
+    code = """
+import torch, torch.distributed as dist, common
+dist.init_process_group("gloo")
+net = torch.nn.Linear(1, 1, bias=False)
+net.weight.grad = torch.tensor([[float(common.rank() + 1)]])
+common.average_gradients(net, images=[1, 3][common.rank()])
+assert net.weight.grad.item() == (1 * 1 + 2 * 3) / 4, net.weight.grad
+dist.destroy_process_group()
+"""
+    (tmp_path / "average.py").write_text(code)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launcher += ["--master_port", str(20000 + (os.getpid() + 7) % 20000)]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    command = [*launcher, str(tmp_path / "average.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_noise_differs_by_process_and_what_must_be_equal_does_not(monkeypatch):
+    data = common.load_data("shapes", train_subset=8)
+    noise, same = [], []
+    for rank in range(2):
+        monkeypatch.setattr(common, "world", lambda: 2)
+        monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
+        common.seed_epoch(0, "student", 3)
+        noise.append(messy_collab.vary_labels(torch.zeros(100, dtype=torch.int64), 0.5, 10))
+        weights = common.new_model(data, "mlp-4", 0, "student").state_dict()
+        corrupted = messy_collab.corrupt_labels(data.y_train, 0.5, 10, seed=0)
+        same.append([*weights.values(), corrupted])
+    assert not torch.equal(*noise)
+    assert all(torch.equal(a, b) for a, b in zip(*same))
