@@ -115,10 +115,11 @@ def read_trajectories(path):
     return {name: values.double().numpy() for name, values in meta["trajectories"].items()}
 
 
-def teacher_of(folder, config):
+def teacher_of(folder, config, epochs=None):
     """The file of the teacher of a robust_kd.py run, by the recipe that its flags give; or None.
 
-    A run with --teacher-ckpt names the file; of an ensemble it is the first teacher.
+    A run with --teacher-ckpt names the file; of an ensemble it is the first teacher. epochs: of an
+    early stop that the run keeps with --teacher-save-every.
     """
     args = argparse.Namespace(**config["flags"], runs=str(folder.resolve().parent.parent))
     if args.teacher_ckpt:
@@ -126,7 +127,7 @@ def teacher_of(folder, config):
     if not robust_kd.needs_teacher(args):
         return None
     training = robust_kd.teacher_trainings(args)[0]
-    recipe = dataclasses.asdict(robust_kd.teacher_recipe(args, training))
+    recipe = dataclasses.asdict(robust_kd.teacher_recipe(args, training, epochs=epochs))
     return common.teacher_file(args, argparse.Namespace(fingerprint=config["fingerprint"]), recipe)
 
 
