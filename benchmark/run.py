@@ -4,7 +4,7 @@ Usage    python benchmark/run.py --list                      # what is left, in 
          python benchmark/run.py table3 --minutes 120        # both papers' Table 3, two hours of it
          python benchmark/run.py paper1 paper2-table5        # a paper, a table
          python benchmark/run.py paper2-choices --seeds 1    # one open choice at a time
-         python benchmark/run.py --prepare                   # only the data/planes-cars.npz of some
+         python benchmark/run.py --prepare                   # planes-cars.npz, cifar10-16.npz of CIFAR-10
          python benchmark/run.py --scale tiny                # every command, tiny nets, on a CPU
          python benchmark/report.py                          # then: docs/RESULTS.md and the README
 Order    by turn (tables.py), then by seed. Without names: all rows. A run that several rows share
@@ -116,7 +116,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("tables", nargs="*", metavar="TABLE", help="paper, table or row (default: all rows)")
     add("--list", action="store_true", help="show what is left and what it takes, run nothing")
-    add("--prepare", action="store_true", help="make planes-cars.npz of cifar10.npz, run nothing")
+    add("--prepare", action="store_true", help="make the data sets that are parts of cifar10.npz")
     add("--minutes", type="positive", help="stop after so many minutes (default: when all is done)")
     add("--seeds", type="count", help="at most so many seeds of a row (default: as in tables.py)")
     add("--scale", choices=["full", "tiny"], default="full", help="tiny: test the commands")
@@ -662,6 +662,19 @@ def prepare(args):
         make_tiny_images(Path(args.runs))
 
 
+def prepare_from_cifar10(root):
+    """--prepare: make the data sets of `root` that are made of its cifar10.npz."""
+    cifar10 = root / "cifar10.npz"
+    if not cifar10.exists():
+        advice = "the first run of a script on cifar10 makes it"
+        raise common.UserError(f"--prepare: there is no {cifar10}; {advice}")
+    for name, make in {"planes-cars": make_planes_cars, "cifar10-16": make_cifar10_16}.items():
+        path = root / f"{name}.npz"
+        if not path.exists():
+            make(cifar10, path)
+        print(f"{path} is there")
+
+
 def make_tiny_images(folder):
     """Write 200 generated images and a CINIC-10 of 10 images of noise for --scale tiny."""
     from PIL import Image
@@ -686,17 +699,23 @@ def make_planes_cars(cifar10, planes_cars):
     common.write_atomically(planes_cars, lambda file: np.savez(file, **chosen))
 
 
+def make_cifar10_16(cifar10, small):
+    """Write CIFAR-10 with 16 x 16 pixels, each the mean of 2 x 2, from one .npz to another one."""
+    arrays = common.read_npz(cifar10)
+    for key in ("x_train", "x_test"):
+        x = arrays[key]  # uint8 (N, 32, 32, 3)
+        sums = x[:, ::2, ::2].astype(np.float32)
+        for row, column in ((0, 1), (1, 0), (1, 1)):
+            sums += x[:, row::2, column::2]
+        arrays[key] = (sums / 4).round().astype(np.uint8)
+    common.write_atomically(small, lambda file: np.savez(file, **arrays))
+
+
 def main(argv=None):
     """Show what is left; unless --list, run what fits, write results, show what is left then."""
     args = parse_args(argv)
     if args.prepare:
-        cifar10, planes_cars = Path(args.data) / "cifar10.npz", Path(args.data) / "planes-cars.npz"
-        if not cifar10.exists():
-            made = "the first run of a script on cifar10 makes it"
-            raise common.UserError(f"--prepare: there is no {cifar10}; {made}")
-        if not planes_cars.exists():
-            make_planes_cars(cifar10, planes_cars)
-        print(f"{planes_cars} is there")
+        prepare_from_cifar10(Path(args.data))
         return
     device = "cuda" if args.device == "cuda" else "cpu"
     if args.device != "cpu" and args.scale == "full" and torch.cuda.is_available():
