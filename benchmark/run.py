@@ -4,7 +4,7 @@ Usage    python benchmark/run.py --list                      # what is left, in 
          python benchmark/run.py table3 --minutes 120        # both papers' Table 3, two hours of it
          python benchmark/run.py paper1 paper2-table5        # a paper, a table
          python benchmark/run.py paper2-choices --seeds 1    # one open choice at a time
-         python benchmark/run.py --prepare                   # planes-cars.npz, cifar10-16.npz of CIFAR-10
+         python benchmark/run.py --prepare                   # parts of CIFAR-10 as data sets
          python benchmark/run.py --scale tiny                # every command, tiny nets, on a CPU
          python benchmark/report.py                          # then: docs/RESULTS.md and the README
 Order    by turn (tables.py), then by seed. Without names: all rows. A run that several rows share
