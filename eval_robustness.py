@@ -34,6 +34,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import glob
 import hashlib
 import importlib
 import importlib.util
@@ -1718,6 +1719,8 @@ def state_folder(result):
             busy = "another evaluation is writing it; wait for it, or take another file"
             raise common.UserError(f"{result}: {busy}") from None
         common.delete_torn_files(folder)
+        for torn in folder.parent.glob(f".{glob.escape(Path(result).name)}.*.tmp"):
+            torn.unlink(missing_ok=True)  # the result itself, half written by a killed process
         try:
             yield folder
         finally:
