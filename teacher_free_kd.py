@@ -349,8 +349,8 @@ def check_flags(args, error):
     teacher_epochs = args.teacher_epochs or args.epochs
     if args.teacher_es is not None and args.teacher_es > teacher_epochs:
         error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {teacher_epochs}")
-    if args.grad_heatmap and (args.graph or args.compile):
-        error("--grad-heatmap: its second backward pass goes without --graph and --compile")
+    if args.grad_heatmap and args.graph:
+        error("--grad-heatmap: its gradients cannot be replayed by --graph; leave one of them out")
     if max(args.grad_epochs or [1]) > args.epochs:
         error(f"--grad-epochs {max(args.grad_epochs)}: --epochs is only {args.epochs}")
     path = Path(args.grad_heatmap or "x.npz")
