@@ -230,6 +230,8 @@ def setup_training(args: argparse.Namespace) -> torch.device:
     device = find_device(args.device)
     if args.graph and device.type == "cpu":
         print("--graph has no effect here: there are no CUDA graphs on a CPU")
+    if "--precision" in args.given and device.type == "cpu":
+        print("--precision has no effect here: a CPU trains in float32")
     if world() > 1 and not dist.is_initialized():
         # the others wait while the first process validates and evaluates
         week = datetime.timedelta(days=7)
@@ -1724,6 +1726,21 @@ def write_recipe(folder: Path, data: Data, recipe: dict) -> None:
     path = folder / "recipe.json"
     if not path.exists():
         write_json(path, recipe | {"data": data.fingerprint})
+
+
+def keep_teacher(args, data: Data, recipe: dict, model: nn.Module, rows: list, **meta) -> None:
+    """Save a model where runs with this recipe look for their teacher; see save_model.
+
+    Where another process trains that very teacher now, it is left to it.
+    """
+    path = teacher_file(args, data, recipe)
+    try:
+        with locked(path.parent):
+            delete_torn_files(path.parent)
+            write_recipe(path.parent, data, recipe)
+            save_model(path, model, rows, **meta)
+    except UserError:  # the folder is in use
+        sync()  # as at the end of save_model
 
 
 def get_teacher(args: argparse.Namespace, data: Data, recipe: dict, train):

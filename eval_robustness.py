@@ -1704,7 +1704,7 @@ def compare_flags(path, old, new):
 
 
 @contextlib.contextmanager
-def state_folder(result):
+def state_folder(result, flag="--json"):
     """Yield the folder <result>.state, which no other evaluation can use meanwhile.
 
     It is removed afterwards unless it holds a state.pt.
@@ -1716,8 +1716,9 @@ def state_folder(result):
         try:
             stack.enter_context(common.locked(folder))
         except common.UserError:
-            busy = "another evaluation is writing it; wait for it, or take another file"
-            raise common.UserError(f"{result}: {busy}") from None
+            owner = (folder / "lock").read_text()
+            busy = f"{result}: another evaluation is writing it, process {owner}"
+            raise common.UserError(f"{flag}: {busy}; wait for it, or take another {flag}") from None
         common.delete_torn_files(folder)
         for torn in folder.parent.glob(f".{glob.escape(Path(result).name)}.*.tmp"):
             torn.unlink(missing_ok=True)  # the result itself, half written by a killed process
@@ -2102,6 +2103,8 @@ def evaluate_models(args):
         if not os.path.isfile(path):  # before any data are fetched
             raise common.UserError(f"{path}: no such checkpoint")
     device = common.find_device(args.device)
+    if device.type == "cpu" and args.search != "tf32":
+        print(f"--search {args.search}: no effect on a CPU, where everything is in float32")
     data = common.load_data(args.data, args.data_root, device, test_subset=args.n)
     others = read_other_images(args, data)
     models, checksums = load_models(args, data, device)
@@ -2112,7 +2115,7 @@ def evaluate_models(args):
     result = args.json or args.save_examples
     if result is None:
         return evaluate_all(args, data, others, models, flags, State())
-    with state_folder(result) as folder:
+    with state_folder(result, "--json" if args.json else "--save-examples") as folder:
         record = finished_record(args.json, flags)
         if record is not None:
             print(f"{args.json} is finished")

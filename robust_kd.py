@@ -729,12 +729,10 @@ def keep_early_stop(recipe, data, args, trained, rows, trajectories):
     if len(rows) == recipe.epochs or collapsed(recipe, rows):
         return  # the first is kept anyway; of the other, the best epoch before would be
     early_stop = dataclasses.asdict(dataclasses.replace(recipe, epochs=len(rows)))
-    path = common.teacher_file(args, data, early_stop)
     meta = {"training": recipe.training}
     if trajectories:
         meta["trajectories"] = trajectories.until(len(rows))
-    common.write_recipe(path.parent, data, early_stop)
-    common.save_model(path, trained, rows, **meta)
+    common.keep_teacher(args, data, early_stop, trained, rows, **meta)
 
 
 class Trajectories:

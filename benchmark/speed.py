@@ -6,7 +6,8 @@ Usage    python benchmark/speed.py ladder                     # WRN-10-1, batch 
          python benchmark/speed.py autoattack --device cuda --checkpoint CKPT --n 1000
          python benchmark/speed.py correct --device cuda --model resnet18 --precision fp32 tf32 bf16
 Ladder   what each trick is worth, one after the other on top of those before, for --loss st, at,
-         ckd or akd+ of robust_kd.py. The first rung is what most published code does (plain.py).
+         ckd or akd+ of robust_kd.py. The first rung is what most published code does (plain.py), in
+         float32, on CUDA with TF32 convolutions, which are the default of PyTorch.
          All live in one process and are timed in turn, a few steps each; medians and quartiles.
          The losses of the first two steps of all rungs must agree, but for that of the DataLoader,
          which draws other images. TFLOP/s count the multiply-adds (times two) that the job needs,
@@ -450,7 +451,9 @@ def computing_in(precision, device):
     """float32 nets compute as named inside; cuDNN times its kernels, as in training."""
     bf16 = {"enabled": precision == "bf16", "cache_enabled": False}
     with common.convolutions(precision == "tf32"):
-        torch.backends.cudnn.benchmark = True  # common.convolutions puts it back
+        # common.convolutions puts both back
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
         with torch.autocast(device.type, torch.bfloat16, **bf16):
             yield
 

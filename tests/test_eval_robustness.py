@@ -166,7 +166,8 @@ def test_a_second_evaluation_of_the_same_file_is_refused(tmp_path, refused):
     assert ready.wait(60)
     with_json = ["net0.pt", "--attack", "pgd1", "--json", path]
     message = refused(main, *with_json)
-    assert str(path) in message and "another evaluation" in message
+    assert message.startswith("--json: ") and str(path) in message
+    assert f"process {process.pid}" in message
     go_on.set()
     process.join()
     main(*with_json)
@@ -425,6 +426,13 @@ def test_a_foreign_model_is_evaluated_with_its_weights(small, tmp_path):
     (row,) = json.loads((tmp_path / "f.json").read_text())["rows"]
     model, x, labels = small
     assert row["clean_acc"] == pytest.approx(ev.evaluate(model, x, labels, ["clean"])["clean_acc"])
+
+
+def test_a_precision_of_the_search_without_effect_on_a_cpu_is_named(capsys):
+    main("net0.pt", "--attack", "clean")
+    assert "no effect" not in capsys.readouterr().out
+    main("net0.pt", "--attack", "clean", "--search", "fp32")
+    assert "--search fp32: no effect" in capsys.readouterr().out
 
 
 def test_a_foreign_model_that_asks_for_tf32_is_judged_without(small, monkeypatch):

@@ -564,6 +564,22 @@ def test_early_stops_of_a_longer_training_are_found_and_are_what_a_shorter_one_g
         assert torch.equal(tensor, a["trajectories"][name]), name
 
 
+def test_an_early_stop_that_another_run_trains_now_is_left_to_it(tmp_path):
+    args = parse("--teacher-epochs 2 --teacher-save-every 1 --loss akd --name run")
+    data = common.load_data("shapes", val_size=20, train_subset=40, test_subset=20)
+    args.runs = tmp_path
+    path = common.teacher_file(args, data, vars(robust_kd.teacher_recipe(args, "at", epochs=1)))
+    flags = "--teacher-epochs 2 --teacher-save-every 1 --loss akd"
+    with common.locked(path.parent):
+        run(tmp_path, f"{flags} --name first")
+    assert not path.exists()
+    for whole in tmp_path.glob("teachers/*/teacher.pt"):
+        whole.unlink()
+    (path.parent / ".teacher.pt.1.tmp").write_text("torn")
+    run(tmp_path, f"{flags} --name second")
+    assert {file.name for file in path.parent.iterdir()} == {"lock", "recipe.json", "teacher.pt"}
+
+
 def test_an_ensemble_is_trained_from_other_seeds_and_evaluated(tmp_path):
     rows = run(tmp_path, "--loss akd+ --teachers 2 --epochs 1")
     names = [row["model"] for row in rows]

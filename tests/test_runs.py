@@ -544,3 +544,58 @@ def test_a_live_line_fits_the_terminal_and_is_printed_over(monkeypatch):
     common.print_line("student, epoch 1: all of it is done")
     lines = screen.getvalue().split("\r\x1b[2K")
     assert lines == ["", "student, epoch 1: 5", "student, epoch 1: all of it is done\n"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Ctrl-C while torch is imported
+
+PROGRAMS = (
+    "fickle_teacher",
+    "soft_randomization",
+    "messy_collab",
+    "robust_kd",
+    "teacher_free_kd",
+    "eval_robustness",
+)
+SLOW_TORCH = """
+import time
+print("importing torch", flush=True)
+time.sleep({seconds})
+print("imported", flush=True)
+raise SystemExit(0)
+"""
+
+
+def importing(program, folder, seconds, **options):
+    """The program while it imports torch, which takes so long."""
+    (folder / "torch.py").write_text(SLOW_TORCH.format(seconds=seconds))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / f"{program}.py")],
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        **pipes,
+        **options,
+    )
+    assert process.stdout.readline() == "importing torch\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_that_is_stopped_while_it_imports_torch_ends_without_a_word(
+    program, number, tmp_path
+):
+    process = importing(program, tmp_path, 60)
+    process.send_signal(number)
+    assert process.communicate(timeout=50) == ("", "")
+    assert process.returncode in (-number, 128 + number)  # a shell says 130 or 143 to both
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_in_the_background_of_a_script_goes_on_ignoring_ctrl_c(program, tmp_path):
+    def ignore():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    process = importing(program, tmp_path, 0.2, preexec_fn=ignore)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=50) == ("imported\n", "") and process.returncode == 0

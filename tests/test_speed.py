@@ -114,11 +114,22 @@ def test_replayed_steps_train_as_plain_ones_and_each_shape_has_its_graph(
     assert same_weights(student(tmp_path / "plain", script), student(tmp_path / "graph", script))
 
 
-def test_on_a_cpu_the_step_is_the_plain_call_and_the_flag_says_so(tmp_path, capsys, no_evaluation):
+def test_on_a_cpu_the_step_is_the_plain_call_and_flags_without_effect_are_named(
+    tmp_path, capsys, no_evaluation
+):
     args = SimpleNamespace(graph=True, compile=False)
     assert common.speed_up(len, nn.Linear(1, 1), args) is len
-    robust_kd.main(f"{SMALL} {MLP} --loss st {ROBUST} --runs {tmp_path} --graph".split())
-    assert capsys.readouterr().out.count("--graph has no effect here") == 1
+    flags = f"{SMALL} {MLP} --loss st {ROBUST} --runs {tmp_path}"
+    for given, said in (
+        ("", []),
+        ("--no-graph", []),
+        ("--graph", ["--graph"]),
+        ("--precision=tf32 --graph", ["--graph", "--precision"]),
+    ):
+        argv = f"{flags} {given} --seeds 0 1 --name run{len(given)}".split()
+        robust_kd.main(argv)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
+        assert [line.split()[0] for line in lines] == said
 
 
 # ------------------------------------------------------------------------------------------------
@@ -146,7 +157,9 @@ def compiled(monkeypatch):
 
     monkeypatch.setattr(nn.Module, "compile", compile_without_compiler)
     torch._dynamo.reset()
-    yield sizes, masks
+    config = torch._dynamo.config
+    with config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        yield sizes, masks
     torch._dynamo.reset()
 
 
@@ -188,21 +201,33 @@ def test_a_compiled_attack_makes_no_gradient_of_weights(compiled):
     assert [True, True, False] in masks and net.fc.weight.grad is not None
 
 
-def test_all_nets_of_a_run_are_compiled_and_one_line_says_if_there_are_too_many(
-    compiled, ended, tmp_path, no_evaluation, monkeypatch
-):
+def compile_nets(number):
+    """Compile so many nets of one class, and call each in training and in evaluation mode."""
+    for _ in range(number):  # all of them share one code object
+        net = common.build_model("wrn-10-1")
+        common.compile_model(net)
+        for training in (True, False):
+            with torch.no_grad():
+                net.train(training)(torch.rand(4, *IMAGE))
+
+
+def test_more_variants_than_pytorch_compiles_by_default_are_all_compiled(compiled):
     sizes, _ = compiled
-    flags = (
-        f"{SMALL} --epochs 1 {WRN} --teacher-model wrn-16-1 --loss akd+ "
-        f"--teacher-training trades {ROBUST} --compile --runs {tmp_path}/"
-    )
-    # two nets, two sizes of batches, several modes: more pieces of code than PyTorch's limit of 8
-    robust_kd.main(f"{flags}all".split())
-    assert len([size for size in sizes if size]) > 8
-    torch._dynamo.reset()
-    monkeypatch.setattr(common, "RECOMPILE_LIMIT", 2)
-    status, error = ended(lambda: robust_kd.main(f"{flags}few".split()))
+    compile_nets(6)
+    assert len([size for size in sizes if size]) >= 12
+
+
+def test_one_line_says_that_the_limit_of_compiling_is_hit(compiled, ended, monkeypatch):
+    compile_model = common.compile_model
+
+    def compile_few(net):
+        compile_model(net)
+        torch._dynamo.config.recompile_limit = 2
+
+    monkeypatch.setattr(common, "compile_model", compile_few)
+    status, error = ended(lambda: compile_nets(3))
     assert status == 2 and error.startswith("error: --compile: ") and error.count("\n") == 1
+    assert "goes on without --compile" in error
 
 
 def test_what_torch_compile_cannot_do_is_one_line(monkeypatch, tmp_path, ended):
@@ -409,7 +434,7 @@ def test_an_attack_waits_only_to_drop_what_is_broken(attack, norm, monkeypatch):
         x_adv = eval_robustness.ATTACKS[attack](model, batch)
         assert x_adv.shape == x.shape and x_adv.device == DEVICE
     waits = collections.Counter(gpu.waits)
-    assert waits.pop("eval_robustness.survivors") == 5  # after 1, 2, 4, 8, and 10
+    assert waits.pop("eval_robustness.drop_done") == 5  # after 1, 2, 4, 8, and 10
     # once for the signs of Square, and once for each of its shapes in L2
     assert set(waits) <= {"eval_robustness.bump", "eval_robustness.square"}
     assert waits["eval_robustness.square"] <= 1 and waits["eval_robustness.bump"] <= 4
@@ -425,6 +450,7 @@ def test_an_evaluation_runs_on_the_device(name, monkeypatch):
     with device(monkeypatch):
         model = common.build_model("mlp-8").to(DEVICE)
         x, labels = data.x_test.to(DEVICE), data.y_test.to(DEVICE)
+        settings = eval_robustness.Settings(steps=3)
         attacks = ["clean", name, "calibration"]
-        row = eval_robustness.evaluate_all(model, x, labels, attacks, steps=3)
+        row = eval_robustness.evaluate_model(model, x, labels, attacks, settings)
     assert row["clean_acc"] == 1
