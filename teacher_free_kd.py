@@ -231,19 +231,15 @@ def parse_args(argv=None):
         default=3.0,
         help="self-distillation: temperature of both softmaxes at each exit",
     )
-    add = parser.add_argument_group("teacher").add_argument
-    add("--teacher-model", help="net of the teacher (where no default is shown: same as --model)")
+    group = parser.add_argument_group("teacher (where no default is shown: same as the student)")
+    add = group.add_argument
+    add("--teacher-model", help="net of the teacher: resnet50, wrn-16-2, ...")
     add("--teacher-ckpt", help="file of a finished teacher; no teacher is trained")
-    add("--teacher-epochs", type="count", help="epochs of the teacher's training (as --epochs)")
+    add("--teacher-epochs", type="count", help="epochs of the teacher's training")
     add("--teacher-es", type="count", help="stop the teacher after this epoch (default: no stop)")
-    add("--teacher-lr", type="positive", help="learning rate of the teacher (as --lr)")
+    add("--teacher-lr", type="positive", help="highest learning rate of the teacher")
     add("--teacher-batch-size", type="count", help="images per step of the teacher")
-    add(
-        "--teacher-shift",
-        type="count0",
-        help="random shift of the teacher's images in pixels (where no default is shown: as "
-        "--augment)",
-    )
+    add("--teacher-shift", type="count0", help="random shift of the teacher's images, in pixels")
     add = parser.add_argument_group("attack").add_argument
     add("--eps", type="probability", default="8/255", help="radius, in training and evaluation")
     add("--steps", type="count", default=7, help="number of PGD steps in training")

@@ -32,7 +32,7 @@ def run(runs, flags):
 
 
 def file_of(runs, name="student.pt"):
-    (path,) = runs.glob(f"*/*/{name}")
+    (path,) = runs.glob(f"teacher_free_kd/*/{name}")
     return path
 
 
