@@ -103,7 +103,7 @@ def parse_args(argv=None):
     add("--n", type="count", default=60, help="number of test images")
     add("--batch-size", type="count", default=20, help="images that are attacked together")
     add("--steps", type="count", default=20, help="iterations of APGD and FAB")
-    add("--queries", type="count", default=1000, help="queries of Square")
+    add("--queries", type="count", default=1000, help="queries that Square makes")
     add("--threads", type="count", default=2, help="threads on the CPU")
     add("--repeats", type="count", default=2, help="times that all run in turn; the fastest counts")
     add("--device", default="cpu", choices=devices, help="where all run; auto: CUDA if present")
@@ -115,7 +115,13 @@ def parse_args(argv=None):
     add("--model", default="wrn-10-1", help="net whose convolutions and losses are compared")
     add("--batch-size", type="count", default=128, help="images per training step")
     add("--steps", type="count", default=20, help="training steps whose losses are compared")
-    add("--precision", nargs="+", choices=LIMITS, default=["fp32"], help="precisions to compare")
+    add(
+        "--precision",
+        nargs="+",
+        choices=LIMITS,
+        default=["fp32"],
+        help="arithmetic precisions to compare with strict float32",
+    )
     add("--data", default="shapes", help=f"data set: {common.DATA_NAMES}")
     add("--data-root", default="data", help="folder of the data sets")
     add("--device", default="auto", choices=devices, help="auto: CUDA if present")

@@ -33,7 +33,9 @@ TINY = (
 )
 PGD = "--eval-steps 1 --restarts 1 "
 JOBS = {  # script: its flags
-    "robust_kd": TINY + PGD + "--teacher-batch-size 16 --loss rslad+ --steps 1 --teacher-save-every 1",
+    "robust_kd": TINY
+    + PGD
+    + "--teacher-batch-size 16 --loss rslad+ --steps 1 --teacher-save-every 1",
     "fickle_teacher": TINY + PGD + "--method fickle --dropout 0.2",
     "soft_randomization": TINY + PGD + "--method soft-randomization",
     "messy_collab": TINY + PGD + "--method flc-ts",
