@@ -788,7 +788,9 @@ def augment(x, labels, data, args):
         x = torch.cat([x[:own], x_extra])
         labels = torch.cat([labels[:own], labels_extra])
     if args.augment == "cutout":
-        x = cutout(x, torch.tensor(data.mean, device=x.device))
+        # filled on the device: with a copy from the host each step would wait for the GPU
+        fill = torch.stack([torch.full((), mean, device=x.device) for mean in data.mean])
+        x = cutout(x, fill)
     if args.augment == "cutmix" or args.label_smoothing:
         labels = F.one_hot(labels, len(data.classes)).float()  # (B, K)
         first_smoothed = own if args.extra_data else 0

@@ -202,9 +202,9 @@ def test_a_compiled_attack_makes_no_gradient_of_weights(compiled):
 
 
 def compile_nets(number):
-    """Compile so many nets of one class, and call each in training and in evaluation mode."""
-    for _ in range(number):  # all of them share one code object
-        net = common.build_model("wrn-10-1")
+    """Compile so many different nets, and call each in training and in evaluation mode."""
+    for classes in range(2, 2 + number):  # all of them share one code object
+        net = common.build_model("mlp-8", classes, dropout=0.5)
         common.compile_model(net)
         for training in (True, False):
             with torch.no_grad():
@@ -226,8 +226,9 @@ def test_one_line_says_that_the_limit_of_compiling_is_hit(compiled, ended, monke
 
     monkeypatch.setattr(common, "compile_model", compile_few)
     status, error = ended(lambda: compile_nets(3))
-    assert status == 2 and error.startswith("error: --compile: ") and error.count("\n") == 1
-    assert "goes on without --compile" in error
+    line = error.splitlines()[-1]  # PyTorch warns before it
+    assert status == 2 and line.startswith("error: --compile: ") and "recompile limit" in line
+    assert line.endswith("goes on without --compile")
 
 
 def test_what_torch_compile_cannot_do_is_one_line(monkeypatch, tmp_path, ended):
@@ -295,7 +296,7 @@ def test_a_step_waits_for_nothing_and_an_epoch_for_its_numbers(script, flags, tr
     assert sizes == [16, 4] * epochs and epochs >= 2 and not within
     waits = collections.Counter(gpu.waits)
     assert waits.pop("common.epoch_row") == 2 * epochs  # the metrics; whether all is finite
-    assert waits.pop("common.batches") == 2 * epochs  # the draws of the epoch; a constant
+    assert waits.pop("common.batches") == epochs  # the draws of the epoch go there in one copy
     between = {"common.load_data", "common.new_model", "common.load_model"}
     assert set(waits) <= between | {"common.accuracy", "robust_kd.record"}
 
