@@ -227,7 +227,7 @@ def test_one_line_says_that_the_limit_of_compiling_is_hit(compiled, ended, monke
     monkeypatch.setattr(common, "compile_model", compile_few)
     status, error = ended(lambda: compile_nets(3))
     line = error.splitlines()[-1]  # PyTorch warns before it
-    assert status == 2 and line.startswith("error: --compile: ") and "recompile limit" in line
+    assert status == 2 and line.startswith("error: --compile: ") and "recompile_limit" in line
     assert line.endswith("goes on without --compile")
 
 
