@@ -619,6 +619,21 @@ def test_student_and_teacher_are_shown_what_the_paper_says(method, tmp_path, mon
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_the_student_alone_starts_from_the_weights_of_the_student(tmp_path, monkeypatch):
+    starts, new_model = [], common.new_model
+
+    def spied(*settings):
+        model = new_model(*settings)
+        starts.append({key: value.clone() for key, value in model.state_dict().items()})
+        return model
+
+    monkeypatch.setattr(common, "new_model", spied)
+    run(tmp_path, "--method vanilla --model mlp-8 --teacher-model mlp-8 --eval-attack clean")
+    teacher, alone, student = starts
+    assert all(torch.equal(value, student[key]) for key, value in alone.items())
+    assert not torch.equal(teacher["layers.2.weight"], student["layers.2.weight"])
+
+
 def test_attack_bn_train_attacks_in_train_mode(tmp_path, monkeypatch):
     modes, pgd = [], common.pgd
 
