@@ -88,7 +88,7 @@ def start(main, stopped="finished epochs are kept; the same command goes on:") -
             raise SystemExit(141) from None
         name = error.filename or "standard output"
         exit_with_error(f"{name}: {error.strerror or error}; finished epochs are kept")
-    except RuntimeError as error:
+    except Exception as error:  # those of torch.compile are not all RuntimeErrors
         if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
             reason = str(error).split("Set TORCH")[0]
             exit_with_error(f"--compile: {reason}; the same command goes on without --compile")
