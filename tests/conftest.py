@@ -56,8 +56,11 @@ def refused():
 
 
 @pytest.fixture
-def ended(capsys):
+def ended(capsys, monkeypatch):
     """ended(main) -> (exit status, stderr) of main() as the outermost function of a program."""
+
+    # after an OSError standard output is closed, which here is that of the tests
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
 
     def call(main):
         capsys.readouterr()
