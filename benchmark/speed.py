@@ -135,7 +135,7 @@ def parse_args(argv=None):
 
 def set_up(args):
     """The device of --device, with the settings of training."""
-    settings = {"precision": "bf16", "deterministic": False, "graph": False}
+    settings = {"precision": "bf16", "deterministic": False, "graph": False, "given": set()}
     return common.setup_training(argparse.Namespace(device=args.device, **settings))
 
 

@@ -134,10 +134,20 @@ def test_every_command_parses_or_waits_for_something_known(scale, tmp_path):
 
 @pytest.fixture
 def only_rows(monkeypatch, tmp_path):
-    """only_rows(*rows): these are all there are -> call(*flags): run.py with folders of a test."""
+    """only_rows(*rows): these are all there are -> call(*flags): run.py with folders of a test.
 
-    def set_rows(*rows):
+    The scripts run in this process; with processes=True each in its own, as outside of tests.
+    """
+
+    def call_here(script, flags, log_file, seconds, args):
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        with open(log_file, "a") as log:
+            return run.call_here(script, flags, log)
+
+    def set_rows(*rows, processes=False):
         monkeypatch.setattr(tables, "ROWS", list(rows))
+        if not processes:
+            monkeypatch.setattr(run, "call", call_here)
         folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
         return lambda *flags: run.main([*flags, *folders, "--device", "cpu"])
 
@@ -178,7 +188,9 @@ def test_tables_are_found_by_every_name(refused):
 
 def test_a_run_writes_one_small_result_and_is_not_run_again(only_rows, tmp_path, capsys):
     metrics = "clean_acc pgd2_acc pgd3_acc"  # the last one is not in the summary
-    call = only_rows(small_row("at", metrics=metrics, seeds=2), small_row("the same run"))
+    call = only_rows(
+        small_row("at", metrics=metrics, seeds=2), small_row("the same run"), processes=True
+    )
     call("--list")
     assert "3 not measured" in capsys.readouterr().out
     call("--seeds", "1")
@@ -228,16 +240,16 @@ def test_a_row_that_fails_or_waits_does_not_stop_the_next_one(only_rows, tmp_pat
 
 
 def test_when_the_minutes_are_over_the_run_stops_and_goes_on_later(only_rows, tmp_path, capsys):
-    call = only_rows(small_row("long", " --epochs 2000", seeds=1))
+    call = only_rows(small_row("long", " --epochs 2000", seeds=1), processes=True)
     logs = []
-    for minutes in ("0.1", "0.3", "0.6", "1.2"):  # to the first epoch, on a busy machine too
+    for minutes in ("0.15", "0.4", "1.2"):  # to the first epoch, on a busy machine too
         if not logs:
             call("--minutes", minutes)
             assert "goes on from its last epoch" in capsys.readouterr().out
         logs = list((tmp_path / "runs").glob("*/*/log.jsonl"))
     assert not (tmp_path / "results").exists()
     epochs = len(logs[0].read_text().splitlines())
-    call("--minutes", "0.1")
+    call("--minutes", "0.05")
     assert epochs <= len(logs[0].read_text().splitlines()) < 2000
 
 
@@ -328,7 +340,7 @@ def test_all_seeds_are_evaluated_on_the_same_images_of_cinic(only_rows, tmp_path
         args.evaluated.clear()
         assert run.execute(row.run, seed, [row], 600, {}, args) is None
         path = tmp_path / f"fickle_teacher/paper9-table1-student-s{seed}/student-cinic.json"
-        notes.update(json.loads(path.read_text())["rows"][0]["cinic_note"])
+        notes.add(json.loads(path.read_text())["rows"][0]["cinic_note"])
     assert len(notes) == 1 and "10 images; sha256 of their list" in notes.pop()
 
 
@@ -1048,7 +1060,7 @@ def test_data_sets_are_made_of_cifar10(tmp_path, refused):
 # ------------------------------------------------------------------------------------------------
 # speed.py
 
-LADDER = "ladder --data shapes --model wrn-10-1 --teacher-model mlp-8 --batch-size 32"
+LADDER = "ladder --data shapes --model wrn-10-1 --teacher-model mlp-8 --batch-size 8"
 LADDER += " --rounds 2 --steps 1 --workers 0 --device cpu"
 
 
@@ -1114,24 +1126,31 @@ def test_what_is_fast_is_compared_with_what_is_exact(capsys, refused, monkeypatc
     assert "channels_last: losses differ" in error  # here both references have the same start
 
 
-def test_the_plain_autoattack_breaks_what_pgd_breaks_and_keeps_to_the_ball():
-    data = common.load_data("shapes", train_subset=600, test_subset=40)
-    model, eps = speed.train_small_net(data), 4 / 255
-    x, labels = common.to_float(data.x_test), data.y_test
+def test_the_plain_autoattack_breaks_what_pgd_breaks_and_keeps_to_the_ball(small):
+    model, images, labels = small
+    x, labels, eps = common.to_float(images[:40]), labels[:40], 4 / 255
+    model.requires_grad_(True)  # in a plain rendering weight gradients are made too
     robust = plain.autoattack(model, x, labels, eps, 8, 40, targets=2, batch_size=20)
-    pgd = common.predict(model, data.x_test, labels, (eps, eps / 4, 8)).argmax(1) == labels
-    clean = common.predict(model, data.x_test).argmax(1) == labels
+    pgd = common.predict(model, images[:40], labels, (eps, eps / 4, 8)).argmax(1) == labels
+    clean = common.predict(model, images[:40]).argmax(1) == labels
     assert not (robust & ~clean).any() and robust.sum() <= pgd.sum() + 1 < clean.sum()
     target = (labels + 1) % 10
     for name in ("apgd-ce", "apgd-t", "fab-t", "square"):
         x_adv = plain.attack(name, model, x, labels, target, eps, 8, 40)
         assert (x_adv - x).abs().max() <= eps + 1e-6 and 0 <= x_adv.min() <= x_adv.max() <= 1
+        with torch.no_grad():
+            broken = clean & (model(x_adv).argmax(1) != labels)
+        assert broken.any(), name
 
 
 def test_autoattack_is_timed_against_the_plain_one(capsys, monkeypatch):
+    def untrained(data):
+        return common.new_model(data, "mlp-4", 0, "student").eval()
+
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    speed.main("autoattack --n 10 --steps 2 --queries 5 --repeats 1 --device cpu".split())
+    monkeypatch.setattr(speed, "train_small_net", untrained)
+    speed.main("autoattack --n 20 --steps 2 --queries 5 --repeats 1 --device cpu".split())
     out = capsys.readouterr().out
     ways = re.findall(r"^(plain|ours) +(\d\.\d{4}) +[\d.]+ +\d+\.\d{3}$", out, re.M)
     assert [name for name, _ in ways] == ["plain", "ours"]
-    assert abs(float(ways[0][1]) - float(ways[1][1])) <= 0.2
+    assert abs(float(ways[0][1]) - float(ways[1][1])) <= 0.1
