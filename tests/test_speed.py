@@ -106,7 +106,7 @@ def graphs(monkeypatch):
 def test_replayed_steps_train_as_plain_ones_and_each_shape_has_its_graph(
     script, flags, nets, tmp_path, no_evaluation, request
 ):
-    flags = f"{SMALL} {WRN} {flags} --runs {tmp_path}/"
+    flags = f"{SMALL} {WRN} --train-subset 36 --epochs 1 {flags} --runs {tmp_path}/"
     script.main(f"{flags}plain".split())
     shapes = request.getfixturevalue("graphs")
     script.main([*f"{flags}graph".split(), "--graph"])
@@ -164,26 +164,26 @@ def compiled(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "script, flags",
+    "script, flags, sizes",
     [
-        (robust_kd, f"--loss akd+ {ROBUST}"),
-        (fickle_teacher, f"--method hinton --teacher-model wrn-10-1 {NOISY}"),
-        (teacher_free_kd, "--method self-distillation"),
+        (robust_kd, f"--loss akd+ {WRN} {ROBUST} --train-subset 16", {16}),
+        (fickle_teacher, f"--method hinton {MLP} --teacher-model wrn-10-1 {NOISY}", {16, 4}),
+        (teacher_free_kd, f"--method self-distillation {WRN} --train-subset 16", {16}),
     ],
 )
 def test_compiled_nets_train_alike_and_evaluations_run_as_they_are(
-    script, flags, tmp_path, compiled, monkeypatch
+    script, flags, sizes, tmp_path, compiled, monkeypatch
 ):
     def attacked(model, attack_bn):
         # folded, the attack takes another sign where a gradient is nearly 0
         return model.train(attack_bn == "train")
 
     monkeypatch.setattr(common, "attacked", attacked)
-    flags = f"{SMALL} {WRN} {flags} --runs {tmp_path}/"
+    flags = f"{SMALL} --epochs 1 {flags} --runs {tmp_path}/"
     script.main(f"{flags}plain".split())
     script.main([*f"{flags}compiled".split(), "--compile"])
-    sizes, _ = compiled
-    assert set().union(*sizes) == {16, 4}  # the sizes of the batches: not 8 or 6
+    found, _ = compiled
+    assert set().union(*found) == sizes  # of the batches: not the 8 or 6 of the evaluations
     a = common.load(student(tmp_path / "plain", script))["weights"]
     b = common.load(student(tmp_path / "compiled", script))["weights"]
     for name in a:
