@@ -18,6 +18,7 @@ import torch.nn as nn
 from conftest import ROOT, same_weights
 
 import common
+import eval_robustness
 import robust_kd
 
 # with convolutions, BatchNorm and two passes of the student: all that a resumed run must restore
@@ -110,6 +111,18 @@ def test_a_finished_run_shows_its_summary_and_does_nothing(whole, capsys):
     assert before == {
         path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != "lock"
     }
+
+
+def test_the_evaluation_of_a_file_gives_the_numbers_of_the_run(whole, tmp_path):
+    folder = whole / "robust_kd" / "x-s0"
+    files = [str(*whole.glob("teachers/*/teacher.pt")), str(folder / "student.pt")]
+    flags = "--data shapes --n 10 --attack clean pgd2 --device cpu --json"
+    eval_robustness.main([*files, *flags.split(), str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text())["rows"]
+    summary = json.loads((folder / "summary.json").read_text())
+    for row, expected in zip(found, summary[:2], strict=True):
+        for key in ("clean_acc", "pgd2_acc"):
+            assert row[key] == expected[key], (expected["model"], key)
 
 
 def test_a_folder_of_other_flags_is_refused_by_the_name_of_the_flag(tmp_path, refused):
