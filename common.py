@@ -62,7 +62,7 @@ def start(main, stopped="finished epochs are kept; the same command goes on:") -
 
     Exit status: 2 after a UserError, a file system error or a full GPU memory; 130 after Ctrl-C;
     143 after SIGTERM; 141 when the reader of the output has gone (`| head`). `stopped` is printed
-    after Ctrl-C and SIGTERM, followed by the command.
+    after Ctrl-C, SIGTERM and a file system error, followed by the command.
     """
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the first process prints everything)
@@ -87,7 +87,7 @@ def start(main, stopped="finished epochs are kept; the same command goes on:") -
             os.dup2(null, 2)  # perhaps the same pipe
             raise SystemExit(141) from None
         name = error.filename or "standard output"
-        exit_with_error(f"{name}: {error.strerror or error}; finished epochs are kept")
+        exit_with_error(f"{name}: {error.strerror or error}; {stopped} {command_line()}")
     except Exception as error:  # those of torch.compile are not all RuntimeErrors
         if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
             reason = str(error).split("Set TORCH")[0]
@@ -485,25 +485,29 @@ def read_folder(folder: Path) -> dict:
     return arrays
 
 
-def read_class_folders(folder: Path) -> dict:
-    """{x: uint8 (N, H, W, 3), y: labels (N,), classes, files} of a folder of class folders."""
+def list_class_folders(folder: Path, is_wanted=None):
+    """-> (image files, labels (N,), classes) of a folder of class folders, none of them read.
+
+    is_wanted(path): whether a file counts; None: all images.
+    """
     from torchvision.datasets import ImageFolder
 
     try:
         links = [path for path in folder.rglob("*") if path.is_symlink()]
         if links:
             raise ValueError(f"{links[0]} is a link")
-        found = ImageFolder(folder)
+        found = ImageFolder(folder, is_valid_file=is_wanted)
     except (OSError, ValueError) as error:
         expected = "expected class folders with images in each of them"
         raise UserError(f"{folder}: {expected} ({error})") from None
     files = [Path(file) for file, _ in found.samples]
-    return {
-        "x": read_images(files),
-        "y": np.array([label for _, label in found.samples]),
-        "classes": found.classes,
-        "files": files,
-    }
+    return files, np.array(found.targets), found.classes
+
+
+def read_class_folders(folder: Path) -> dict:
+    """{x: uint8 (N, H, W, 3), y: labels (N,), classes, files} of a folder of class folders."""
+    files, labels, classes = list_class_folders(folder)
+    return {"x": read_images(files), "y": labels, "classes": classes, "files": files}
 
 
 def read_tiny_imagenet(folder: Path) -> dict:
@@ -1159,7 +1163,7 @@ def is_plain(value, depth: int = 5) -> bool:
 
 
 def load_model(path, device="cpu", data: Data | None = None, name: str | None = None):
-    """-> (model in eval mode, its meta) from a file of save_model.
+    """-> (model in eval mode, its meta with the path as `file`) from a file of save_model.
 
     A UserError if the model does not fit `data`, or if it is not a `name`.
     """
@@ -1191,7 +1195,7 @@ def load_model(path, device="cpu", data: Data | None = None, name: str | None = 
             model_is = f"{arch['classes']} classes, {arch['size']} x {arch['channels']} images"
             data_has = f"{len(data.classes)} classes, {size} x {channels} images"
             raise UserError(f"{path}: is for {model_is}; {data.name} has {data_has}")
-    return model.to(device).eval(), meta
+    return model.to(device).eval(), meta | {"file": str(path)}
 
 
 def table(rows: list[dict]) -> str:
@@ -1352,16 +1356,27 @@ def run_seeds(script: str, args: argparse.Namespace, job, prepare=None) -> list[
             rows = read_summary(folder / "summary.json")
             if rows is None:
                 rows = job(args, data, folder)
+                for row in rows:
+                    if row.get("file") is not None:  # a runs folder may be moved
+                        row["file"] = os.path.relpath(row["file"], folder)
                 sync()  # until every process has read what it needs from the folder
                 write_json(folder / "summary.json", rows)
                 delete_checkpoints(folder)
             files = " ".join(path.name for path in sorted(folder.glob("*.pt")))
-            print(f"\n{table(rows)}\n\n{folder} is finished: log.jsonl {files}", flush=True)
+            print(
+                f"\n{table(without_files(rows))}\n\n{folder} is finished: log.jsonl {files}",
+                flush=True,
+            )
         summaries.append(rows)
     if len(seeds) > 1:
         print(f"\nmean +- std of seeds {' '.join(map(str, seeds))}")
-        print(table(mean_and_std(summaries)), flush=True)
+        print(table(without_files(mean_and_std(summaries))), flush=True)
     return summaries
+
+
+def without_files(rows: list[dict]) -> list[dict]:
+    """The rows of a summary without their column `file`, as they fit on a terminal."""
+    return [{key: value for key, value in row.items() if key != "file"} for row in rows]
 
 
 def read_summary(path: Path) -> list[dict] | None:
@@ -1376,15 +1391,21 @@ def read_summary(path: Path) -> list[dict] | None:
 
 
 def mean_and_std(summaries: list[list[dict]]) -> list[dict]:
-    """Rows of each seed -> rows of "mean +- std" (n - 1); a row that a seed lacks is left out."""
+    """Rows of each seed -> rows of "mean +- std" (n - 1); a row that a seed lacks is left out.
+
+    A net that all seeds share, such as their teacher, is one net: it has no deviation.
+    """
     rows = []
     for first in summaries[0]:
         same = [row for rows_ in summaries for row in rows_ if row["model"] == first["model"]]
         if len(same) < len(summaries):  # a best epoch that is not the last has a row of its own
             continue
         merged = dict(first)
+        shared = first.get("file") is not None and all(row["file"] == first["file"] for row in same)
         for key, value in first.items():
             values = [row.get(key) for row in same]
+            if shared and values.count(value) == len(values):
+                continue
             if None in values:
                 merged[key] = None
             elif isinstance(value, float):
@@ -1706,6 +1727,15 @@ def save_model(path: Path, model: nn.Module, rows: list[dict] = (), **meta) -> N
         meta = {"epoch": len(rows), "seconds": seconds, "best": best_row(rows)} | meta
     save(path, {"arch": model.arch, "weights": model.state_dict(), "meta": meta})
     sync()
+
+
+def weights_digest(path: Path) -> str:
+    """16 hex digits of the weights in a saved model, whatever its meta says."""
+    weights = load(path)["weights"]
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(weights[name].cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # ---- teachers ----------------------------------------------------------------------------------

@@ -1366,7 +1366,7 @@ def load_other_images(path, classes, size=(32, 32), per_class=None, cinic=False)
             raise common.UserError(f"{path}: {wrong}")
     else:
         x = None  # files are read when they are chosen
-        files, labels = list_cinic(path, classes) if cinic else list_class_folders(path, classes)
+        files, labels = list_cinic(path, classes) if cinic else list_folders_of(classes, path)
         names = [str(file.relative_to(path)) for file in files]
     chosen = choose_per_class(path, labels, per_class)
     x = common.read_images([files[i] for i in chosen]) if x is None else x[chosen]
@@ -1390,28 +1390,16 @@ def choose_per_class(path, labels, per_class):
     return np.sort(np.concatenate(by_class))
 
 
-def list_class_folders(folder, classes, is_wanted=None):
-    """-> (image files, labels (N,)) of folders named as `classes`, class by class and sorted.
-
-    is_wanted(path): whether a file counts; None: all images.
-    """
-    from torchvision.datasets import ImageFolder
-
-    try:
-        links = [path for path in folder.rglob("*") if path.is_symlink()]
-        if links:
-            raise ValueError(f"{links[0]} is a link")
-        found = ImageFolder(folder, is_valid_file=is_wanted)
-    except (OSError, ValueError) as error:
-        expected = "expected class folders with images in each of them"
-        raise common.UserError(f"{folder}: {expected} ({error})") from None
-    unknown = sorted(set(found.classes) - set(classes))
+def list_folders_of(classes, folder, is_wanted=None):
+    """-> (image files, labels (N,)) of folders named as `classes`, class by class and sorted."""
+    files, labels, folder_names = common.list_class_folders(folder, is_wanted)
+    unknown = sorted(set(folder_names) - set(classes))
     if unknown:
         raise common.UserError(f"{folder / unknown[0]}: none of the classes {', '.join(classes)}")
-    label_of = [classes.index(name) for name in found.classes]
-    labels = np.array([label_of[k] for k in found.targets])
+    label_of = np.array([classes.index(name) for name in folder_names])
+    labels = label_of[labels]
     order = np.argsort(labels, kind="stable")
-    return [Path(found.samples[i][0]) for i in order], labels[order]
+    return [files[i] for i in order], labels[order]
 
 
 def list_cinic(folder, classes):
@@ -1423,7 +1411,7 @@ def list_cinic(folder, classes):
 
     files, labels = [], []
     for part in ("train", "valid", "test"):
-        part_files, part_labels = list_class_folders(folder / part, classes, is_from_imagenet)
+        part_files, part_labels = list_folders_of(classes, folder / part, is_from_imagenet)
         files += part_files
         labels.append(part_labels)
     for file in files:
@@ -1552,7 +1540,7 @@ def foreign_model(spec, weights, device):
 
 
 def load_models(args, data, device):
-    """-> {name of the row: model}, {file: checksum of its content}, from the flags."""
+    """-> {name of the row: model}, {file: digest of its weights}, from the flags."""
     models = {}
     for path in args.checkpoints:
         models[path], _ = common.load_model(path, device, data)
@@ -1569,10 +1557,9 @@ def load_models(args, data, device):
     if args.ensemble:
         models = {f"ensemble of {len(models)}": Ensemble([*models.values()]).eval()}
         print("ensemble: the attacks get the logarithm of the averaged probabilities as logits")
-    checksums = {}
-    for path in [*args.checkpoints, args.weights]:
-        if path is not None:
-            checksums[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    checksums = {path: common.weights_digest(path) for path in args.checkpoints}
+    if args.weights:
+        checksums[args.weights] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()[:16]
     return models, checksums
 
 
@@ -2043,6 +2030,15 @@ def best_epoch(folder):
     return {"student, best on held-out images": folder / "student_best.pt"}
 
 
+def training_columns(meta):
+    """The columns of a summary that say how a net was trained: epochs, seconds, file.
+
+    meta: as common.load_model gives it. summary.json names the file as seen from its own
+    folder; the printed table leaves it out.
+    """
+    return {"epochs": meta.get("epoch"), "seconds": meta.get("seconds"), "file": meta.get("file")}
+
+
 def evaluate_files(args, files, folder):
     """{name: file of a saved model} -> rows of a summary: model, *_acc, epochs, seconds.
 
@@ -2077,8 +2073,8 @@ def evaluate_files(args, files, folder):
         for key, value in row_of[str(path)].items():
             if key.endswith("_acc"):
                 row[key] = value
-        meta = common.load(path)["meta"]
-        rows.append(row | {"epochs": meta.get("epoch"), "seconds": meta.get("seconds")})
+        _, meta = common.load_model(path)
+        rows.append(row | training_columns(meta))
     return rows
 
 

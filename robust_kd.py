@@ -739,7 +739,7 @@ class Trajectories:
     """What a net gives the right class after each epoch (paper: App. C.2), for --trajectories.
 
     train, test (clean) and adv (PGD on test) float16 (E, N): log-probabilities; entropy float32
-    (E,): the mean of S(x) over the training images, nats. benchmark/trajectories.py reads them.
+    (E,): the mean of S(x) over the training images, nats. benchmark/plots.py draws them.
     """
 
     def __init__(self, data, epochs):
@@ -978,8 +978,7 @@ def train_and_evaluate(args, data, folder):
             restarts=args.restarts,
             seed=args.seed,
         )
-        training = {"epochs": meta.get("epoch"), "seconds": meta.get("seconds")}
-        rows.append({"model": name} | accuracies | training)
+        rows.append({"model": name} | accuracies | eval_robustness.training_columns(meta))
     return rows
 
 

@@ -1002,7 +1002,7 @@ def evaluate(name, net, meta, data, args):
         shows_digit = data.y_test == args.omit_digit
         row[f"without_{args.omit_digit}_acc"] = right[~shows_digit].double().mean().item()
         row[f"only_{args.omit_digit}_acc"] = right[shows_digit].double().mean().item()
-    return row | {"epochs": meta.get("epoch"), "seconds": meta.get("seconds")}
+    return row | eval_robustness.training_columns(meta)
 
 
 if __name__ == "__main__":

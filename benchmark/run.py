@@ -22,7 +22,6 @@ Tiny     Results and runs are kept in runs/tiny, marked, and never reported.
 
 import contextlib
 import functools
-import hashlib
 import importlib
 import io
 import json
@@ -315,6 +314,12 @@ def read_log(folder):
     return stages
 
 
+def teacher_files(folder):
+    """The files of a finished run's teachers, by its summary."""
+    rows = common.read_json(folder / "summary.json")
+    return [folder / row["file"] for row in rows if row["model"].startswith("teacher")]
+
+
 def describe_stage(rows):
     """What a record keeps of a stage: epochs, speed, last and best epoch."""
 
@@ -328,15 +333,6 @@ def describe_stage(rows):
         "last": rows[-1],
         "best": max(rows, key=score),
     }
-
-
-def digest(path):
-    """16 hex digits of the weights in a saved model: by them two seeds with one net are told."""
-    weights = common.load(path)["weights"]
-    hash_of_weights = hashlib.sha256()
-    for name in sorted(weights):
-        hash_of_weights.update(weights[name].cpu().numpy().tobytes())
-    return hash_of_weights.hexdigest()[:16]
 
 
 def to_record(folder, run, seed, teachers, args):
@@ -353,7 +349,7 @@ def to_record(folder, run, seed, teachers, args):
     if teachers:
         files["teacher"] = teachers[0]
     rows = []
-    for row in common.read_json(folder / "summary.json"):
+    for row in common.without_files(common.read_json(folder / "summary.json")):
         rows.append({k: v for k, v in row.items() if isinstance(v, str | int | float | None)})
     return {
         "row": name_of(run),
@@ -369,7 +365,9 @@ def to_record(folder, run, seed, teachers, args):
         "model": flags["model"],
         "flags": flags,
         "stages": {stage: describe_stage(epochs) for stage, epochs in stages.items()},
-        "weights": {take: digest(path) for take, path in files.items() if path.exists()},
+        "weights": {
+            take: common.weights_digest(path) for take, path in files.items() if path.exists()
+        },
         "rows": rows,
     }
 
@@ -456,7 +454,7 @@ def evaluate(folder, pairs, record, teachers, log_file, seconds, args):
             files = teachers if take == "ensemble" else teachers[:1]
             names = ["teacher"]
             if not files:
-                return f"no file of its teacher is known: {log_file} does not name it"
+                return f"{folder / 'summary.json'} names no teacher"
         else:
             files = [folder / f"{take}.pt"]
             names = [take]
@@ -505,10 +503,7 @@ def execute(run, seed, rows, seconds, records, args):
         failure = call(script_of(run), flags, log_file, seconds, args)
         if failure:
             return failure
-    text = log_file.read_text() if log_file.exists() else ""
-    teachers = [
-        Path(path) for path in dict.fromkeys(re.findall(r"^teacher: (.+\.pt)$", text, re.M))
-    ]
+    teachers = teacher_files(folder)
     record = to_record(folder, run, seed, teachers, args)
     record["evaluation_seconds"] = 0.0
     if (run, seed) in records:

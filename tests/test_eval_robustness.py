@@ -564,7 +564,8 @@ def test_saved_models_are_evaluated_by_name_and_once(files, tmp_path, capsys):
             net, data.x_test, data.y_test, ["clean", "pgd2"], 0.02, args.step_size, seed=3
         )
         assert {key: row[key] for key in again} == again
-        assert set(row) == {*again, "model", "pgd2_conditional_acc", "epochs", "seconds"}
+        assert set(row) == {*again, "model", "pgd2_conditional_acc", "epochs", "seconds", "file"}
+        assert row["file"] == str(path)
     assert "pgd2" in (tmp_path / "evaluation.txt").read_text()
     before = (tmp_path / "evaluation.json").read_bytes()
     capsys.readouterr()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from conftest import ROOT, same_weights
 
 import common
+import eval_robustness
 import fickle_teacher
 import messy_collab
 import soft_randomization
@@ -562,3 +564,32 @@ def test_a_teacher_that_does_not_fit_is_refused(tmp_path, refused):
     run("fickle_teacher", tmp_path, f"--dropout 0.3 --teacher-ckpt {tmp_path / 'good.pt'}")
     assert (tmp_path / "fickle_teacher/x-s0/student.pt").exists()
     assert not (tmp_path / "teachers").exists()
+
+
+def test_a_run_killed_in_its_evaluation_goes_on_from_a_damaged_checkpoint(tmp_path, monkeypatch):
+    """The epoch that is trained again takes other seconds: student.pt has other bytes then."""
+    (expected,) = run("fickle_teacher", tmp_path / "whole", "--method hinton")
+
+    def die(state):
+        save(state)
+        raise KeyboardInterrupt
+
+    save = eval_robustness.State.save
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_robustness.State, "save", die)
+        with pytest.raises(KeyboardInterrupt):
+            run("fickle_teacher", tmp_path / "killed", "--method hinton")
+    folder = tmp_path / "killed" / "fickle_teacher" / "x-s0"
+    assert (folder / "evaluation.json.state" / "state.pt").exists()
+    newest = folder / "student.checkpoint1.pt"  # after 3 epochs
+    newest.write_bytes(newest.read_bytes()[:-100])
+    (found,) = run("fickle_teacher", tmp_path / "killed", "--method hinton")
+    for row, other in zip(expected, found, strict=True):
+        assert row | {"seconds": None} == other | {"seconds": None}
+
+
+def test_a_teacher_that_all_seeds_share_has_no_deviation(tmp_path, capsys):
+    run("fickle_teacher", tmp_path, "--method hinton --seeds 0 1")
+    out = capsys.readouterr().out
+    teacher, student = re.findall(r"^(?:teacher|student \(hinton\)) .*", out, re.M)[-2:]
+    assert "+-" not in teacher and "+-" in student and "teacher.pt" not in teacher

@@ -14,7 +14,8 @@ def test_a_model_comes_back_from_its_file(tmp_path):
     common.save_model(tmp_path / "m.pt", model, epoch=3)
     again, meta = common.load_model(tmp_path / "m.pt")
     x = torch.rand(2, 3, 32, 32)
-    assert torch.equal(again(x), model.eval()(x)) and meta == {"epoch": 3} and not again.training
+    assert torch.equal(again(x), model.eval()(x)) and not again.training
+    assert meta == {"epoch": 3, "file": f"{tmp_path}/m.pt"}
 
 
 class Bomb:
