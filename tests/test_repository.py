@@ -203,6 +203,97 @@ def test_public_names_have_docstrings(module):
 
 
 # ------------------------------------------------------------------------------------------------
+# Citations
+
+ARXIV = "On the benefits of knowledge distillation for adversarial robustness"
+TMLR = "When does knowledge distillation improve robustness?"
+
+
+def squeezed(path):
+    return " ".join(path.read_text().replace("=\n", " ").split())
+
+
+def pages_that_name(number):
+    """The pages and sources, but for tests, with an arXiv number in their text."""
+    patterns = ("*.md", "docs/*.md", "*.py", "benchmark/*.py")
+    paths = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    return [path for path in paths if number in path.read_text()]
+
+
+def test_both_texts_of_the_robust_distillation_paper_are_named_as_what_they_are():
+    named = pages_that_name("2203.07159")
+    assert {"README.md", "robust_kd.py", "robust_kd.md", "RESULTS.md"} <= {p.name for p in named}
+    for path in named:
+        text = squeezed(path)
+        assert ARXIV in text, path.name
+        for title in ("When does knowledge", "When does distillation", "When does KD"):
+            assert not re.search(rf"\[{title}[^\]]*\]\([^)]*2203\.07159", text), path.name
+            assert not re.search(rf"{title}[^.]*\(\[2203\.07159", text), path.name
+    for name in ("README.md", "robust_kd.py", "docs/robust_kd.md"):
+        text = squeezed(ROOT / name)
+        assert TMLR in text and "TMLR" in text and "anonymous" in text.lower(), name
+
+
+def entries():
+    """{key: {field: value}} of the citations in the README."""
+    found = {}
+    for kind, body in re.findall(
+        r"@(\w+){(.*?)}\n(?=@|```)", (ROOT / "README.md").read_text(), re.S
+    ):
+        key, rest = body.split(",", 1)
+        fields = re.findall(r"(\w+)\s*=\s*{((?:[^{}]|{[^{}]*})*)}", rest)
+        found[key] = {"kind": kind} | {name: " ".join(text.split()) for name, text in fields}
+    return found
+
+
+CITED = {  # title -> (first and last author, year, where)
+    ARXIV: ("Maroto", "Frossard", "2022", "2203.07159"),
+    TMLR: ("Anonymous", "Anonymous", "2023", "TMLR"),
+    "Adversarially robust distillation": ("Goldblum", "Goldstein", "2020", "AAAI"),
+    "Revisiting adversarial robustness distillation: Robust soft labels make student better": (
+        "Zi", "Jiang", "2021", "ICCV"),
+    "Improving generalization and robustness with noisy collaboration in knowledge distillation": (
+        "Arani", "Zonooz", "2019", "1910.05057"),
+    "Revisiting knowledge distillation via label smoothing regularization": (
+        "Yuan", "Feng", "2020", "CVPR"),
+    "Be your own teacher: Improve the performance of convolutional neural networks via self "
+    "distillation": ("Zhang", "Ma", "2019", "ICCV"),
+    "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free "
+    "attacks": ("Croce", "Hein", "2020", "ICML"),
+    "Fixing data augmentation to improve adversarial robustness": (
+        "Rebuffi", "Mann", "2021", "2103.01946"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("title", CITED)
+def test_citations_are_complete(title):
+    first, last, year, where = CITED[title]
+    by_title = {entry["title"].lower(): entry for entry in entries().values()}
+    entry = by_title[title.lower()]
+    authors = entry["author"].split(" and ")
+    assert (authors[0].split(",")[0], authors[-1].split(",")[0]) == (first, last)
+    assert entry["year"] == year and where in str(entry)
+
+
+def test_no_entry_is_shortened():
+    assert len(entries()) >= len(CITED)
+    for key, entry in entries().items():
+        assert {"title", "author", "year"} <= entry.keys(), key
+        assert {"journal", "booktitle", "howpublished"} & entry.keys(), key
+        assert "et al" not in str(entry) and "others" not in entry["author"], key
+
+
+def test_the_python_that_is_promised_is_one_that_the_tests_ran_on():
+    names = ("Makefile", "pyproject.toml", "tests/stress/trust.md", "README.md")
+    makefile, pyproject, trust, readme = ((ROOT / name).read_text() for name in names)
+    asked = re.search(r"sys.version_info >= \(3, (\d+)\)", makefile)[1]
+    assert f"Python 3.{asked} or newer is needed" in makefile
+    assert f'target-version = "py3{asked}"' in pyproject
+    assert f"on Python 3.{asked})" in trust  # with which versions all tests passed
+    assert f"Python 3.{asked}" in readme
+
+
+# ------------------------------------------------------------------------------------------------
 # Copies
 
 COPY = re.compile(r"^# Copied from (\w+)\.(\w+)", re.M)
