@@ -9,7 +9,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest
 
 soak: .venv/dev
-	$(BIN)/python tests/soak.py --minutes 10
+	$(BIN)/python tests/stress/soak.py --minutes 10
 
 lint: .venv/dev
 	$(BIN)/ruff check .

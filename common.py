@@ -1,30 +1,37 @@
-"""What the scripts share: data, models, attacks, files. No loss, no loop, nothing about a run.
+"""What the scripts share: data, models, attacks, files and, last, what a run needs.
 
 Images   uint8 (N, H, W, C) on the device; a batch is float32 (B, C, H, W) in [0, 1], channels_last.
 Models   take images in [0, 1], normalise inside, return float32 logits (B, K), as attacks expect.
 Attacks  differentiate with respect to the input alone; the caller sets the model's mode.
 Files    are written whole or not at all, and read without running what they hold.
+Runs     runs/<script>/<name>-s<seed>/ holds config.json, log.jsonl, the models and summary.json;
+         runs/teachers/<digest>/ holds each teacher once, for all scripts.
 
 Importing this file does nothing: no CUDA, seed or download; torchvision is imported by the loaders.
-The plumbing of a run (folder, log, resuming, teachers, summary) is plumbing.py.
+When you copy a script into a project of your own, leave out the last section, "A run": your project
+has its own folders, logs and checkpoints.
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import dataclasses
-import functools
+import datetime
 import hashlib
 import io
 import itertools
-import logging
+import json
 import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
+import time
 import warnings
 import zipfile
 import zlib
@@ -33,116 +40,171 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 # ------------------------------------------------------------------------------------------------
-# Errors and flags
+# Errors, and how a program ends
 
 
-def fail(message: str):
-    """Print `error: message` as one line on stderr and leave with status 2."""
-    line = " ".join(str(message).split())  # names in foreign files may hold terminal commands
-    print("error: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
+class UserError(Exception):
+    """Something that the user can mend: a flag, a file, the data. The message is one line.
+
+    It names the flag or the file, the value that was given, and what to do. Functions raise it;
+    `start`, the outermost function of every program, prints it and exits with status 2.
+    """
+
+
+def start(main, stopped="finished epochs are kept; the same command goes on:") -> None:
+    """Run main() as a program, without a traceback for anything that a user can cause.
+
+    Exit status: 2 after a UserError, a file system error or a full GPU memory; 130 after Ctrl-C;
+    143 after SIGTERM; 141 when the reader of the output has gone (`| head`). `stopped` is printed
+    after Ctrl-C, SIGTERM and a file system error, followed by the command.
+    """
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the first process prints everything)
+    signal.signal(signal.SIGTERM, _raise_on_sigterm)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as the scripts set it for their imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main()
+        sys.stdout.flush()  # at the interpreter's exit it would be too late to catch the error
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped; {stopped}\n{command_line()}", file=sys.stderr)
+        raise SystemExit(143 if stop.args else 130) from None
+    except UserError as error:
+        exit_with_error(str(error))
+    except torch.OutOfMemoryError as error:
+        exit_with_error(f"the GPU has too little memory; take a smaller --batch-size ({error})")
+    except OSError as error:
+        # Python flushes standard output once more at exit: into nothing
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        if isinstance(error, BrokenPipeError):
+            os.dup2(null, 2)  # perhaps the same pipe
+            raise SystemExit(141) from None
+        name = error.filename or "standard output"
+        exit_with_error(f"{name}: {error.strerror or error}; {stopped} {command_line()}")
+    except Exception as error:  # those of torch.compile are not all RuntimeErrors
+        if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
+            reason = str(error).split("Set TORCH")[0]
+            exit_with_error(f"--compile: {reason}; the same command goes on without --compile")
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            exit_with_error(f"process {rank()}: another process has ended; start all of them again")
+        raise
+
+
+def exit_with_error(message: str):
+    """Print `error: message` as one line on stderr and exit with status 2."""
+    line = " ".join(message.split())
+    # names in foreign files may hold control characters of a terminal
+    line = "".join(c if c.isprintable() else "?" for c in line)
+    print(f"error: {line}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def print_line(text: str, end: str = "\n") -> None:
-    """Print over the live line of a terminal; with end "" `text` is the live line.
-
-    Of that the end that fits: a line that wraps could not be printed over.
-    """
-    live = sys.stdout.isatty()
-    if live and not end:
-        text = text[1 - shutil.get_terminal_size().columns :]
-    print("\r\x1b[2K" * live + text, end=end, flush=True)
+def _raise_on_sigterm(number, frame):
+    raise KeyboardInterrupt("SIGTERM")
 
 
-@functools.cache
-def warn_once(text: str) -> None:
-    """Print `warning: text` as one line on stderr; the same text only once."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+def command_line() -> str:
+    """The command that started this program, to be typed again."""
+    python = Path(sys.executable)
+    if Path.cwd() in python.parents:
+        python = python.relative_to(Path.cwd())
+    return shlex.join([str(python), *sys.argv])
 
 
-@contextlib.contextmanager
-def stoppable():
-    """SIGTERM raises KeyboardInterrupt("SIGTERM") inside, as Ctrl-C raises it without a word."""
+def print_line(text: str, live: bool = False) -> None:
+    """Print a line. With `live`, only on a terminal, and the next line is printed over it."""
+    terminal = sys.stdout.isatty()
+    if live and not terminal:
+        return
+    if live:
+        text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps stays
+    if terminal:
+        text = f"\r\x1b[2K{text}"  # go to the start of the line and clear it
+    print(text, end="" if live else "\n", flush=True)
 
-    def on_sigterm(number, frame):
-        raise KeyboardInterrupt("SIGTERM")
 
-    handler = signal.signal(signal.SIGTERM, on_sigterm)
+# ------------------------------------------------------------------------------------------------
+# Flags
+
+
+def _number(text: str) -> float:
+    """A float from a number or a fraction like 8/255; NaN if it is neither."""
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return math.nan
 
 
-def status(stop: KeyboardInterrupt | BrokenPipeError) -> int:
-    """The exit status that a shell gives to SIGINT, SIGTERM and SIGPIPE (`| head` has gone)."""
-    return 141 if isinstance(stop, BrokenPipeError) else 143 if stop.args else 130
-
-
-def start(main) -> None:
-    """main() of a program, without a traceback for what happens to its process, files and output.
-
-    Ctrl-C and `| head` end it with `status`, a file that cannot be written with one line and 2.
-    """
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as a script sets it for its imports
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def _whole(text: str) -> float:
+    """A whole number; NaN if it is none."""
     try:
-        try:
-            main()
-        finally:
-            sys.stdout.flush()  # at exit it would be too late to catch the error
-    except KeyboardInterrupt as stop:
-        print("\nstopped", file=sys.stderr)
-        raise SystemExit(status(stop)) from None
-    except OSError as error:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)  # for what Python itself flushes at exit
-        if not isinstance(error, BrokenPipeError):
-            fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
-        os.dup2(null, 2)  # perhaps of the same pipe
-        raise SystemExit(status(error)) from None
+        return int(text)
+    except ValueError:
+        return math.nan
 
 
-def _number(expected: str, low: float, high: float = sys.float_info.max, kind=float):
-    """A `type=` for argparse: text -> a number in [low, high]; floats may be fractions."""
+def _flag_type(expected, parse, low, high):
+    """A `type=` of argparse: text -> parse(text) in [low, high], or an error with `expected`."""
 
-    def parse(text: str):
-        try:
-            value = float(Fraction(text)) if "/" in text and kind is float else kind(text)
-        except (ValueError, ZeroDivisionError, OverflowError):
-            value = math.nan
+    def convert(text):
+        value = parse(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
         return value
 
-    return parse
+    return convert
 
 
-fraction = _number("a number or a fraction like 8/255", 0.0)
-probability = _number("a number or a fraction like 8/255, between 0 and 1", 0.0, 1.0)
-positive = _number("a number above 0", sys.float_info.min)
-rate = _number("a number or a fraction of at least 0 and below 1", 0.0, math.nextafter(1, 0))
-count = _number("a whole number of at least 1", 1, 10**12, int)
-count0 = _number("a whole number of at least 0", 0, 10**12, int)
+LARGEST = sys.float_info.max
+# Names for `type=` in the scripts: parser.add_argument("--alpha", type="probability")
+FLAG_TYPES = {
+    "fraction": _flag_type("a number of at least 0, or a fraction like 8/255", _number, 0, LARGEST),
+    "probability": _flag_type("a number or a fraction between 0 and 1", _number, 0, 1),
+    "rate": _flag_type("a number of at least 0 and below 1", _number, 0, math.nextafter(1, 0)),
+    "positive": _flag_type("a number above 0", _number, sys.float_info.min, LARGEST),
+    "count": _flag_type("a whole number of at least 1", _whole, 1, 10**12),
+    "count0": _flag_type("a whole number of at least 0", _whole, 0, 10**12),
+}
 
 
-def make_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser that shows `doc` and every default; its errors are one line, with exit status 2."""
-    bases = (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter)
-    layout = type("Help", bases, {})  # the docstring as it is written, each flag with its default
-    options = {"usage": "python %(prog)s [flags]", "formatter_class": layout}
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, **options)
-    parser.error = lambda message: fail(re.sub(r"^argument (\S+?)(/\S+)?:", r"\1:", message))
-    return parser
+class HelpLayout(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it is written; each flag with its default, unless that is None."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the names of FLAG_TYPES for `type=`, whose errors are a UserError."""
+
+    def __init__(self, doc: str):
+        super().__init__(
+            usage="python %(prog)s [flags]",
+            description=doc,
+            formatter_class=HelpLayout,
+            allow_abbrev=False,
+        )
+        for name, convert in FLAG_TYPES.items():
+            self.register("type", name, convert)
+
+    def error(self, message: str):
+        """Raise the UserError `message`; argparse calls it too."""
+        raise UserError(re.sub(r"^argument (\S+?)(/\S+)?:", r"\1:", message))
 
 
 # ------------------------------------------------------------------------------------------------
-# Random numbers, device, processes, optimizer
+# Random numbers, device, processes
 
 
 def derive_seed(*parts) -> int:
@@ -150,44 +212,91 @@ def derive_seed(*parts) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-def setup_device(args: argparse.Namespace) -> torch.device:
-    """The device of --device, with the CUDA settings of training; an error if there is none."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device: there is no CUDA device here; --device cpu works everywhere")
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if device.type == "cuda" and world() > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+def find_device(name: str) -> torch.device:
+    """The device of --device: "cpu", "cuda", or "auto" for CUDA if it is there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA device here; --device cpu works anywhere")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if world() == 1:
+        return torch.device("cuda")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def setup_training(args: argparse.Namespace) -> torch.device:
+    """The device of --device, set up by --precision and --deterministic; joins the processes."""
+    device = find_device(args.device)
+    if args.graph and device.type == "cpu":
+        print("--graph has no effect here: there are no CUDA graphs on a CPU")
+    if "--precision" in args.given and device.type == "cpu":
+        print("--precision has no effect here: a CPU trains in float32")
+    if world() > 1 and not dist.is_initialized():
+        # the others wait while the first process validates and evaluates
+        week = datetime.timedelta(days=7)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=week)
+        atexit.register(dist.destroy_process_group)
+    # the three precisions of training on CUDA; what is not training is always strict float32
+    args.autocast = device.type == "cuda" and args.precision == "bf16"
+    set_precision(args.precision)
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if args.deterministic != torch.are_deterministic_algorithms_enabled():
-        torch.use_deterministic_algorithms(args.deterministic)  # imports for seconds
+        torch.use_deterministic_algorithms(args.deterministic)  # its import takes seconds
     return device
 
 
+def set_precision(precision: str) -> None:
+    """What float32 is on CUDA: with "tf32" convolutions and matrix products have 10 bits.
+
+    With "fp32", and in what "bf16" autocast leaves in float32, they are those of IEEE float32. Set
+    by operation, since a model from elsewhere may have set torch.backends.fp32_precision, and by
+    PyTorch's old switches too: torch.compile of some versions refuses a contradiction.
+    """
+    tf32 = precision == "tf32"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions call the old switches deprecated
+        torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+    torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
+    set_matmul_tf32(tf32)
+
+
+def set_matmul_tf32(allowed: bool) -> None:
+    """Whether matrix products of float32 on CUDA are in TF32."""
+    if (torch.backends.cuda.matmul.fp32_precision == "tf32") == allowed:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.backends.cuda.matmul.allow_tf32 = allowed  # the old switch sets the new one
+
+
 def world() -> int:
-    """How many processes torchrun has started for this run; 1 without it."""
+    """The number of processes that torchrun has started for this run; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank() -> int:
-    """The number of this process among them; 0 is the one that writes files and lines."""
+    """The number of this process among them; process 0 writes the files and prints."""
     return int(os.environ.get("RANK", 0)) if world() > 1 else 0
 
 
-def sgd(model, lr, momentum, weight_decay, nesterov=False, decay_norms=True):
-    """torch.optim.SGD over all parameters, in one fused kernel. Schedulers set lr and momentum.
+def sync() -> None:
+    """Wait for the other processes; without torchrun nothing happens."""
+    if world() > 1:
+        dist.barrier()
 
-    decay_norms: whether the weight decay is on those of BatchNorm too.
-    """
-    norms = {p for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
-    groups = [{"params": list(model.parameters())}]
-    if not decay_norms:
-        groups = [{"params": [p for p in model.parameters() if p not in norms]}]
-        groups += [{"params": [p for p in model.parameters() if p in norms], "weight_decay": 0.0}]
-    options = dict(momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
-    return torch.optim.SGD(groups, lr=lr, **options)
+
+@contextlib.contextmanager
+def first_process_first():
+    """The first process runs the block while the others wait; then the others run it."""
+    if rank() > 0:
+        sync()
+    yield
+    if rank() == 0:
+        sync()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -208,62 +317,285 @@ class Data:
     classes: list[str]
     mean: list[float]  # per channel, of the training images in [0, 1]: the models normalise with it
     std: list[float]
-    fingerprint: int  # of all images and labels, whatever --test-subset is
-    pad: int  # augmentation: random crop after padding with so many zeros, ...
-    flip: bool  # ... and random horizontal flip, ...
-    augment: str = "crop"  # ... and `cutout` or `cutmix`
-    smoothing: float = 0.0  # of the labels; of the extra images alone, if there are any
-    extra: tuple | None = None  # images (M, H, W, C) on the disk, labels (M,): load_extra
-    extra_fraction: float = 0.0  # of every batch
-
-    def __post_init__(self):
-        self.x_padded = pad(self.x_train, self.pad)
+    fingerprint: int  # CRC-32 of all images and labels, whatever --test-subset is
+    pad: int = 0  # augmentation: a random crop after padding with this many zeros, ...
+    flip: bool = False  # ... and a random horizontal flip
 
 
-def load_data(name, root="data", device="cpu", val_size=0, train_subset=None, test_subset=None):
-    """-> Data, by name (see --data), from an .npz file or from a folder.
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SHAPES = ("disc", "ring", "square", "frame", "triangle", "diamond", "plus", "cross", "bar", "pole")
+CLASS_NAMES = {"cifar10": list(CIFAR10), "shapes": list(SHAPES)}
+DATA_NAMES = "cifar10, cifar100, mnist, tiny-imagenet, shapes, FILE.npz or FOLDER"
+
+
+def load_data(
+    name, root="data", device="cpu", val_size=0, train_subset=None, test_subset=None, augment="crop"
+) -> Data:
+    """-> Data, by name, from an .npz file or from a folder.
 
     A name is looked for in <root>/<name>.npz, then in torchvision's files below root, then
     downloaded by torchvision (checksummed) and kept as that .npz; tiny-imagenet is taken from
-    <root>/tiny-imagenet-200, the unpacked official zip. An .npz holds x_train, y_train,
-    x_test, y_test (images uint8 (N, S, S, 3) or (N, S, S), labels 0..K-1), perhaps `classes`. A
-    folder holds train/<class>/* and test/<class>/* (or val/), images of one size. Subsets are the
-    same for every seed. Errors: one line, exit status 2.
+    <root>/tiny-imagenet-200, the unpacked official zip; shapes are drawn by code. An .npz holds
+    x_train, y_train, x_test, y_test (images uint8 (N, S, S, 3) or (N, S, S), labels 0..K-1) and
+    perhaps `classes`. A folder holds train/<class>/* and test/<class>/* (or val/), images of one
+    size. Held-out images and subsets are the same for every seed. augment: "none" for the images as
+    they are, any other word for random crops and flips (never of MNIST). Raises UserError.
     """
-    import images  # what reads and draws them
-
-    (x, y), (x_test, y_test), classes = images.read_data(name, Path(root))
+    arrays = read_data(name, Path(root))
+    x, y = check_images(name, "train", arrays)
+    x_test, y_test = check_images(name, "test", arrays)
+    classes = arrays.get("classes") or CLASS_NAMES.get(name)
+    if not classes:
+        classes = [str(k) for k in range(y.max() + 1)]
+    if x.shape[1:] != x_test.shape[1:]:
+        raise UserError(f"{name}: training images {x.shape[1:]}, test images {x_test.shape[1:]}")
+    if max(y.max(), y_test.max()) >= len(classes):
+        raise UserError(
+            f"{name}: labels reach {max(y.max(), y_test.max())}, classes {len(classes)}"
+        )
     if val_size + (train_subset or 1) > len(x) or (test_subset or 1) > len(x_test):
-        has = f"{name} has {len(x)} training and {len(x_test)} test images"
-        fail(f"--train-subset, --val-size, --test-subset, --n: more than there are; {has}")
-    levels = np.arange(256) / 255  # from integer counts: the same on every machine
-    pixels = torch.from_numpy(x).flatten(0, 2).T
-    counts = np.stack([torch.bincount(c, minlength=256).numpy() for c in pixels])
+        there = f"{name} has {len(x)} training and {len(x_test)} test images"
+        raise UserError(f"--train-subset, --val-size, --test-subset or --n: too large; {there}")
+    order = np.random.default_rng(0).permutation(len(x))
+    val = order[:val_size]
+    train = np.sort(order[val_size:][:train_subset])
+    test = np.sort(np.random.default_rng(0).permutation(len(x_test))[:test_subset])
+    fingerprint = 0
+    for part in (x[train], y[train], x[val], y[val], x_test, y_test):
+        fingerprint = zlib.crc32(np.ascontiguousarray(part), fingerprint)
+    mean, std = channel_statistics(x)
+    augmented = augment != "none" and name != "mnist"
+    return Data(
+        name,
+        *(torch.from_numpy(part).to(device) for part in (x[train], y[train], x[val], y[val])),
+        *(torch.from_numpy(part).to(device) for part in (x_test[test], y_test[test])),
+        classes=classes,
+        mean=mean,
+        std=std,
+        fingerprint=fingerprint,
+        pad=4 if augmented else 0,
+        flip=augmented,
+    )
+
+
+def channel_statistics(x) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of uint8 (N, H, W, C), as of [0, 1].
+
+    From integer counts of the grey levels, so that every machine gets the same numbers. The
+    standard deviation of a channel that never varies is given as 1.
+    """
+    levels = np.arange(256) / 255
+    channels = torch.from_numpy(x).flatten(0, 2).T
+    counts = np.stack([torch.bincount(channel, minlength=256).numpy() for channel in channels])
     mean = counts @ levels / counts.sum(1)
     std = np.sqrt((counts * (levels - mean[:, None]) ** 2).sum(1) / counts.sum(1))
-    order = np.random.default_rng(0).permutation(len(x))
-    val, train = order[:val_size], np.sort(order[val_size:][:train_subset])
-    test = np.sort(np.random.default_rng(0).permutation(len(x_test))[:test_subset])
-    parts = (x[train], y[train], x[val], y[val], x_test[test], y_test[test])
-    tensors = [torch.from_numpy(part).to(device) for part in parts]
-    fingerprint = 0
-    for part in (*parts[:4], x_test, y_test):
-        fingerprint = zlib.crc32(part, fingerprint)
-    statistics = (mean.tolist(), np.where(std > 0, std, 1).tolist(), fingerprint)
-    augmented = name != "mnist"  # digits are neither shifted nor mirrored
-    return Data(name, *tensors, classes, *statistics, pad=4 * augmented, flip=augmented)
+    return mean.tolist(), np.where(std > 0, std, 1).tolist()
 
 
-def load_extra(path, data: Data) -> tuple:
-    """-> images uint8 (M, S, S, C), mapped from the disk, and labels int64 (M,) of an .npz file.
+def read_data(name: str, root: Path) -> dict:
+    """{x_train, y_train, x_test, y_test, perhaps classes} of load_data, as numpy arrays."""
+    if name == "shapes":
+        return make_shapes()
+    if name.endswith(".npz"):
+        return read_npz(Path(name))
+    if name in ("cifar10", "cifar100", "mnist", "tiny-imagenet"):
+        path = root / f"{name}.npz"
+        if not path.exists():
+            if name == "tiny-imagenet":
+                source = root / "tiny-imagenet-200"
+                print(f"{path} is not there: taking {name} from {source}", flush=True)
+                arrays = read_tiny_imagenet(source)
+            else:
+                print(f"{path} is not there: taking {name} from torchvision", flush=True)
+                arrays = read_torchvision(name, root)
+            write_atomically(path, lambda file: np.savez(file, **arrays))
+        return read_npz(path)
+    if Path(name).is_dir():
+        return read_folder(Path(name))
+    raise UserError(f"--data: expected {DATA_NAMES}, got {name!r}")
 
-    It holds `image` and `label`, like the generated sets of Rebuffi et al. and Wang et al. What is
-    inside a zip cannot be mapped: the images are unpacked once, into <path>.<checksum>.npy.
-    Errors: one line, exit status 2.
+
+def check_images(name: str, part: str, arrays: dict):
+    """The images of a part as uint8 (N, S, S, C) and its labels as int64 (N,); or a UserError."""
+    x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+    if x.ndim == 3:
+        x = x[..., None]
+    square = x.ndim == 4 and x.shape[1] == x.shape[2] and x.shape[3] in (1, 3)
+    if x.dtype != np.uint8 or not square or not x.size:
+        wanted = "uint8 (N, S, S, 3) or (N, S, S)"
+        raise UserError(f"{name}: x_{part} must be {wanted}, got {x.dtype} {x.shape}")
+    if not are_labels(y, len(x), 100_000):
+        raise UserError(f"{name}: y_{part} must be {len(x)} labels 0..K-1, got {y.dtype} {y.shape}")
+    return np.ascontiguousarray(x), y.astype(np.int64)
+
+
+def are_labels(y, n: int, classes: int) -> bool:
+    """Whether y is an array of n whole numbers 0..classes-1, at least one of them."""
+    whole = y.shape == (n,) and n > 0 and y.dtype.kind in "iu"
+    return whole and 0 <= y.min() <= y.max() < classes
+
+
+def read_npz(path: Path, needed=("x_train", "y_train", "x_test", "y_test")) -> dict:
+    """The arrays `needed` and the class names of an .npz file; pickles in it are not loaded."""
+    if not path.is_file():  # reading a pipe would block
+        raise UserError(f"{path}: no such file")
+    try:
+        check_zip(path)
+        with np.load(path, allow_pickle=False) as file:
+            missing = sorted(set(needed) - set(file.files))
+            if missing:
+                raise ValueError(f"it has no array {missing[0]}")
+            arrays = {key: np.asarray(file[key]) for key in needed}
+            if "classes" in file.files:
+                arrays["classes"] = [str(name) for name in np.atleast_1d(file["classes"])]
+            return arrays
+    except Exception as error:  # numpy and zipfile raise a dozen types for a damaged file
+        reason = str(error)[:200]
+        raise UserError(
+            f"{path}: expected an .npz file with {', '.join(needed)} ({reason})"
+        ) from None
+
+
+def read_torchvision(name: str, root: Path) -> dict:
+    """The arrays of a torchvision data set, downloaded if need be (checked before it is read)."""
+    from torchvision import datasets
+
+    arrays = {}
+    try:
+        for part in ("train", "test"):
+            found = getattr(datasets, name.upper())(root, train=part == "train", download=True)
+            arrays[f"x_{part}"] = np.asarray(found.data)
+            arrays[f"y_{part}"] = np.array(found.targets)
+            arrays["classes"] = [c.split(" - ")[0] for c in found.classes]  # MNIST has "0 - zero"
+    except Exception as error:  # of the network, or what a damaged file makes torchvision raise
+        advice = f"put {name}.npz into {root}, or let torchvision download it"
+        raise UserError(f"--data {name}: {advice} ({error})") from None
+    return arrays
+
+
+def read_folder(folder: Path) -> dict:
+    """The arrays of train/ and test/ (or val/) with a folder of images for each class."""
+    arrays = {}
+    test_name = "test" if (folder / "test").is_dir() else "val"
+    for part, subfolder in (("train", folder / "train"), ("test", folder / test_name)):
+        found = read_class_folders(subfolder)
+        if arrays.setdefault("classes", found["classes"]) != found["classes"]:
+            raise UserError(f"{folder}: train and {test_name} have different class folders")
+        arrays[f"x_{part}"], arrays[f"y_{part}"] = found["x"], found["y"]
+    return arrays
+
+
+def list_class_folders(folder: Path, is_wanted=None):
+    """-> (image files, labels (N,), classes) of a folder of class folders, none of them read.
+
+    is_wanted(path): whether a file counts; None: all images.
     """
-    import images
+    from torchvision.datasets import ImageFolder
 
-    return images.read_extra(path, data)
+    try:
+        links = [path for path in folder.rglob("*") if path.is_symlink()]
+        if links:
+            raise ValueError(f"{links[0]} is a link")
+        found = ImageFolder(folder, is_valid_file=is_wanted)
+    except (OSError, ValueError) as error:
+        expected = "expected class folders with images in each of them"
+        raise UserError(f"{folder}: {expected} ({error})") from None
+    files = [Path(file) for file, _ in found.samples]
+    return files, np.array(found.targets), found.classes
+
+
+def read_class_folders(folder: Path) -> dict:
+    """{x: uint8 (N, H, W, 3), y: labels (N,), classes, files} of a folder of class folders."""
+    files, labels, classes = list_class_folders(folder)
+    return {"x": read_images(files), "y": labels, "classes": classes, "files": files}
+
+
+def read_tiny_imagenet(folder: Path) -> dict:
+    """The arrays of the unpacked official zip: 64x64; its validation images are the test images."""
+    train = read_class_folders(folder / "train")
+    try:
+        lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
+        pairs = [line.split()[:2] for line in lines]
+        files = [folder / "val" / "images" / file for file, _ in pairs]
+        labels = np.array([train["classes"].index(name) for _, name in pairs])
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder}: expected the unpacked tiny-imagenet-200.zip ({error})"
+        ) from None
+    return {
+        "x_train": train["x"],
+        "y_train": train["y"],
+        "x_test": read_images(files),
+        "y_test": labels,
+        "classes": train["classes"],
+    }
+
+
+def read_images(files: list[Path]):
+    """Image files of one size as uint8 (N, H, W, 3)."""
+    if not files:
+        raise UserError("no images")
+    images = [read_image(files[0])]
+    for file in files[1:]:
+        images.append(read_image(file))
+        if images[-1].shape != images[0].shape:
+            size = f"an image of {images[-1].shape}; the first one has {images[0].shape}"
+            raise UserError(f"{file}: {size}")
+    return np.stack(images)
+
+
+def read_image(file: Path):
+    """An image file as uint8 (H, W, 3)."""
+    from PIL import Image
+
+    try:
+        if not file.is_file() or file.is_symlink():  # reading a pipe would block
+            raise ValueError("no file, or a link")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of decompression bombs, which are refused below
+            # these formats alone: Pillow reads EPS by starting another program
+            with Image.open(file, formats=("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP")) as image:
+                if image.width * image.height > 2**24:
+                    raise ValueError(f"{image.width} x {image.height} pixels are too many")
+                return np.asarray(image.convert("RGB"))
+    except Exception as error:  # the decoders raise whatever comes
+        raise UserError(f"{file}: not a readable image ({str(error)[:200]})") from None
+
+
+def make_shapes(train: int = 4000, test: int = 1000, seed: int = 0) -> dict:
+    """Ten classes of coloured shapes, 32x32, drawn by code: the data of --demo and of the tests.
+
+    Each image has two cues for its class: the shape, and a faint grating of amplitude 8/255, which
+    PGD can erase. Standard training takes that; adversarial training must learn the shape.
+    """
+    rng = np.random.default_rng(seed)
+    n = train + test
+    labels = np.arange(n) % 10
+    y, x = np.mgrid[:32, :32] - 15.5
+    size = rng.uniform(7.5, 11, (n, 1, 1))
+    u, v = (x - rng.uniform(-4, 4, (n, 1, 1))) / size, (y - rng.uniform(-4, 4, (n, 1, 1))) / size
+    a, b, r, box = abs(u), abs(v), np.hypot(u, v), np.maximum(abs(u), abs(v))
+    # fmt: off
+    masks = [
+        r < 0.95, (r < 1.0) & (r > 0.6), box < 0.85, (box < 0.95) & (box > 0.6),  # disc ... frame
+        (v > -0.9) & (v < 0.8) & (a < (v + 0.9) * 0.6), a + b < 1.1,  # triangle, diamond
+        (np.minimum(a, b) < 0.27) & (box < 1.0), (abs(a - b) < 0.35) & (box < 0.9),  # plus, cross
+        (b < 0.3) & (a < 1.0), (a < 0.3) & (b < 1.0),  # bar, pole
+    ]
+    # fmt: on
+    mask = np.choose(labels[:, None, None], masks)[..., None]
+    hue = (labels / 10 + rng.normal(0, 0.2, n))[:, None] + np.array([0, 1 / 3, 2 / 3])
+    ink = 0.58 + 0.1 * np.cos(2 * np.pi * hue)[:, None, None]  # the hue leans to one per class
+    ground = rng.uniform(0.25, 0.42, (n, 1, 1, 3))
+    image = rng.normal(0, 0.05, (n, 32, 32, 3))  # changed in place: it is large
+    image += np.where(mask, ink, ground)
+    angle = labels[:, None, None] * np.pi / 20  # within a quarter turn: unchanged by a flip ...
+    phase = rng.uniform(0, 2 * np.pi, (n, 1, 1))
+    grating = np.sin(1.8 * (np.cos(angle) * abs(x) + np.sin(angle) * y) + phase)  # ... as |x| is
+    image += 8 / 255 * grating[..., None]
+    image = np.rint(image.clip(0, 1, out=image) * 255).astype(np.uint8)
+    train_part = {"x_train": image[:train], "y_train": labels[:train]}
+    return train_part | {"x_test": image[train:], "y_test": labels[train:]}
 
 
 def to_float(x: Tensor) -> Tensor:
@@ -271,106 +603,51 @@ def to_float(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2).float() / 255 if x.dtype == torch.uint8 else x.float()
 
 
-def batches(data: Data, batch_size: int, seed: int, epoch: int, run=None, views=False):
-    """Yield (x, labels) over the shuffled, augmented training set; the last batch may be smaller.
+def batches(data: Data, batch_size: int, seed: int, stage: str, epoch: int):
+    """Yield (x, labels) over the shuffled and augmented training set; the last one may be smaller.
 
-    x float32 (B, C, H, W) in [0, 1]; labels int64 (B,), or probabilities (B, K) after smoothing or
-    CutMix. The draws depend on (seed, epoch) alone: not on device, batch size or a global
-    generator. One gather a batch on the device, one host copy an epoch. data.extra_fraction of a
-    batch are images of data.extra, drawn at random from the disk; an epoch keeps its steps. With
-    `views`, a third tensor int64 (B,): the rows of `plumbing.teacher_table` for x. With `run`, the
-    live line on a terminal moves, and each of several processes gets every n-th image of the batch:
-    run.share is that part of the batch. Without an image it computes on the first one, with a share
-    of 0, and run.idle has the number of the step.
+    x float32 (B, C, H, W) in [0, 1]; labels int64 (B,). The draws depend on (seed, stage, epoch)
+    alone, not on the device, the batch size or a global generator; all students of a seed see the
+    same batches. The images are on the device already: a batch is one gather, an epoch one copy
+    from the host. Under torchrun each process gets its share of every batch.
     """
-    n, size = len(data.x_train), data.x_train.shape[1:3]
-    ways = (2 * data.pad + 1, 2 * data.pad + 1, 1 + data.flip)
-    g = torch.Generator().manual_seed(derive_seed("batches", seed, epoch))
-    plan = [torch.randperm(n, generator=g), *(torch.randint(k, (n,), generator=g) for k in ways)]
-    plan += [torch.randint(k, (n,), generator=g) for k in size]
-    plan = torch.stack(plan).to(data.x_train.device)  # (6, N): image, top, left, flip, y, x
-    picks = torch.randint(len(data.extra[1]) if data.extra else 1, (n,), generator=g)
-    mean = torch.tensor(data.mean, device=plan.device)
-    boxes = torch.rand(-(-n // batch_size), 3, generator=g).tolist()  # one for each batch
-    processes, me = (world(), rank()) if run is not None else (1, 0)
-    if run is not None:
-        run.idle = []
-    for step, start in enumerate(range(0, n, batch_size)):
-        stop = min(start + batch_size, n)
-        part = plan[:, start:stop]  # (6, B)
-        own = stop - start - round(data.extra_fraction * (stop - start))
-        x, labels = cut(data, data.x_padded, part[:4, :own]), data.y_train[part[0, :own]]
-        if own < stop - start:
-            index = picks[start:stop][own:]
-            images = torch.from_numpy(data.extra[0][index.numpy()]).to(plan.device)
-            more = part[:4, own:].clone()
-            more[0] = torch.arange(len(index), device=plan.device)
-            x = torch.cat([x, cut(data, pad(images, data.pad), more)])
-            labels = torch.cat([labels, data.extra[1][index].to(plan.device)])
-        if data.augment == "cutout":
-            x = cutout(x, *part[4:], mean)
-        if data.augment == "cutmix" or data.smoothing:
-            labels = F.one_hot(labels, len(data.classes)).float()  # (B, K)
-            smoothed = slice(own if data.extra else 0, None)
-            labels[smoothed] += data.smoothing * (1 / len(data.classes) - labels[smoothed])
-        if data.augment == "cutmix":
-            x, labels = cutmix(x, labels, *boxes[step])
-        view, *draws = part[:4]
-        for k, draw in zip(ways, draws):
-            view = view * k + draw
-        if processes > 1:  # of the finished batch: CutMix mixes neighbours
-            mine = slice(me, None, processes) if me < len(x) else slice(0, 1)
-            run.share = len(x[mine]) / len(x) if me < len(x) else 0.0
-            run.idle += [step] if me >= len(x) else []
-            x = x[mine].contiguous(memory_format=torch.channels_last)
-            labels, view = labels[mine].contiguous(), view[mine].contiguous()
-        yield (x, labels, view)[: 2 + views]
-        if run is not None:
-            run.show(epoch + 1, f"{stop / n:.0%}")
+    n, height, width = data.x_train.shape[:3]
+    if not stage.startswith("student"):
+        seed = derive_seed(seed, stage)
+    generator = torch.Generator().manual_seed(derive_seed("batches", seed, epoch))
+    order = torch.randperm(n, generator=generator)
+    top = torch.randint(2 * data.pad + 1, (n,), generator=generator)
+    left = torch.randint(2 * data.pad + 1, (n,), generator=generator)
+    flip = torch.randint(1 + data.flip, (n,), generator=generator)
+    plan = torch.stack([order, top, left, flip]).to(data.x_train.device)  # (4, N)
+    padded = pad(data.x_train, data.pad)
+    for first in range(0, n, batch_size):
+        last = min(first + batch_size, n)
+        mine = slice(first + rank(), last, world())
+        if last - first < world():  # too few to share: every process gets all of them
+            mine = slice(first, last)
+        index = plan[0, mine]
+        yield crop(padded, *plan[:, mine], height, width), data.y_train[index]
+        print_line(f"{stage}, epoch {epoch + 1}: {last / n:.0%}", live=True)
 
 
 def pad(x: Tensor, by: int) -> Tensor:
-    """uint8 (B, H, W, C) with `by` rows and columns of zeros around each image."""
-    return F.pad(x, (0, 0) + (by,) * 4)
+    """uint8 (N, H, W, C) with `by` rows and columns of zeros around each image."""
+    return F.pad(x, (0, 0, by, by, by, by))
 
 
-def cut(data: Data, padded: Tensor, plan: Tensor) -> Tensor:
-    """The views `plan` (4, B), rows image, top, left, flip: -> float32 (B, C, H, W)."""
-    height, width = data.x_train.shape[1:3]
-    rows, columns = (torch.arange(k, device=plan.device) for k in (height, width))
-    image, top, left, flip = plan[:, :, None]  # each (B, 1)
-    row = (top + rows)[:, :, None]  # (B, H, 1)
-    column = (left + torch.where(flip == 1, width - 1 - columns, columns))[:, None]  # (B, 1, W)
-    return to_float(padded[image[:, None], row, column])
+def crop(padded: Tensor, index, top, left, flip, height: int, width: int) -> Tensor:
+    """Windows of padded images -> float32 (B, C, height, width) in [0, 1].
 
-
-def cutout(x: Tensor, row: Tensor, column: Tensor, fill: Tensor) -> Tensor:
-    """A square of 9/16 of the image's side becomes `fill` (C,) (DeVries and Taylor 2017).
-
-    row, column (B,): its centre; what lies outside of the image is lost. 18 pixels of 32, as in the
-    code of Rebuffi et al. and Wang et al.
+    padded uint8 (N, H, W, C); index, top, left, flip int64 (B,): which image, the window's corner,
+    and 1 where it is mirrored.
     """
-    side = x.shape[-1] * 9 // 16
-    near = []
-    for centre in (row, column):
-        offset = torch.arange(x.shape[-1], device=x.device) - centre[:, None] + side // 2  # (B, S)
-        near.append((offset >= 0) & (offset < side))
-    inside = near[0][:, None, :, None] & near[1][:, None, None, :]  # (B, 1, H, W)
-    return torch.where(inside, fill.view(1, -1, 1, 1), x)
-
-
-def cutmix(x: Tensor, targets: Tensor, area: float, row: float, column: float):
-    """x and targets with a box of the next image of the batch in each (Yun et al. 2019).
-
-    area: of the box before it is clipped at the border; row, column: its centre; all in [0, 1], as
-    parts of the image. x (B, C, H, W), targets (B, K), mixed by the area that the box has.
-    """
-    size, half = x.shape[-1], x.shape[-1] * math.sqrt(area) / 2
-    top, left = (max(round(c * size - half), 0) for c in (row, column))
-    bottom, right = (min(round(c * size + half), size) for c in (row, column))
-    x, share = x.clone(), (bottom - top) * (right - left) / size**2
-    x[:, :, top:bottom, left:right] = x.roll(1, 0)[:, :, top:bottom, left:right]
-    return x, (1 - share) * targets + share * targets.roll(1, 0)
+    rows = torch.arange(height, device=padded.device)
+    columns = torch.arange(width, device=padded.device)
+    row = top[:, None] + rows  # (B, height)
+    mirrored = torch.where(flip[:, None] == 1, width - 1 - columns, columns)
+    column = left[:, None] + mirrored  # (B, width)
+    return to_float(padded[index[:, None, None], row[:, :, None], column[:, None, :]])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -389,14 +666,16 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
-def _conv(in_channels, channels, kernel, stride=1):
+def conv(in_channels, channels, kernel, stride=1):
+    """A convolution without bias that keeps the size, but for its stride."""
     if kernel == 1 and stride > 1 and in_channels < 8:
         # the same numbers; on AVX2 oneDNN's strided kernel hangs here (uxlfoundation/oneDNN#6035)
-        return nn.Sequential(nn.AvgPool2d(1, stride), _conv(in_channels, channels, 1))
+        return nn.Sequential(nn.AvgPool2d(1, stride), conv(in_channels, channels, 1))
     return nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False)
 
 
-def _norm_act(channels, act="relu"):
+def norm_act(channels, act="relu"):
+    """BatchNorm, then ReLU or SiLU."""
     activation = nn.SiLU() if act == "silu" else nn.ReLU(inplace=True)
     return nn.Sequential(nn.BatchNorm2d(channels), activation)
 
@@ -409,15 +688,25 @@ class PostActBlock(nn.Module):
 
     def __init__(self, in_channels, channels, stride, expansion=1):
         super().__init__()
-        out, layers = channels * expansion, []
-        if expansion > 1:
-            layers = [_conv(in_channels, channels, 1), *_norm_act(channels)]
-        layers += [_conv(channels if layers else in_channels, channels, 3, stride)]
-        layers += [*_norm_act(channels), _conv(channels, out, 1 if expansion > 1 else 3)]
+        out = channels * expansion
+        if expansion == 1:
+            layers = [
+                conv(in_channels, channels, 3, stride),
+                *norm_act(channels),
+                conv(channels, out, 3),
+            ]
+        else:
+            layers = [
+                conv(in_channels, channels, 1),
+                *norm_act(channels),
+                conv(channels, channels, 3, stride),
+                *norm_act(channels),
+                conv(channels, out, 1),
+            ]
         self.residual = nn.Sequential(*layers, nn.BatchNorm2d(out))
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != out:
-            self.shortcut = nn.Sequential(_conv(in_channels, out, 1, stride), nn.BatchNorm2d(out))
+            self.shortcut = nn.Sequential(conv(in_channels, out, 1, stride), nn.BatchNorm2d(out))
 
     def forward(self, x):
         return F.relu(self.residual(x) + self.shortcut(x), inplace=True)
@@ -428,12 +717,14 @@ class PreActBlock(nn.Module):
 
     def __init__(self, in_channels, channels, stride, act="relu", dropout=0.0):
         super().__init__()
-        self.norm1, self.norm2 = _norm_act(in_channels, act), _norm_act(channels, act)
-        self.conv1 = _conv(in_channels, channels, 3, stride)
-        self.conv2 = _conv(channels, channels, 3)
+        self.norm1 = norm_act(in_channels, act)
+        self.norm2 = norm_act(channels, act)
+        self.conv1 = conv(in_channels, channels, 3, stride)
+        self.conv2 = conv(channels, channels, 3)
         self.dropout = nn.Dropout(dropout)
-        resize = stride != 1 or in_channels != channels
-        self.shortcut = _conv(in_channels, channels, 1, stride) if resize else None
+        self.shortcut = None
+        if stride != 1 or in_channels != channels:
+            self.shortcut = conv(in_channels, channels, 1, stride)
 
     def forward(self, x):
         h = self.norm1(x)
@@ -447,7 +738,7 @@ class ConvNet(nn.Module):
     def __init__(self, mean, std, stem, stages, stem_norm, head_norm, width, classes):
         super().__init__()
         self.normalize = Normalize(mean, std)
-        self.stem = nn.Sequential(_conv(len(mean), stem, 3), *stem_norm)
+        self.stem = nn.Sequential(conv(len(mean), stem, 3), *stem_norm)
         self.stages = nn.ModuleList(stages)
         self.head_norm = nn.Sequential(*head_norm)
         self.fc = nn.Linear(width, classes)
@@ -476,98 +767,21 @@ class MLP(nn.Module):
         return self.layers(x).float()
 
 
-class Ensemble(nn.Module):
-    """log sum_i w_i p_i(x) of some models: logits (B, K) whose softmax is their mean probability.
-
-    weights: of the models, summing to 1 (None: all equal).
-    """
-
-    def __init__(self, models, weights=None):
-        super().__init__()
-        self.models = nn.ModuleList(models)
-        self.weights = weights or [1 / len(models)] * len(models)
-
-    def forward(self, x):
-        parts = zip(self.weights, self.models)
-        logs = [math.log(w) + model(x).log_softmax(1) for w, model in parts if w > 0]
-        return torch.stack(logs).logsumexp(0)
-
-
-class Affine(nn.BatchNorm2d):
-    """What a BatchNorm2d in eval mode computes, in one pass over x (B, C, H, W) in its own type."""
-
-    def forward(self, x):
-        # under autocast the product with a float32 scale would be float32, of twice the memory
-        return torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype))
-
-
-class Folded(nn.Module):
-    """A frozen copy of a net in eval mode that attacks are faster on, the same up to rounding.
-
-    BatchNorm2d is in the convolution before it, or (in other nets than of this file) Affine.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.net, self.parts, before = copy.deepcopy(model).requires_grad_(False), [], {}
-        self.training, twin = model.training, dict(zip(model.modules(), self.net.modules()))
-        for m in [m for net in twin if isinstance(net, ConvNet) for m in net.modules()]:
-            if type(m) is nn.Sequential:
-                before |= {b: a for a, b in itertools.pairwise(m) if type(a) is nn.Conv2d}
-            elif isinstance(m, PreActBlock):
-                before[m.norm2[0]] = m.conv1
-        for mine, given in zip(self.net.parameters(), model.parameters()):
-            mine.data = given.data  # the same memory, but for what refresh writes
-        for norm in twin:
-            if type(norm) is nn.BatchNorm2d and norm.running_mean is not None and not norm.training:
-                conv = before.get(norm)
-                twin[norm].__class__ = Affine if conv is None else nn.Identity
-                self.parts.append((norm, twin[norm], conv, twin.get(conv)))
-        self.refresh()
-
-    @torch.no_grad()
-    def refresh(self) -> nn.Module:
-        """Take the weights and statistics that the net has now. -> self"""
-        for n, affine, conv, folded in self.parts:
-            scale = (n.running_var + n.eps).rsqrt() * (1 if n.weight is None else n.weight)
-            shift = (0 if n.bias is None else n.bias) - n.running_mean * scale
-            if conv is None:
-                affine.scale, affine.shift = scale[:, None, None], shift[:, None, None]
-            else:
-                folded.weight.data = conv.weight * scale[:, None, None, None]
-                folded.bias = nn.Parameter(shift, requires_grad=False)
-        return self
-
-    def forward(self, x):
-        return self.net(x)
-
-
-def attacked(model: nn.Module, norms: str) -> nn.Module:
-    """What an attack in training differentiates: BatchNorm in mode `train`, or `eval` and Folded.
-
-    Not under torch.compile, which does as well.
-    """
-    model.train(norms == "train")
-    if norms == "train" or model._compiled_call_impl is not None:
-        return model
-    if "folded" not in vars(model):
-        vars(model)["folded"] = Folded(model)  # no submodule: it is neither saved nor trained
-    return vars(model)["folded"].refresh()
-
-
 def check_model(flag: str, name: str, width: float = 1.0, dropout: float = 0.0) -> None:
-    """An error that names `flag` if build_model(name, width=width, dropout=dropout) cannot be."""
+    """A UserError that names `flag` if build_model(name, width=..., dropout=...) is impossible."""
     wrn = re.fullmatch(r"wrn-([1-9]\d{1,2})-([1-9]\d?)(-silu)?", name)
     resnet = re.fullmatch(r"resnet18|resnet50|preact-resnet18(-silu)?", name)
-    if not (wrn or resnet or re.fullmatch(r"mlp(-[1-9]\d{0,4}){1,8}", name)):
+    mlp = re.fullmatch(r"mlp(-[1-9]\d{0,4}){1,8}", name)
+    if not (wrn or resnet or mlp):
         known = "resnet18, resnet50, preact-resnet18, wrn-D-W or mlp-H-...-H"
-        fail(f"{flag}: expected {known} (wrn-28-10-silu, mlp-1200-1200), got {name!r}")
+        raise UserError(f"{flag}: expected {known} (wrn-28-10-silu, mlp-1200-1200), got {name!r}")
     if wrn and int(wrn[1]) % 6 != 4:
-        fail(f"{flag}: the depth of a WideResNet is 6n + 4 (10, 16, 22, 28, 34, 40), got {name!r}")
+        depths = "the depth of a WideResNet is 6n + 4 (10, 16, 22, 28, 34, 40)"
+        raise UserError(f"{flag}: {depths}, got {name!r}")
     if width != 1 and not (resnet and 1 / 64 <= width <= 16):
-        fail(f"{flag} {name}: a width of 1/64 to 16 goes with the ResNets, got {width:g}")
+        raise UserError(f"{flag} {name}: --width is for ResNets, from 1/64 to 16, got {width:g}")
     if dropout and resnet:
-        fail(f"{flag} {name}: dropout goes with the WideResNets and MLPs")
+        raise UserError(f"{flag} {name}: a ResNet has no dropout; take a WideResNet or an MLP")
 
 
 def build_model(name, classes=10, width=1.0, dropout=0.0, channels=3, size=32, mean=None, std=None):
@@ -579,103 +793,68 @@ def build_model(name, classes=10, width=1.0, dropout=0.0, channels=3, size=32, m
     mean, std per channel (None: 0 and 1). `model.arch` keeps what load_model builds it from.
     """
     check_model("--model", name, width, dropout)
-    statistics = mean or [0.0] * channels, std or [1.0] * channels
+    mean, std = mean or [0.0] * channels, std or [1.0] * channels
     numbers = [int(n) for n in re.findall(r"-(\d+)", name)]
     act = "silu" if name.endswith("-silu") else "relu"
     if name.startswith("mlp"):
-        model = MLP(*statistics, channels * size * size, numbers, classes, dropout)
+        model = MLP(mean, std, channels * size * size, numbers, classes, dropout)
+    elif name.startswith("wrn"):
+        depth, factor = numbers
+        depths = [(depth - 4) // 6] * 3
+        widths = [16 * factor, 32 * factor, 64 * factor]
+        stages, last = build_stages(PreActBlock, 16, widths, depths, 1, act=act, dropout=dropout)
+        model = ConvNet(mean, std, 16, stages, [], norm_act(last, act), last, classes)
     else:
         depths = [3, 4, 6, 3] if name == "resnet50" else [2, 2, 2, 2]
-        widths = [round(64 * width * m) for m in (1, 2, 4, 8)]
+        widths = [round(64 * width * factor) for factor in (1, 2, 4, 8)]
         stem = widths[0]
-        if name.startswith("wrn"):
-            depths = [(numbers[0] - 4) // 6] * 3
-            stem, widths = 16, [16 * numbers[1] * m for m in (1, 2, 4)]
-        preact, expansion = name[:3] in ("wrn", "pre"), 4 if name == "resnet50" else 1
-        block, options = (PreActBlock, (act, dropout)) if preact else (PostActBlock, (expansion,))
-        last, stages = stem, []
-        for i, (out, depth) in enumerate(zip(widths, depths)):
-            blocks = []
-            for stride in [1 + (i > 0)] + [1] * (depth - 1):
-                blocks.append(block(last, out, stride, *options))
-                last = out * expansion
-            stages.append(nn.Sequential(*blocks))
-        norms = ([], _norm_act(last, act)) if preact else (_norm_act(stem), [])
-        model = ConvNet(*statistics, stem, stages, *norms, last, classes)
-    model.arch = {"name": name, "classes": classes, "width": width, "dropout": dropout}
-    model.arch |= {"channels": channels, "size": size}
+        if name.startswith("preact"):
+            stages, last = build_stages(PreActBlock, stem, widths, depths, 1, act=act)
+            model = ConvNet(mean, std, stem, stages, [], norm_act(last, act), last, classes)
+        else:
+            expansion = 4 if name == "resnet50" else 1
+            stages, last = build_stages(
+                PostActBlock, stem, widths, depths, expansion, expansion=expansion
+            )
+            model = ConvNet(mean, std, stem, stages, norm_act(stem), [], last, classes)
+    model.arch = {
+        "name": name,
+        "classes": classes,
+        "width": width,
+        "dropout": dropout,
+        "channels": channels,
+        "size": size,
+    }
     return model.to(memory_format=torch.channels_last)
 
 
-def model_for(data: Data, name: str, seed: int, stage: str, width=1.0, dropout=0.0) -> nn.Module:
+def build_stages(block, stem, widths, depths, out_factor, **options):
+    """-> (stages of blocks, channels of the last one). Every stage but the first halves the image.
+
+    A block has out_factor * width output channels; options: further arguments of the block.
+    """
+    stages, channels = [], stem
+    for i, (width, depth) in enumerate(zip(widths, depths)):
+        blocks = []
+        for j in range(depth):
+            stride = 2 if i > 0 and j == 0 else 1
+            blocks.append(block(channels, width, stride, **options))
+            channels = width * out_factor
+        stages.append(nn.Sequential(*blocks))
+    return stages, channels
+
+
+def new_model(data: Data, name: str, seed: int, stage: str, width=1.0, dropout=0.0) -> nn.Module:
     """build_model for the images and classes of `data`, on its device, drawn from (seed, stage)."""
     torch.manual_seed(derive_seed("init", seed, stage))
-    like_data = (*data.x_train.shape[:1:-1], data.mean, data.std)  # channels, size, ...
-    model = build_model(name, len(data.classes), width, dropout, *like_data)
-    device, size = data.x_train.device, sum(p.numel() for p in model.parameters())
-    print(f"{stage}: {name}, {size:,} parameters, on {device}", flush=True)
+    size, channels = data.x_train.shape[2:]
+    model = build_model(
+        name, len(data.classes), width, dropout, channels, size, data.mean, data.std
+    )
+    device = data.x_train.device
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{stage}: {name}, {parameters:,} parameters, on {device}", flush=True)
     return model.to(device)
-
-
-RECOMPILE_LIMIT = 64  # PyTorch's 8 are too few: all nets of a kind share the code of one forward
-
-
-def compile_net(net: nn.Module) -> None:
-    """Use torch.compile for a net, for --compile. Each size of a batch has its own code."""
-    import torch._dynamo  # a slow import
-
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    logging.getLogger("torch._dynamo.convert_frame").addFilter(_limit_in_one_line)
-    net.compile(dynamic=False)
-
-
-def _limit_in_one_line(record: logging.LogRecord) -> bool:
-    """Whether to log what torch.compile says; that its limit is hit is a line of our own."""
-    if "recompile_limit" not in record.getMessage():
-        return True
-    rest = "further kinds of forward passes run without torch.compile: right, but slower"
-    warn_once(f"--compile: the limit of {RECOMPILE_LIMIT} compiled versions is reached; {rest}")
-    return False
-
-
-def macs(forward, data: Data) -> int:
-    """Multiply-adds of the layers in forward(x), x one test image: what some papers call FLOPs."""
-    from torch.utils.flop_counter import FlopCounterMode  # a slow import
-
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        forward(to_float(data.x_test[:1]))
-    return counter.get_total_flops() // 2
-
-
-class Gradients(nn.Module):
-    """The mean |dL/dW| of each layer in some epochs (paper 3, Figure 1), for --grad-heatmap.
-
-    A layer is named by its stage and number, or as the stage's shortcut; an MLP is one stage.
-    A module, so that checkpoints have it. benchmark/gradients.py writes and shows it. The loop says
-    in `epoch` (1, 2, ...) where it is.
-    """
-
-    def __init__(self, model: nn.Module, epochs: list[int]):
-        super().__init__()
-        self.epochs, self.epoch, self.weights = epochs, 1, {}
-        for i, stage in enumerate(getattr(model, "stages", [model]), 1):
-            found = [(name, w) for name, w in stage.named_parameters() if w.dim() > 1]
-            straight = [w for name, w in found if "shortcut" not in name]
-            self.weights |= {f"{i}.{k}": w for k, w in enumerate(straight, 1)}
-            self.weights |= {f"{i}.shortcut": w for name, w in found if "shortcut" in name}
-        means = torch.zeros(len(epochs), len(self.weights), device=straight[0].device)
-        self.register_buffer("means", means)
-
-    def add(self, loss: Tensor, steps: int) -> None:
-        """Add the gradients of one of the `steps` of the epoch, before they are used."""
-        if self.epoch in self.epochs:
-            found = torch.autograd.grad(loss, [*self.weights.values()], retain_graph=True)
-            means = torch.stack([gradient.abs().mean() for gradient in found])
-            self.means[self.epochs.index(self.epoch)] += means / steps
-
-    def numbers(self) -> dict:
-        """{epochs: (E,), layers: (L,), means: (E, L)}, as lists."""
-        return {"epochs": self.epochs, "layers": [*self.weights], "means": self.means.tolist()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -693,13 +872,17 @@ def pgd(model, x, targets, eps, step_size, steps, start="uniform") -> Tensor:
     BatchNorm in eval mode. Only the gradient of x_adv is computed, none of the weights.
     """
     low, high = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
-    if isinstance(start, str):
-        start = {
-            "uniform": lambda: torch.empty_like(x).uniform_(-eps, eps),
-            "gaussian": lambda: torch.randn_like(x) * 0.001,
-            "none": lambda: torch.zeros_like(x),
-        }[start]()
-    x_adv = torch.clamp((x + start).detach(), low, high)
+    if isinstance(start, Tensor):
+        delta = start
+    elif start == "uniform":
+        delta = torch.empty_like(x).uniform_(-eps, eps)
+    elif start == "gaussian":
+        delta = 0.001 * torch.randn_like(x)
+    elif start == "none":
+        delta = torch.zeros_like(x)
+    else:
+        raise ValueError(f"start: expected uniform, gaussian, none or a tensor, got {start!r}")
+    x_adv = torch.clamp((x + delta).detach(), low, high)
     with frozen(model):
         for _ in range(steps):
             x_adv.requires_grad_()
@@ -710,52 +893,12 @@ def pgd(model, x, targets, eps, step_size, steps, start="uniform") -> Tensor:
     return x_adv
 
 
-def set_precision(precision: str) -> None:
-    """What float32 is on CUDA from now on: with `tf32` convolutions and matrix products have 10
-    bits, with `fp32` and `bf16` (what autocast leaves in float32) they are those of IEEE float32.
-
-    By the old switches of PyTorch too: torch.compile of some versions reads those, and refuses a
-    contradiction. By operation, or torch.backends.fp32_precision of others would be inherited.
-    """
-    tf32 = precision == "tf32"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some versions call the old switches deprecated
-        torch.backends.cudnn.allow_tf32 = tf32
-    cudnn = torch.backends.cudnn
-    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
-    set_matmul_tf32(tf32)
-
-
-def set_matmul_tf32(allowed: bool) -> None:
-    """Whether float32 matrix products on CUDA are in TF32."""
-    if (torch.backends.cuda.matmul.fp32_precision == "tf32") != allowed:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.backends.cuda.matmul.allow_tf32 = allowed  # the old switch sets the new one
-
-
-@contextlib.contextmanager
-def convolutions(tf32: bool):
-    """Those of float32 on CUDA in TF32, of 10 bits, or strictly; and no cudnn.benchmark.
-
-    Matrix products are strict. cudnn.benchmark times its kernels for each new number of images; an
-    attack that drops what is broken has hundreds of those.
-    """
-    cudnn, now = torch.backends.cudnn, "tf32" if tf32 else "ieee"
-    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark
-    matmul_before = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark = now, now, False
-    set_matmul_tf32(False)
-    try:
-        yield
-    finally:
-        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark = before
-        set_matmul_tf32(matmul_before)
-
-
 @contextlib.contextmanager
 def frozen(model: nn.Module):
-    """No weight has a gradient inside: what torch.compile makes computes all that there are."""
+    """No weight requires a gradient inside the block.
+
+    A backward pass made by torch.compile would compute the gradients of the weights too.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     try:
@@ -765,11 +908,126 @@ def frozen(model: nn.Module):
             p.requires_grad_(True)
 
 
+class Affine(nn.Module):
+    """What a BatchNorm2d in eval mode computes: x (B, C, H, W) times a scale plus a shift."""
+
+    def forward(self, x):
+        # under autocast x is bf16, and so must be the other two, or the product would be float32
+        return torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype))
+
+
+class Folded(nn.Module):
+    """A frozen copy of a net in eval mode that attacks are faster on; equal up to rounding.
+
+    A BatchNorm2d becomes part of the convolution before it, or else an Affine. Call refresh() when
+    the net's weights or statistics have changed.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.net = copy.deepcopy(model).requires_grad_(False)
+        self.training = model.training
+        for own, given in zip(self.net.parameters(), model.parameters()):
+            own.data = given.data  # the same memory, but for what refresh() replaces
+        twin_of = dict(zip(model.modules(), self.net.modules()))
+        convolutions = convolutions_before_norms(model)
+        self.in_convolution, self.affine = [], []
+        for norm, twin in twin_of.items():
+            if type(norm) is not nn.BatchNorm2d or norm.running_mean is None or norm.training:
+                continue
+            if norm in convolutions:
+                convolution = convolutions[norm]
+                twin.__class__ = nn.Identity
+                self.in_convolution.append((norm, convolution, twin_of[convolution]))
+            else:
+                twin.__class__ = Affine
+                self.affine.append((norm, twin))
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> nn.Module:
+        """Take the weights and statistics that the net has now. -> self"""
+        for norm, convolution, twin in self.in_convolution:
+            scale, shift = scale_and_shift(norm)
+            twin.weight.data = convolution.weight * scale[:, None, None, None]
+            twin.bias = nn.Parameter(shift, requires_grad=False)
+        for norm, twin in self.affine:
+            scale, shift = scale_and_shift(norm)
+            twin.scale, twin.shift = scale[:, None, None], shift[:, None, None]
+        return self
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(C,) and (C,): in eval mode the norm computes scale * x + shift."""
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    return scale, shift
+
+
+def convolutions_before_norms(model: nn.Module) -> dict:
+    """{BatchNorm2d: the convolution whose output it normalises} in the ConvNets of this file."""
+    pairs = {}
+    for net in [m for m in model.modules() if isinstance(m, ConvNet)]:
+        for module in net.modules():
+            if type(module) is nn.Sequential:
+                for first, second in itertools.pairwise(module):
+                    if type(first) is nn.Conv2d and isinstance(second, nn.BatchNorm2d):
+                        pairs[second] = first
+            elif isinstance(module, PreActBlock):
+                pairs[module.norm2[0]] = module.conv1
+    return pairs
+
+
+def attacked(model: nn.Module, attack_bn: str) -> nn.Module:
+    """The net that an attack in training differentiates: BatchNorm in mode "train" or "eval".
+
+    In eval mode it is the Folded copy (on a CPU a PGD-7 training step of WRN-10-1 takes 0.79 of the
+    time, of WRN-16-2 0.95); under torch.compile, which does as well, the net itself.
+    """
+    model.train(attack_bn == "train")
+    if attack_bn == "train" or model._compiled_call_impl is not None:
+        return model
+    if "folded" not in vars(model):
+        vars(model)["folded"] = Folded(model)  # no submodule: it is neither saved nor trained
+    return vars(model)["folded"].refresh()
+
+
+@contextlib.contextmanager
+def convolutions(tf32: bool):
+    """Convolutions on CUDA in TF32 (10 bits of mantissa) or, like all else, in strict float32.
+
+    cudnn.benchmark is off inside: it times its kernels for each new batch size, and an attack that
+    drops broken images has hundreds of sizes. The precision is set by operation, since a model from
+    elsewhere may have set torch.backends.fp32_precision.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark
+    matmul_before = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+    cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
+    cudnn.benchmark = False
+    set_matmul_tf32(False)
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark = before
+        set_matmul_tf32(matmul_before)
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module):
-    """The model frozen in eval mode, without TF32 or torch.compile; all is put back afterwards."""
-    training, compiled = model.training, "torch._dynamo" in sys.modules
-    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    """The model in eval mode, its weights frozen, in strict float32 and without torch.compile."""
+    training = model.training
+    eager = contextlib.nullcontext()
+    if "torch._dynamo" in sys.modules:  # something is compiled
+        eager = torch.compiler.set_stance("force_eager")
     try:
         with frozen(model.eval()), convolutions(tf32=False), eager:
             yield model
@@ -778,10 +1036,24 @@ def evaluating(model: nn.Module):
 
 
 @torch.no_grad()
-def correct(model: nn.Module, x: Tensor, labels: Tensor, batch_size: int = 500) -> Tensor:
-    """Which of x, float (N, C, H, W) or uint8 (N, H, W, C), the model gets right: bool (N,)."""
-    pairs = zip(x.split(batch_size), labels.split(batch_size))
-    return torch.cat([model(to_float(part)).argmax(1) == y for part, y in pairs])
+def predict(model: nn.Module, x: Tensor, labels=None, attack=None, batch_size: int = 500) -> Tensor:
+    """Logits (N, K) of x, uint8 (N, H, W, C) or float (N, C, H, W) in [0, 1]; see `evaluating`.
+
+    attack: (eps, step_size, steps) of a PGD away from labels (N,); without it x stays as it is.
+    """
+    parts = []
+    with evaluating(model):
+        for i in range(0, len(x), batch_size):
+            part = to_float(x[i : i + batch_size])
+            if attack is not None:
+                part = pgd(model, part, labels[i : i + batch_size], *attack)
+            parts.append(model(part))
+    return torch.cat(parts)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """The share of rows (N, K) whose largest logit is at the label (N,)."""
+    return (logits.argmax(1) == labels).double().mean().item()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -789,8 +1061,11 @@ def correct(model: nn.Module, x: Tensor, labels: Tensor, batch_size: int = 500) 
 
 
 def write_atomically(path: Path, write) -> None:
-    """Call write(file) on a temporary file, move it to `path`; on an error `path` stays as is."""
-    if rank():  # of several processes the first one writes
+    """Call write(file) on a temporary file and move it to `path`; on an error `path` stays as is.
+
+    Under torchrun only the first process writes.
+    """
+    if rank() > 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -805,29 +1080,27 @@ def write_atomically(path: Path, write) -> None:
         raise
     with contextlib.suppress(OSError):  # some systems open no folders
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # or a power failure may undo the move
+        os.fsync(folder)  # otherwise a power failure may undo the move
         os.close(folder)
 
 
-def lock(path: Path, what: str | Path, flag: str):
-    """Lock the file `path` until it is closed or the process ends. -> the open file
+def write_json(path: Path, value) -> None:
+    """Write a value of plain numbers, strings, lists and dicts as JSON, atomically."""
+    text = json.dumps(value, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
-    An error if another process has it: `what` is in use, and `flag` can name something else.
-    """
-    file = open(path, "a+")  # noqa: SIM115
-    with contextlib.suppress(ImportError):  # Windows has no fcntl
-        import fcntl
 
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            process = file.read()
-            file.close()
-            fail(f"{what}: in use by process {process}; wait, or take another {flag}")
-    file.truncate(0)
-    print(os.getpid(), end="", file=file, flush=True)
-    return file
+def read_json(path: Path):
+    """The value in a JSON file; None if there is no such file; a UserError if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text())
+        if value is None:
+            raise ValueError("null")
+        return value
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it or take another --name") from None
 
 
 def save(path: Path, record: dict) -> None:
@@ -839,7 +1112,7 @@ def save(path: Path, record: dict) -> None:
 
 def check_zip(path: str | Path, whole: bool = True) -> None:
     """ValueError if a zip is made to swell or, if whole, has parts that fail their CRC-32."""
-    if not Path(path).is_file():  # a pipe would block
+    if not Path(path).is_file():  # reading a pipe would block
         raise ValueError("not a file")
     with zipfile.ZipFile(path) as file:
         size = sum(part.file_size for part in file.infolist())
@@ -854,92 +1127,46 @@ def check_zip(path: str | Path, whole: bool = True) -> None:
 def load(path: str | Path) -> dict:
     """Read a file of `save` to the CPU, weights only: other pickles are refused, never run.
 
-    Every byte that matters is under a CRC-32 of torch's; those of older versions are too.
+    Every byte is under a CRC-32. Raises UserError.
     """
-    if not Path(path).is_file():  # a pipe would block
-        fail(f"{path}: no such checkpoint")
+    if not Path(path).is_file():  # reading a pipe would block
+        raise UserError(f"{path}: no such checkpoint")
     try:
         check_zip(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, on foreign pickles
+            warnings.simplefilter("ignore")  # torch warns of pickles from elsewhere
             record = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-        if isinstance(error, pickle.UnpicklingError):  # torch's words are on how to run it
-            reason = "its pickle asks for more than numbers and names"
-        again = "if a run wrote it, delete it, and the same command makes it again"
-        fail(f"{path}: truncated, changed, or no checkpoint of these scripts ({reason}); {again}")
+        if isinstance(error, pickle.UnpicklingError):  # torch would explain how to run it
+            reason = "the file contains Python objects; only tensors and plain values are loaded"
+        advice = "if a run wrote it, delete it, and the same command makes it again"
+        raise UserError(
+            f"{path}: damaged, or no checkpoint of these scripts ({reason}); {advice}"
+        ) from None
     if not isinstance(record, dict) or record.get("format") != 1:
-        fail(f"{path}: not a checkpoint of these scripts")
+        raise UserError(f"{path}: not a checkpoint of these scripts")
     return record
-
-
-def previous(path: Path) -> Path:
-    """Where `save_next` keeps what it replaces: last.pt -> last.prev.pt."""
-    return path.with_name(f"{path.stem}.prev{path.suffix}")
-
-
-def save_next(path: Path, record: dict) -> None:
-    """As `save`, but what was in the file is kept beside it, for `load_latest`."""
-    if path.exists() and not rank():
-        os.replace(path, previous(path))
-    save(path, record)
-
-
-def load_latest(path: Path) -> tuple[dict, Path | None]:
-    """-> (the record of the last `save_next`, its file); ({}, None) if there is none.
-
-    If it is missing or damaged it is the one before, and a line says so; if both are, an error.
-    Then call settle(path, file), or the next save_next keeps the damaged one for the good one.
-    """
-    if path.exists():
-        try:
-            with contextlib.redirect_stderr(io.StringIO()) as errors:
-                return load(path), path
-        except SystemExit:
-            print(errors.getvalue().removeprefix("error: "), end="", flush=True)
-    if previous(path).exists():
-        record = load(previous(path))
-        print(f"{path}: the one before it is taken", flush=True)
-        return record, previous(path)
-    if path.exists():
-        print(f"{path}: there is none before it; beginning again", flush=True)
-    return {}, None
-
-
-def settle(path: Path, found: Path | None) -> None:
-    """Put a copy of the good file that `load_latest` found at `path`; without one, nothing."""
-    if found is None:
-        path.unlink(missing_ok=True)
-    elif found != path:
-        write_atomically(path, lambda file: file.write(found.read_bytes()))
-
-
-def save_model(path: Path, model: nn.Module, meta: dict) -> None:
-    """Write a model: its weights, its `arch` to build it again, numbers and names about it."""
-    save(path, {"arch": model.arch, "weights": model.state_dict(), "meta": meta})
 
 
 def is_plain(value, depth: int = 5) -> bool:
     """Whether it is a number, a short string, None, a tensor, or a small dict or list of such."""
     if isinstance(value, Tensor):  # one that repeats its numbers is larger than its storage
         return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-    if isinstance(value, dict | list):
-        inside = [*value, *value.values()] if isinstance(value, dict) else value
-        return depth > 0 and len(inside) < 1000 and all(is_plain(v, depth - 1) for v in inside)
-    short = isinstance(value, str) and len(value) < 1000
-    return short or value is None or isinstance(value, float | int)
-
-
-def is_like(value, like) -> bool:
-    """Whether it has the type of `like`: all its keys, likewise; the dtype of a tensor."""
-    if isinstance(like, dict) and isinstance(value, dict):
-        return all(key in value and is_like(value[key], like[key]) for key in like)
-    return type(value) is type(like) and getattr(value, "dtype", 0) == getattr(like, "dtype", 0)
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        return depth > 0 and len(value) < 1000 and all(is_plain(v, depth - 1) for v in value)
+    if isinstance(value, str):
+        return len(value) < 1000
+    return value is None or isinstance(value, float | int)
 
 
 def load_model(path, device="cpu", data: Data | None = None, name: str | None = None):
-    """-> (model in eval mode, its meta); an error if it does not fit `data` or is no `name`."""
+    """-> (model in eval mode, its meta with the path as `file`) from a file of save_model.
+
+    A UserError if the model does not fit `data`, or if it is not a `name`.
+    """
     record = load(path)
     try:
         arch, weights, meta = (record[key] for key in ("arch", "weights", "meta"))
@@ -948,23 +1175,27 @@ def load_model(path, device="cpu", data: Data | None = None, name: str | None = 
             wanted = {k: (v.shape, v.dtype) for k, v in build_model(**arch).state_dict().items()}
         size = sum(v.numel() * v.element_size() for v in weights.values())
         if wanted != {k: (v.shape, v.dtype) for k, v in weights.items()}:
-            raise ValueError(f"the weights are not those of {arch}")
-        if size > os.path.getsize(path) or not (isinstance(meta, dict) and is_plain(meta)):
-            raise ValueError("made to swell, or with more than numbers, names and tensors in it")
+            raise ValueError(f"the weights do not belong to {arch}")
+        if size > os.path.getsize(path):
+            raise ValueError("the weights are larger than the file")
+        if not (isinstance(meta, dict) and is_plain(meta)):
+            raise ValueError("more than numbers, names and tensors beside the weights")
         if not all(v.isfinite().all() for v in weights.values()):
             raise ValueError("weights that are not finite")
         model = build_model(**arch)
         model.load_state_dict(weights)
     except Exception as error:  # whatever a foreign record makes torch raise
-        fail(f"{path}: holds no model of these scripts ({(str(error) or 'empty')[:200]})")
+        reason = str(error)[:200] or "empty"
+        raise UserError(f"{path}: holds no model of these scripts ({reason})") from None
     if name is not None and name != arch["name"]:
-        fail(f"{path}: is a {arch['name']}, expected a {name}")
+        raise UserError(f"{path}: is a {arch['name']}, expected a {name}")
     if data is not None:
-        wanted = [len(data.classes), *data.x_test.shape[2:]]
-        if wanted != [arch["classes"], arch["size"], arch["channels"]]:
-            is_for = f"{arch['classes']} classes of {arch['size']} x {arch['channels']} images"
-            fail(f"{path}: for {is_for}; {data.name} has {wanted[0]}, {wanted[1]} x {wanted[2]}")
-    return model.to(device).eval(), meta
+        size, channels = data.x_test.shape[2:]
+        if [arch["classes"], arch["size"], arch["channels"]] != [len(data.classes), size, channels]:
+            model_is = f"{arch['classes']} classes, {arch['size']} x {arch['channels']} images"
+            data_has = f"{len(data.classes)} classes, {size} x {channels} images"
+            raise UserError(f"{path}: is for {model_is}; {data.name} has {data_has}")
+    return model.to(device).eval(), meta | {"file": str(path)}
 
 
 def table(rows: list[dict]) -> str:
@@ -977,6 +1208,670 @@ def table(rows: list[dict]) -> str:
 
     keys = list(dict.fromkeys(key for row in rows for key in row))
     cells = [keys] + [[cell(key, row.get(key)) for key in keys] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join([c[0].ljust(widths[0]), *map(str.rjust, c[1:], widths[1:])]) for c in cells]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
+    lines = []
+    for line in cells:
+        padded = [line[0].ljust(widths[0])]
+        padded += [text.rjust(width) for text, width in zip(line[1:], widths[1:])]
+        lines.append("  ".join(padded))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+# ================================================================================================
+# A run: flags, folders, checkpoints, teachers. Leave this out when you paste a script elsewhere.
+# ================================================================================================
+
+# Flags that do not change what is computed: the same run goes on with other values
+FREE_FLAGS = {"data_root", "device", "runs", "name", "tensorboard", "seeds", "graph", "compile"}
+# What a record of another shape, or one that is nested too deep, makes Python raise
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError)
+
+
+class RunParser(Parser):
+    """The parser of a training script: add the script's flags, add_run_flags(), then parse_run."""
+
+    def add_run_flags(self, augment=("crop", "none")) -> None:
+        """The flags that all training scripts share; augment: the choices of --augment."""
+        add = self.add_argument_group("data").add_argument
+        add("--data", default="cifar10", help=f"data set: {DATA_NAMES}")
+        add("--data-root", default="data", help="folder of the data sets; downloads go there")
+        add("--train-subset", type="count", help="train on this many images, the same for any seed")
+        add("--test-subset", type="count", help="test on this many images, the same for any seed")
+        add("--val-size", type="count0", default=1024, help="training images held out to validate")
+        meaning = "crop: random crops and flips (MNIST: never); none: images as they are"
+        if len(augment) > 2:
+            meaning += f"; {' and '.join(augment[2:])}: crop with that on top"
+        add("--augment", choices=augment, default="crop", help=meaning)
+        add = self.add_argument_group("run").add_argument
+        add("--seed", type="count0", default=0, help="seed of the weights, batches and attacks")
+        add("--seeds", type="count0", nargs="+", help="one run per seed, then mean and deviation")
+        add(
+            "--device",
+            default="auto",
+            choices=["auto", "cpu", "cuda"],
+            help="auto: CUDA if present",
+        )
+        add(
+            "--precision",
+            default="bf16",
+            choices=["bf16", "tf32", "fp32"],
+            help="arithmetic of training on CUDA: bf16 autocast, TF32 convolutions, or strict "
+            "float32; a CPU always trains in float32",
+        )
+        add("--deterministic", action="store_true", help="use deterministic CUDA kernels (slower)")
+        switch = {"action": argparse.BooleanOptionalAction, "default": False}
+        add("--graph", **switch, help="on CUDA, replay each training step as a CUDA graph")
+        add("--compile", **switch, help="compile the nets with torch.compile")
+        add("--runs", default="runs", help="folder in which the run folders are made")
+        add("--name", help="name of the run folder (default: made of the flags that were given)")
+        add("--tensorboard", action="store_true", help="also log to TensorBoard, if installed")
+        add(
+            "--demo", action="store_true", help="small run on drawn shapes that takes 2 CPU minutes"
+        )
+
+    def parse_run(self, argv: list | None, presets: dict) -> argparse.Namespace:
+        """Parse `argv` (None: sys.argv), check the names of the nets, and name the run.
+
+        presets: {"--demo" or "--flag value": {flag: its default then}}. Flags that are given win
+        over a preset; what a preset sets is printed. args.given: the flags that are in argv.
+        """
+        argv = sys.argv[1:] if argv is None else list(argv)
+        given = {word.split("=")[0] for word in argv if word.startswith("--")}
+        asks_for_help = bool({"-h", "--help"} & set(argv))
+        for preset, flags in presets.items():
+            words = f" {' '.join(argv)} ".replace("=", " ")
+            if f" {preset} " not in words or asks_for_help:
+                continue
+            self.set_defaults(**{k.replace("-", "_"): str(value) for k, value in flags.items()})
+            sets = [f"--{k} {value}" for k, value in flags.items() if f"--{k}" not in given]
+            print(f"{preset} sets {' '.join(sets) or 'nothing'}")
+        args = self.parse_args(argv)
+        width = getattr(args, "width", 1.0)
+        teacher_width = getattr(args, "teacher_width", None) or width
+        check_model("--model", args.model, width)
+        check_model("--teacher-model", args.teacher_model or args.model, teacher_width)
+        if len(set(args.seeds or [])) < len(args.seeds or []):
+            self.error(f"--seeds: each seed once, got {' '.join(map(str, args.seeds))}")
+        if args.name is None:
+            args.name = self.run_name(args)
+        elif not re.fullmatch(r"\w[\w.,=+-]{0,159}", args.name):
+            self.error(f"--name: expected letters, digits and . , = + - _, got {args.name!r}")
+        args.given = given  # the flags that are in argv
+        args.autocast = False  # setup_training turns it on
+        return args
+
+    def run_name(self, args: argparse.Namespace) -> str:
+        """A folder name of data, net, method and all flags that are not at their default."""
+        defaults = vars(self.parse_args(["--demo"] if args.demo else []))
+        method = args.loss if hasattr(args, "loss") else args.method
+        name = f"{Path(args.data).stem}-{args.model}-{method}"
+        if args.demo:
+            name = f"demo-{name}"
+        in_name = {"data", "model", "loss", "method", "seed", "demo"}
+        for key, value in vars(args).items():
+            if key in FREE_FLAGS | in_name or value == defaults[key]:
+                continue
+            if isinstance(value, float):
+                value = f"{value:.4g}"
+            elif isinstance(value, list):
+                value = "+".join(map(str, value))
+            name += f",{key.replace('_', '-')}={value}"
+        name = re.sub(r"[^\w.,=+-]", "-", name)
+        if len(name) > 64:
+            name = f"{name[:55]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        return name
+
+
+def run_flags(args: argparse.Namespace) -> dict:
+    """The flags that decide what a run computes, as JSON would give them back."""
+    kept = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS | {"given", "autocast"}}
+    return json.loads(json.dumps(kept))
+
+
+def run_seeds(script: str, args: argparse.Namespace, job, prepare=None) -> list[list[dict]]:
+    """For each seed: open the run folder, call job(args, data, folder), show its summary.
+
+    job returns the rows of the summary; a run that has its summary is shown and not repeated.
+    prepare(args, data): checks flags against the data, and changes `data`, before a folder is made.
+    -> the rows of each seed; after several seeds their mean and deviation are printed.
+    """
+    device = setup_training(args)
+    with first_process_first():
+        data = load_data(
+            args.data,
+            args.data_root,
+            device,
+            args.val_size,
+            args.train_subset,
+            args.test_subset,
+            args.augment,
+        )
+        if prepare is not None:
+            prepare(args, data)
+    summaries = []
+    seeds = args.seeds or [args.seed]
+    for seed in seeds:
+        args.seed = seed
+        with run_folder(script, args, data) as folder:
+            rows = read_summary(folder / "summary.json")
+            if rows is None:
+                rows = job(args, data, folder)
+                for row in rows:
+                    if row.get("file") is not None:  # a runs folder may be moved
+                        row["file"] = os.path.relpath(row["file"], folder)
+                sync()  # until every process has read what it needs from the folder
+                write_json(folder / "summary.json", rows)
+                delete_checkpoints(folder)
+            files = " ".join(path.name for path in sorted(folder.glob("*.pt")))
+            print(
+                f"\n{table(without_files(rows))}\n\n{folder} is finished: log.jsonl {files}",
+                flush=True,
+            )
+        summaries.append(rows)
+    if len(seeds) > 1:
+        print(f"\nmean +- std of seeds {' '.join(map(str, seeds))}")
+        print(table(without_files(mean_and_std(summaries))), flush=True)
+    return summaries
+
+
+def without_files(rows: list[dict]) -> list[dict]:
+    """The rows of a summary without their column `file`, as they fit on a terminal."""
+    return [{key: value for key, value in row.items() if key != "file"} for row in rows]
+
+
+def read_summary(path: Path) -> list[dict] | None:
+    """The rows in summary.json; None if there is no such file; a UserError if it is damaged."""
+    rows = read_json(path)
+    if rows is None:
+        return None
+    is_list = isinstance(rows, list) and len(rows) > 0
+    if not is_list or not all(isinstance(row, dict) and "model" in row for row in rows):
+        raise UserError(f"{path}: damaged; delete it, and the same command makes it again")
+    return rows
+
+
+def mean_and_std(summaries: list[list[dict]]) -> list[dict]:
+    """Rows of each seed -> rows of "mean +- std" (n - 1); a row that a seed lacks is left out.
+
+    A net that all seeds share, such as their teacher, is one net: it has no deviation.
+    """
+    rows = []
+    for first in summaries[0]:
+        same = [row for rows_ in summaries for row in rows_ if row["model"] == first["model"]]
+        if len(same) < len(summaries):  # a best epoch that is not the last has a row of its own
+            continue
+        merged = dict(first)
+        shared = first.get("file") is not None and all(row["file"] == first["file"] for row in same)
+        for key, value in first.items():
+            values = [row.get(key) for row in same]
+            if shared and values.count(value) == len(values):
+                continue
+            if None in values:
+                merged[key] = None
+            elif isinstance(value, float):
+                digits = 4 if "_acc" in key else 1
+                mean, std = np.mean(values), np.std(values, ddof=1)
+                merged[key] = f"{mean:.{digits}f} +- {std:.{digits}f}"
+        rows.append(merged)
+    return rows
+
+
+# ---- folders -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def run_folder(script: str, args: argparse.Namespace, data: Data):
+    """Yield runs/<script>/<name>-s<seed>, made now or found with the same flags and data.
+
+    A UserError that names the flag if the folder was made with another value or other data, and if
+    another process uses it.
+    """
+    if args.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError:
+            raise UserError("--tensorboard: not installed; pip install tensorboard") from None
+    folder = Path(args.runs) / script / f"{args.name}-s{args.seed}"
+    config_file, flags = folder / "config.json", run_flags(args)
+    with locked(folder):
+        with first_process_first():
+            delete_torn_files(folder)
+            config = read_json(config_file)
+            if config is None:
+                write_json(config_file, describe_run(args, data, flags))
+            else:
+                check_same_run(folder, config, flags, data)
+        yield folder
+
+
+def delete_torn_files(folder: Path) -> None:
+    """Delete what a killed process was writing into a folder that this process has locked."""
+    if rank() == 0:
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def describe_run(args: argparse.Namespace, data: Data, flags: dict) -> dict:
+    """What config.json says of a run: command, commit, versions, GPU, data, flags."""
+    commit = None
+    with contextlib.suppress(OSError):  # git is not installed
+        here = Path(__file__).resolve().parent
+        git = ["git", "-C", here, "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    return {
+        "command": command_line(),
+        "commit": commit,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if data.x_train.is_cuda else None,
+        "fingerprint": data.fingerprint,
+        "flags": flags,
+    }
+
+
+def check_same_run(folder: Path, config, flags: dict, data: Data) -> None:
+    """A UserError if config.json of a folder is of other flags or data than those given now."""
+    try:
+        old_flags, old_fingerprint = dict(config["flags"]), config["fingerprint"]
+    except MALFORMED:
+        advice = "delete it if the folder belongs to this command, or take another --name"
+        raise UserError(f"{folder / 'config.json'}: damaged; {advice}") from None
+    for key in sorted(flags.keys() | old_flags.keys()):
+        if flags.get(key) != old_flags.get(key):
+            values = f"{old_flags.get(key)}, not {flags.get(key)}"
+            flag = f"--{key.replace('_', '-')}"
+            raise UserError(f"{flag}: {folder} was made with {values}; take another --name")
+    if old_fingerprint != data.fingerprint:
+        raise UserError(
+            f"--data: {folder} was made with other images or labels; take another --name"
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool = False):
+    """No other process can lock `folder` inside the block: wait for it, or raise UserError.
+
+    The lock ends with the process, however it ends. Under torchrun the first process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no fcntl
+        fcntl = None
+    if rank() > 0 or fcntl is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read()
+            if not wait:
+                advice = "wait for it, or take another --name"
+                raise UserError(f"{folder}: in use by process {owner}; {advice}") from None
+            print(f"{folder}: waiting for process {owner}, which is at work there", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        print(os.getpid(), end="", file=file, flush=True)
+        yield
+
+
+# ---- the training loop's helpers ---------------------------------------------------------------
+
+
+def seed_epoch(seed: int, stage: str, epoch: int) -> None:
+    """Seed the global generators by (seed, stage, epoch): the same epoch after any interruption.
+
+    Under torchrun each process draws numbers of its own.
+    """
+    own = [rank()] if rank() > 0 else []
+    torch.manual_seed(derive_seed("epoch", seed, stage, epoch, *own))
+
+
+def metrics(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """(3,) on the device: loss summed over images, correct predictions, images.
+
+    labels (B,), or probabilities (B, K) of which the largest counts. The host does not wait.
+    """
+    if labels.dim() == 2:
+        labels = labels.argmax(1)
+    correct = (logits.detach().argmax(1) == labels).sum()
+    loss = loss.detach().float()
+    return torch.stack([loss * len(labels), correct.float(), torch.full_like(loss, len(labels))])
+
+
+def average_gradients(model: nn.Module, images: int) -> None:
+    """Under torchrun, between backward() and optimizer.step(): the gradient of the whole batch.
+
+    Each process has the mean gradient of its `images`; the mean weighted by these numbers is that
+    of the whole batch, however it is shared (BatchNorm alone sees the share). One transfer.
+    DistributedDataParallel would wrap the net: the attack and the two forward passes of a step do
+    not go through it, and it takes all shares to be equal.
+    """
+    if world() == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    weight = torch.tensor([float(images)], device=gradients[0].device)
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    everything = torch.cat([flat * weight, weight])
+    dist.all_reduce(everything)
+    flat = everything[:-1] / everything[-1]
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+def epoch_row(stage: str, epoch: int, model: nn.Module, history: list, began: float) -> dict:
+    """The row of a finished epoch: stage, epoch, loss, train_acc, images_per_second, seconds.
+
+    history: the `metrics` of its steps, read here for the first time; began: time.monotonic() at
+    its start. A UserError if a loss or a weight is not finite. Under torchrun the sums are over all
+    processes, and BatchNorm statistics become those of the first one.
+    """
+    steps = torch.stack(history).double()
+    if world() > 1:
+        dist.all_reduce(steps)
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    steps = steps.cpu()
+    seconds = time.monotonic() - began
+    finite = steps[:, 0].isfinite().tolist()
+    # one wait for the device, not one for each tensor
+    weights_finite = torch.stack([v.isfinite().all() for v in model.state_dict().values()]).all()
+    if not all(finite) or not weights_finite:
+        step = finite.index(False) + 1 if not all(finite) else len(steps)
+        flag = "--lr" if stage.startswith("student") else "--teacher-lr (or --lr)"
+        where = f"{stage}, epoch {epoch + 1}, step {step}"
+        raise UserError(f"{where}: loss or weights are not finite; try a lower {flag}")
+    loss, correct, images = steps.sum(0).tolist()
+    return {
+        "stage": stage,
+        "epoch": epoch + 1,
+        "loss": loss / images,
+        "train_acc": correct / images,
+        "images_per_second": images / seconds,
+        "seconds": seconds,
+    }
+
+
+def validate(model: nn.Module, data: Data, attack=None) -> dict:
+    """{val_clean_acc, val_pgd<steps>_acc} on the held-out training images; {} if there are none.
+
+    attack: (eps, step_size, steps) of the PGD; without it only clean images.
+    """
+    row = {}
+    if rank() == 0 and len(data.x_val):
+        row["val_clean_acc"] = accuracy(predict(model, data.x_val), data.y_val)
+        if attack is not None:
+            logits = predict(model, data.x_val, data.y_val, attack)
+            row[f"val_pgd{attack[2]}_acc"] = accuracy(logits, data.y_val)
+    if world() > 1:
+        rows = [row]
+        dist.broadcast_object_list(rows)
+        row = rows[0]
+    return row
+
+
+def best_row(rows: list[dict]) -> dict:
+    """The first row with the largest sum of held-out accuracies; {} if no image was held out."""
+
+    def score(row):
+        return sum(value for key, value in row.items() if key.startswith("val_"))
+
+    return max(rows, key=score) if rows and "val_clean_acc" in rows[0] else {}
+
+
+def checkpoint_file(folder: Path, stage: str, epochs: int) -> Path:
+    """Where the checkpoint after so many epochs is kept: two files take turns."""
+    return folder / f"{stage}.checkpoint{epochs % 2}.pt"
+
+
+def delete_checkpoints(folder: Path) -> None:
+    """Delete what only resuming needs."""
+    if rank() == 0:
+        for path in folder.glob("*.checkpoint[01].pt"):
+            path.unlink(missing_ok=True)
+
+
+def resume(folder: Path, stage: str, state: dict) -> list[dict]:
+    """Load the newest readable checkpoint of a stage into `state`: -> rows of its finished epochs.
+
+    state: {name: whatever has state_dict() and load_state_dict()}, all that an epoch changes. A
+    damaged checkpoint is reported, and the one before is taken; without any the stage begins.
+    """
+    sync()  # no process may find a file that another one did not find
+    newest = None
+    for path in (checkpoint_file(folder, stage, 0), checkpoint_file(folder, stage, 1)):
+        if not path.exists():
+            continue
+        try:
+            record = load(path)
+            if newest is None or len(record["rows"]) > len(newest["rows"]):
+                newest = record
+        except UserError as error:
+            print(f"{error}; the checkpoint before it is taken, if there is one", flush=True)
+        except MALFORMED:
+            print(f"{path}: not a checkpoint of a run; ignored", flush=True)
+    sync()
+    if newest is None:
+        return []
+    try:
+        for name, part in state.items():
+            part.load_state_dict(newest["state"][name])
+        rows = [dict(row) for row in newest["rows"]]
+        last = {"stage": rows[-1]["stage"], "epoch": rows[-1]["epoch"]}
+        plain = all(is_plain(row) for row in rows)
+        if last != {"stage": stage, "epoch": len(rows)} or not plain:
+            raise ValueError
+    except MALFORMED:
+        advice = "delete its checkpoints, and the stage begins again"
+        raise UserError(f"{folder}: not of a run with these flags; {advice}") from None
+    print(f"{stage}: goes on after epoch {len(rows)} ({folder})", flush=True)
+    write_log(folder, stage, rows)
+    return rows
+
+
+def save_epoch(folder, stage, model, state, rows, epochs, tensorboard=False) -> None:
+    """Keep a finished epoch: checkpoint, best model, log.jsonl, a line on the terminal.
+
+    model: the net that was validated, kept as <stage>_best.pt if the last of `rows` is the best;
+    state: as for `resume`; epochs: how many the stage has.
+    """
+    row = rows[-1]
+    if best_row(rows) is row:
+        save_model(folder / f"{stage}_best.pt", model, rows)
+    states = {name: part.state_dict() for name, part in state.items()}
+    save(checkpoint_file(folder, stage, len(rows)), {"rows": rows, "state": states})
+    write_log(folder, stage, rows)
+    if tensorboard and rank() == 0:
+        log_to_tensorboard(folder, row)
+    text = f"{stage} {row['epoch']:{len(str(epochs))}d}/{epochs}  loss {row['loss']:.4f}"
+    for key, value in row.items():
+        if key.endswith("_acc"):
+            text += f"  {key.removesuffix('_acc').replace('_', ' ')} {value:.4f}"
+    left = (epochs - len(rows)) * np.mean([row["seconds"] for row in rows])
+    text += f"  {row['images_per_second']:,.0f} images/s"
+    print_line(f"{text}  left {datetime.timedelta(seconds=round(left))}")
+
+
+def write_log(folder: Path, stage: str, rows: list[dict]) -> None:
+    """Put the rows of a stage into log.jsonl, beside those of the stages before it."""
+    path, lines = folder / "log.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(*MALFORMED):
+            if json.loads(line)["stage"] != stage:
+                lines.append(line)
+    lines += [json.dumps(row) for row in rows]
+    text = "\n".join(lines) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def log_to_tensorboard(folder: Path, row: dict) -> None:
+    """Write the numbers of an epoch for TensorBoard, in a file of its own."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(folder, filename_suffix=f".{row['stage']}-{row['epoch']}") as writer:
+        for key, value in row.items():
+            if isinstance(value, float):
+                writer.add_scalar(f"{row['stage']}/{key}", value, row["epoch"])
+
+
+def save_model(path: Path, model: nn.Module, rows: list[dict] = (), **meta) -> None:
+    """Write a model: its weights, its `arch` to build it again, and `meta`: numbers and names.
+
+    meta gets from the rows of its training: epoch, seconds and the row of the best epoch. Under
+    torchrun all processes find the file afterwards.
+    """
+    if rows:
+        seconds = sum(row["seconds"] for row in rows)
+        meta = {"epoch": len(rows), "seconds": seconds, "best": best_row(rows)} | meta
+    save(path, {"arch": model.arch, "weights": model.state_dict(), "meta": meta})
+    sync()
+
+
+def weights_digest(path: Path) -> str:
+    """16 hex digits of the weights in a saved model, whatever its meta says."""
+    weights = load(path)["weights"]
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(weights[name].cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---- teachers ----------------------------------------------------------------------------------
+
+
+def teacher_file(args: argparse.Namespace, data: Data, recipe: dict) -> Path:
+    """runs/teachers/<digest of recipe and data>/teacher.pt, whether it is there or not.
+
+    recipe: all flags on which the teacher's weights depend.
+    """
+    recipe = json.loads(json.dumps(recipe | {"data": data.fingerprint}))
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(args.runs) / "teachers" / digest / "teacher.pt"
+
+
+def write_recipe(folder: Path, data: Data, recipe: dict) -> None:
+    """Write recipe.json beside a teacher, for people: nothing reads it."""
+    path = folder / "recipe.json"
+    if not path.exists():
+        write_json(path, recipe | {"data": data.fingerprint})
+
+
+def keep_teacher(args, data: Data, recipe: dict, model: nn.Module, rows: list, **meta) -> None:
+    """Save a model where runs with this recipe look for their teacher; see save_model.
+
+    Where another process trains that very teacher now, it is left to it.
+    """
+    path = teacher_file(args, data, recipe)
+    try:
+        with locked(path.parent):
+            delete_torn_files(path.parent)
+            write_recipe(path.parent, data, recipe)
+            save_model(path, model, rows, **meta)
+    except UserError:  # the folder is in use
+        sync()  # as at the end of save_model
+
+
+def get_teacher(args: argparse.Namespace, data: Data, recipe: dict, train):
+    """-> (teacher in eval mode with frozen weights, its meta, its file).
+
+    --teacher-ckpt FILE is taken as it is. Otherwise the file is teacher_file(...): if it is not
+    there, train(folder) must write teacher.pt into the folder. While another process trains the
+    same teacher, this one waits.
+    """
+    if args.teacher_ckpt:
+        path = Path(args.teacher_ckpt)
+    else:
+        path = teacher_file(args, data, recipe)
+        with locked(path.parent, wait=True):
+            sync()  # the first process has the lock
+            there = path.exists()
+            sync()  # and all processes have looked
+            delete_torn_files(path.parent)
+            write_recipe(path.parent, data, recipe)
+            if not there:
+                train(path.parent)
+            delete_checkpoints(path.parent)
+    teacher, meta = load_model(path, data.x_train.device, data)
+    print(f"teacher: {path}", flush=True)
+    if args.compile:
+        compile_model(teacher)
+    return teacher.requires_grad_(False), meta, path
+
+
+# ---- speed on CUDA -----------------------------------------------------------------------------
+
+
+def speed_up(step, model: nn.Module, args: argparse.Namespace):
+    """The training step `step(*tensors)`, faster by --compile and --graph; without them unchanged.
+
+    step: attack, forward passes and loss.backward() into gradients that are None before -> Tensor,
+    without waiting for the GPU. The optimizer stays outside: its learning rate and momentum are
+    numbers, which a graph would freeze.
+    """
+    device = next(model.parameters()).device
+    if args.compile:
+        compile_model(model)
+    if args.graph and device.type == "cuda":
+        return Graphs(step, model)
+    return step
+
+
+def compile_model(model: nn.Module) -> None:
+    """torch.compile the forward and backward passes of a net, with code of its own for each size.
+
+    All nets of a class share one code object, and PyTorch stops compiling it after 8 variants
+    (student and teacher, training and evaluation mode, with and without weight gradients): the
+    limit is raised, or the rest would run uncompiled without a word.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    model.compile(dynamic=False)
+
+
+class Graphs:
+    """step(*tensors) as CUDA graphs, one for each shape of the tensors: a call replays one.
+
+    The gradients are those of the last call; the tensor that a call returns is a copy.
+    """
+
+    def __init__(self, step, model: nn.Module):
+        self.step, self.model = step, model
+        self.graphs = {}
+
+    def __call__(self, *tensors):
+        key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+        if key not in self.graphs:
+            self.graphs[key] = self.capture([tensor.clone() for tensor in tensors])
+        graph, inputs, output, gradients = self.graphs[key]
+        for own, given in zip(inputs, tensors):
+            own.copy_(given)
+        graph.replay()
+        for parameter, gradient in zip(self.model.parameters(), gradients):
+            parameter.grad = gradient
+        return output.clone()
+
+    def capture(self, inputs: list):
+        """-> (graph, its inputs, output and gradients).
+
+        Three calls on a side stream come before, as PyTorch asks for; they and the capture leave
+        the BatchNorm statistics and the state of the random numbers as they were.
+        """
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        state, side = torch.cuda.get_rng_state(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.model.zero_grad()
+                self.step(*inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.model.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = self.step(*inputs)
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        for buffer, before in zip(self.model.buffers(), buffers):
+            buffer.copy_(before)
+        torch.cuda.set_rng_state(state)
+        return graph, inputs, output, gradients

@@ -1,12 +1,13 @@
-"""Evaluate checkpoints: clean, PGD, AutoAttack, corruptions, other images, calibration; fp32.
+"""Evaluate models: clean, PGD, AutoAttack, corruptions, other images, calibration; in float32.
 
-Paper    PGD: Madry et al. 2018. APGD, DLR, AutoAttack: Croce and Hein, ICML 2020 (2003.01690).
-         FAB: Croce and Hein, ICML 2020 (1907.02044). Square: Andriushchenko et al., ECCV 2020
-         (1912.00049). ECE: Guo et al. 2017. Corruptions: Hendrycks and Dietterich, ICLR 2019.
+Paper    PGD: Madry et al., ICLR 2018. APGD, DLR loss, AutoAttack: Croce and Hein, ICML 2020
+         (2003.01690). FAB: Croce and Hein, ICML 2020 (1907.02044). Square: Andriushchenko et al.,
+         ECCV 2020 (1912.00049). ECE: Guo et al., ICML 2017. Corruptions: Hendrycks and Dietterich,
+         ICLR 2019 (1903.12261). CINIC-10: Darlow et al., 2018 (1810.03505).
 Attacks  pgdN              N steps of size --step-size from --restarts uniform starts
          aa                AutoAttack, standard: apgd-ce+apgd-t+fab-t+square
-         aa-plus, aa-rand  its longer version; that for models that draw random numbers
-         A+B:5+...         your own list of pgdN and ATTACKS, here with five restarts of B
+         aa-plus, aa-rand  AutoAttack's longer version; its version for randomised models
+         A+B:5+...         a list of your own of pgdN and attacks, here with five restarts of B
 Usage    python eval_robustness.py CKPT CKPT --attack clean pgd20 aa --json a.json
          python eval_robustness.py CKPT CKPT --ensemble --attack clean aa --n 1000
          python eval_robustness.py --model package.module:function --weights FILE --attack aa
@@ -14,12 +15,14 @@ Usage    python eval_robustness.py CKPT CKPT --attack clean pgd20 aa --json a.js
          With --json the same command goes on where a killed one stopped.
 Shapes   x uint8 (N, H, W, C); batches float32 (B, C, H, W) in [0, 1]; labels (N,); logits (B, K)
 Numbers  X_acc: share of all N images that are right when clean and that no attack of X breaks;
-         X_conditional_acc: the same of those right when clean. An image is broken if the stored
-         float32 example, in the ball and in [0, 1], is classified wrong by the model itself.
+         X_conditional_acc: the same of those right when clean. An image is broken if an example in
+         the ball and in [0, 1] is misclassified by the model itself, in strict float32.
 Differs  1. Draws depend on (seed, attack, pass, image) alone; all images share Square's squares.
          2. Broken images leave a run at the next compaction; FAB stops at a norm of eps.
          3. With fewer than 3 (targeted: 4) classes the numerator of DLR is used.
          4. Logits that are not finite are no success; the authors' code counts them as one.
+         5. Corruptions: draws depend on (seed, corruption, severity, image), not on the batch;
+            frost is a texture drawn by code unless the published pictures are given.
 """
 
 import signal
@@ -31,9 +34,11 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import glob
 import hashlib
 import importlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -41,11 +46,11 @@ import os
 import re
 import shlex
 import sys
-import tempfile
 import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,135 +59,201 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import common
-import images
 
 VERSIONS = {
     "aa": "apgd-ce+apgd-t+fab-t+square",
     "aa-plus": "apgd-ce:5+apgd-dlr:5+fab:5+square+apgd-t+fab-t",
-    "aa-rand": "apgd-ce+apgd-dlr",  # with 20 gradients a step
+    "aa-rand": "apgd-ce+apgd-dlr",  # with 20 gradients averaged in each step
 }
-POINTS = ["clean", "calibration", "corruptions", "cinic", "ood"]  # these perturb no images
+# Names of --attack that search for no perturbation
+NOT_ATTACKS = ("clean", "calibration", "corruptions", "cinic", "ood")
+DEFAULT_EPS = {"linf": 8 / 255, "l2": 0.5}
 
 
 def parse_args(argv=None):
-    """The flags of this script as a namespace; errors are one line with exit status 2."""
-    parser = common.make_parser(__doc__)
+    """The flags of this script as a namespace; a flag that makes no sense is a UserError."""
+    parser = common.Parser(__doc__)
     add = parser.add_argument_group("models").add_argument
     add("checkpoints", nargs="*", metavar="CKPT", help="files written by the training scripts")
-    add("--model", metavar="MODULE:FUNCTION", help="makes a net from [0, 1] images to logits")
+    add(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help="function that returns a net of your own, from images in [0, 1] to logits",
+    )
     add("--weights", metavar="FILE", help="state_dict for --model, loaded as weights only")
-    add("--ensemble", action="store_true", help="one row: the average of their probabilities")
+    add(
+        "--ensemble",
+        action="store_true",
+        help="evaluate all models as one that averages their probabilities",
+    )
     add = parser.add_argument_group("attack").add_argument
-    add("--attack", nargs="+", type=attack_name, default=["clean", "pgd20"], help="see Attacks")
-    add("--norm", default="linf", choices=["linf", "l2"], help="of the perturbations")
-    add("--eps", type=common.fraction, help="radius; None: 8/255, or 0.5 with --norm l2")
-    add("--step-size", type=common.fraction, help="of PGD; None: a quarter of the radius")
-    add("--restarts", type=common.count, default=1, help="random starts of PGD, the worst counts")
-    add("--steps", type=common.count, default=100, help="iterations of APGD and FAB")
-    add("--queries", type=common.count, default=5000, help="queries of Square")
-    add("--targets", type=common.count, default=9, help="classes of targeted APGD and FAB")
-    add("--search", choices=["tf32", "fp32"], default="tf32", help="of aa on CUDA, not the verdict")
+    add(
+        "--attack",
+        nargs="+",
+        type=attack_name,
+        default=["clean", "pgd20"],
+        help=f"what is measured: {', '.join(NOT_ATTACKS)}, or attacks, see Attacks above",
+    )
+    add("--norm", default="linf", choices=["linf", "l2"], help="norm of the perturbations")
+    add("--eps", type="fraction", help="radius of the attacks (default: 8/255, with l2 0.5)")
+    add("--step-size", type="fraction", help="step of PGD (default: a quarter of --eps)")
+    add("--restarts", type="count", default=1, help="random starts of PGD; the worst counts")
+    add("--steps", type="count", default=100, help="number of iterations of APGD and FAB")
+    add("--queries", type="count", default=5000, help="number of queries of Square")
+    add("--targets", type="count", default=9, help="target classes of targeted APGD and FAB")
+    add(
+        "--search",
+        choices=["tf32", "fp32"],
+        default="tf32",
+        help="arithmetic in which AutoAttack searches on CUDA; what counts is always confirmed in "
+        "strict float32",
+    )
     add = parser.add_argument_group("other images").add_argument
-    add("--corruptions", default="generate", metavar="DIR", help="CIFAR-10-C; generate: made here")
-    add("--frost-dir", metavar="DIR", help="frost1.png ... of its generator; None: drawn by code")
-    add("--cinic", metavar="DIR", help="CINIC-10, of which the images from ImageNet count")
-    add("--cinic-per-class", type=common.count, help="a fixed choice (paper: 2100); None: all")
-    add("--ood", metavar="PATH", help="an .npz or a folder of class folders, for --attack ood")
+    add(
+        "--corruptions",
+        default="generate",
+        metavar="DIR",
+        help="folder of the unpacked CIFAR-10-C; generate: corrupt the test images here",
+    )
+    add(
+        "--frost-dir",
+        metavar="DIR",
+        help="folder of frost1.png to frost5.jpg, the published textures (default: drawn by code)",
+    )
+    add("--cinic", metavar="DIR", help="folder of CINIC-10; only its images from ImageNet count")
+    add(
+        "--cinic-per-class",
+        type="count",
+        help="CINIC-10 images of each class, always the same choice (paper: 2100; default: all)",
+    )
+    add("--ood", metavar="PATH", help=".npz file or folder of class folders for --attack ood")
     add = parser.add_argument_group("run").add_argument
-    add("--data", default="cifar10", help="cifar10, cifar100, mnist, shapes, FILE.npz or a FOLDER")
-    add("--data-root", default="data", help="where data sets are, and missing ones are downloaded")
-    add("--n", type=common.count, help="use so many test images (a fixed choice); None: all")
-    add("--batch-size", type=common.count, default=500, help="images at once; changes no result")
-    add("--seed", type=common.count0, default=0, help="seed of the attacks")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there")
-    add("--json", metavar="FILE", help="write all numbers here as well")
-    add("--save-examples", metavar="FILE", help=".npz of x_adv, labels, broken (one model, attack)")
-    add("--plot", metavar="FILE", help="figure: accuracy against eps, confidence histograms")
+    add("--data", default="cifar10", help=f"data set: {common.DATA_NAMES}")
+    add("--data-root", default="data", help="folder of the data sets; downloads go there")
+    add("--n", type="count", help="number of test images, always the same ones (default: all)")
+    add("--batch-size", type="count", default=500, help="images at once; changes no result")
+    add("--seed", type="count0", default=0, help="seed of the attacks and corruptions")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if present")
+    add("--json", metavar="FILE", help="file of all numbers; a killed evaluation goes on")
+    add(
+        "--save-examples",
+        metavar="FILE",
+        help=".npz file of x_adv, labels and broken; for one model and one attack",
+    )
+    add(
+        "--plot",
+        metavar="FILE",
+        help="figure of accuracy against eps, of the probabilities and of the corruptions",
+    )
     args = parser.parse_args(argv)
-    adversarial = [a for a in args.attack if a not in POINTS]
-    rows = 1 if args.ensemble else len(args.checkpoints) + bool(args.model)
-    if not args.checkpoints and not args.model or args.weights and not args.model:
-        parser.error("expected CKPT..., or --model MODULE:FUNCTION, perhaps with --weights FILE")
-    for name in {"cinic", "ood"} & set(args.attack):
-        if getattr(args, name) is None:
-            parser.error(f"--attack {name}: say where the images are, with --{name}")
-    if args.norm == "l2" and any(re.match(r"pgd|.*\+pgd", a) for a in adversarial):
-        parser.error("--norm l2: pgdN is an L-infinity attack; take apgd-ce")
-    if args.norm == "linf" and (args.eps or 0) > 1:
-        parser.error(f"--eps: expected at most 1 in L-infinity, got {args.eps:g}")
-    if args.save_examples and (rows, len(adversarial)) != (1, 1):
-        parser.error("--save-examples: goes with one model (or --ensemble) and one attack")
-    if args.plot and not all(map(importlib.util.find_spec, ("matplotlib", "benchmark"))):
-        parser.error("--plot: needs matplotlib (pip install matplotlib) and the folder benchmark/")
-    for path in filter(None, (args.json, args.save_examples, args.plot)):
-        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            parser.error(f"{path}: expected a file, in a folder that is there")
-    args.eps = args.eps if args.eps is not None else {"linf": 8 / 255, "l2": 0.5}[args.norm]
-    args.step_size = args.eps / 4 if args.step_size is None else args.step_size
-    args.deterministic, argv = False, sys.argv[1:] if argv is None else argv
+    check_flags(args, parser.error)
+    if args.eps is None:
+        args.eps = DEFAULT_EPS[args.norm]
+    if args.step_size is None:
+        args.step_size = args.eps / 4
+    argv = sys.argv[1:] if argv is None else argv
     args.command = shlex.join(["python", os.path.relpath(__file__), *argv])
     return args
 
 
+def check_flags(args, error):
+    """Call error(line) for flags that do not go together."""
+    attacks = [name for name in args.attack if name not in NOT_ATTACKS]
+    models = len(args.checkpoints) + (1 if args.model else 0)
+    if models == 0 or args.weights and not args.model:
+        error("expected CKPT..., or --model MODULE:FUNCTION, perhaps with --weights FILE")
+    for name in ("cinic", "ood"):
+        if name in args.attack and getattr(args, name) is None:
+            error(f"--attack {name}: say where the images are, with --{name}")
+    if args.norm == "l2" and any(re.match(r"pgd|.*\+pgd", name) for name in attacks):
+        error("--norm l2: pgdN is an L-infinity attack; take apgd-ce")
+    if args.norm == "linf" and args.eps is not None and args.eps > 1:
+        error(f"--eps: expected at most 1 in L-infinity, got {args.eps:g}")
+    if args.save_examples and (len(attacks) != 1 or models != 1 and not args.ensemble):
+        error("--save-examples: goes with one model (or --ensemble) and one attack")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        error("--plot: needs matplotlib; pip install matplotlib")
+    for path in (args.json, args.save_examples, args.plot):
+        if path is None:
+            continue
+        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            error(f"{path}: expected a file, in a folder that is there")
+
+
 def attack_name(text):
-    """The `type=` of --attack: a name of POINTS or VERSIONS, or a list joined by +."""
-    known = rf"({'|'.join(ATTACKS)}|pgd[1-9]\d{{0,4}})(:[1-9]\d?)?"
+    """The `type=` of --attack: one of NOT_ATTACKS or VERSIONS, or attacks joined by +."""
+    attack = rf"({'|'.join(ATTACKS)}|pgd[1-9]\d{{0,4}})(:[1-9]\d?)?"
     parts = VERSIONS.get(text, text).split("+")
-    if text not in POINTS and not all(re.fullmatch(known, part) for part in parts):
-        names = ", ".join([*POINTS, "pgdN", *VERSIONS, *ATTACKS])
+    if text not in NOT_ATTACKS and not all(re.fullmatch(attack, part) for part in parts):
+        names = ", ".join([*NOT_ATTACKS, "pgdN", *VERSIONS, *ATTACKS])
         raise argparse.ArgumentTypeError(f"expected {names} or a list a+b:5, got {text!r}")
     return text
 
 
+# ------------------------------------------------------------------------------------------------
+# What the attacks work on
+
+
 @dataclasses.dataclass
 class Settings:
-    """What the attacks need to know; eps and step_size (None: eps / 4) in units of [0, 1]."""
+    """The settings of all attacks; eps and step_size in units of images in [0, 1]."""
 
     eps: float = 8 / 255
-    step_size: float | None = None  # of PGD, as restarts
-    restarts: int = 1
+    step_size: float | None = None  # step of PGD; None: eps / 4
+    restarts: int = 1  # random starts of PGD
     seed: int = 0
     batch_size: int = 500
-    norm: str = "linf"
-    steps: int = 100
-    queries: int = 5000
-    targets: int = 9
-    search: str = "tf32"  # of AutoAttack's attacks on CUDA; verdicts are in float32
+    norm: str = "linf"  # linf or l2
+    steps: int = 100  # iterations of APGD and FAB
+    queries: int = 5000  # queries of Square
+    targets: int = 9  # target classes of APGD-T and FAB-T
+    search: str = "tf32"  # arithmetic of AutoAttack's search on CUDA: tf32 or fp32
     eot: int = 1  # gradients averaged in a step of APGD
+
+
+class Images(NamedTuple):
+    """All images of an evaluation, on the device."""
+
+    x: Tensor  # uint8 (N, H, W, C), or float (N, C, H, W) in [0, 1]
+    labels: Tensor  # int64 (N,)
+    logits: Tensor  # (N, K) of the clean images
 
 
 @dataclasses.dataclass
 class Batch:
-    """Images that an attack works on. x (B, C, H, W), labels (B,), clean logits (B, K)."""
+    """The images that a call of an attack works on, and what the attack counts."""
 
-    x: Tensor
-    labels: Tensor
-    logits: Tensor
-    index: Tensor  # (B,) of the images in the data set
-    s: Settings
+    x: Tensor  # float32 (B, C, H, W) in [0, 1]
+    labels: Tensor  # int64 (B,)
+    logits: Tensor  # (B, K) of the clean images
+    index: Tensor  # int64 (B,): the number of each image in the data set
+    settings: Settings
     attack: str
-    which: int = 0  # the number of the restart or target
-    zero: Tensor | int = 0  # out: starts without gradient
-    bad: Tensor | int = 0  # out: evaluations with logits that are not finite
+    repeat: int = 0  # number of the random restart or of the target class: 0, 1, ...
+    zero_gradients: Tensor | int = 0  # result: starts at which the gradient is zero
+    not_finite: Tensor | int = 0  # result: evaluations with logits that are not finite
 
     def draw(self, *shape, use="start"):
-        """Uniform (B, *shape) in [0, 1], by seed, attack, pass, use and image alone."""
-        draw = images.uniform(self.index, self.attack, use, self.s.seed, self.which)
+        """Uniform (B, *shape) in [0, 1], by seed, attack, repeat, use and image alone."""
+        draw = uniform(self.index, self.attack, use, self.settings.seed, self.repeat)
         return draw(*shape).float()
 
     def target(self):
-        """The class (B,) with the (which + 2)-nd largest clean logit, the label counted as 1st."""
-        first = torch.full_like(self.logits[:, :1], math.inf)
-        ranked = self.logits.scatter(1, self.labels[:, None], first).argsort(1, descending=True)
-        return ranked[:, 1 + self.which % (self.logits.shape[1] - 1)]
+        """The wrong class (B,) with the largest clean logit; of repeat 1 the second largest ..."""
+        infinity = torch.full_like(self.logits[:, :1], math.inf)
+        label_first = self.logits.scatter(1, self.labels[:, None], infinity)
+        ranked = label_first.argsort(1, descending=True)
+        return ranked[:, 1 + self.repeat % (self.logits.shape[1] - 1)]
 
 
-def batches(points, index, s, attack="", which=0):
-    """Yield (part, Batch) over the images `index` of points = (x, labels, logits)."""
-    x, labels, logits = points
-    for part in index.split(s.batch_size) if len(index) else ():
-        given = common.to_float(x[part]), labels[part], logits[part], part.to(x.device)
-        yield part, Batch(*given, s, attack, which)
+def batches(images, index, settings, attack="", repeat=0):
+    """Yield (part of index, Batch) over the images with the numbers `index` (M,)."""
+    if len(index) == 0:
+        return
+    for part in index.split(settings.batch_size):
+        x = common.to_float(images.x[part])
+        labels, logits = images.labels[part], images.logits[part]
+        yield part, Batch(x, labels, logits, part.to(images.x.device), settings, attack, repeat)
 
 
 def misclassified(logits, labels):
@@ -190,8 +261,8 @@ def misclassified(logits, labels):
     return (logits.argmax(1) != labels) & logits.isfinite().all(1)
 
 
-def length(d, norm):
-    """The norm of each d (B, C, H, W): (B, 1, 1, 1)."""
+def norm_of(d, norm):
+    """The L-infinity or L2 norm of each perturbation d (B, C, H, W): (B, 1, 1, 1)."""
     if norm == "linf":
         return d.abs().amax((1, 2, 3), keepdim=True)
     return d.square().sum((1, 2, 3), keepdim=True).sqrt()
@@ -202,20 +273,28 @@ def project(v, x, eps, norm):
     if norm == "linf":
         return torch.clamp(v, x - eps, x + eps).clamp_(0, 1)
     d = v - x
-    size = length(d, norm)
+    size = norm_of(d, norm)
     return (x + d / (size + 1e-12) * size.clamp(max=eps)).clamp_(0, 1)
 
 
-def random_start(b, radius):
+def is_allowed(x_adv, x, settings):
+    """bool (B,): in the ball, up to the rounding of float32, and in [0, 1]."""
+    size = norm_of(x_adv - x, settings.norm)[:, 0, 0, 0]
+    in_ball = size <= settings.eps * (1 + 1e-5) + 1e-7
+    return in_ball & ((x_adv >= 0) & (x_adv <= 1)).all((1, 2, 3))
+
+
+def random_start(batch, radius):
     """x plus noise whose largest coordinate (or L2 norm) is `radius`, clipped to [0, 1]."""
-    noise = 2 * b.draw(*b.x.shape[1:]) - 1
-    if b.s.norm == "l2":  # normal: every direction is as likely
+    noise = 2 * batch.draw(*batch.x.shape[1:]) - 1
+    norm = batch.settings.norm
+    if norm == "l2":  # normal: every direction is as likely
         noise = torch.erfinv(noise.clamp(-1 + 1e-6, 1 - 1e-6))
-    start = b.x + radius * noise / (length(noise, b.s.norm) + 1e-12)
+    start = batch.x + radius * noise / (norm_of(noise, norm) + 1e-12)
     return start.clamp_(0, 1).contiguous(memory_format=torch.channels_last)
 
 
-def gradient(model, x, loss, eot=1):
+def loss_gradient(model, x, loss, eot=1):
     """-> logits (B, K), loss (B,), its gradient in x alone, averaged over `eot` passes (or 0)."""
     total = torch.zeros_like(x)
     for _ in range(eot):
@@ -229,21 +308,37 @@ def gradient(model, x, loss, eot=1):
     return logits.detach(), value.detach(), total
 
 
-def survivors(a, x_adv, last):
-    """Yield i = 1, ..., last; after 1, 2, 4, ..., all 50 and the last move what is done to x_adv.
+def drop_done(active, x_adv, i, last):
+    """After steps i = 1, 2, 4, 8, ..., all 50 and the last: what is done leaves `active` for x_adv.
 
-    a: namespace of tensors with a row per image: row (of x_adv), done, found, ... No other sync.
+    active: tensors with a row for each image that is still attacked: row (its row in x_adv), done,
+    found (its result), and what else the attack keeps. -> whether any image is left. The host waits
+    for the device here and nowhere else in an attack.
     """
-    for i in range(1, last + 1):
-        yield i
-        if i & (i - 1) and i % 50 and i != last:
-            continue
-        x_adv[a.row] = torch.where(a.done[:, None, None, None], a.found, x_adv[a.row])
-        keep = (~a.done).nonzero()[:, 0]
-        if not len(keep):
-            return
-        if len(keep) < len(a.row):
-            vars(a).update({k: v[keep] for k, v in vars(a).items() if v is not None})
+    power_of_two = i & (i - 1) == 0
+    if not power_of_two and i % 50 != 0 and i != last:
+        return True
+    done = active.done[:, None, None, None]
+    x_adv[active.row] = torch.where(done, active.found, x_adv[active.row])
+    remaining = (~active.done).nonzero()[:, 0]
+    if 0 < len(remaining) < len(active.row):
+        for name, values in vars(active).items():
+            if values is not None:
+                setattr(active, name, values[remaining])
+    return len(remaining) > 0
+
+
+# ------------------------------------------------------------------------------------------------
+# PGD: Madry et al. 2018
+
+
+def pgd(model, batch):
+    """`common.pgd` with the number of steps in the attack's name, from a uniform start."""
+    settings, eps = batch.settings, batch.settings.eps
+    noise = batch.draw(*batch.x.shape[1:]).mul_(2 * eps).sub_(eps)
+    step_size = eps / 4 if settings.step_size is None else settings.step_size
+    steps = int(batch.attack.removeprefix("pgd"))
+    return common.pgd(model, batch.x, batch.labels, eps, step_size, steps, noise)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -263,72 +358,115 @@ def ce_loss(logits, labels, target=None):
 
 def dlr_loss(logits, labels, target=None):
     """Eq. (6): -(z_y - max_{i != y} z_i) / (z_(1) - z_(3)), (B,); the numerator if K < 3."""
-    top = logits.topk(min(3, logits.shape[1])).values.T
-    return -margin(logits, labels) / (top[0] - top[2] + 1e-12 if len(top) > 2 else 1)
+    if logits.shape[1] < 3:
+        return -margin(logits, labels)
+    top = logits.topk(3).values.T
+    return -margin(logits, labels) / (top[0] - top[2] + 1e-12)
 
 
 def targeted_dlr_loss(logits, labels, target):
     """Eq. (7): -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2), (B,); the numerator if K < 4."""
     numerator = (logits.gather(1, target[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
-    top = logits.topk(min(4, logits.shape[1])).values.T
-    return numerator / (top[0] - (top[2] + top[3]) / 2 + 1e-12 if len(top) > 3 else 1)
+    if logits.shape[1] < 4:
+        return numerator
+    top = logits.topk(4).values.T
+    return numerator / (top[0] - (top[2] + top[3]) / 2 + 1e-12)
 
 
 def apgd_checkpoints(steps):
     """{number of iterations done: iterations since the checkpoint before}, section 3.1."""
-    period, least, shrink = (max(int(part * steps), 1) for part in (0.22, 0.06, 0.03))
-    checkpoints, at = {}, period
-    while at <= steps:
-        checkpoints[at] = period
-        period = max(period - shrink, least)
-        at += period
+    period = max(int(0.22 * steps), 1)
+    shortest = max(int(0.06 * steps), 1)
+    shrink = max(int(0.03 * steps), 1)
+    checkpoints, done = {}, period
+    while done <= steps:
+        checkpoints[done] = period
+        period = max(period - shrink, shortest)
+        done += period
     return checkpoints
 
 
-def apgd(model, b, loss):
+def apgd(model, batch, loss):
     """APGD from a random start on loss(logits, labels, target) -> x_adv (B, C, H, W), or x.
 
     An image is done at the first evaluation, the start included, that is wrong, as any class.
     """
-    s, x_adv = b.s, b.x.clone()
-    a = SimpleNamespace(row=torch.arange(len(b.x), device=b.x.device), x=b.x, labels=b.labels)
-    a.target = b.target() if loss is targeted_dlr_loss else None
+    settings, x_adv = batch.settings, batch.x.clone()
+    active = SimpleNamespace(
+        row=torch.arange(len(batch.x), device=batch.x.device),
+        x=batch.x,
+        labels=batch.labels,
+        target=batch.target() if loss is targeted_dlr_loss else None,
+    )
 
     def move_to(x):
-        a.now = x
-        logits, f, a.g = gradient(model, x, lambda z: loss(z, a.labels, a.target), s.eot)
-        b.bad = b.bad + (~logits.isfinite().all(1)).sum()
-        return f, misclassified(logits, a.labels)
+        """active.now and active.gradient at x -> loss (B,), misclassified (B,)"""
+        active.now = x
+        logits, value, active.gradient = loss_gradient(
+            model, x, lambda z: loss(z, active.labels, active.target), settings.eot
+        )
+        batch.not_finite = batch.not_finite + (~logits.isfinite().all(1)).sum()
+        return value, misclassified(logits, active.labels)
 
-    f, a.done = move_to(random_start(b, s.eps))
-    b.zero = (a.g.abs().amax((1, 2, 3)) == 0).sum()
-    a.found = a.best = a.previous = a.now
-    a.best_g, a.best_f, a.last_f, a.check_f = a.g, f, f, f  # check_f: best_f at the checkpoint
-    a.rises, a.halved = torch.zeros_like(f), torch.ones_like(a.done)
-    a.step = torch.full_like(f, 2 * s.eps)[:, None, None, None]
-    checkpoints = apgd_checkpoints(s.steps)
-    for i in survivors(a, x_adv, s.steps):
-        g = a.g.sign() if s.norm == "linf" else a.g / (length(a.g, "l2") + 1e-12)
-        z = project(a.now + a.step * g, a.x, s.eps, s.norm)
+    value, active.done = move_to(random_start(batch, settings.eps))
+    batch.zero_gradients = (active.gradient.abs().amax((1, 2, 3)) == 0).sum()
+    active.found = active.best = active.previous = active.now
+    active.best_gradient = active.gradient
+    active.best_value = active.last_value = active.checkpoint_value = value
+    active.rises = torch.zeros_like(value)
+    active.halved = torch.ones_like(active.done)
+    active.step = torch.full_like(value, 2 * settings.eps)[:, None, None, None]
+    checkpoints = apgd_checkpoints(settings.steps)
+    for i in range(1, settings.steps + 1):
+        if settings.norm == "linf":
+            direction = active.gradient.sign()
+        else:
+            direction = active.gradient / (norm_of(active.gradient, "l2") + 1e-12)
+        z = active.now + active.step * direction
+        z = project(z, active.x, settings.eps, settings.norm)
         if i > 1:  # momentum
-            z = a.now + 0.75 * (z - a.now) + 0.25 * (a.now - a.previous)
-            z = project(z, a.x, s.eps, s.norm)
-        a.previous = a.now
-        f, wrong = move_to(z)
-        a.found, a.done = torch.where(wrong[:, None, None, None], z, a.found), a.done | wrong
-        better = f > a.best_f
-        image = better[:, None, None, None]
-        a.best, a.best_g = torch.where(image, z, a.best), torch.where(image, a.g, a.best_g)
-        a.best_f = torch.where(better, f, a.best_f)
-        a.rises, a.last_f = a.rises + (f > a.last_f), f
-        if period := checkpoints.get(i):
+            z = active.now + 0.75 * (z - active.now) + 0.25 * (active.now - active.previous)
+            z = project(z, active.x, settings.eps, settings.norm)
+        active.previous = active.now
+        value, wrong = move_to(z)
+        active.found = torch.where(wrong[:, None, None, None], z, active.found)
+        active.done = active.done | wrong
+        better = value > active.best_value
+        better_image = better[:, None, None, None]
+        active.best = torch.where(better_image, z, active.best)
+        active.best_gradient = torch.where(better_image, active.gradient, active.best_gradient)
+        active.best_value = torch.where(better, value, active.best_value)
+        active.rises = active.rises + (value > active.last_value)
+        active.last_value = value
+        if i in checkpoints:
             # differs: condition 1 with <= as in the authors' code, the paper has <
-            a.halved = (a.rises <= 0.75 * period) | (~a.halved & (a.check_f >= a.best_f))
-            a.rises, a.check_f = torch.zeros_like(f), a.best_f
-            image = a.halved[:, None, None, None]
-            a.step = torch.where(image, a.step / 2, a.step)
-            a.now, a.g = torch.where(image, a.best, z), torch.where(image, a.best_g, a.g)
+            few_rises = active.rises <= 0.75 * checkpoints[i]
+            stalled = ~active.halved & (active.checkpoint_value >= active.best_value)
+            active.halved = few_rises | stalled
+            active.rises = torch.zeros_like(value)
+            active.checkpoint_value = active.best_value
+            halved_image = active.halved[:, None, None, None]
+            active.step = torch.where(halved_image, active.step / 2, active.step)
+            active.now = torch.where(halved_image, active.best, z)
+            active.gradient = torch.where(halved_image, active.best_gradient, active.gradient)
+        if not drop_done(active, x_adv, i, settings.steps):
+            break
     return x_adv
+
+
+def apgd_ce(model, batch):
+    """APGD on the cross-entropy."""
+    return apgd(model, batch, ce_loss)
+
+
+def apgd_dlr(model, batch):
+    """APGD on the DLR loss."""
+    return apgd(model, batch, dlr_loss)
+
+
+def apgd_targeted(model, batch):
+    """APGD on the DLR loss towards batch.target()."""
+    return apgd(model, batch, targeted_dlr_loss)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -342,11 +480,13 @@ def to_hyperplane(x, w, c, norm, iterations=8):
     min(r |w_i|, m_i). r: Newton's method, without sorting or sync (3 iterations are usual).
     """
     w = w * torch.where(c < 0, -1.0, 1.0)[:, None, None, None]
-    scale = length(w, "linf") + 1e-38
+    scale = norm_of(w, "linf") + 1e-38
     w, c = w / scale, c.abs()[:, None, None, None] / scale
     room, size = torch.where(w > 0, x, 1 - x), w.abs()
-    linf = norm == "linf"
-    slope, limit = (size, room) if linf else (size * size, room / size.clamp(min=1e-12))
+    if norm == "linf":
+        slope, limit = size, room
+    else:
+        slope, limit = size * size, room / size.clamp(min=1e-12)
     gain = size * room
     r = torch.where(gain.sum((1, 2, 3), keepdim=True) > c, 0.0, 1e30)
     for _ in range(iterations):
@@ -354,7 +494,8 @@ def to_hyperplane(x, w, c, norm, iterations=8):
         rest = c - torch.where(free, 0, gain).sum((1, 2, 3), keepdim=True)
         total = torch.where(free, slope, 0).sum((1, 2, 3), keepdim=True)
         r = torch.where(total > 0, rest / total.clamp(min=1e-30), 1e30)
-    return -w.sign() * torch.minimum(r if linf else r * size, room)
+    move = r if norm == "linf" else r * size
+    return -w.sign() * torch.minimum(move, room)
 
 
 def boundary(model, x, labels, target, norm):
@@ -366,49 +507,69 @@ def boundary(model, x, labels, target, norm):
     with torch.enable_grad():
         logits = model(x).float()
         gaps = logits - logits.gather(1, labels[:, None])
-        each = gaps.unbind(1)
+        gap_of_class = gaps.unbind(1)
         if target is not None:
             df = gaps.gather(1, target[:, None])[:, 0]
             return df.detach(), torch.autograd.grad(df, x, torch.ones_like(df))[0]
-    best = torch.full_like(labels, math.inf, dtype=torch.float32)
-    df, w = torch.zeros_like(best), torch.zeros_like(x)
-    for k, gap in enumerate(each):
+    nearest = torch.full_like(labels, math.inf, dtype=torch.float32)
+    df, w = torch.zeros_like(nearest), torch.zeros_like(x)
+    for k, gap in enumerate(gap_of_class):
         (g,) = torch.autograd.grad(gap, x, torch.ones_like(gap), retain_graph=True)
-        dual = g.abs().sum((1, 2, 3)) if norm == "linf" else length(g, "l2")[:, 0, 0, 0]
-        ratio = torch.where(labels == k, math.inf, gap.detach().abs() / (dual + 1e-12))
-        nearer, best = ratio < best, torch.minimum(ratio, best)
+        dual_norm = g.abs().sum((1, 2, 3)) if norm == "linf" else norm_of(g, "l2")[:, 0, 0, 0]
+        distance = torch.where(labels == k, math.inf, gap.detach().abs() / (dual_norm + 1e-12))
+        nearer = distance < nearest
+        nearest = torch.minimum(distance, nearest)
         df = torch.where(nearer, gap.detach(), df)
         w = torch.where(nearer[:, None, None, None], g, w)
     return df, w
 
 
-def fab(model, b, targeted=False):
+def fab(model, batch, targeted=False):
     """FAB, algorithm 1 -> x_adv (B, C, H, W): the nearest misclassified point found, else x.
 
     An image is done when its norm is at most eps; 0 looks for the minimum to the end. The first
     restart begins at x, the others at random points of half the radius.
     """
-    s, x_adv = b.s, b.x.clone()
-    a = SimpleNamespace(row=torch.arange(len(b.x), device=b.x.device), x=b.x, labels=b.labels)
-    a.now = b.x if targeted or b.which == 0 else random_start(b, s.eps / 2)
-    a.target, a.found = b.target() if targeted else None, b.x
-    a.size = torch.full((len(b.x), 1, 1, 1), math.inf, device=b.x.device)
-    for i in survivors(a, x_adv, s.steps):
-        df, w = boundary(model, a.now, a.labels, a.target, s.norm)
-        at_x = df + (w * (a.x - a.now)).sum((1, 2, 3))
-        both = torch.cat([a.now, a.x]), torch.cat([w, w]), torch.cat([df, at_x])
-        d1, d2 = to_hyperplane(*both, s.norm).chunk(2)
-        r1, r2 = (length(d, s.norm).clamp(min=1e-8) for d in (d1, d2))
+    settings, x_adv = batch.settings, batch.x.clone()
+    from_x = targeted or batch.repeat == 0
+    active = SimpleNamespace(
+        row=torch.arange(len(batch.x), device=batch.x.device),
+        x=batch.x,
+        labels=batch.labels,
+        target=batch.target() if targeted else None,
+        now=batch.x if from_x else random_start(batch, settings.eps / 2),
+        found=batch.x,
+        size=torch.full((len(batch.x), 1, 1, 1), math.inf, device=batch.x.device),
+    )
+    for i in range(1, settings.steps + 1):
+        df, w = boundary(model, active.now, active.labels, active.target, settings.norm)
+        df_at_x = df + (w * (active.x - active.now)).sum((1, 2, 3))
+        # the projections of the current point and of x, in one call
+        points = torch.cat([active.now, active.x])
+        moves = to_hyperplane(points, torch.cat([w, w]), torch.cat([df, df_at_x]), settings.norm)
+        d1, d2 = moves.chunk(2)
+        r1 = norm_of(d1, settings.norm).clamp(min=1e-8)
+        r2 = norm_of(d2, settings.norm).clamp(min=1e-8)
         alpha = (r1 / (r1 + r2)).clamp(max=0.1)
-        a.now = ((1 - alpha) * (a.now + 1.05 * d1) + alpha * (a.x + 1.05 * d2)).clamp_(0, 1)
-        wrong = misclassified(model(a.now).float(), a.labels)[:, None, None, None]
-        d = a.now - a.x
-        size = length(d, s.norm)
-        better = wrong & (size < a.size)
-        a.found, a.size = torch.where(better, a.now, a.found), torch.where(better, size, a.size)
-        a.now = torch.where(wrong, a.x + 0.9 * d, a.now)  # the backward step
-        a.done = a.size[:, 0, 0, 0] <= (s.eps if i < s.steps else 1e30)
+        active.now = (1 - alpha) * (active.now + 1.05 * d1) + alpha * (active.x + 1.05 * d2)
+        active.now = active.now.clamp_(0, 1)
+        wrong = misclassified(model(active.now).float(), active.labels)[:, None, None, None]
+        d = active.now - active.x
+        size = norm_of(d, settings.norm)
+        better = wrong & (size < active.size)
+        active.found = torch.where(better, active.now, active.found)
+        active.size = torch.where(better, size, active.size)
+        active.now = torch.where(wrong, active.x + 0.9 * d, active.now)  # the backward step
+        near_enough = settings.eps if i < settings.steps else 1e30
+        active.done = active.size[:, 0, 0, 0] <= near_enough
+        if not drop_done(active, x_adv, i, settings.steps):
+            break
     return x_adv
+
+
+def fab_targeted(model, batch):
+    """FAB towards batch.target()."""
+    return fab(model, batch, targeted=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -417,71 +578,91 @@ def fab(model, b, targeted=False):
 
 def square_side(i, height, width):
     """The side of the square of query i = 0, 1, ...: a share of 0.8 of the pixels, then halved."""
-    halvings = sum(i > at for at in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
+    halvings = sum(i > start for start in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
     return min(max(round(math.sqrt(0.8 / 2**halvings * height * width)), 1), height, width)
 
 
-def square(model, b):
+def square(model, batch):
     """Square -> x_adv (B, C, H, W), x where nothing was found. No gradient is used.
 
     The windows, and in L-infinity their signs, are the same for all images. A corner is drawn below
     height - side, so that the last position is never used. Both as in the authors' code.
     """
-    s, x_adv, (n, channels, height, width) = b.s, b.x.clone(), b.x.shape
-    generator = torch.Generator().manual_seed(common.derive_seed("queries", s.seed, b.which))
-    draws = torch.rand(s.queries, 5, generator=generator).tolist()
-    a = SimpleNamespace(row=torch.arange(n, device=b.x.device), x=b.x, labels=b.labels)
-    signs = torch.rand(s.queries, channels, generator=generator).expand(n, -1, -1)
-    signs = signs.to(b.x.device) if s.norm == "linf" else b.draw(*signs.shape[1:], use="signs")
-    a.found, a.signs = square_start(b), (signs - 0.5).sign()  # (B, Q, C)
-    a.margin = margin(model(a.found).float(), a.labels)
-    for i, (*corners, turn) in zip(survivors(a, x_adv, s.queries), draws):
-        i, sign = i - 1, a.signs[:, i - 1, :, None, None]  # (B, C, 1, 1)
+    settings, norm, device = batch.settings, batch.settings.norm, batch.x.device
+    x_adv, (n, channels, height, width) = batch.x.clone(), batch.x.shape
+    generator = torch.Generator()
+    generator.manual_seed(common.derive_seed("queries", settings.seed, batch.repeat))
+    draws = torch.rand(settings.queries, 5, generator=generator).tolist()
+    signs = torch.rand(settings.queries, channels, generator=generator).to(device)
+    signs = signs.expand(n, -1, -1)
+    if norm == "l2":  # others for each image
+        signs = batch.draw(settings.queries, channels, use="signs")
+    active = SimpleNamespace(
+        row=torch.arange(n, device=device),
+        x=batch.x,
+        labels=batch.labels,
+        found=square_start(batch),
+        signs=(signs - 0.5).sign(),  # (B, queries, C)
+    )
+    active.margin = margin(model(active.found).float(), active.labels)
+    for i in range(settings.queries):
+        row, column, second_row, second_column, turn = draws[i]
+        sign = active.signs[:, i, :, None, None]  # (B, C, 1, 1)
         side = square_side(i, height, width)
-        if s.norm == "l2":
+        if norm == "l2":
             side = min(max(side, 3) // 2 * 2 + 1, height, width)
-        spans = [height - side, width - side] * 2
-        r, c, r2, c2 = (int(u * span) for u, span in zip(corners, spans))
-        window = slice(None), slice(None), slice(r, r + side), slice(c, c + side)
-        if s.norm == "linf":  # in place: only the window changes
-            old = a.found[window].clone()
-            new = a.found[window] = (a.x[window] + s.eps * sign).clamp_(0, 1)
+        window = square_window(row, column, side, height, width)
+        if norm == "linf":  # in place: only the window changes
+            before = active.found[window].clone()
+            proposal = (active.x[window] + settings.eps * sign).clamp_(0, 1)
+            active.found[window] = proposal
         else:
-            other = slice(None), slice(None), slice(r2, r2 + side), slice(c2, c2 + side)
-            shape = bump(side, b.x.device)
-            old, content = a.found, sign * (shape.T if turn < 0.5 else shape)
-            new = a.found = l2_proposal(a.x, old, window, other, content, s.eps)
+            second_window = square_window(second_row, second_column, side, height, width)
+            shape = bump(side, device)
+            content = sign * (shape.T if turn < 0.5 else shape)
+            before = active.found
+            proposal = l2_proposal(active.x, before, window, second_window, content, settings.eps)
+            active.found = proposal
             window = ...
-        value = margin(model(a.found).float(), a.labels)
-        take = (value < a.margin) | (value <= 0)
-        a.found[window] = torch.where(take[:, None, None, None], new, old)
-        a.margin = torch.where(take, value, a.margin)
-        a.done = a.margin <= 0
+        value = margin(model(active.found).float(), active.labels)
+        take = (value < active.margin) | (value <= 0)
+        active.found[window] = torch.where(take[:, None, None, None], proposal, before)
+        active.margin = torch.where(take, value, active.margin)
+        active.done = active.margin <= 0
+        if not drop_done(active, x_adv, i + 1, settings.queries):
+            break
     return x_adv
 
 
-def square_start(b):
+def square_window(row, column, side, height, width):
+    """The index of a square in (B, C, H, W); row, column: its corner, drawn from [0, 1)."""
+    top, left = int(row * (height - side)), int(column * (width - side))
+    return slice(None), slice(None), slice(top, top + side), slice(left, left + side)
+
+
+def square_start(batch):
     """x with vertical stripes of +-eps; in L2 with a grid of 5 x 5 bumps of norm eps together."""
-    _, channels, height, width = b.x.shape
-    if b.s.norm == "linf":
-        start = b.x + b.s.eps * (b.draw(channels, 1, width) - 0.5).sign()
+    _, channels, height, width = batch.x.shape
+    eps = batch.settings.eps
+    if batch.settings.norm == "linf":
+        start = batch.x + eps * (batch.draw(channels, 1, width) - 0.5).sign()
         return start.clamp_(0, 1).contiguous(memory_format=torch.channels_last)
     side = max(min(height, width) // 5, 1)
-    tiles, shape = min(height // side, width // side, 5), bump(side, b.x.device)
-    signs = (b.draw(25, channels + 1, 1, 1) - 0.5).sign()[:, : tiles * tiles]
+    tiles, shape = min(height // side, width // side, 5), bump(side, batch.x.device)
+    signs = (batch.draw(25, channels + 1, 1, 1) - 0.5).sign()[:, : tiles * tiles]
     grid = torch.where(signs[:, :, -1:] > 0, shape, shape.T) * signs[:, :, :-1]  # (B, T, C, ...)
     grid = grid.unflatten(1, (tiles, tiles)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
     top, left = (height - tiles * side) // 2, (width - tiles * side) // 2
-    d = torch.zeros_like(b.x)
+    d = torch.zeros_like(batch.x)
     d[:, :, top : top + tiles * side, left : left + tiles * side] = grid
-    return (b.x + b.s.eps * d / (length(d, "l2") + 1e-12)).clamp_(0, 1)
+    return (batch.x + eps * d / (norm_of(d, "l2") + 1e-12)).clamp_(0, 1)
 
 
 @functools.cache
 def bump(side, device="cpu"):
     """Eq. (2): two halves of opposite sign, each of nested rectangles, of norm 1: (side, side)."""
     halves = []
-    for rows in side // 2, side - side // 2:
+    for rows in (side // 2, side - side // 2):
         weights = 1 / torch.arange(1, max(rows, side) // 2 + 2, dtype=torch.float64) ** 2
         tail = weights.flip(0).cumsum(0).flip(0)  # by the distance from the middle
         y, x = (torch.arange(rows) - rows // 2).abs(), (torch.arange(side) - side // 2).abs()
@@ -495,71 +676,827 @@ def l2_proposal(x, found, first, second, content, eps):
     """Algorithm 3: the norm of both windows, and what eps leaves, goes to the first: new x_adv."""
     d, either = found - x, torch.zeros_like(x[:1, :1])
     either[first], either[second] = 1, 1
-    spare = (eps**2 - length(d, "l2") ** 2).clamp(min=0) / d.shape[1]
+    spare = (eps**2 - norm_of(d, "l2") ** 2).clamp(min=0) / d.shape[1]
     budget = (spare + (d * either).square().sum((2, 3), keepdim=True)).sqrt()  # (B, C, 1, 1)
     new = content + d[first] / (d[first].square().sum((2, 3), keepdim=True).sqrt() + 1e-10)
     new = new / (new.square().sum((2, 3), keepdim=True).sqrt() + 1e-12) * budget
     d[second] = 0
     d[first] = new
-    return (x + eps * d / (length(d, "l2") + 1e-12)).clamp_(0, 1)
-
-
-def pgd(model, b):
-    """`common.pgd` of the number of steps in the attack's name, from a uniform start."""
-    eps = b.s.eps
-    noise = b.draw(*b.x.shape[1:]).mul_(2 * eps).sub_(eps)
-    step_size = eps / 4 if b.s.step_size is None else b.s.step_size
-    return common.pgd(model, b.x, b.labels, eps, step_size, int(b.attack[3:]), noise)
+    return (x + eps * d / (norm_of(d, "l2") + 1e-12)).clamp_(0, 1)
 
 
 # By name: f(model, batch) -> x_adv (B, C, H, W)
 ATTACKS = {
-    "apgd-ce": lambda model, b: apgd(model, b, ce_loss),
-    "apgd-dlr": lambda model, b: apgd(model, b, dlr_loss),
-    "apgd-t": lambda model, b: apgd(model, b, targeted_dlr_loss),
+    "apgd-ce": apgd_ce,
+    "apgd-dlr": apgd_dlr,
+    "apgd-t": apgd_targeted,
     "fab": fab,
-    "fab-t": lambda model, b: fab(model, b, targeted=True),
+    "fab-t": fab_targeted,
     "square": square,
 }
 
 
-def passes(name, classes, s):
-    """The passes [(attack, number)] that a name of --attack stands for."""
+class Pass(NamedTuple):
+    """One run of an attack over all images that are not broken yet."""
+
+    attack: str
+    repeat: int  # number of the restart or of the target class: 0, 1, ...
+
+
+def passes(name, classes, settings):
+    """The passes that a name of --attack stands for, in order."""
     plan = []
     for part in VERSIONS.get(name, name).split("+"):
-        attack, _, times = part.partition(":")
-        times = int(times or (s.restarts if attack.startswith("pgd") else 1))
-        times *= min(s.targets, classes - 1) if attack.endswith("-t") else 1
-        plan += [(attack, which) for which in range(times)]
+        attack, _, repeats = part.partition(":")
+        repeats = int(repeats or 1)
+        if attack.startswith("pgd") and ":" not in part:
+            repeats = settings.restarts
+        if attack.endswith("-t"):
+            repeats *= min(settings.targets, classes - 1)
+        plan += [Pass(attack, repeat) for repeat in range(repeats)]
     return plan
 
 
 # ------------------------------------------------------------------------------------------------
-# Models, and where an evaluation stands on the disk
+# The 19 corruptions of CIFAR-10-C (Hendrycks and Dietterich 2019), for images of 32 x 32.
+# Each function takes x float64 (B, 3, 32, 32) in [0, 1], draw of `uniform`, and the parameters of a
+# severity, and returns the same shape. Float results are clipped to [0, 1] and truncated to uint8,
+# as in the published set. For the corruptions alone copy this section with common.py.
+
+
+def corrupt(x, name, severity, seed=0, start=0, frost_dir=None):
+    """x uint8 (B, 32, 32, 3) -> the same under a corruption of CIFAR-10-C at severity 1..5.
+
+    Random draws of an image depend on (seed, name, severity, its number) alone, where x[0] has the
+    number `start`: neither on the batch nor on the device. frost_dir: the folder with frost1.png ..
+    frost5.jpg of the reference generator; None: textures drawn by code. Raises UserError.
+    """
+    if x.dtype != torch.uint8 or x.shape[1:] != (32, 32, 3):
+        got = f"{x.dtype} {tuple(x.shape)}"
+        raise common.UserError(f"corruptions: need images uint8 (N, 32, 32, 3), got {got}")
+    numbers = torch.arange(start, start + len(x), device=x.device)
+    draw = uniform(numbers, "corrupt", seed, name, severity)
+    parameters = np.atleast_1d(SEVERITIES[name][severity - 1]).tolist()
+    if name == "frost":
+        parameters.append(frost_dir)
+    # divided by a tensor: for a number, a GPU multiplies by 1 / 255 instead, and k becomes k - 1
+    clean = x.permute(0, 3, 1, 2) / torch.tensor([255.0], device=x.device).double()
+    out = CORRUPTIONS[name](clean, draw, *parameters)
+    if out.dtype != torch.uint8:
+        out = (out.clamp(0, 1) * 255).to(torch.uint8)
+    return out.permute(0, 2, 3, 1).contiguous()
+
+
+def uniform(numbers, *key):
+    """-> draw(*shape): float64 (B, *shape) in (0, 1), others at each call; numbers int64 (B,).
+
+    They depend on the image's number and `key` alone, not on the batch or the device: splitmix64
+    (Steele, Lea and Flood 2014) of a counter, in integers that every device computes alike.
+    """
+    golden = 0x9E3779B97F4A7C15 - 2**64  # odd constants of splitmix64, as signed 64-bit numbers
+    first_factor, second_factor = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+    calls = itertools.count()
+
+    def shift_right(z, bits):  # without the sign
+        return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+    def mix(z):
+        z = (z ^ shift_right(z, 30)) * first_factor
+        z = (z ^ shift_right(z, 27)) * second_factor
+        return z ^ shift_right(z, 31)
+
+    def draw(*shape):
+        stream = mix(numbers * golden + common.derive_seed(*key, next(calls)))[:, None]
+        counter = torch.arange(1, math.prod(shape) + 1, device=numbers.device)
+        bits = shift_right(mix(stream + counter * golden), 12)
+        return ((bits.double() + 0.5) * 2.0**-52).view(-1, *shape)
+
+    return draw
+
+
+def normal(draw, channels):
+    """Standard normal numbers (B, channels, 32, 32)."""
+    return math.sqrt(2) * torch.erfinv(2 * draw(channels, 32, 32) - 1)
+
+
+def fold_index(i, border):
+    """The row or column in 0..31 that i stands for outside of the image, by the kind of border."""
+    if border == "edge":  # a a | a b c | c c
+        return i.clamp(0, 31)
+    period = 64 if border == "mirror" else 62  # b a | a b c | c b, or c b | a b c | b a
+    i = i.remainder(period)
+    return torch.minimum(i, min(period, 63) - i)
+
+
+def gather_pixels(x, row, column):
+    """x (B, C, 32, 32) at whole row, column (B, 32, 32): (B, C, 32, 32)."""
+    index = (row * 32 + column).flatten(1)[:, None].expand(-1, x.shape[1], -1)
+    return x.flatten(2).gather(2, index).view(x.shape)
+
+
+def bilinear(x, row, column, border):
+    """x (B, C, 32, 32) at fractional row, column (B, 32, 32)."""
+    total = 0
+    for down, right in itertools.product((0, 1), (0, 1)):
+        r, c = row.floor() + down, column.floor() + right
+        weight = (1 - (row - r).abs()) * (1 - (column - c).abs())
+        corner = gather_pixels(x, fold_index(r.long(), border), fold_index(c.long(), border))
+        total = total + weight[:, None] * corner
+    return total
+
+
+def from_both_sides(x, matrix):
+    """matrix @ x @ matrix^T for each channel of x (B, C, 32, 32)."""
+    matrix = matrix.to(x.device)
+    return matrix @ x.contiguous() @ matrix.T
+
+
+def blur(x, sigma, truncate=4.0, border="edge"):
+    """Gaussian blur of x (B, C, 32, 32): a 32 x 32 matrix from either side."""
+    reach = int(truncate * sigma + 0.5)
+    taps = torch.arange(-reach, reach + 1)
+    weights = torch.exp(-(taps.double() ** 2) / (2 * sigma**2))
+    weights = (weights / weights.sum()).expand(32, -1)
+    index = fold_index(torch.arange(32)[:, None] + taps, border)
+    matrix = torch.zeros(32, 32, dtype=torch.float64)
+    return from_both_sides(x, matrix.scatter_add_(1, index, weights))
+
+
+def zoom(x, factor):
+    """The centre of x enlarged by `factor`, linear between aligned corners, the middle 32 x 32."""
+    side = math.ceil(32 / factor)
+    enlarged = round(side * factor)
+    position = torch.arange(32).double() + (enlarged - 32) // 2
+    position = position * (side - 1) / (enlarged - 1) + (32 - side) // 2
+    return from_both_sides(x, (1 - (position[:, None] - torch.arange(32)).abs()).clamp(min=0))
+
+
+def motion(v, radius, sigma, degrees):
+    """One-sided motion blur of whole numbers v (B, C, 32, 32) along degrees (B,); whole again.
+
+    Offsets, border and the 16-bit rounding are those of ImageMagick 6, which made the set.
+    """
+    taps, angle = np.arange(2 * math.ceil(radius) + 1), torch.deg2rad(degrees)[:, None]
+    weights = np.exp(-(taps**2) / (2 * sigma**2))
+    weights = (weights / weights.sum()).tolist()
+    grid, total = torch.arange(32, device=v.device), 0
+    for i, weight in enumerate(weights):
+        column = (grid + (i * angle.cos() - 0.5).ceil().long()).clamp(0, 31)[:, None]
+        row = (grid + (i * angle.sin() - 0.5).ceil().long()).clamp(0, 31)[:, :, None]
+        total = total + weight * gather_pixels(v, row, column)
+    return (257 * total + 0.5).floor().div(257, rounding_mode="floor")
+
+
+# ---- noise
+
+
+def gaussian_noise(x, draw, sigma):
+    """x + sigma N(0, 1)."""
+    return x + sigma * normal(draw, 3)
+
+
+def shot_noise(x, draw, photons):
+    """Poisson counts by inversion: a pixel has 256 levels, so a table holds every distribution."""
+    rate = photons * torch.arange(256).double()[:, None] / 255
+    largest = int(photons + 10) * 2
+    k = torch.arange(largest).double()
+    probability = torch.exp(torch.xlogy(k, rate) - rate - torch.lgamma(k + 1))
+    level = (x * 255).round()
+    # row v of the table lies in [2 v, 2 v + 1], so that one search finds level and count
+    table = probability.cumsum(1).clamp(max=1) + 2 * torch.arange(256)[:, None]
+    place = torch.searchsorted(table.flatten().to(x.device), draw(3, 32, 32) + 2 * level)
+    return (place - level * largest) / photons
+
+
+def impulse_noise(x, draw, rate):
+    """Salt and pepper: each with half of the rate."""
+    u = draw(3, 32, 32)
+    return torch.where(u < rate, (u < rate / 2).double(), x)
+
+
+def speckle_noise(x, draw, sigma):
+    """x (1 + sigma N(0, 1))."""
+    return x + sigma * x * normal(draw, 3)
+
+
+# ---- blur
+
+
+def defocus_blur(x, draw, radius, alias_sigma):
+    """A disk, itself blurred by 3 x 3."""
+    axis = torch.arange(-2, 3).double()
+    disk = (axis**2 + axis[:, None] ** 2 <= radius**2).double()
+    taps = torch.exp(-(torch.arange(-1, 2).double() ** 2) / (2 * alias_sigma**2))
+    taps = (torch.outer(taps, taps) / taps.sum() ** 2)[None, None]
+    kernel = F.conv2d((disk / disk.sum())[None, None], taps, padding=1)[0, 0].numpy()
+    padded = F.pad(x, (2, 2, 2, 2), mode="reflect")
+    total = 0
+    for (i, j), weight in np.ndenumerate(kernel):
+        if weight > 1e-9:
+            total = total + float(weight) * padded[..., i : i + 32, j : j + 32]
+    return total
+
+
+def glass_blur(x, draw, sigma, passes):
+    """Each pass moves every pixel from row 2, column 2 on to a copy of itself or up-left of it."""
+    x = (blur(x, sigma) * 255).floor() / 255
+    grid = torch.arange(32, device=x.device)
+    for _ in range(int(passes)):
+        move = (draw(2, 32, 32) < 0.5) & (grid >= 2) & (grid[:, None] >= 2)
+        x = gather_pixels(x, grid[:, None] - move[:, 0].long(), grid - move[:, 1].long())
+    return blur(x, sigma)
+
+
+def motion_blur(x, draw, radius, sigma):
+    """Motion blur in a direction of -45 to 45 degrees."""
+    return motion((x * 255).round(), radius, sigma, 90 * draw(1)[:, 0] - 45).to(torch.uint8)
+
+
+def zoom_blur(x, draw, end):
+    """The mean of the image and its enlargements by 1, 1.01, ... below `end`."""
+    factors = np.arange(1, end, 0.01)
+    return (x + sum(zoom(x, factor) for factor in factors)) / (len(factors) + 1)
+
+
+def gaussian_blur(x, draw, sigma):
+    """Gaussian blur, see `blur`."""
+    return blur(x, sigma)
+
+
+# ---- weather
+
+
+def snow(x, draw, mean, std, factor, threshold, radius, sigma, weight):
+    """Noise above a threshold, enlarged, moved and added to a whitened image, with its mirror."""
+    flakes = zoom(mean + std * normal(draw, 1), factor)
+    flakes = (torch.where(flakes < threshold, 0, flakes).clamp(0, 1) * 255).floor()
+    flakes = motion(flakes, radius, sigma, 90 * draw(1)[:, 0] - 135) / 255
+    grey = 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+    x = weight * x + (1 - weight) * torch.maximum(x, 1.5 * grey + 0.5)
+    return x + flakes + flakes.flip(2, 3)
+
+
+def frost(x, draw, weight, frost_weight, folder=None):
+    """The image plus a window of a texture, both weighted."""
+    textures, sizes = frost_textures(folder)
+    texture, top, left = draw(3).T
+    texture, grid = (texture * 5).long(), torch.arange(32, device=x.device)
+    rows, columns = torch.tensor(sizes, device=x.device)[texture].T - 32
+    row = (top * rows).long()[:, None] + grid
+    column = (left * columns).long()[:, None] + grid
+    ice = textures.to(x.device)[texture[:, None, None], row[:, :, None], column[:, None]]
+    out = weight * (x * 255).round() + frost_weight * ice.permute(0, 3, 1, 2)
+    return out.clamp(0, 255).to(torch.uint8)
+
+
+@functools.cache
+def frost_textures(folder):
+    """Five textures as float64 (5, H, W, 3), 0..255, padded to one size, and their own sizes."""
+    if folder is None:  # ridges and grain, about as bright and as contrasted as the published ones
+        draw = uniform(torch.arange(5), "frost textures")
+        ice = plasma(draw, 1.7, 128)[..., None] * torch.tensor([225.0, 235.0, 245.0])
+        return (ice + 24 + 60 * draw(128, 128, 1)).clamp(0, 255), [(128, 128)] * 5
+    textures, sizes = torch.zeros(5, 400, 400, 3, dtype=torch.float64), []
+    names = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
+    for i, name in enumerate(names):
+        image = common.read_image(Path(folder) / name)
+        image = image[2::5, 2::5]  # bilinear at a fifth of the size falls on these pixels exactly
+        if min(image.shape[:2]) < 33 or max(image.shape[:2]) > 400:
+            sides = f"{5 * image.shape[0]} x {5 * image.shape[1]}"
+            wanted = "expected 165 to 2000 pixels a side"
+            raise common.UserError(f"--frost-dir: {name}: {wanted}, got about {sides}")
+        sizes.append(image.shape[:2])
+        textures[i, : image.shape[0], : image.shape[1]] = torch.tensor(image)
+    return textures, sizes
+
+
+def plasma(draw, decay, side=32):
+    """Diamond-square on a torus, each image scaled to 0..1: (B, side, side)."""
+    heights, wobble, n = torch.zeros_like(draw(1, 1)), 100.0, 1
+    while n < side:  # a grid of n x n becomes one of 2n x 2n; the square is the reference's
+        centre, left, top = (wobble**2 * (2 * draw(n, n) - 1) for _ in range(3))
+        below = heights + heights.roll(-1, 1)  # with the next corner in the column
+        right = heights + heights.roll(-1, 2)
+        centre += (below + below.roll(-1, 2)) / 4
+        left += (below + centre + centre.roll(1, 2)) / 4
+        top += (right + centre + centre.roll(1, 1)) / 4
+        rows = torch.stack([heights, top], 3), torch.stack([left, centre], 3)
+        heights = torch.stack(rows, 2).view(-1, 2 * n, 2 * n)
+        wobble, n = wobble / decay, 2 * n
+    low, high = heights.amin((1, 2), True), heights.amax((1, 2), True)
+    return (heights - low) / (high - low)
+
+
+def fog(x, draw, strength, decay):
+    """A fractal added to the image, which is then as bright as before at its brightest."""
+    top = x.amax((1, 2, 3), True)
+    return (x + strength * plasma(draw, decay)[:, None]) * top / (top + strength)
+
+
+def spatter(x, draw, mean, std, sigma, threshold, strength, mud):
+    """Drops of water (mud: 0) or of mud (1)."""
+    liquid = blur(mean + std * normal(draw, 1), sigma)
+    liquid = torch.where(liquid < threshold, 0, liquid)
+    color = torch.tensor([63, 42, 20] if mud else [175, 238, 238], device=x.device).view(3, 1, 1)
+    if mud:
+        mask = blur((liquid > threshold).double(), strength)
+        mask = torch.where(mask < 0.8, 0, mask)
+        return x * (1 - mask) + mask * color / 255
+    liquid = (liquid * 255).floor() % 256
+    relief = equalise(box_mean(edge_distance(canny_edges(liquid))).floor())
+    kernel = torch.tensor([[-2.0, -1, 0], [-1, 1, 1], [0, 1, 2]], device=x.device).double()
+    relief = F.conv2d(F.pad(relief, (1, 1, 1, 1), mode="reflect"), kernel[None, None])
+    mask = liquid * box_mean(relief.clamp(0, 255)).round()
+    return x + strength * mask / mask.amax((2, 3), True).clamp(min=1) * color / 255
+
+
+def box_mean(v):
+    """The mean of each pixel of v (B, C, 32, 32) and its eight neighbours."""
+    return F.avg_pool2d(F.pad(v, (1, 1, 1, 1), mode="reflect"), 3, 1)
+
+
+def canny_edges(v, low=50, high=150):
+    """Edges (bool) of whole numbers v (B, 1, 32, 32), with the tie rules of OpenCV."""
+    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=v.device).double()
+    sobel = torch.stack([sobel, sobel.T])[:, None]
+    dx, dy = F.conv2d(F.pad(v, (1, 1, 1, 1), mode="replicate"), sobel).split(1, 1)
+    size, slope = dx.abs() + dy.abs(), 13573 / 32768  # tan 22.5 degrees, as OpenCV rounds it
+    padded = F.pad(size, (1, 1, 1, 1))
+
+    def exceeds_neighbours(row, column):  # the one on one side, and the one on the other
+        before = padded[:, :, 1 - row : 33 - row, 1 - column : 33 - column]
+        after = padded[:, :, 1 + row : 33 + row, 1 + column : 33 + column]
+        diagonal = row != 0 and column != 0
+        return (size > before) & ((size > after) if diagonal else (size >= after))
+
+    diagonal = torch.where(dx * dy < 0, exceeds_neighbours(1, -1), exceeds_neighbours(1, 1))
+    steep = dy.abs() > dx.abs() * (2 + slope)
+    flat = dy.abs() < dx.abs() * slope
+    ridge = torch.where(steep, exceeds_neighbours(1, 0), diagonal)
+    ridge = torch.where(flat, exceeds_neighbours(0, 1), ridge) & (size > low)
+    edges, grown = torch.zeros_like(ridge), ridge & (size > high)
+    while not torch.equal(edges, grown):
+        edges = grown
+        grown = (F.max_pool2d(edges.double(), 3, 1, 1) > 0) & ridge
+    return edges
+
+
+def edge_distance(edges, largest=20.0):
+    """Distance to the nearest edge in the 5 x 5 chamfer metric 1, 1.4, 2.1969, up to `largest`."""
+    costs = {1: 1.0, 2: 1.4, 5: 2.1969}  # by the squared length of the step
+    steps = [(i, j) for i in range(-2, 3) for j in range(-2, 3) if i * i + j * j in costs]
+    before, distance = None, torch.where(edges, 0.0, largest).double()
+    while before is None or not torch.equal(before, distance):
+        before, padded = distance, F.pad(distance, (2, 2, 2, 2), value=largest)
+        for i, j in steps:
+            neighbour = padded[:, :, 2 + i : 34 + i, 2 + j : 34 + j]
+            distance = torch.minimum(distance, neighbour + costs[i * i + j * j])
+    return distance
+
+
+def equalise(v, bins=21):
+    """Histogram equalisation of whole numbers v (B, 1, 32, 32) below `bins` to 0..255."""
+    level = v.long().flatten(1)
+    counts = torch.stack([(level == k).sum(1) for k in range(bins)], 1).double()
+    lowest = level.amin(1, True)
+    first = counts.gather(1, lowest)
+    table = ((counts.cumsum(1) - first) * 255 / (1024 - first).clamp(min=1)).round()
+    return torch.where(first == 1024, lowest, table.gather(1, level)).view(v.shape)
+
+
+# ---- digital
+
+
+def brightness(x, draw, shift):
+    """The value of HSV plus a shift."""
+    value = x.amax(1, True)
+    saturation = torch.where(value > 0, (value - x) / value, 0)
+    return (value + shift).clamp(max=1) * (1 - saturation)
+
+
+def saturate(x, draw, scale, shift):
+    """The saturation of HSV, scaled and shifted."""
+    value, span = x.amax(1, True), x.amax(1, True) - x.amin(1, True)
+    grey = torch.tensor([0.0, 1.0, 1.0], device=x.device).view(3, 1, 1)  # the hue of grey is red
+    part = torch.where(span > 0, (value - x) / span, grey)
+    saturation = torch.where(span > 0, span / value, 0)
+    return value * (1 - part * (scale * saturation + shift).clamp(0, 1))
+
+
+def contrast(x, draw, factor):
+    """The distance from the mean of each channel, scaled."""
+    mean = x.mean((2, 3), True)
+    return (x - mean) * factor + mean
+
+
+def elastic_transform(x, draw, alpha, sigma, jitter):
+    """An affine map that moves three corners by up to `jitter`, then a smooth random field."""
+    points = torch.tensor([[26.0, 26.0], [26.0, 6.0], [6.0, 6.0]], device=x.device).double()
+    moved = F.pad(points + jitter * (2 * draw(3, 2) - 1), (0, 1), value=1.0)
+    grid = torch.arange(32, device=x.device).double()
+    back = torch.linalg.solve(moved, points.expand(len(x), 3, 2))  # (B, 3, 2): to x, y
+    a, b, c = back[..., None, None].unbind(1)
+    column, row = (a * grid + b * grid[:, None] + c).unbind(1)
+    x = bilinear(x, (row * 32).round() / 32, (column * 32).round() / 32, "mirror101")
+    if alpha:
+        shift = alpha * blur(2 * draw(2, 32, 32) - 1, sigma, 3.0, "mirror")
+        x = bilinear(x, grid[:, None] + shift[:, 1], grid + shift[:, 0], "mirror")
+    return x
+
+
+def pixelate(x, draw, side):
+    """Down to `side` x `side` pixels and up again, by Pillow's box filter."""
+    return resize_by_box(resize_by_box((x * 255).round(), int(side)), 32).to(torch.uint8)
+
+
+def resize_by_box(v, side):
+    """Pillow's box filter from v (B, C, n, n) to `side` x `side`: columns, then rows, rounded."""
+    n = v.shape[2]
+    centre = (torch.arange(side).double() + 0.5) * (n / side)
+    offset = (torch.arange(n) + 0.5 - centre[:, None]) / max(n / side, 1)
+    taps = ((offset > -0.5) & (offset <= 0.5)).double()
+    taps = (taps / taps.sum(1, keepdim=True)).to(v.device)
+    return (taps @ (v @ taps.T + 0.5).floor() + 0.5).floor()
+
+
+def jpeg_compression(x, draw, quality):
+    """JPEG by Pillow's libjpeg, as in the published set: no other decoder agrees exactly."""
+    from PIL import Image
+
+    decoded = []
+    for image in (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy():
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=int(quality))
+        decoded.append(np.asarray(Image.open(file)))
+    return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).to(x.device)
+
+
+# In the order of the benchmark; the last four are not in its mean
+CORRUPTIONS = {
+    "gaussian_noise": gaussian_noise,
+    "shot_noise": shot_noise,
+    "impulse_noise": impulse_noise,
+    "defocus_blur": defocus_blur,
+    "glass_blur": glass_blur,
+    "motion_blur": motion_blur,
+    "zoom_blur": zoom_blur,
+    "snow": snow,
+    "frost": frost,
+    "fog": fog,
+    "brightness": brightness,
+    "contrast": contrast,
+    "elastic_transform": elastic_transform,
+    "pixelate": pixelate,
+    "jpeg_compression": jpeg_compression,
+    "speckle_noise": speckle_noise,
+    "gaussian_blur": gaussian_blur,
+    "spatter": spatter,
+    "saturate": saturate,
+}
+# The parameters of each function above at severities 1 to 5, for images of 32 x 32
+# fmt: off
+SEVERITIES = {
+    "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.1),
+    "shot_noise": (500, 250, 100, 75, 50),
+    "impulse_noise": (0.01, 0.02, 0.03, 0.05, 0.07),
+    "defocus_blur": ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
+    "glass_blur": ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2)),
+    "motion_blur": ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
+    "zoom_blur": (1.06, 1.11, 1.16, 1.21, 1.26),
+    "snow": ((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+             (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9), (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+             (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)),
+    "frost": ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),
+    "fog": ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
+    "brightness": (0.05, 0.1, 0.15, 0.2, 0.3),
+    "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),
+    "elastic_transform": ((0, 0, 2.56), (1.6, 6.4, 2.24), (2.56, 1.92, 1.92), (3.2, 1.28, 1.6),
+                          (3.2, 0.96, 0.96)),
+    "pixelate": (30, 28, 27, 24, 20),
+    "jpeg_compression": (80, 65, 58, 50, 40),
+    "speckle_noise": (0.06, 0.1, 0.12, 0.16, 0.2),
+    "gaussian_blur": (0.4, 0.6, 0.7, 0.8, 1),
+    "spatter": ((0.62, 0.1, 0.7, 0.7, 0.5, 0), (0.65, 0.1, 0.8, 0.7, 0.5, 0),
+                (0.65, 0.3, 1, 0.69, 0.5, 0), (0.65, 0.1, 0.7, 0.69, 0.6, 1),
+                (0.65, 0.1, 0.5, 0.68, 0.6, 1)),
+    "saturate": ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
+}
+# fmt: on
+
+
+# ------------------------------------------------------------------------------------------------
+# Accuracy under corruptions
+
+
+def corruption_accuracy(
+    model,
+    x,
+    labels,
+    folder=None,
+    frost_dir=None,
+    seed=0,
+    batch_size=500,
+    counts=None,
+    save=None,
+):
+    """Accuracy of a model under the 19 corruptions at 5 severities -> the dict of `summarise`.
+
+    x uint8 (N, 32, 32, 3) clean test images, labels (N,). folder: the unpacked CIFAR-10-C, whose
+    images are paired with x, in any order, or a part of it; None: x is corrupted here. counts: a
+    dict that each corruption's result is put into; what it holds already is not run again. save():
+    is called after each corruption. Raises UserError if a file is missing or of a wrong shape.
+    """
+    note = "published files" if folder else "corruptions generated from the test images"
+    counts = {} if counts is None else counts
+    correct_clean = common.predict(model, x, batch_size=batch_size).argmax(1) == labels
+    if folder:
+        files, file_labels = read_corruptions(folder)
+        mildest = files["gaussian_blur"][: len(file_labels)]
+        rows = pair_images(x, labels, mildest, file_labels)
+        if rows is None:
+            rows = torch.arange(len(file_labels))
+            labels, correct_clean = file_labels.to(labels.device), None
+            note += ", all of them; no conditional accuracy: the test images are others"
+    elif frost_dir is None:
+        note += ", frost from textures drawn by code, not the published ones"
+    for name in CORRUPTIONS:
+        if name in counts:
+            continue
+        results = []
+        for severity in range(1, 6):
+            predictions = []
+            for start in range(0, len(labels), batch_size):
+                part = slice(start, start + batch_size)
+                if folder:
+                    rows_of_severity = rows[part] + (severity - 1) * len(file_labels)
+                    images = torch.from_numpy(files[name][rows_of_severity.numpy()])
+                    images = images.to(labels.device)
+                else:
+                    images = corrupt(x[part], name, severity, seed, start, frost_dir)
+                predictions.append(common.predict(model, images, batch_size=batch_size).argmax(1))
+            correct = torch.cat(predictions) == labels
+            both = correct if correct_clean is None else correct & correct_clean
+            results.append([correct.sum().item(), both.sum().item()])
+        counts[name] = results
+        if save is not None:
+            save()
+    clean = None if correct_clean is None else correct_clean.sum().item()
+    return summarise(counts, len(labels), clean) | {"note": note}
+
+
+def summarise(counts, n, clean=None):
+    """counts[name] = five of [correct, correct here and when clean], of n images -> a summary.
+
+    corruptions_acc: {name: [5]}; mean15_acc: the benchmark's 15, mean19_acc: all, mean18_acc: all
+    but frost. clean: how many are correct when clean; with it conditional_acc, over those alone,
+    and mca_acc, the paper's: its mean over severities, then over the 19; mca18_acc: without frost.
+    """
+    every = list(CORRUPTIONS)
+    without_frost = [name for name in every if name != "frost"]
+    accuracy = {name: [correct / n for correct, _ in counts[name]] for name in every}
+    conditional = None
+    if clean:
+        conditional = {name: [both / clean for _, both in counts[name]] for name in every}
+
+    def mean(table, names):
+        return np.mean([table[name] for name in names]).item() if table else None
+
+    return {
+        "n": n,
+        "clean_acc": None if clean is None else clean / n,
+        "mean15_acc": mean(accuracy, every[:15]),
+        "mean18_acc": mean(accuracy, without_frost),
+        "mean19_acc": mean(accuracy, every),
+        "mca_acc": mean(conditional, every),
+        "mca18_acc": mean(conditional, without_frost),
+        "corruptions_acc": accuracy,
+        "conditional_acc": conditional,
+    }
+
+
+def corruption_rows(summary):
+    """A row for each corruption, for common.table: accuracy by severity, mean, conditional mean."""
+    rows = []
+    for name, accuracies in summary["corruptions_acc"].items():
+        row = {"corruption": name}
+        for severity, accuracy in enumerate(accuracies, 1):
+            row[f"{severity}_acc"] = accuracy
+        row["mean_acc"] = np.mean(accuracies).item()
+        row["conditional_acc"] = None
+        if summary["conditional_acc"]:
+            row["conditional_acc"] = np.mean(summary["conditional_acc"][name]).item()
+        rows.append(row)
+    return rows
+
+
+def read_corruptions(folder, classes=100_000):
+    """The 19 files of CIFAR-10-C as memory maps {name: uint8 (5 N, 32, 32, 3)}, labels (N,)."""
+    arrays = {}
+    for name in ("labels", *CORRUPTIONS):
+        path = Path(folder) / f"{name}.npy"
+        try:
+            if not path.is_file() or path.is_symlink():  # reading a pipe would block
+                raise ValueError("no file, or a link")
+            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # whatever a damaged header makes numpy raise
+            expected = f"expected an .npy file of CIFAR-10-C ({str(error)[:200]})"
+            raise common.UserError(f"--corruptions: {path}: {expected}") from None
+    labels = arrays.pop("labels")
+    n = labels.size // 5
+    valid = common.are_labels(labels, 5 * n, classes)
+    if not valid or (labels != np.tile(labels[:n], 5)).any():
+        wanted = f"N labels 0..{classes - 1}, five times over"
+        raise common.UserError(f"--corruptions: {folder}/labels.npy: expected {wanted}")
+    for name, array in arrays.items():
+        if array.dtype != np.uint8 or array.shape != (5 * n, 32, 32, 3):
+            wanted, got = f"uint8 {(5 * n, 32, 32, 3)}", f"{array.dtype} {array.shape}"
+            raise common.UserError(
+                f"--corruptions: {folder}/{name}.npy: expected {wanted}, got {got}"
+            )
+    return arrays, torch.from_numpy(labels[:n].astype(np.int64))
+
+
+def pair_images(x, labels, blurred, blurred_labels):
+    """The row of each of x in `blurred`, its mildest corruption: int64 (N,); None if x is others.
+
+    The published rows are in the order of CIFAR-10's test batch, which a converted data set may
+    not keep; an image under a blur of 0.4 pixels is 1.4 levels away, another image 30 and more.
+    """
+    rows = torch.zeros(len(x), dtype=torch.long)
+    for label in labels.unique():
+        own_rows = (labels == label).nonzero()[:, 0].cpu()
+        blurred_rows = (blurred_labels == label.cpu()).nonzero()[:, 0]
+        if not len(blurred_rows):
+            return None
+        own_images = x[own_rows.to(x.device)].cpu().flatten(1).float()
+        blurred_images = torch.from_numpy(blurred[blurred_rows.numpy()]).flatten(1).float()
+        distance, nearest = torch.cdist(own_images, blurred_images).min(1)
+        if (distance > 12 * math.sqrt(own_images.shape[1])).any():
+            return None
+        rows[own_rows] = blurred_rows[nearest]
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# CINIC-10 and other images
+
+
+class OtherImages(NamedTuple):
+    """Other images of the classes of a data set."""
+
+    x: Tensor  # uint8 (M, H, W, C)
+    labels: Tensor  # int64 (M,)
+    note: str  # how many there are, and the checksum of their list
+
+
+def load_other_images(path, classes, size=(32, 32), per_class=None, cinic=False):
+    """-> OtherImages from an .npz with x_test, y_test, or a folder of folders named as `classes`.
+
+    cinic: the CINIC-10 folder (train, valid, test), of which only the images from ImageNet count.
+    per_class: so many of each class, always the same choice (paper: 2100); None: all. Raises
+    UserError for a missing file, an empty class folder, another image size.
+    """
+    path, shape = Path(path), (*size, 3)
+    if path.suffix == ".npz":
+        arrays = common.read_npz(path, ("x_test", "y_test"))
+        x, labels = common.check_images(str(path), "test", arrays)
+        names = [str(i) for i in range(len(x))]
+        if labels.max() >= len(classes):
+            wrong = f"label {labels.max()}, but the model has {len(classes)} classes"
+            raise common.UserError(f"{path}: {wrong}")
+    else:
+        x = None  # files are read when they are chosen
+        files, labels = list_cinic(path, classes) if cinic else list_folders_of(classes, path)
+        names = [str(file.relative_to(path)) for file in files]
+    chosen = choose_per_class(path, labels, per_class)
+    x = common.read_images([files[i] for i in chosen]) if x is None else x[chosen]
+    if x.shape[1:] != shape:
+        raise common.UserError(f"{path}: images of {x.shape[1:]}, expected {shape}")
+    listing = "\n".join(names[i] for i in chosen)
+    checksum = hashlib.sha256(listing.encode()).hexdigest()[:12]
+    note = f"{len(chosen)} images; sha256 of their list: {checksum}"
+    return OtherImages(torch.from_numpy(x), torch.from_numpy(labels[chosen]), note)
+
+
+def choose_per_class(path, labels, per_class):
+    """The sorted numbers of `per_class` images of each class, or of all, whatever the seed."""
+    by_class = [np.flatnonzero(labels == k) for k in np.unique(labels)]
+    if per_class is not None:
+        fewest = min(len(numbers) for numbers in by_class)
+        if fewest < per_class:
+            raise common.UserError(f"{path}: a class has {fewest} images, fewer than {per_class}")
+        generator = np.random.RandomState(0)
+        by_class = [generator.choice(numbers, per_class, replace=False) for numbers in by_class]
+    return np.sort(np.concatenate(by_class))
+
+
+def list_folders_of(classes, folder, is_wanted=None):
+    """-> (image files, labels (N,)) of folders named as `classes`, class by class and sorted."""
+    files, labels, folder_names = common.list_class_folders(folder, is_wanted)
+    unknown = sorted(set(folder_names) - set(classes))
+    if unknown:
+        raise common.UserError(f"{folder / unknown[0]}: none of the classes {', '.join(classes)}")
+    label_of = np.array([classes.index(name) for name in folder_names])
+    labels = label_of[labels]
+    order = np.argsort(labels, kind="stable")
+    return [files[i] for i in order], labels[order]
+
+
+def list_cinic(folder, classes):
+    """-> (files, labels (N,)) of CINIC-10's images from ImageNet: all three parts, by class."""
+
+    def is_from_imagenet(path):  # the images of CIFAR-10 have cifar in their names
+        name = os.path.basename(path)
+        return not name.startswith(".") and "cifar" not in name
+
+    files, labels = [], []
+    for part in ("train", "valid", "test"):
+        part_files, part_labels = list_folders_of(classes, folder / part, is_from_imagenet)
+        files += part_files
+        labels.append(part_labels)
+    for file in files:
+        if not re.fullmatch(r"n\d{8}_\d+\.png", file.name):
+            raise common.UserError(f"{file}: neither an ImageNet name nor a CIFAR one")
+    labels = np.concatenate(labels)
+    if len(np.unique(labels)) < len(classes):
+        raise common.UserError(f"{folder}: expected folders named {', '.join(classes)}")
+    order = np.argsort(labels, kind="stable")
+    return [files[i] for i in order], labels[order]
+
+
+def read_other_images(args, data):
+    """{"cinic" or "ood": OtherImages} as --attack asks; checks the files of the corruptions too."""
+    x = data.x_test
+    if "corruptions" in args.attack and args.corruptions != "generate":
+        read_corruptions(args.corruptions, len(data.classes))
+    elif "corruptions" in args.attack:
+        corrupt(x[:1], "frost", 1, frost_dir=args.frost_dir)
+    others = {}
+    for name in ("cinic", "ood"):
+        if name not in args.attack:
+            continue
+        path = args.cinic if name == "cinic" else args.ood
+        per_class = args.cinic_per_class if name == "cinic" else None
+        found = load_other_images(
+            path, data.classes, tuple(x.shape[1:3]), per_class, cinic=name == "cinic"
+        )
+        others[name] = OtherImages(found.x.to(x.device), found.labels.to(x.device), found.note)
+    return others
+
+
+# ------------------------------------------------------------------------------------------------
+# Models
+
+
+# Copied from robust_kd.Ensemble
+class Ensemble(nn.Module):
+    """log sum_i w_i p_i(x) of some models: logits (B, K) whose softmax is their mean probability.
+
+    weights: of the models, summing to 1 (None: all equal).
+    """
+
+    def __init__(self, models, weights=None):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.weights = weights or [1 / len(models)] * len(models)
+
+    def forward(self, x):
+        logs = []
+        for weight, model in zip(self.weights, self.models):
+            if weight > 0:
+                logs.append(math.log(weight) + model(x).log_softmax(1))
+        return torch.stack(logs).logsumexp(0)
 
 
 @torch.no_grad()
 def clean_logits(model, x, labels, batch_size=500, classes=None, name="the model"):
-    """Logits (N, K) of x; an error if they are none: shape, classes, values that are not finite."""
+    """Logits (N, K) of x; a UserError if they are none: shape, classes, values not finite."""
     if x.dtype != torch.uint8 and not (x.min() >= 0 and x.max() <= 1):
-        common.fail(f"images must be in [0, 1], got {x.min():.4g} to {x.max():.4g}")
+        raise common.UserError(f"images must be in [0, 1], got {x.min():.4g} to {x.max():.4g}")
     parts = []
-    for part in map(common.to_float, x.split(batch_size)):
+    for part in x.split(batch_size):
+        part = common.to_float(part)
         try:
             logits = model(part)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            common.fail(f"{name} does not take images {tuple(part.shape)}: {error}")
+            problem = f"{name} does not take images {tuple(part.shape)}"
+            raise common.UserError(f"{problem}: {error}") from None
         shape = tuple(getattr(logits, "shape", [type(logits).__name__]))
         if len(shape) != 2 or shape[0] != len(part):
-            common.fail(f"{name} must return logits ({len(part)}, K), got {shape}")
+            raise common.UserError(f"{name} must return logits ({len(part)}, K), got {shape}")
         parts.append(logits.float())
-    logits, wanted = torch.cat(parts), classes or max(int(labels.max()) + 1, shape[1])
-    if shape[1] != wanted:
-        common.fail(f"{name} returns {shape[1]} logits, the data has {wanted} classes")
-    if len(bad := (~logits.isfinite().all(1)).nonzero()):
-        common.fail(f"{name}: the logits of {len(bad)} images are not finite, as of {int(bad[0])}")
+    logits = torch.cat(parts)
+    if classes is None:
+        classes = max(int(labels.max()) + 1, logits.shape[1])
+    if logits.shape[1] != classes:
+        wrong = f"{logits.shape[1]} logits, the data has {classes} classes"
+        raise common.UserError(f"{name} returns {wrong}")
+    not_finite = (~logits.isfinite().all(1)).nonzero()
+    if len(not_finite):
+        numbers = f"{len(not_finite)} images are not finite, the first is {int(not_finite[0])}"
+        raise common.UserError(f"{name}: the logits of {numbers}")
     return logits
 
 
@@ -568,225 +1505,419 @@ def is_probabilities(logits):
     return bool(logits.min() > -1e-5 and (logits.sum(1) - 1).abs().max() < 1e-5)
 
 
-# Where a new attack stands
-NEW = {"broken": torch.zeros(0).short(), "serial": 1, "position": 0}
-NEW |= {"seconds": {}, "zero": 0, "bad": 0, "sums": {}}  # sums: CRC-32 of the examples
+def foreign_model(spec, weights, device):
+    """The net of `package.module:function`; weights: None or the file of its state_dict.
 
-
-def open_store(path=None, flags=None):
-    """A new store, or the one that a killed evaluation with the same flags left; else an error.
-
-    path: the small state file, or None; record: flags, and entries {key: how far an attack came};
-    file: the float32 examples (C, H, W), entry k and image i at place k * N + i.
+    The state_dict may be below `state_dict`, `model` or `weights`, its names may begin with
+    `module.`. Raises UserError.
     """
-    record = {"flags": flags, "entries": {}, "bytes": 0}
-    if path is None:
-        return SimpleNamespace(path=None, record=record, file=tempfile.TemporaryFile())
-    examples, (old, found) = path.with_suffix(".examples"), common.load_latest(path)
-    common.settle(path, found)
-    if old:
-        record = old
-        if not common.is_like(record, {"flags": {}, "entries": {}, "bytes": 0}) or not all(
-            key.endswith(" corruptions") or common.is_like(entry, NEW | {"place": 0})
-            for key, entry in record["entries"].items()
-        ):
-            common.fail(f"{path}: not the state of an evaluation; delete it to begin again")
-        compare_flags(path, record["flags"], flags)
-        if not examples.exists() or examples.stat().st_size < record["bytes"]:
-            common.fail(f"{examples}: missing or truncated; delete {path} to begin again")
-        print(f"goes on from {path}", flush=True)
-    for torn in path.parent.glob(f".{path.name}.*.tmp"):  # a kill leaves what it was writing
-        torn.unlink(missing_ok=True)
-    file = open(examples, "r+b" if old else "w+b")  # noqa: SIM115
-    return SimpleNamespace(path=path, record=record, file=file)
+    module, _, function = spec.partition(":")
+    sys.path.insert(0, "")  # the current folder
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except Exception as error:  # whatever the module raises
+        expected = f"expected package.module:function ({error!r})"
+        raise common.UserError(f"--model {spec}: {expected}") from None
+    finally:
+        sys.path.remove("")
+    if not isinstance(model, nn.Module):
+        returned = f"returned a {type(model).__name__}, not a torch.nn.Module"
+        raise common.UserError(f"--model {spec}: {returned}")
+    try:
+        if weights:
+            if not Path(weights).is_file():  # reading a pipe would block
+                raise FileNotFoundError("no such file")
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            for key in ("state_dict", "model", "weights"):
+                if isinstance(state.get(key), dict):
+                    state = state[key]
+            model.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
+    except Exception as error:  # torch raises half a dozen types for a damaged file
+        reason = str(error)[:200] or repr(error)
+        raise common.UserError(f"--weights {weights}: {reason}") from None
+    torch.set_float32_matmul_precision("highest")  # whatever the module has set
+    return model.to(device).eval()
 
 
-def compare_flags(path, old, new):
-    """An error that names the first flag in which two dicts differ."""
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            was = f"{key}: {path} was made with {old.get(key)}, not {new.get(key)}"
-            common.fail(f"{was}; take another --json, or delete it")
+def load_models(args, data, device):
+    """-> {name of the row: model}, {file: digest of its weights}, from the flags."""
+    models = {}
+    for path in args.checkpoints:
+        models[path], _ = common.load_model(path, device, data)
+        warn_of_other_data(path, args.data)
+    if args.model:
+        models[args.model] = foreign_model(args.model, args.weights, device)
+    for name, model in models.items():
+        with common.evaluating(model):
+            x, labels = data.x_test[:100], data.y_test[:100]
+            logits = clean_logits(model, x, labels, classes=len(data.classes), name=name)
+        if is_probabilities(logits):
+            advice = "hand it over without its softmax"
+            raise common.UserError(f"{name}: returns probabilities; {advice}")
+    if args.ensemble:
+        models = {f"ensemble of {len(models)}": Ensemble([*models.values()]).eval()}
+        print("ensemble: the attacks get the logarithm of the averaged probabilities as logits")
+    checksums = {path: common.weights_digest(path) for path in args.checkpoints}
+    if args.weights:
+        checksums[args.weights] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()[:16]
+    return models, checksums
 
 
-def drop_state(base):
-    """Remove what only going on needs, and what a kill has torn, beside the result `base`."""
-    base = Path(base)
-    kept = [base.with_name(f"{base.name}.{kind}") for kind in ("state", "prev.state", "examples")]
-    for path in [*kept, *base.parent.glob(f".{base.name}.*.tmp")]:
-        path.unlink(missing_ok=True)
+def short_name(name):
+    """The last folder and the file of a path; another name stays as it is."""
+    return "/".join(Path(name).parts[-2:])
 
 
-def write_examples(store, entry, index, x_adv):
-    """Keep the examples (B, C, H, W) of the images `index` (B,), and save the state."""
-    for i, image in zip(index.tolist(), x_adv.contiguous().cpu().numpy()):
-        store.file.seek((entry["place"] + i) * image.nbytes)
-        store.file.write(image.tobytes())
-        entry["sums"][i] = zlib.crc32(image.tobytes())
-    save_store(store)
-
-
-def save_store(store):
-    """Put the state on the disk; the examples that it speaks of are there before it is."""
-    store.file.flush()
-    if store.path is not None:
-        os.fsync(store.file.fileno())
-        store.record["bytes"] = os.fstat(store.file.fileno()).st_size
-        common.save_next(store.path, store.record)
-
-
-def read_examples(store, entry, index, like):
-    """The examples (B, C, H, W) of the images `index` (B,), as float32 on the device of `like`."""
-    out = np.empty(like.shape, np.float32)
-    for i, image in zip(index.tolist(), out):
-        store.file.seek((entry["place"] + i) * image.nbytes)
-        content = store.file.read(image.nbytes)
-        if zlib.crc32(content) != entry["sums"].get(i):
-            common.fail(f"{store.path}: its examples were changed; delete it to begin again")
-        image[...] = np.frombuffer(content, np.float32).reshape(image.shape)
-    return torch.from_numpy(out).to(like.device, memory_format=torch.channels_last)
+def warn_of_other_data(path, name):
+    """A line on stderr for a checkpoint whose run, by its config.json, had not --data `name`."""
+    config = Path(path).parent / "config.json"
+    with contextlib.suppress(Exception):  # whatever a foreign file makes Python raise
+        trained_on = json.loads(config.read_text())["flags"]["data"] if config.is_file() else name
+        if Path(trained_on).stem != Path(name).stem:
+            print(f"warning: {path}: trained on {trained_on!r}, not {name!r}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------
-# The evaluation
+# How far an evaluation has come, kept on the disk
 
 
-def run_attack(model, points, name, s, store, key):
-    """Run the passes of `name` on the images that are still right; saves after each batch.
+@dataclasses.dataclass
+class Progress:
+    """How far an attack has come on all images of a model."""
 
-    points: (x, labels, logits). A pass cuts one list of all survivors into batches. -> dict: broken
-    int16 (N,), 0 for survivors, -1 for wrong when clean, else the number of the pass; seconds
-    {attack: ...}; zero and bad counts; where it stands: serial, position.
+    broken_by: Tensor  # int16 (N,): 0 not broken, -1 wrong when clean, else the pass, from 1 on
+    passes_done: int = 0
+    images_done: int = 0  # in the pass after these
+    seconds: dict = dataclasses.field(default_factory=dict)  # {attack: seconds}
+    zero_gradients: int = 0
+    not_finite: int = 0
+    max_perturbation: float = 0.0  # norm of the largest one that broke an image
+    checksums: dict = dataclasses.field(default_factory=dict)  # {image: CRC-32 of its example}
+
+    def is_valid(self):
+        """Whether the fields that come from a file are what they should be."""
+        numbers = (self.passes_done, self.images_done, self.zero_gradients, self.not_finite)
+        tensor = isinstance(self.broken_by, Tensor) and self.broken_by.dtype == torch.int16
+        return (
+            tensor
+            and self.broken_by.dim() == 1
+            and common.is_plain(self.broken_by)
+            and all(isinstance(number, int) and number >= 0 for number in numbers)
+            and all(isinstance(number, float) for number in self.seconds.values())
+            and isinstance(self.max_perturbation, float)
+            and isinstance(self.checksums, dict)
+        )
+
+
+class State:
+    """How far an evaluation has come: with a folder it is kept there, and a killed one goes on.
+
+    <folder>/state.pt holds the flags and the progress; it is replaced after each batch. With
+    keep_examples <folder>/examples holds the examples, float32 (C, H, W), image i at place i.
     """
-    x, labels, logits = points
-    right, entries = (logits.argmax(1) == labels).cpu(), store.record["entries"]
-    place = {"place": len(entries) * len(x), "seconds": {}, "sums": {}}
-    entry = entries.setdefault(key, NEW | place | {"broken": right.short() - 1})
-    if len(entry["broken"]) != len(x):
-        common.fail(f"{store.path}: not the state of these images; delete it to begin again")
-    s = dataclasses.replace(s, eot=20 if name == "aa-rand" else 1)
-    plan, broken, seconds = passes(name, logits.shape[1], s), entry["broken"], entry["seconds"]
-    fast = common.Folded(model)
-    for serial, (attack, which) in list(enumerate(plan, 1))[entry["serial"] - 1 :]:
-        alive = ((broken == 0) | (broken == serial)).nonzero()[:, 0]  # when the pass began
-        begin = time.monotonic()
-        for index, b in batches(points, alive[entry["position"] :], s, attack, which):
-            x_adv, hit = search(model, fast, b)
-            where = index[hit.cpu()]
-            broken[where] = serial
-            for what, more in {"zero": b.zero, "bad": b.bad, "position": len(index)}.items():
-                entry[what] += int(more)
-            now = time.monotonic()
-            seconds[attack], begin = seconds.get(attack, 0.0) + now - begin, now
-            write_examples(store, entry, where, x_adv[hit])
-            done = entry["position"] == len(alive) and [*plan, ("", 0)][serial][0] != attack
-            if key[:1].strip() and (sys.stdout.isatty() or done):  # of a named model
-                at = f"{attack} {serial} of {len(plan)}, image {entry['position']} of {len(alive)}"
-                at += f", {(broken == 0).double().mean():.4f} left, {seconds[attack]:,.0f} s"
-                common.print_line(f"{key}: {at}", "\n" * done)
-        entry["serial"], entry["position"] = serial + 1, 0
-    return entry
+
+    def __init__(self, folder=None, flags=None, keep_examples=False):
+        self.folder, self.flags, self.keep_examples = folder, flags, keep_examples
+        self.attacks = {}  # {name of the row and of the attack: Progress}
+        self.corruptions = {}  # {name of the row: counts of corruption_accuracy}
+        if folder is not None and (folder / "state.pt").exists():
+            self.load()
+            print(f"goes on from {folder}", flush=True)
+
+    def load(self):
+        """Take what the file says; a UserError if it is damaged or of other flags."""
+        path = self.folder / "state.pt"
+        record = common.load(path)
+        try:
+            flags, corruptions = dict(record["flags"]), dict(record["corruptions"])
+            attacks = {key: Progress(**fields) for key, fields in record["attacks"].items()}
+            valid = all(progress.is_valid() for progress in attacks.values())
+            for counts in corruptions.values():
+                for name, results in counts.items():
+                    shape = torch.tensor(results).shape
+                    valid = valid and name in CORRUPTIONS and shape == (5, 2)
+            if not valid:
+                raise ValueError
+        except common.MALFORMED:
+            wrong = "not the state of an evaluation; delete it to begin again"
+            raise common.UserError(f"{path}: {wrong}") from None
+        compare_flags(self.folder, flags, self.flags)
+        self.attacks, self.corruptions = attacks, corruptions
+
+    def save(self):
+        """Put the state on the disk, atomically."""
+        if self.folder is not None:
+            attacks = {key: dataclasses.asdict(p) for key, p in self.attacks.items()}
+            record = {"flags": self.flags, "attacks": attacks, "corruptions": self.corruptions}
+            common.save(self.folder / "state.pt", record)
+
+    def write_examples(self, progress, index, x_adv):
+        """Keep the examples (B, C, H, W) of the images `index` (B,); call `save` after it."""
+        if not self.keep_examples:
+            return
+        path = self.folder / "examples"
+        path.touch()
+        with open(path, "r+b") as file:
+            for i, image in zip(index.tolist(), x_adv.contiguous().cpu().numpy()):
+                content = image.tobytes()
+                file.seek(i * len(content))
+                file.write(content)
+                progress.checksums[i] = zlib.crc32(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_examples(self, progress, index, shape):
+        """The examples of the images `index` (B,) as float32 (B, *shape)."""
+        path, examples = self.folder / "examples", np.empty((len(index), *shape), np.float32)
+        if len(index) == 0:
+            return torch.from_numpy(examples)
+        with open(path, "rb") as file:
+            for i, example in zip(index.tolist(), examples):
+                file.seek(i * example.nbytes)
+                content = file.read(example.nbytes)
+                if zlib.crc32(content) != progress.checksums.get(i):
+                    wrong = f"was changed; delete {self.folder} to begin again"
+                    raise common.UserError(f"{path}: {wrong}")
+                example[...] = np.frombuffer(content, np.float32).reshape(shape)
+        return torch.from_numpy(examples)
+
+
+def compare_flags(path, old, new):
+    """A UserError that names the first flag in which two dicts differ."""
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            difference = f"{key}: {path} was made with {old.get(key)}, not {new.get(key)}"
+            raise common.UserError(f"{difference}; take another --json, or delete it")
+
+
+@contextlib.contextmanager
+def state_folder(result, flag="--json"):
+    """Yield the folder <result>.state, which no other evaluation can use meanwhile.
+
+    It is removed afterwards unless it holds a state.pt.
+    """
+    folder = Path(f"{result}.state")
+    if folder.exists() and not folder.is_dir():
+        raise common.UserError(f"{folder}: expected a folder; delete it to begin again")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(common.locked(folder))
+        except common.UserError:
+            owner = (folder / "lock").read_text()
+            busy = f"{result}: another evaluation is writing it, process {owner}"
+            raise common.UserError(f"{flag}: {busy}; wait for it, or take another {flag}") from None
+        common.delete_torn_files(folder)
+        for torn in folder.parent.glob(f".{glob.escape(Path(result).name)}.*.tmp"):
+            torn.unlink(missing_ok=True)  # the result itself, half written by a killed process
+        try:
+            yield folder
+        finally:
+            if not (folder / "state.pt").exists():
+                for name in ("examples", "lock"):
+                    (folder / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # it holds something of the user's
+                    folder.rmdir()
+
+
+# ------------------------------------------------------------------------------------------------
+# The evaluation of one model
+
+
+def evaluate(
+    model, x, labels, attacks, eps=8 / 255, step_size=None, restarts=1, seed=0, **settings
+):
+    """{"clean_acc": ..., "pgd20_acc": ...} of a model, which is used in eval mode and float32.
+
+    x uint8 (N, H, W, C), or float (N, C, H, W) in [0, 1]; labels (N,); attacks: as for --attack;
+    step_size: None for eps / 4; settings: the other fields of Settings.
+    """
+    row = evaluate_model(
+        model, x, labels, attacks, Settings(eps, step_size, restarts, seed, **settings)
+    )
+    accuracies = {}
+    for key, value in row.items():
+        if key.endswith("_acc") and "conditional" not in key:
+            accuracies[key] = value
+    return accuracies
+
+
+def evaluate_model(model, x, labels, attacks, settings, classes=None, state=None, name=""):
+    """As `evaluate`, but a whole row of the JSON, with the reports of the attacks and warnings.
+
+    classes: how many there must be (None: as many as the model has); state: where the progress is
+    kept; name: of the model, for the lines on the terminal (empty: none are printed).
+    """
+    state = state or State()
+    row, reports, warnings = {}, {}, []
+    with common.evaluating(model):
+        logits = clean_logits(model, x, labels, settings.batch_size, classes)
+        images = Images(x, labels, logits)
+        warnings += model_warnings(model, images, attacks, settings)
+        for attack in dict.fromkeys(attacks):
+            if attack == "clean":
+                row["clean_acc"] = common.accuracy(logits, labels)
+            elif attack == "calibration":
+                row["calibration"] = {"clean": calibration(logits, labels)}
+                if settings.norm == "linf":
+                    logits_adv = attacked_logits(model, images, "pgd20", settings)
+                    row["calibration"]["pgd20"] = calibration(logits_adv, labels)
+            elif attack not in NOT_ATTACKS:
+                progress = run_attack(model, images, attack, settings, state, name)
+                plan = passes(attack, logits.shape[1], settings)
+                reports[attack] = report = attack_report(progress, plan)
+                field = re.sub(r"\W+", "_", attack)
+                row[f"{field}_acc"] = report["stages"][-1]["robust_acc"]
+                row[f"{field}_conditional_acc"] = report["stages"][-1]["conditional_acc"]
+                warnings += attack_warnings(progress, report, logits.shape[1])
+    gap = row.get("pgd20_acc", 0) - row.get("aa_acc", row.get("aa_plus_acc", 1))
+    if gap > 0.06:
+        points = f"PGD-20 is {100 * gap:.1f} points above AutoAttack"
+        warnings.append(f"{points}: gradients may be masked")
+    row["n"] = len(x)
+    row["seconds"] = sum(stage["seconds"] for r in reports.values() for stage in r["stages"])
+    row["reports"], row["warnings"] = reports, warnings
+    return row
+
+
+def run_attack(model, images, name, settings, state=None, model_name=""):
+    """Run the passes of `name` on the images that are still right -> Progress, saved each batch.
+
+    A pass cuts one list of all images that are not broken into batches. An image is broken when the
+    model itself, in strict float32, misclassifies an allowed example.
+    """
+    state = state or State()
+    correct = (images.logits.argmax(1) == images.labels).cpu()
+    new = Progress(broken_by=correct.short() - 1)
+    progress = state.attacks.setdefault(f"{model_name} {name}", new)
+    if len(progress.broken_by) != len(images.x):
+        wrong = "not the state of these images; delete it to begin again"
+        raise common.UserError(f"{state.folder}: {wrong}")
+    if name == "aa-rand":
+        settings = dataclasses.replace(settings, eot=20)
+    plan, broken_by = passes(name, images.logits.shape[1], settings), progress.broken_by
+    folded = common.Folded(model)
+    for number in range(progress.passes_done + 1, len(plan) + 1):
+        attack, repeat = plan[number - 1]
+        # the images that were not broken when the pass began
+        alive = ((broken_by == 0) | (broken_by == number)).nonzero()[:, 0]
+        to_do, text = alive[progress.images_done :], None
+        for index, batch in batches(images, to_do, settings, attack, repeat):
+            began = time.monotonic()
+            x_adv, broken = search(model, folded, batch)
+            newly_broken = index[broken.cpu()]
+            broken_by[newly_broken] = number
+            if len(newly_broken):
+                largest = norm_of(x_adv[broken] - batch.x[broken], settings.norm).max().item()
+                progress.max_perturbation = max(progress.max_perturbation, largest)
+            progress.zero_gradients += int(batch.zero_gradients)
+            progress.not_finite += int(batch.not_finite)
+            progress.images_done += len(index)
+            seconds = progress.seconds.get(attack, 0.0) + time.monotonic() - began
+            progress.seconds[attack] = seconds
+            state.write_examples(progress, newly_broken, x_adv[broken])
+            state.save()
+            left = (broken_by == 0).double().mean()
+            done = f"pass {number} of {len(plan)}, image {progress.images_done} of {len(alive)}"
+            text = f"{short_name(model_name)}: {attack}, {done}, {left:.4f} left, {seconds:,.0f} s"
+            if model_name:
+                common.print_line(text, live=True)
+        progress.passes_done, progress.images_done = number, 0
+        last_of_attack = number == len(plan) or plan[number].attack != attack
+        if model_name and text is not None and last_of_attack:
+            common.print_line(text)
+    return progress
 
 
 @torch.no_grad()
-def search(model, fast, b):
-    """-> x_adv (B, C, H, W) of the attack b.attack, and bool (B,): the model itself is wrong there.
+def search(model, folded, batch):
+    """-> x_adv (B, C, H, W) of batch.attack, and bool (B,): the model itself is wrong there.
 
-    In TF32 a search may stop at an example that float32 does not confirm: it is done again.
+    folded: the copy of the model that is searched on. In TF32 a search may stop at an example that
+    float32 does not confirm: it is done again.
     """
-    tf32 = b.attack in ATTACKS and b.s.search == "tf32"
+    tf32 = batch.attack in ATTACKS and batch.settings.search == "tf32"
+    attack = ATTACKS.get(batch.attack, pgd)
     with common.convolutions(tf32):
-        x_adv = ATTACKS.get(b.attack, pgd)(fast, b)
-    near, wrong = allowed(x_adv, b.x, b.s), misclassified(model(x_adv).float(), b.labels)
-    moved = (x_adv != b.x).flatten(1).any(1)
-    if tf32 and len(few := (moved & near & ~wrong).nonzero()[:, 0]):
-        rows = (v[few] for v in (b.x, b.labels, b.logits, b.index))
-        strict = Batch(*rows, dataclasses.replace(b.s, search="fp32"), b.attack, b.which)
-        x_adv[few], wrong[few] = search(model, fast, strict)
-    return x_adv, near & wrong
+        x_adv = attack(folded, batch)
+    allowed = is_allowed(x_adv, batch.x, batch.settings)
+    wrong = misclassified(model(x_adv).float(), batch.labels)
+    if tf32:
+        moved = (x_adv != batch.x).flatten(1).any(1)
+        unconfirmed = (moved & allowed & ~wrong).nonzero()[:, 0]
+        if len(unconfirmed):
+            again = Batch(
+                batch.x[unconfirmed],
+                batch.labels[unconfirmed],
+                batch.logits[unconfirmed],
+                batch.index[unconfirmed],
+                dataclasses.replace(batch.settings, search="fp32"),
+                batch.attack,
+                batch.repeat,
+            )
+            x_adv[unconfirmed], wrong[unconfirmed] = search(model, folded, again)
+    return x_adv, allowed & wrong
 
 
-def allowed(x_adv, x, s):
-    """bool (B,): in the ball, up to the rounding of float32, and in [0, 1]."""
-    near = length(x_adv - x, s.norm)[:, 0, 0, 0] <= s.eps * (1 + 1e-5) + 1e-7
-    return near & ((x_adv >= 0) & (x_adv <= 1)).all((1, 2, 3))
+def attacked_logits(model, images, attack, settings):
+    """Logits (N, K) under a pgdN, of all images: also of those that are wrong when clean."""
+    parts = []
+    for _, batch in batches(images, torch.arange(len(images.x)), settings, attack):
+        parts.append(model(pgd(model, batch)).detach().float())
+    return torch.cat(parts)
 
 
-@torch.no_grad()
-def verdict(model, points, entry, name, s, store):
-    """Classify the stored examples once more, clean: what is right or not allowed is robust."""
-    broken, classes, worst, stages = entry["broken"].clone(), points[2].shape[1], 0.0, []
-    plan, unverified = passes(name, classes, s), 0
-    for index, b in batches(points, (broken > 0).nonzero()[:, 0], s):
-        x_adv = read_examples(store, entry, index, b.x)
-        hit = misclassified(model(x_adv).float(), b.labels) & allowed(x_adv, b.x, s)
-        worst = max(worst, float(length(x_adv - b.x, s.norm).max()))
-        broken[index[~hit.cpu()]] = 0
-        unverified += int((~hit).sum())
-    for attack, last in {attack: i for i, (attack, _) in enumerate(plan, 1)}.items():
-        robust = int(((broken == 0) | (broken > last)).sum())
-        stage = {"attack": attack, "robust_acc": robust / len(broken)}
-        stage["conditional_acc"] = robust / max(int((broken >= 0).sum()), 1)
-        stages.append(stage | {"seconds": entry["seconds"].get(attack, 0.0)})
+def attack_report(progress, plan):
+    """What the JSON says of an attack: its stages, how many images it broke, how far it went."""
+    broken_by, stages = progress.broken_by, []
+    correct_clean = int((broken_by >= 0).sum())
+    last_pass = {attack: number for number, (attack, _) in enumerate(plan, 1)}
+    for attack, last in last_pass.items():
+        robust = int(((broken_by == 0) | (broken_by > last)).sum())
+        stages.append(
+            {
+                "attack": attack,
+                "robust_acc": robust / len(broken_by),
+                "conditional_acc": robust / max(correct_clean, 1),
+                "seconds": progress.seconds.get(attack, 0.0),
+            }
+        )
+    return {
+        "stages": stages,
+        "broken": int((broken_by > 0).sum()),
+        "max_perturbation": progress.max_perturbation,
+    }
+
+
+def model_warnings(model, images, attacks, settings):
+    """Lines on a model that the attacks would overrate: probabilities, random numbers."""
     lines = []
-    for before, stage in itertools.pairwise(stages):
+    if is_probabilities(images.logits):
+        lines.append("the model seems to return probabilities: the attacks need logits")
+    x = common.to_float(images.x[: settings.batch_size])
+    calls = torch.stack([F.normalize(model(x).detach().float()) for _ in range(5)])
+    if "aa-rand" not in attacks and (calls - calls[:1]).norm(dim=2).max() > 1e-4:
+        lines.append("the model is randomised: only aa-rand does not overstate its robustness")
+    return lines
+
+
+def attack_warnings(progress, report, classes):
+    """Lines on an attack that may be weaker than it looks."""
+    lines = []
+    attacks = [stage["attack"] for stage in report["stages"]]
+    for before, stage in itertools.pairwise(report["stages"]):
         if stage["attack"] == "square" and before["robust_acc"] - stage["robust_acc"] > 0.002:
             lower = f"{before['robust_acc']:.4f} to {stage['robust_acc']:.4f} without gradients"
             lines.append(f"Square goes from {lower}: they may be masked; try an adaptive attack")
-    for attack, k in (("apgd-dlr", 3), ("apgd-t", 4)):
-        if classes < k and attack in dict(plan):
-            lines.append(f"{attack}: DLR needs {k} classes; with {classes} its numerator is used")
-    told = {"starts of APGD have no gradient: it is weaker than it looks": entry["zero"]}
-    told["evaluations of APGD gave logits that are not finite"] = entry["bad"]
-    told["examples failed the last check: their images count as robust"] = unverified
-    lines += [f"{number} {what}" for what, number in told.items() if number]
-    report = {"stages": stages, "verified": int((broken > 0).sum()), "unverified": unverified}
-    return report | {"max_perturbation": worst, "warnings": lines}
-
-
-def evaluate(model, x, labels, attacks, eps=8 / 255, step_size=None, restarts=1, seed=0, **more):
-    """{'clean_acc': ..., 'pgd20_acc': ...} of a model on x uint8 (N, H, W, C), labels (N,).
-
-    x: or float (N, C, H, W) in [0, 1]; attacks: as --attack; step_size: or eps / 4; more: Settings.
-    """
-    row = evaluate_all(model, x, labels, attacks, eps, step_size, restarts, seed, **more)
-    return {k: v for k, v in row.items() if k.endswith("_acc") and "conditional" not in k}
-
-
-def evaluate_all(model, x, labels, attacks, *settings, classes=None, store=None, key="", **more):
-    """As `evaluate`, but a row of the JSON. classes: how many there must be; store, key: state."""
-    s, store = Settings(*settings, **more), store or open_store()
-    row, reports = {}, {}
-    with common.evaluating(model):
-        logits = clean_logits(model, x, labels, s.batch_size, classes)
-        points = x, labels, logits
-        lines, few = [], common.to_float(x[: s.batch_size])
-        if is_probabilities(logits):
-            lines.append("the model seems to return probabilities: the attacks need logits")
-        five = torch.stack([F.normalize(model(few).detach().float()) for _ in range(5)])
-        if "aa-rand" not in attacks and (five - five[:1]).norm(dim=2).max() > 1e-4:
-            lines.append("the model is randomised: only aa-rand does not overstate its robustness")
-        for name in dict.fromkeys(attacks):
-            if name == "clean":
-                row["clean_acc"] = (logits.argmax(1) == labels).double().mean().item()
-            elif name == "calibration":
-                row["calibration"] = {"clean": calibration(logits, labels)}
-                if s.norm == "linf":
-                    every = batches(points, torch.arange(len(x)), s, "pgd20")
-                    parts = [model(pgd(model, b)).detach().float() for _, b in every]
-                    row["calibration"]["pgd20"] = calibration(torch.cat(parts), labels)
-            elif name not in POINTS:
-                entry = run_attack(model, points, name, s, store, f"{key} {name}")
-                reports[name] = report = verdict(model, points, entry, name, s, store)
-                field = re.sub(r"\W+", "_", name)
-                row[f"{field}_acc"] = report["stages"][-1]["robust_acc"]
-                row[f"{field}_conditional_acc"] = report["stages"][-1]["conditional_acc"]
-                lines += report.pop("warnings")
-    gap = row.get("pgd20_acc", 0) - row.get("aa_acc", row.get("aa_plus_acc", 1))
-    if gap > 0.06:
-        lines.append(f"PGD-20 is {100 * gap:.1f} points above AutoAttack: gradients may be masked")
-    seconds = sum(stage["seconds"] for report in reports.values() for stage in report["stages"])
-    return row | {"n": len(x), "seconds": seconds, "reports": reports, "warnings": lines}
+    for attack, needed in (("apgd-dlr", 3), ("apgd-t", 4)):
+        if classes < needed and attack in attacks:
+            numerator = f"with {classes} its numerator is used"
+            lines.append(f"{attack}: DLR needs {needed} classes; {numerator}")
+    if progress.zero_gradients:
+        starts = f"zero gradient at {progress.zero_gradients} starting points"
+        lines.append(f"{starts}: APGD may overestimate the robustness")
+    if progress.not_finite:
+        lines.append(f"logits that are not finite at {progress.not_finite} evaluations of APGD")
+    return lines
 
 
 def calibration(logits, labels, bins=15):
@@ -795,218 +1926,371 @@ def calibration(logits, labels, bins=15):
     confidence: of the largest probability, in bins ](i - 1) / bins, i / bins] (Guo et al. 2017, Eq.
     3); probabilities: of those of all classes (Figure 8 of the noisy collaboration paper).
     """
-    logs = logits.double().log_softmax(1)
-    confidence, predicted = logs.exp().max(1)
+    log_probs = logits.double().log_softmax(1)
+    confidence, predicted = log_probs.exp().max(1)
 
-    def bins_of(probs):
+    def in_bin(probs):  # (N,) -> one-hot (N, bins)
         return F.one_hot((probs * bins).ceil().long().clamp(1, bins) - 1, bins).double()
 
-    bin_of = bins_of(confidence)
+    confidence_bin = in_bin(confidence)
     gap = (predicted == labels).double() - confidence
-    entropy = -(logs.exp() * logs).nan_to_num(0).sum(1).mean().item()
-    ece = (gap @ bin_of).abs().sum().item() / len(labels)
-    numbers = {"nll": F.nll_loss(logs, labels).item(), "entropy": entropy, "ece": ece}
-    probabilities = sum(bins_of(probs).mean(0) for probs in logs.exp().T) / logs.shape[1]
-    numbers |= {"confidence": bin_of.mean(0).tolist(), "probabilities": probabilities.tolist()}
-    return numbers
+    of_class = [in_bin(probs).mean(0) for probs in log_probs.exp().T]
+    return {
+        "nll": F.nll_loss(log_probs, labels).item(),
+        "entropy": -(log_probs.exp() * log_probs).nan_to_num(0).sum(1).mean().item(),
+        "ece": (gap @ confidence_bin).abs().sum().item() / len(labels),
+        "confidence": confidence_bin.mean(0).tolist(),
+        "probabilities": (sum(of_class) / len(of_class)).tolist(),
+    }
 
 
-def accuracy_curve(model, x, labels, s):
+def accuracy_curve(model, x, labels, settings):
     """[(eps, accuracy)] under APGD-CE of 20 iterations, from eps 0 to where all are broken."""
+    factors = [0.25, 0.5, 0.75, 1]
+    for doublings in range(11):
+        factors += [1.5 * 2**doublings, 2 * 2**doublings]
     with common.evaluating(model), torch.no_grad():
-        points = x, labels, clean_logits(model, x, labels, s.batch_size)
-        right = (points[2].argmax(1) == labels).cpu()
-        curve, fast = [(0.0, right.double().mean().item())], common.Folded(model)
-        for factor in (0.25, 0.5, 0.75, 1, *(k * 2**j for j in range(11) for k in (1.5, 2))):
-            if not right.any() or s.norm == "linf" and curve[-1][0] >= 1:
+        images = Images(x, labels, clean_logits(model, x, labels, settings.batch_size))
+        robust = (images.logits.argmax(1) == labels).cpu()
+        curve, folded = [(0.0, robust.double().mean().item())], common.Folded(model)
+        for factor in factors:
+            if not robust.any() or settings.norm == "linf" and curve[-1][0] >= 1:
                 break
-            eps = factor * s.eps if s.norm == "l2" else min(factor * s.eps, 1.0)
-            now = dataclasses.replace(s, eps=eps, steps=20)
-            for index, b in batches(points, right.nonzero()[:, 0], now, "curve"):
-                x_adv = apgd(fast, b, ce_loss)
-                right[index] = ~misclassified(model(x_adv).float(), b.labels).cpu()
-            curve.append((eps, right.double().mean().item()))
+            eps = factor * settings.eps
+            if settings.norm == "linf":
+                eps = min(eps, 1.0)
+            now = dataclasses.replace(settings, eps=eps, steps=20)
+            for index, batch in batches(images, robust.nonzero()[:, 0], now, "curve"):
+                x_adv = apgd_ce(folded, batch)
+                robust[index] = ~misclassified(model(x_adv).float(), batch.labels).cpu()
+            curve.append((eps, robust.double().mean().item()))
     return curve
 
 
-def show(record):
-    """Print the record of main: a table of the models, of their attacks, of their calibration."""
-    step, eps = (f"{255 * record[key]:.4g}/255" for key in ("step_size", "eps"))
-    balls = {"linf": f"linf eps {eps}, PGD step {step}", "l2": f"l2 eps {record['eps']:g}"}
-    print(f"{record['data']}, {record['n']} test images, {balls[record['norm']]}, float32\n")
-    rows, stages, points = record["rows"], [], []
-    for row in rows:
-        model = {"model": "/".join(Path(row["model"]).parts[-2:])}
-        for name, r in row["reports"].items():
-            checked = {"verified": r["verified"], "largest": f"{r['max_perturbation']:.7f}"}
-            stages += [model | {"in": name} | stage | checked for stage in r["stages"]]
-        for kind, numbers in row.get("calibration", {}).items():
-            cells = {k: f"{v:.4f}" for k, v in numbers.items() if not isinstance(v, list)}
-            points.append(model | {"points": kind} | cells)
-    main_rows = [{k: v for k, v in r.items() if not isinstance(v, list | dict)} for r in rows]
-    print("\n\n".join(common.table(part) for part in (main_rows, stages, points) if part))
-    for row in rows:
-        if result := row.get("corruptions"):
-            table = common.table(images.corruption_rows(result))
-            print(f"\n{row['model']}: {result['note']}\n{table}")
-        notes = row.get("cinic_note", []) + row.get("ood_note", [])
-        for line in notes + [f"warning: {line}" for line in row["warnings"]]:
-            print(f"{row['model']}: {line}")
+# ------------------------------------------------------------------------------------------------
+# For the training scripts that evaluate what they have saved
 
 
-def save_examples(path, x, labels, store):
-    """Write an .npz: x_adv float32 (N, H, W, C), clean where not broken; labels; broken (N,)."""
-    (entry,) = (entry for entry in store.record["entries"].values() if "broken" in entry)
-    x_adv, broken = common.to_float(x).cpu(), entry["broken"] > 0
-    x_adv[broken] = read_examples(store, entry, broken.nonzero()[:, 0], x_adv[broken])
-    arrays = {"x_adv": x_adv.permute(0, 2, 3, 1), "labels": labels.cpu(), "broken": broken}
-    common.write_atomically(Path(path), lambda file: np.savez_compressed(file, **arrays))
+def add_evaluation_flags(parser):
+    """Add the flags of `evaluate_files`, with the attack of the papers that train without one."""
+
+    def existing_path(text):
+        if text != "generate" and not Path(text).exists():
+            raise argparse.ArgumentTypeError(f"expected a file or a folder, there is no {text}")
+        return text
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add(
+        "--eval",
+        choices=["fast", "full"],
+        default="fast",
+        help="fast: clean and PGD accuracy; full: also PGD-10, PGD-15, corruptions, calibration "
+        "and the images of --cinic and --ood",
+    )
+    add("--eps", type="probability", default=0.031, help="radius of PGD in the evaluation")
+    add("--step-size", type="fraction", default=0.003, help="step of PGD in the evaluation")
+    add("--eval-steps", type="count", default=20, help="number of PGD steps in the evaluation")
+    add("--restarts", type="count", default=5, help="random starts of PGD; the worst counts")
+    add(
+        "--corruptions",
+        type=existing_path,
+        default="generate",
+        help="folder of the unpacked CIFAR-10-C; generate: corrupt the test images here",
+    )
+    add(
+        "--cinic",
+        type=existing_path,
+        help="folder of CINIC-10; only its images from ImageNet count",
+    )
+    add(
+        "--cinic-per-class",
+        type="count",
+        help="CINIC-10 images of each class, always the same choice (paper: 2100; default: all)",
+    )
+    add("--ood", type=existing_path, help="other images: .npz file or folder of class folders")
 
 
-def warn_of_other_data(paths, name) -> None:
-    """A line on stderr for each checkpoint whose run, by its config.json, had not --data `name`."""
-    for path in paths:
-        config = Path(path).parent / "config.json"
-        with contextlib.suppress(Exception):  # whatever a foreign file makes Python raise
-            trained = json.loads(config.read_text())["flags"]["data"] if config.is_file() else name
-            if Path(trained).stem != Path(name).stem:
-                print(f"warning: {path}: trained on {trained!r}, not {name!r}", file=sys.stderr)
+def check_evaluation(args, data):
+    """A UserError before the training if the files and images do not go with what is asked for."""
+    if args.eval == "full" and data.x_test.shape[1:] != (32, 32, 3):
+        needs = "needs colour images of 32 x 32"
+        raise common.UserError(f"--eval full: {needs}, {data.name} has others; leave it out")
+    if args.teacher_seeds > 1 and args.pick_teacher == "val" and not len(data.x_val):
+        raise common.UserError("--pick-teacher val: needs held-out images, --val-size above 0")
+    if args.teacher_ckpt:
+        name = args.teacher_model if "--teacher-model" in args.given else None
+        common.load_model(args.teacher_ckpt, "cpu", data, name)
 
 
-def foreign_model(spec, weights, device):
-    """The net of `package.module:function`; weights: None or the file of its state_dict.
+def best_epoch(folder):
+    """{row of the summary: file} of the student's best epoch, if that is not its last; else {}."""
+    meta = common.load(folder / "student.pt")["meta"]
+    if meta["best"].get("epoch", meta["epoch"]) == meta["epoch"]:
+        return {}
+    return {"student, best on held-out images": folder / "student_best.pt"}
 
-    That may be below `state_dict`, `model` or `weights`, its names may begin with `module.`.
+
+def training_columns(meta):
+    """The columns of a summary that say how a net was trained: epochs, seconds, file.
+
+    meta: as common.load_model gives it. summary.json names the file as seen from its own
+    folder; the printed table leaves it out.
     """
-    module, _, function = spec.partition(":")
-    sys.path.insert(0, "")  # the current folder
-    try:
-        model = getattr(importlib.import_module(module), function)()
-    except Exception as error:  # whatever the module raises
-        common.fail(f"--model {spec}: expected package.module:function ({error!r})")
-    finally:
-        sys.path.remove("")
-    if not isinstance(model, nn.Module):
-        common.fail(f"--model {spec}: returned a {type(model).__name__}, not a torch.nn.Module")
-    try:
-        if weights:
-            if not Path(weights).is_file():  # a pipe would block
-                raise FileNotFoundError("no such file")
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-            for key in ("state_dict", "model", "weights"):
-                state = state[key] if isinstance(state.get(key), dict) else state
-            model.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
-    except Exception as error:  # torch raises half a dozen types for a damaged file
-        common.fail(f"--weights {weights}: {str(error)[:200] or repr(error)}")
-    return model.to(device).eval()
+    return {"epochs": meta.get("epoch"), "seconds": meta.get("seconds"), "file": meta.get("file")}
 
 
-def load_models(args, data, device):
-    """-> {name of the row: model}, {file: digest of its content}, from the flags."""
-    models = {path: common.load_model(path, device, data)[0] for path in args.checkpoints}
-    warn_of_other_data(args.checkpoints, args.data)
-    if args.model:
-        models[args.model] = foreign_model(args.model, args.weights, device)
-    torch.set_float32_matmul_precision("highest")  # whatever the module of a foreign model has set
-    few = data.x_test[:100], data.y_test[:100], 100, len(data.classes)
-    for name, model in models.items():
-        with common.evaluating(model):
-            if is_probabilities(clean_logits(model, *few, name)):
-                common.fail(f"{name}: returns probabilities; hand it over without its softmax")
-    if args.ensemble:
-        models = {f"ensemble of {len(models)}": common.Ensemble([*models.values()]).eval()}
-        print("ensemble: the attacks get the logarithm of the averaged probabilities as logits")
-    files = [*args.checkpoints, *filter(None, [args.weights])]
-    return models, {f: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in files}
+def evaluate_files(args, files, folder):
+    """{name: file of a saved model} -> rows of a summary: model, *_acc, epochs, seconds.
+
+    args: with the flags of add_evaluation_flags. All numbers are in folder/evaluation.json, the
+    tables in folder/evaluation.txt; the same call goes on after an interruption. Under torchrun the
+    first process evaluates, and all get the rows.
+    """
+    attacks = ["clean", f"pgd{args.eval_steps}"]
+    names = ["eps", "step_size", "restarts", "seed", "data", "data_root", "device"]
+    if args.eval == "full":
+        attacks += ["pgd10", "pgd15", "corruptions", "calibration"]
+        attacks += [name for name in ("cinic", "ood") if getattr(args, name) is not None]
+        names += ["corruptions", "cinic", "cinic_per_class", "ood"]
+    result = folder / "evaluation.json"
+    checkpoints = list(dict.fromkeys(str(path) for path in files.values()))
+    argv = [*checkpoints, "--json", str(result), "--attack", *attacks]
+    for name in names:
+        value = getattr(args, name)
+        if value is not None:
+            argv += [f"--{name.replace('_', '-')}", str(value)]
+    if args.test_subset:
+        argv += ["--n", str(args.test_subset)]
+    if common.rank() == 0:
+        print(f"evaluating {', '.join(files)}: {folder / 'evaluation.txt'}", flush=True)
+        text = format_record(evaluate_models(parse_args(argv))) + "\n"
+        common.write_atomically(folder / "evaluation.txt", lambda f: f.write(text.encode()))
+    common.sync()
+    row_of = {row["model"]: row for row in common.read_json(result)["rows"]}
+    rows = []
+    for name, path in files.items():
+        row = {"model": name}
+        for key, value in row_of[str(path)].items():
+            if key.endswith("_acc"):
+                row[key] = value
+        _, meta = common.load_model(path)
+        rows.append(row | training_columns(meta))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# The whole job
 
 
 # Flags that change no number: an evaluation may go on with others
-FREE_FLAGS = {"json", "data_root", "device", "batch_size", "command", "deterministic"}
-
-
-def run(args):
-    """Evaluate every model, print the tables, write the JSON; go on where a killed run stopped."""
-    base, flag = args.json or args.save_examples, "--json" if args.json else "--save-examples"
-    if not base or os.path.isfile(args.json or ""):  # finished: nothing is written
-        return evaluate_models(args)
-    path = Path(f"{base}.lock")  # two evaluations would share their state
-    with common.lock(path, base, flag):
-        try:
-            evaluate_models(args)
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def evaluate_models(args):
-    """What `run` does, alone with the files of --json and --save-examples."""
-    if missing := [path for path in args.checkpoints if not os.path.isfile(path)]:
-        common.fail(f"{missing[0]}: no such checkpoint")  # before any data are fetched
-    device = common.setup_device(args)
-    if device.type == "cpu" and args.search != "tf32":
-        print(f"--search {args.search}: no effect on a CPU, all is in float32 there")
-    data = common.load_data(args.data, args.data_root, device, test_subset=args.n)
-    x, labels = data.x_test, data.y_test
-    others = images.load_others(args, data, x)
-    models, digests = load_models(args, data, device)
-    settings = {k: v for k, v in vars(args).items() if k in Settings.__dataclass_fields__}
-    flags = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items() if k not in FREE_FLAGS}
-    flags |= digests | {"the images and labels of --data": data.fingerprint}
-    out, base, rows = args.json and Path(args.json), args.json or args.save_examples, []
-    if out and out.is_file():
-        try:
-            record = json.loads(out.read_text())
-            compare_flags(out, record["flags"], flags)
-            print(f"{out} is finished")
-            drop_state(base)
-            return show(record)
-        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError):  # another record
-            common.fail(f"--json: {out} is there and holds something else; take another")
-    store = open_store(Path(f"{base}.state") if base else None, flags)
-    for name, model in models.items():
-        known = {"classes": len(data.classes), "store": store, "key": name}
-        row = evaluate_all(model, x, labels, args.attack, **settings, **known)
-        done = store.record["entries"].setdefault(f"{name} corruptions", {})
-        rest = others, args, done, lambda done: save_store(store)
-        row = {"model": name} | row | images.natural(model, x, labels, *rest)
-        if args.plot:
-            row["curve"] = accuracy_curve(model, x, labels, Settings(**settings))
-        rows.append(row)
-    if args.save_examples:
-        save_examples(args.save_examples, x, labels, store)
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    record = {"command": args.command, "flags": flags, "torch": torch.__version__, "gpu": gpu}
-    record |= {"data": data.name, "n": len(x), "norm": args.norm, "precision": "float32"}
-    record |= {"eps": args.eps, "step_size": args.step_size, "rows": rows}
-    record["logits"] = "log of the averaged probabilities" if args.ensemble else "of the model"
-    if args.plot:
-        from benchmark import robustness
-
-        robustness.plot(args.plot, record)
-    if out:
-        text = json.dumps(record, indent=1).encode() + b"\n"
-        common.write_atomically(out, lambda file: file.write(text))
-    store.file.close()
-    if base:
-        drop_state(base)
-    show(record)  # last: perhaps nobody reads it
+FREE_FLAGS = {"json", "data_root", "device", "batch_size", "command"}
 
 
 def main(argv=None):
-    """`run` with these flags; when it is stopped, the last lines say how to go on."""
+    """Evaluate every model, write the files that are asked for, print the tables."""
     args = parse_args(argv)
+    record = evaluate_models(args)
+    print(format_record(record))  # last: perhaps nobody reads it
+
+
+def evaluate_models(args):
+    """-> the record of --json, after the files are written; goes on where a killed run stopped."""
+    for path in args.checkpoints:
+        if not os.path.isfile(path):  # before any data are fetched
+            raise common.UserError(f"{path}: no such checkpoint")
+    device = common.find_device(args.device)
+    if device.type == "cpu" and args.search != "tf32":
+        print(f"--search {args.search}: no effect on a CPU, where everything is in float32")
+    data = common.load_data(args.data, args.data_root, device, test_subset=args.n)
+    others = read_other_images(args, data)
+    models, checksums = load_models(args, data, device)
+    flags = {"the images and labels of --data": data.fingerprint} | checksums
+    for name, value in vars(args).items():
+        if name not in FREE_FLAGS:
+            flags[f"--{name.replace('_', '-')}"] = value
+    result = args.json or args.save_examples
+    if result is None:
+        return evaluate_all(args, data, others, models, flags, State())
+    with state_folder(result, "--json" if args.json else "--save-examples") as folder:
+        record = finished_record(args.json, flags)
+        if record is not None:
+            print(f"{args.json} is finished")
+        else:
+            state = State(folder, flags, keep_examples=args.save_examples is not None)
+            record = evaluate_all(args, data, others, models, flags, state)
+            if args.save_examples:
+                save_examples(args.save_examples, data, state)
+            if args.json:
+                common.write_json(Path(args.json), record)
+        (folder / "state.pt").unlink(missing_ok=True)
+    return record
+
+
+def finished_record(path, flags):
+    """The record in the file of --json; None if there is none; a UserError if it is another one."""
+    if path is None or not Path(path).is_file():
+        return None
     try:
-        with common.stoppable():
-            run(args)
-    except (KeyboardInterrupt, BrokenPipeError) as stop:
-        kept = args.json or args.save_examples
-        kept = "finished batches are kept; go on" if kept else "nothing is kept; begin again"
-        print(f"\nstopped; {kept} with:\n{args.command}", file=sys.stderr)
-        raise SystemExit(common.status(stop)) from None
-    except torch.OutOfMemoryError:
-        common.fail("--batch-size: out of GPU memory; take a smaller one, the same command goes on")
-    except OSError as error:
-        common.fail(f"{error.filename or args.json}: {error.strerror or error}")
+        record = json.loads(Path(path).read_text())
+        compare_flags(path, record["flags"], flags)
+        format_record(record)
+    except (*common.MALFORMED, RecursionError):
+        raise common.UserError(
+            f"--json: {path} is there and holds something else; take another"
+        ) from None
+    return record
+
+
+def evaluate_all(args, data, others, models, flags, state):
+    """-> the record of --json: the rows of all models, and how they were made; draws --plot."""
+    settings = Settings(
+        eps=args.eps,
+        step_size=args.step_size,
+        restarts=args.restarts,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        norm=args.norm,
+        steps=args.steps,
+        queries=args.queries,
+        targets=args.targets,
+        search=args.search,
+    )
+    x, labels, rows = data.x_test, data.y_test, []
+    for name, model in models.items():
+        row = {"model": name}
+        row |= evaluate_model(
+            model, x, labels, args.attack, settings, len(data.classes), state, name
+        )
+        if "corruptions" in args.attack:
+            summary = corruption_accuracy(
+                model,
+                x,
+                labels,
+                folder=None if args.corruptions == "generate" else args.corruptions,
+                frost_dir=args.frost_dir,
+                seed=args.seed,
+                batch_size=args.batch_size,
+                counts=state.corruptions.setdefault(name, {}),
+                save=state.save,
+            )
+            for key in ("mean15_acc", "mean18_acc", "mean19_acc", "mca_acc"):
+                row[key] = summary[key]
+            row["corruptions"] = summary
+        for other, images in others.items():
+            logits = common.predict(model, images.x, batch_size=args.batch_size)
+            row[f"{other}_acc"] = common.accuracy(logits, images.labels)
+            row[f"{other}_note"] = images.note
+        if args.plot:
+            row["curve"] = accuracy_curve(model, x, labels, settings)
+        rows.append(row)
+    record = {
+        "command": args.command,
+        "flags": flags,
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if x.is_cuda else None,
+        "data": data.name,
+        "n": len(x),
+        "norm": args.norm,
+        "precision": "float32",
+        "eps": args.eps,
+        "step_size": args.step_size,
+        "logits": "log of the averaged probabilities" if args.ensemble else "of the model",
+        "rows": rows,
+    }
+    if args.plot:
+        plot(args.plot, record)
+    return record
+
+
+def save_examples(path, data, state):
+    """Write an .npz: x_adv float32 (N, H, W, C), clean where not broken; labels; broken (N,)."""
+    (progress,) = state.attacks.values()
+    broken = progress.broken_by > 0
+    x_adv = common.to_float(data.x_test).cpu()
+    x_adv[broken] = state.read_examples(progress, broken.nonzero()[:, 0], x_adv.shape[1:])
+    arrays = {
+        "x_adv": x_adv.permute(0, 2, 3, 1).numpy(),
+        "labels": data.y_test.cpu().numpy(),
+        "broken": broken.numpy(),
+    }
+    common.write_atomically(Path(path), lambda file: np.savez_compressed(file, **arrays))
+
+
+def format_record(record):
+    """The record as text: tables of the models, of their attacks, of their calibration, notes."""
+    if record["norm"] == "linf":
+        eps, step = f"{255 * record['eps']:.4g}/255", f"{255 * record['step_size']:.4g}/255"
+        attack = f"linf eps {eps}, PGD step {step}"
+    else:
+        attack = f"l2 eps {record['eps']:g}"
+    lines = [f"{record['data']}, {record['n']} test images, {attack}, float32"]
+    models, stages, calibrations = [], [], []
+    for row in record["rows"]:
+        name = short_name(row["model"])
+        models.append({k: v for k, v in row.items() if not isinstance(v, list | dict)})
+        for version, report in row["reports"].items():
+            largest = f"{report['max_perturbation']:.7f}"
+            for stage in report["stages"]:
+                numbers = {"broken": report["broken"], "largest": largest}
+                stages.append({"model": name, "in": version} | stage | numbers)
+        for kind, numbers in row.get("calibration", {}).items():
+            cells = {k: f"{v:.4f}" for k, v in numbers.items() if not isinstance(v, list)}
+            calibrations.append({"model": name, "images": kind} | cells)
+    for table in (models, stages, calibrations):
+        if table:
+            lines.append("\n" + common.table(table))
+    for row in record["rows"]:
+        if "corruptions" in row:
+            summary = row["corruptions"]
+            lines.append(f"\n{row['model']}: {summary['note']}")
+            lines.append(common.table(corruption_rows(summary)))
+        lines += [f"{row['model']}: warning: {line}" for line in row["warnings"]]
+    return "\n".join(lines)
+
+
+def plot(path, record):
+    """Write a figure: accuracy against eps, the two histograms of calibration, corruptions.
+
+    The histogram of the probabilities of all classes is Figure 8 of the noisy collaboration paper.
+    """
+    from matplotlib.figure import Figure
+
+    rows = {short_name(row["model"])[-36:]: row for row in record["rows"]}
+    calibrated = {name: row["calibration"] for name, row in rows.items() if "calibration" in row}
+    corrupted = {name: row["corruptions"] for name, row in rows.items() if "corruptions" in row}
+    panels = 1 + (2 if calibrated else 0) + len(corrupted)
+    figure = Figure((5 * panels, 4.5), layout="tight")
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    axis = axes.pop(0)
+    for name, row in rows.items():
+        eps, accuracy = np.array(row["curve"]).T
+        axis.plot(255 * eps, accuracy, marker=".", label=name)
+    axis.set(xlabel=f"255 eps ({record['norm']})", ylabel="accuracy (APGD-CE, 20 iterations)")
+    axis.legend(fontsize=7)
+    if calibrated:
+        histograms = {
+            "confidence": "largest probability of an image",
+            "probabilities": "probability of any class",
+        }
+        for key, xlabel in histograms.items():
+            axis = axes.pop(0)
+            for name, kinds in calibrated.items():
+                for kind, numbers in kinds.items():
+                    edges = np.linspace(0, 1, len(numbers[key]) + 1)
+                    axis.stairs(numbers[key], edges, label=f"{name}, {kind}")
+            axis.set(xlabel=xlabel, ylabel="share", yscale="log")
+            axis.legend(fontsize=7)
+    for name, summary in corrupted.items():
+        axis, table = axes.pop(0), summary["corruptions_acc"]
+        image = axis.imshow(list(table.values()), vmin=0, vmax=1, aspect="auto")
+        figure.colorbar(image)
+        axis.set(title=f"{name}: accuracy", xlabel="severity", xticks=range(5))
+        axis.set(xticklabels=range(1, 6), yticks=range(len(table)))
+        axis.set_yticklabels(table, fontsize=6)
+    kind = Path(path).suffix[1:] or "png"
+    common.write_atomically(Path(path), lambda file: figure.savefig(file, format=kind, dpi=150))
 
 
 if __name__ == "__main__":
-    common.start(main)
+    kept = "with --json finished batches are kept, and the same command goes on:"
+    common.start(main, stopped=kept)

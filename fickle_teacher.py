@@ -34,77 +34,151 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
-from pathlib import Path
+import math
+import sys
+import time
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-import plumbing
+import eval_robustness
 
-METHODS = ["teacher", "student", "hinton", "fickle", "signal", "swap"]
-# Epochs, and after how many the learning rate drops; A.3: by the largest rate of dropout
-STANDARD = (200, [60, 120, 150])
-SCHEDULES = {0.0: STANDARD, 0.2: (250, [75, 150, 200]), 0.3: (300, [90, 180, 240])}
-SCHEDULES[1.0] = (350, [105, 210, 280])
-# Flags that only some methods have
-ONLY = {"--dropout": ["teacher", "hinton", "fickle"], "--teacher-mode": ["fickle"]}
-ONLY |= {"--sigma": ["signal"], "--noise-per": ["signal"], "--swap": ["swap"]}
-ONLY |= {"--swap-probability": ["swap"], "--swap-threshold": ["swap"], "--swap-gap": ["swap"]}
-# What --demo sets
-DEMO = {"data": "shapes", "model": "wrn-10-1", "teacher-model": "wrn-16-1", "epochs": 5}
-DEMO |= {"teacher-epochs": 5, "batch-size": 32, "train-subset": 1000, "test-subset": 200}
-DEMO |= {"val-size": 100, "restarts": 1}
+METHODS = ["fickle", "signal", "swap", "hinton", "teacher", "student"]
+TAUGHT = ["fickle", "signal", "swap", "hinton"]  # there is a teacher
+# The methods that a flag has an effect on
+FLAG_METHODS = {
+    "--dropout": ["fickle", "hinton", "teacher"],
+    "--teacher-mode": ["fickle"],
+    "--sigma": ["signal"],
+    "--noise-per": ["signal"],
+    "--swap": ["swap"],
+    "--swap-probability": ["swap"],
+    "--swap-threshold": ["swap"],
+    "--swap-gap": ["swap"],
+}
+
+# Epochs, and the epochs after which the learning rate drops: section A.1
+STANDARD_EPOCHS = 200
+STANDARD_MILESTONES = [60, 120, 150]
+# The student of a fickle teacher learns for longer, by the teacher's dropout: section A.3
+STUDENT_SCHEDULES = [  # largest dropout, epochs, milestones
+    (0.0, STANDARD_EPOCHS, STANDARD_MILESTONES),
+    (0.2, 250, [75, 150, 200]),
+    (0.3, 300, [90, 180, 240]),
+    (1.0, 350, [105, 210, 280]),
+]
+
+DEMO = {
+    "data": "shapes",
+    "model": "wrn-10-1",
+    "teacher-model": "wrn-16-1",
+    "epochs": 5,
+    "teacher-epochs": 5,
+    "batch-size": 32,
+    "train-subset": 1000,
+    "test-subset": 200,
+    "val-size": 100,
+    "restarts": 1,
+}
 
 
 def parse_args(argv=None):
-    """The flags of this script as a namespace; errors are one line with exit status 2."""
-    parser = common.make_parser(__doc__)
+    """The flags of this script as a namespace; a flag that makes no sense is a UserError."""
+    parser = common.RunParser(__doc__)
     add = parser.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="fickle", help="how the teacher varies, or a baseline")
-    add("--dropout", type=common.rate, help="of the teacher, in training too; None: 0.4 for fickle")
-    add("--teacher-mode", choices=["dropout", "train"], default="dropout", help="train: BatchNorm")
-    add("--sigma", type=common.fraction, default=0.1, help="of signal: relative noise of logits")
-    add("--noise-per", choices=["logit", "image"], default="logit", help="draws of signal")
-    add("--swap", choices=["top2", "all"], default="top2", help="the first pair, or all neighbours")
-    add("--swap-probability", type=common.probability, default=0.3, help="that a close pair swaps")
-    add("--swap-threshold", type=common.fraction, default=0.2, help="gap of a close pair, at most")
-    add("--swap-gap", choices=["relative", "absolute"], default="relative", help="of probabilities")
-    add("--alpha", type=common.probability, default=0.9, help="weight of the distillation term")
-    add("--temperature", type=common.positive, default=4.0, help="of both softmaxes in the KL")
-    add("--model", default="wrn-16-2", help="student: wrn-16-2, resnet18, mlp-1200-1200, ...")
+    add(
+        "--method",
+        choices=METHODS,
+        default="fickle",
+        help="training method, see Methods above",
+    )
+    add("--dropout", type="rate", help="dropout rate of the teacher (fickle: 0.4, otherwise: 0)")
+    add(
+        "--teacher-mode",
+        choices=["dropout", "train"],
+        default="dropout",
+        help="what is in training mode while a fickle teacher teaches: its dropout alone, or its "
+        "BatchNorm too",
+    )
+    add("--sigma", type="fraction", default=0.1, help="deviation of signal's relative noise")
+    add(
+        "--noise-per",
+        choices=["logit", "image"],
+        default="logit",
+        help="draw the noise of signal for each logit, or once for each image",
+    )
+    add(
+        "--swap",
+        choices=["top2", "all"],
+        default="top2",
+        help="which neighbours among the sorted logits may swap: the first two, or all",
+    )
+    add("--swap-probability", type="probability", default=0.3, help="chance that a pair swaps")
+    add("--swap-threshold", type="fraction", default=0.2, help="largest gap of a pair that swaps")
+    add(
+        "--swap-gap",
+        choices=["relative", "absolute"],
+        default="relative",
+        help="gap of two softened probabilities p >= q: (p - q) / p, or p - q",
+    )
+    add("--alpha", type="probability", default=0.9, help="weight of the distillation term")
+    add("--temperature", type="positive", default=4.0, help="temperature of both softmaxes")
+    add("--model", default="wrn-16-2", help="net of the student: wrn-16-2, resnet18, mlp-512, ...")
     add = parser.add_argument_group("teacher").add_argument
-    add("--teacher-model", default="wrn-40-2", help="likewise; fickle: one with dropout layers")
-    add("--teacher-seeds", type=common.count, default=1, help="train those of seeds 0 to N-1, ...")
-    add("--pick-teacher", choices=["val", "test"], default="val", help="... take the best on these")
-    add("--teacher-epochs", type=common.count, default=200, help="length of its training")
-    drops = "epochs after which the teacher's learning rate drops; "
-    drops += "None: 60 120 150 of 200, stretched to --teacher-epochs"
-    add("--teacher-milestones", type=common.count, nargs="+", help=drops)
-    add("--teacher-ckpt", help="take this finished teacher and train none")
-    add("--teacher-table", choices=["auto", "yes", "no"], default="auto", help="of all its logits")
+    add("--teacher-model", default="wrn-40-2", help="net of the teacher, named as for --model")
+    add(
+        "--teacher-seeds",
+        type="count",
+        default=1,
+        help="number of teachers to train (seeds 0 to N-1); the most accurate one teaches",
+    )
+    add(
+        "--pick-teacher",
+        choices=["val", "test"],
+        default="val",
+        help="images on which the best teacher is chosen: held-out ones, or test images as in "
+        "the paper",
+    )
+    add("--teacher-epochs", type="count", default=200, help="epochs of the teacher's training")
+    add(
+        "--teacher-milestones",
+        type="count",
+        nargs="+",
+        help="epochs at which the teacher's learning rate drops (default: 60 120 150 of 200, "
+        "stretched to --teacher-epochs)",
+    )
+    add("--teacher-ckpt", help="file of a finished teacher; no teacher is trained")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=common.count, help="of the student; None: 200, or by the rate of dropout")
-    add("--milestones", type=common.count, nargs="+", help="None: 60 120 150 of 200, or by A.3")
-    add("--gamma", type=common.positive, default=0.2, help="factor on the learning rate at these")
-    add("--lr", type=common.positive, default=0.1, help="first learning rate")
-    add("--batch-size", type=common.count, default=128, help="of teacher and student")
-    add("--momentum", type=common.probability, default=0.9, help="of SGD")
-    add("--weight-decay", type=common.fraction, default=5e-4, help="on all parameters")
-    plumbing.add_evaluation_flags(parser)
-    plumbing.add_run_flags(parser)
-    args = plumbing.parse(parser, argv, {"--demo": DEMO})
-    given = {flag.split("=")[0] for flag in args.argv}
-    for flag in given & ONLY.keys():
-        if args.method not in ONLY[flag] and not args.demo:
-            parser.error(f"{flag}: --method {args.method} has none")
-    if args.teacher_table == "yes" and varies(args):
-        parser.error("--teacher-table yes: a fickle teacher answers anew each time")
-    if args.method == "teacher" and args.teacher_seeds > 1:
+    add(
+        "--epochs",
+        type="count",
+        help="epochs of the student's training (default: 200; fickle: 250 to 350, by --dropout)",
+    )
+    add(
+        "--milestones",
+        type="count",
+        nargs="+",
+        help="epochs at which the student's learning rate drops (default: 60 120 150 of 200, or "
+        "those of section A.3, stretched to --epochs)",
+    )
+    add("--gamma", type="positive", default=0.2, help="factor on the learning rate at milestones")
+    add("--lr", type="positive", default=0.1, help="learning rate that both nets start with")
+    add("--batch-size", type="count", default=128, help="images per step of both nets")
+    add("--momentum", type="probability", default=0.9, help="momentum of SGD for both nets")
+    add("--weight-decay", type="fraction", default=5e-4, help="weight decay of SGD for both nets")
+    eval_robustness.add_evaluation_flags(parser)
+    parser.add_run_flags()
+    args = parser.parse_run(argv, {"--demo": DEMO})
+    for flag, methods in FLAG_METHODS.items():
+        if flag in args.given and args.method not in methods and not args.demo:
+            parser.error(f"{flag}: has no effect with --method {args.method}; leave it out")
+    common.check_model("--teacher-model", args.teacher_model, dropout=teacher_dropout(args))
+    if args.teacher_seeds > 1 and args.method == "teacher":
         parser.error("--teacher-seeds: --method teacher trains one, that of --seed; leave it out")
-    common.check_model("--model", args.model)
-    common.check_model("--teacher-model", args.teacher_model, dropout=teacher_dropout(vars(args)))
+    if args.teacher_seeds > 1 and args.teacher_ckpt:
+        parser.error("--teacher-seeds: has no effect with --teacher-ckpt; leave it out")
     return args
 
 
@@ -119,7 +193,8 @@ def hinton_loss(student_logits, teacher_logits, labels, alpha, temperature):
     """
     targets = (teacher_logits.detach() / temperature).softmax(1)
     student_log_probs = (student_logits / temperature).log_softmax(1)
-    kl = F.kl_div(student_log_probs, targets, reduction="batchmean")  # the default: K times less
+    # batchmean is the KL; PyTorch's default would divide it by the number of classes too
+    kl = F.kl_div(student_log_probs, targets, reduction="batchmean")
     return (1 - alpha) * F.cross_entropy(student_logits, labels) + alpha * temperature**2 * kl
 
 
@@ -127,20 +202,18 @@ def hinton_loss(student_logits, teacher_logits, labels, alpha, temperature):
 # How the teacher varies
 
 
-def teacher_dropout(flags):
-    """The teacher's rate of dropout, of the flags (a dict)."""
-    default = 0.4 if flags["method"] == "fickle" else 0.0
-    return default if flags["dropout"] is None else flags["dropout"]
-
-
-def varies(args):
-    """Whether the teacher's net itself answers anew each time that it sees the same image."""
-    noisy = args.teacher_mode == "train" or teacher_dropout(vars(args)) > 0
-    return args.method == "fickle" and noisy
+def teacher_dropout(args):
+    """The dropout rate of the teacher, in its training and, for fickle, while it teaches."""
+    if args.dropout is None:
+        return 0.4 if args.method == "fickle" else 0.0
+    return args.dropout
 
 
 def make_fickle(teacher, mode):
-    """Activate the teacher's dropout; in mode `train` BatchNorm too takes what the batch gives."""
+    """Put the teacher's dropout into training mode; with mode "train" BatchNorm too.
+
+    BatchNorm then normalises with the statistics of the batch and keeps its running ones.
+    """
     for module in teacher.modules():
         if isinstance(module, nn.Dropout):
             module.train()
@@ -150,8 +223,11 @@ def make_fickle(teacher, mode):
 
 def signal_noise(teacher_logits, sigma, noise_per="logit"):
     """Eq. (5): (1 + delta) z, delta ~ N(0, sigma^2) for each logit or image: (B, K) -> (B, K)."""
-    like = teacher_logits if noise_per == "logit" else teacher_logits[:, :1]
-    return (1 + sigma * torch.randn_like(like)) * teacher_logits
+    if noise_per == "logit":
+        delta = torch.randn_like(teacher_logits)
+    else:
+        delta = torch.randn_like(teacher_logits[:, :1])
+    return (1 + sigma * delta) * teacher_logits
 
 
 def swap_logits(teacher_logits, temperature, swap, probability, threshold, gap="relative"):
@@ -166,8 +242,8 @@ def swap_logits(teacher_logits, temperature, swap, probability, threshold, gap="
     gaps = gaps / probs[:, :-1] if gap == "relative" else gaps
     swaps = (gaps < threshold) & (torch.rand_like(gaps) < probability)
     swaps[:, 1:] &= swap == "all"
-    # a logit that swaps goes to the next one's class; in its own comes what the unbroken row of
-    # swaps before it has carried down: the logit with which that row began
+    # A logit that swaps moves down to the class of the next rank. Where it leaves, the logit comes
+    # in that an unbroken row of swaps has carried down: the one with which that row began.
     rank = torch.arange(z.shape[1], device=z.device)
     begin = torch.where(F.pad(swaps, (1, 0)), 0, rank).cummax(1).values
     to = torch.where(F.pad(swaps, (0, 1)), rank + 1, begin)  # (B, K): the rank whose class it gets
@@ -178,131 +254,176 @@ def swap_logits(teacher_logits, temperature, swap, probability, threshold, gap="
 # Training
 
 
-def teacher_settings(flags):
-    """What a teacher depends on, of the flags (a dict), but for its seed."""
-    names = "data train_subset val_size deterministic precision lr gamma batch_size momentum"
-    names += " weight_decay teacher_model teacher_milestones teacher_ckpt"
-    settings = {name: flags[name] for name in names.split()} | {"epochs": flags["teacher_epochs"]}
-    dropout = teacher_dropout(flags)
-    return settings | ({"dropout": dropout} if dropout else {})
-
-
-def stretch(schedule, epochs):
-    """The milestones of a schedule, (epochs, milestones), made `epochs` long."""
-    return [-(-milestone * epochs // schedule[0]) for milestone in schedule[1]]
+def stretch(milestones, standard_epochs, epochs):
+    """The milestones of a schedule of `standard_epochs`, moved to one of `epochs`."""
+    return [math.ceil(milestone * epochs / standard_epochs) for milestone in milestones]
 
 
 def student_schedule(args):
-    """(epochs, milestones) of the student: a longer one for fickle, by the rate of dropout."""
-    rate = teacher_dropout(vars(args)) if args.method == "fickle" else 0.0
-    schedule = next(longer for most, longer in SCHEDULES.items() if rate <= most)
-    epochs = args.epochs or schedule[0]
-    return epochs, args.milestones or stretch(schedule, epochs)
+    """-> (epochs, milestones) of the student: longer for fickle, by the teacher's dropout."""
+    dropout = teacher_dropout(args) if args.method == "fickle" else 0.0
+    for largest_dropout, standard_epochs, standard_milestones in STUDENT_SCHEDULES:
+        if dropout <= largest_dropout:
+            epochs = args.epochs or standard_epochs
+            return epochs, args.milestones or stretch(standard_milestones, standard_epochs, epochs)
 
 
-def train_net(net, teach, data, args, run, stage, seed, total, milestones):
-    """Train into <stage>.pt: on labels and, if it is not None, on teach(x, view) -> (B, K)."""
-    optimizer = common.sgd(net, args.lr, args.momentum, args.weight_decay)
+def train(model, data, folder, stage, args, seed, epochs, milestones, teacher=None):
+    """Train `model` and write it to folder/<stage>.pt.
+
+    teacher: in eval mode with frozen weights, or None: from labels alone. By --method it answers
+    with active dropout, or its logits are changed. After an interruption the same call goes on.
+    """
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=args.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, args.gamma)
 
-    @plumbing.captured(run, net)
-    def compute(x, labels, view):
-        with plumbing.autocast(run):
-            logits = net(x)
-            if teach is None:
-                loss = F.cross_entropy(logits, labels)
+    def step(x, labels):
+        """One batch up to the gradients of the weights -> metrics."""
+        with torch.autocast("cuda", torch.bfloat16, args.autocast, cache_enabled=False):
+            student_logits = model(x)
+            if teacher is None:
+                loss = F.cross_entropy(student_logits, labels)
             else:
-                with torch.no_grad():
-                    teacher_logits = teach(x, view)
-                loss = hinton_loss(logits, teacher_logits, labels, args.alpha, args.temperature)
+                if args.method == "fickle":
+                    make_fickle(teacher, args.teacher_mode)
+                teacher_logits = teacher(x)
+                if args.method == "signal":
+                    teacher_logits = signal_noise(teacher_logits, args.sigma, args.noise_per)
+                elif args.method == "swap":
+                    teacher_logits = swap_logits(
+                        teacher_logits,
+                        args.temperature,
+                        args.swap,
+                        args.swap_probability,
+                        args.swap_threshold,
+                        args.swap_gap,
+                    )
+                loss = hinton_loss(
+                    student_logits, teacher_logits, labels, args.alpha, args.temperature
+                )
         loss.backward()
-        return plumbing.metrics(loss, logits, labels)
+        return common.metrics(loss, student_logits, labels)
 
-    parts = {"model": net, "optimizer": optimizer, "schedule": schedule}
-    for epoch in plumbing.epochs(run, stage, total, **parts):
-        plumbing.seed_epoch("noise", seed, epoch)  # a teacher's: of its own seed
-        history = []
-        for x, labels, view in common.batches(data, args.batch_size, seed, epoch, run, views=True):
+    step = common.speed_up(step, model, args)
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    rows = common.resume(folder, stage, state)
+    for epoch in range(len(rows), epochs):
+        common.seed_epoch(seed, stage, epoch)
+        began, history = time.monotonic(), []
+        for x, labels in common.batches(data, args.batch_size, seed, stage, epoch):
             optimizer.zero_grad()
-            history.append(compute(x, labels, view))
+            history.append(step(x, labels))
+            common.average_gradients(model, len(labels))
             optimizer.step()
         schedule.step()  # per epoch
-        plumbing.end_epoch(run, epoch, history, data)
-    meta = {"epoch": total, "seconds": run.seconds, "best": run.best}
-    plumbing.save_model(run, stage, net, meta)
-
-
-def train_teacher(data, args, run, seed):
-    """Train the teacher of a seed, into the run's teacher<seed>.pt."""
-    rate, total = teacher_dropout(vars(args)), args.teacher_epochs
-    net = common.model_for(data, args.teacher_model, seed, "teacher", dropout=rate)
-    milestones, stage = args.teacher_milestones or stretch(STANDARD, total), f"teacher{seed}"
-    seed = common.derive_seed(seed, "teacher")  # other batches than the student's
-    train_net(net, None, data, args, run, stage, seed, total, milestones)
-
-
-def train_student(teacher, data, args, run, tables):
-    """Train the student into student.pt; teacher: or None; tables: what all seeds share."""
-    total, milestones = student_schedule(args)
-    swap = args.swap, args.swap_probability, args.swap_threshold, args.swap_gap
-    noise = {
-        "signal": lambda z: signal_noise(z, args.sigma, args.noise_per),
-        "swap": lambda z: swap_logits(z, args.temperature, *swap),
-    }.get(args.method, lambda z: z)
-    table = None
-    if varies(args):
-        make_fickle(teacher, args.teacher_mode)
-    elif teacher is not None:
-        table = plumbing.teacher_table(teacher, data, run, total, tables)
-
-    def teach(x, view):
-        return noise(teacher(x) if table is None else table[view])  # (B, K)
-
-    net = common.model_for(data, args.model, args.seed, "student")
-    train_net(net, teacher and teach, data, args, run, "student", args.seed, total, milestones)
+        row = common.epoch_row(stage, epoch, model, history, began)
+        rows.append(row | common.validate(model, data))
+        common.save_epoch(folder, stage, model, state, rows, epochs, args.tensorboard)
+    common.save_model(folder / f"{stage}.pt", model, rows)
 
 
 # ------------------------------------------------------------------------------------------------
 # The whole job
 
 
+def teacher_recipe(args, seed):
+    """What the weights of a teacher depend on: equal recipes, also of other scripts, share one."""
+    milestones = args.teacher_milestones
+    if milestones is None:
+        milestones = stretch(STANDARD_MILESTONES, STANDARD_EPOCHS, args.teacher_epochs)
+    recipe = {
+        "training": "labels alone, SGD with drops of the learning rate",
+        "model": args.teacher_model,
+        "seed": seed,
+        "epochs": args.teacher_epochs,
+        "milestones": milestones,
+        "gamma": args.gamma,
+        "lr": args.lr,
+        "batch_size": args.batch_size,
+        "momentum": args.momentum,
+        "weight_decay": args.weight_decay,
+        "augment": args.augment,
+        "precision": args.precision,
+        "deterministic": args.deterministic,
+    }
+    if teacher_dropout(args) > 0:
+        recipe["dropout"] = teacher_dropout(args)
+    return recipe
+
+
+def get_teacher(args, data, seed):
+    """-> (the teacher of a seed, in eval mode with frozen weights; its file)."""
+    recipe = teacher_recipe(args, seed)
+
+    def train_teacher(folder):
+        dropout = teacher_dropout(args)
+        model = common.new_model(data, args.teacher_model, seed, "teacher", dropout=dropout)
+        train(model, data, folder, "teacher", args, seed, recipe["epochs"], recipe["milestones"])
+
+    teacher, _, path = common.get_teacher(args, data, recipe, train_teacher)
+    return teacher, path
+
+
+def choose_teacher(args, data):
+    """-> (the most accurate of the teachers of seeds 0 to --teacher-seeds - 1; its file).
+
+    By --pick-teacher; the same one for all students. --method teacher is about that of --seed.
+    """
+    if args.method == "teacher":
+        return get_teacher(args, data, args.seed)
+    if args.teacher_seeds == 1:
+        return get_teacher(args, data, 0)
+    x, labels = data.x_val, data.y_val
+    if args.pick_teacher == "test":
+        x, labels = data.x_test, data.y_test
+    best, best_accuracy = None, -1.0
+    for seed in range(args.teacher_seeds):
+        teacher, path = get_teacher(args, data, seed)
+        accuracy = eval_robustness.evaluate(teacher, x, labels, ["clean"])["clean_acc"]
+        print(f"teacher of seed {seed}: {args.pick_teacher} accuracy {accuracy:.4f}", flush=True)
+        if accuracy > best_accuracy:
+            best, best_accuracy = (teacher, path), accuracy
+    return best
+
+
 def main(argv=None):
     """For each seed: data, teacher, student, evaluation of both, one table."""
-    args, tables = parse_args(argv), {}
-    if args.demo and args.method in METHODS[3:]:
-        main([*args.argv, "--method", "hinton"])  # to compare
-    plumbing.across_seeds([train_and_evaluate(one, tables) for one in plumbing.per_seed(args)])
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    if args.demo and args.method not in ("hinton", "teacher", "student"):
+        main([*argv, "--method", "hinton"])  # to compare
+    return common.run_seeds("fickle_teacher", args, train_and_evaluate, prepare)
 
 
-def check(args, data):
-    """An error for what cannot be done with these data and the teacher that is given."""
-    plumbing.check_evaluation(args, data)
-    if args.method == "fickle" and args.teacher_ckpt and Path(args.teacher_ckpt).exists():
-        given = common.load_model(args.teacher_ckpt, "cpu", data)[0].arch["dropout"]
-        if given != (rate := teacher_dropout(vars(args))):
-            common.fail(f"--teacher-ckpt: learned with dropout {given:g}, not --dropout {rate:g}")
+def prepare(args, data):
+    """A UserError, before anything is written, for what cannot be done with these data."""
+    eval_robustness.check_evaluation(args, data)
+    if args.teacher_ckpt and args.method == "fickle":
+        teacher, _ = common.load_model(args.teacher_ckpt, "cpu", data)
+        learned, asked = teacher.arch["dropout"], teacher_dropout(args)
+        if learned != asked:
+            wrong = f"learned with dropout {learned:g}, not --dropout {asked:g}"
+            raise common.UserError(f"--teacher-ckpt: {wrong}")
 
 
-def train_and_evaluate(args, tables):
-    """The run of one seed; everything is in its folder, but for the tables of all. -> Run"""
-    with plumbing.open_run("fickle_teacher", args, lambda data: check(args, data)) as (run, data):
-        if run.finished:
-            return run
-        files, teacher = {}, None
-        if args.method != "student":
-            teacher, _ = plumbing.choose_teacher(
-                run, data, teacher_settings, lambda seed: train_teacher(data, args, run, seed)
-            )
-            files["teacher"] = run.dir / "teacher.pt"
-        if args.method != "teacher":
-            file = files[f"student ({args.method})"] = run.dir / "student.pt"
-            if not file.exists():
-                train_student(teacher, data, args, run, tables)
-            files |= plumbing.best_epoch(run)
-        import eval_robustness
-
-        plumbing.finish(run, plumbing.evaluate_files(run, files, eval_robustness))
-    return run
+def train_and_evaluate(args, data, folder):
+    """One seed: train what is missing, evaluate both nets -> the rows of the summary."""
+    files, teacher = {}, None
+    if args.method in TAUGHT or args.method == "teacher":
+        teacher, files["teacher"] = choose_teacher(args, data)
+    if args.method != "teacher":
+        model = common.new_model(data, args.model, args.seed, "student")
+        epochs, milestones = student_schedule(args)
+        train(model, data, folder, "student", args, args.seed, epochs, milestones, teacher)
+        files[f"student ({args.method})"] = folder / "student.pt"
+        files |= eval_robustness.best_epoch(folder)
+    return eval_robustness.evaluate_files(args, files, folder)
 
 
 if __name__ == "__main__":

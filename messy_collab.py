@@ -4,11 +4,12 @@ Paper    "Improving generalization and robustness with noisy collaboration in kn
          distillation", Arani, Sarfraz, Zonooz, arXiv 1910.05057v1 (2019): section 4.3,
          Figures 6 to 10, 17.
 Loss     (1-alpha) CE(S(x), y') + alpha tau^2 KL(T(x) || S(x))                <- hinton_loss Eq. 2
-         y' is y; another class for a share of the images
+         y' is y, or another class for a share of the images
 Methods  mc-t, mc-s, mc-ts      drawn anew for each batch, at --noise-rate    <- vary_labels
          flc-t, flc-s, flc-ts   drawn once, at --corruption-rate, kept        <- corrupt_labels
                                 in the labels of teacher, student or both
-         teacher, student: the net of --seed alone, from labels; hinton: y' = y
+         teacher, student       the net of --seed alone, from labels
+         hinton                 y' = y
 Usage    python messy_collab.py --noise-rate 0.5                     # mc-ts
          python messy_collab.py --method flc-ts --corruption-rate 0.25
          python messy_collab.py --method mc-s --noise-rate 0.1 --corruption-rate 0.25   # Figure 10
@@ -35,74 +36,128 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
-import copy
+import dataclasses
+import math
+import sys
+import time
+import zlib
 
 import torch
 import torch.nn.functional as F
 
 import common
-import plumbing
+import eval_robustness
 
-METHODS = ["teacher", "student", "hinton", "mc-t", "mc-s", "mc-ts", "flc-t", "flc-s", "flc-ts"]
-# Epochs, and after how many the learning rate drops
-STANDARD = (200, [60, 120, 150])
-# Whose labels are wrong, t the teacher's and s the student's: anew in each batch, or once for all
-VARIED = {"teacher": "t", "student": "s", "mc-t": "t", "mc-s": "s", "mc-ts": "ts"}
-CORRUPTED = {"flc-t": "t", "flc-s": "s", "flc-ts": "ts"}  # other methods: both have the same
-# Flags that only some methods have
-ONLY = {"--noise-rate": VARIED}
-# How wrong labels are drawn -> how far at least to move on from the true class
-DRAWS = {"exclusive": 1, "inclusive": 0}
-# What --demo sets
-DEMO = {"data": "shapes", "model": "wrn-10-1", "teacher-model": "wrn-16-1", "epochs": 5}
-DEMO |= {"teacher-epochs": 5, "batch-size": 32, "train-subset": 1000, "test-subset": 200}
-DEMO |= {"val-size": 100, "restarts": 1}
+METHODS = ["mc-ts", "mc-t", "mc-s", "flc-ts", "flc-t", "flc-s", "hinton", "teacher", "student"]
+TAUGHT = ["mc-ts", "mc-t", "mc-s", "flc-ts", "flc-t", "flc-s", "hinton"]  # there is a teacher
+
+# Methods in which labels of a net vary from batch to batch ...
+VARIED = {
+    "teacher": ["mc-t", "mc-ts", "teacher"],
+    "student": ["mc-s", "mc-ts", "student"],
+}
+# ... or, with a corruption rate, are wrong once and for all: all methods but these
+NOT_CORRUPTED = {
+    "teacher": ["flc-s"],
+    "student": ["flc-t"],
+}
+
+# Epochs, and the epochs after which the learning rate drops: section A.1
+STANDARD_EPOCHS = 200
+STANDARD_MILESTONES = [60, 120, 150]
+
+DEMO = {
+    "data": "shapes",
+    "model": "wrn-10-1",
+    "teacher-model": "wrn-16-1",
+    "epochs": 5,
+    "teacher-epochs": 5,
+    "batch-size": 32,
+    "train-subset": 1000,
+    "test-subset": 200,
+    "val-size": 100,
+    "restarts": 1,
+}
 
 
 def parse_args(argv=None):
-    """The flags of this script as a namespace; errors are one line with exit status 2."""
-    parser = common.make_parser(__doc__)
+    """The flags of this script as a namespace; a flag that makes no sense is a UserError."""
+    parser = common.RunParser(__doc__)
     add = parser.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="mc-ts", help="whose labels are wrong, and how")
-    add("--noise-rate", type=common.rate, help="share drawn anew for a batch; None: 0.25 for mc-*")
-    add("--corruption-rate", type=common.rate, help="share of fixed ones; None: 0.25 for flc-*")
-    add("--corruption-seed", type=common.count0, default=0, help="that draws them; not by --seed")
-    add("--labels-file", help="take the corrupted labels of another run: its labels.pt")
-    add("--label-draw", choices=DRAWS, default="exclusive", help="inclusive: the true class too")
-    add("--alpha", type=common.probability, default=0.9, help="weight of the distillation term")
-    add("--temperature", type=common.positive, default=4.0, help="of both softmaxes in the KL")
-    add("--model", default="wrn-16-2", help="student: wrn-16-2, resnet18, mlp-1200-1200, ...")
+    add(
+        "--method",
+        choices=METHODS,
+        default="mc-ts",
+        help="training method, see Methods above",
+    )
+    add("--noise-rate", type="rate", help="share of labels drawn anew per batch (mc-*: 0.25)")
+    add("--corruption-rate", type="rate", help="share of labels wrong for good (flc-*: 0.25)")
+    add(
+        "--corruption-seed",
+        type="count0",
+        default=0,
+        help="seed of the corrupted labels, which are the same for every --seed",
+    )
+    add("--labels-file", help="corrupted labels of another run: the labels.pt in its folder")
+    add(
+        "--label-draw",
+        choices=["exclusive", "inclusive"],
+        default="exclusive",
+        help="classes that a wrong label is drawn from: all but the true one, or all",
+    )
+    add("--alpha", type="probability", default=0.9, help="weight of the distillation term")
+    add("--temperature", type="positive", default=4.0, help="temperature of both softmaxes")
+    add("--model", default="wrn-16-2", help="net of the student: wrn-16-2, resnet18, mlp-512, ...")
     add = parser.add_argument_group("teacher").add_argument
-    add("--teacher-model", default="wrn-40-2", help="likewise")
-    add("--teacher-seeds", type=common.count, default=1, help="train those of seeds 0 to N-1, ...")
-    add("--pick-teacher", choices=["val", "test"], default="val", help="... take the best on these")
-    add("--teacher-epochs", type=common.count, default=200, help="length of its training")
-    drops = "epochs after which the teacher's learning rate drops; "
-    drops += "None: 60 120 150 of 200, stretched to --teacher-epochs"
-    add("--teacher-milestones", type=common.count, nargs="+", help=drops)
-    add("--teacher-ckpt", help="take this finished teacher and train none")
-    add("--teacher-table", choices=["auto", "yes", "no"], default="auto", help="of all its logits")
+    add("--teacher-model", default="wrn-40-2", help="net of the teacher, named as for --model")
+    add(
+        "--teacher-seeds",
+        type="count",
+        default=1,
+        help="number of teachers to train (seeds 0 to N-1); the most accurate one teaches",
+    )
+    add(
+        "--pick-teacher",
+        choices=["val", "test"],
+        default="val",
+        help="images on which the best teacher is chosen: held-out ones, or test images as in "
+        "the paper",
+    )
+    add("--teacher-epochs", type="count", default=200, help="epochs of the teacher's training")
+    add(
+        "--teacher-milestones",
+        type="count",
+        nargs="+",
+        help="epochs at which the teacher's learning rate drops (default: 60 120 150 of 200, "
+        "stretched to --teacher-epochs)",
+    )
+    add("--teacher-ckpt", help="file of a finished teacher; no teacher is trained")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=common.count, default=200, help="of the student")
-    add("--milestones", type=common.count, nargs="+", help="None: 60 120 150 of 200, stretched")
-    add("--gamma", type=common.positive, default=0.2, help="factor on the learning rate at these")
-    add("--lr", type=common.positive, default=0.1, help="first learning rate")
-    add("--batch-size", type=common.count, default=128, help="of teacher and student")
-    add("--momentum", type=common.probability, default=0.9, help="of SGD")
-    add("--weight-decay", type=common.fraction, default=5e-4, help="on all parameters")
-    plumbing.add_evaluation_flags(parser)
-    plumbing.add_run_flags(parser)
-    args = plumbing.parse(parser, argv, {"--demo": DEMO})
-    given = {flag.split("=")[0] for flag in args.argv}
-    for flag in given & ONLY.keys():
-        if args.method not in ONLY[flag] and not args.demo:
-            parser.error(f"{flag}: --method {args.method} has none")
+    add("--epochs", type="count", default=200, help="epochs of the student's training")
+    add(
+        "--milestones",
+        type="count",
+        nargs="+",
+        help="epochs at which the student's learning rate drops (default: 60 120 150 of 200, "
+        "stretched to --epochs)",
+    )
+    add("--gamma", type="positive", default=0.2, help="factor on the learning rate at milestones")
+    add("--lr", type="positive", default=0.1, help="learning rate that both nets start with")
+    add("--batch-size", type="count", default=128, help="images per step of both nets")
+    add("--momentum", type="probability", default=0.9, help="momentum of SGD for both nets")
+    add("--weight-decay", type="fraction", default=5e-4, help="weight decay of SGD for both nets")
+    eval_robustness.add_evaluation_flags(parser)
+    parser.add_run_flags()
+    args = parser.parse_run(argv, {"--demo": DEMO})
+    varied = VARIED["teacher"] + VARIED["student"]
+    if "--noise-rate" in args.given and args.method not in varied and not args.demo:
+        parser.error(f"--noise-rate: has no effect with --method {args.method}; leave it out")
     if args.labels_file and args.corruption_rate is not None:
-        parser.error("--corruption-rate: the labels of --labels-file are drawn already")
-    if args.method == "teacher" and args.teacher_seeds > 1:
+        parser.error("--corruption-rate: the labels of --labels-file are drawn; leave it out")
+    if args.teacher_seeds > 1 and args.method == "teacher":
         parser.error("--teacher-seeds: --method teacher trains one, that of --seed; leave it out")
-    common.check_model("--model", args.model)
-    common.check_model("--teacher-model", args.teacher_model)
+    if args.teacher_seeds > 1 and args.teacher_ckpt:
+        parser.error("--teacher-seeds: has no effect with --teacher-ckpt; leave it out")
     return args
 
 
@@ -118,7 +173,8 @@ def hinton_loss(student_logits, teacher_logits, labels, alpha, temperature):
     """
     targets = (teacher_logits.detach() / temperature).softmax(1)
     student_log_probs = (student_logits / temperature).log_softmax(1)
-    kl = F.kl_div(student_log_probs, targets, reduction="batchmean")  # the default: K times less
+    # batchmean is the KL; PyTorch's default would divide it by the number of classes too
+    kl = F.kl_div(student_log_probs, targets, reduction="batchmean")
     return (1 - alpha) * F.cross_entropy(student_logits, labels) + alpha * temperature**2 * kl
 
 
@@ -126,184 +182,250 @@ def hinton_loss(student_logits, teacher_logits, labels, alpha, temperature):
 # The wrong labels
 
 
+def draw_wrong(labels, classes, draw="exclusive", generator=None):
+    """Another class for each label, uniform over the wrong ones (inclusive: over all): (B,)."""
+    first = 1 if draw == "exclusive" else 0
+    moves = torch.randint(first, classes, labels.shape, generator=generator, device=labels.device)
+    return (labels + moves) % classes
+
+
 def vary_labels(labels, rate, classes, draw="exclusive"):
     """Target variability: each label is wrong with probability `rate`: (B,) -> (B,)."""
-    moved = labels + torch.randint_like(labels, DRAWS[draw], classes)  # uniform over what remains
-    wrong = torch.rand_like(labels, dtype=torch.float32) < rate
-    return torch.where(wrong, moved % classes, labels)
+    wrong = draw_wrong(labels, classes, draw)
+    return torch.where(torch.rand(labels.shape, device=labels.device) < rate, wrong, labels)
 
 
 def corrupt_labels(labels, rate, classes, seed, draw="exclusive"):
     """Fixed corruption: round(rate N) labels are wrong, by (seed, rate) alone: (N,) -> (N,)."""
-    g = torch.Generator().manual_seed(common.derive_seed("corruption", seed, rate))
-    wrong = torch.randperm(len(labels), generator=g)[: round(rate * len(labels))]
-    moves = torch.randint(DRAWS[draw], classes, (len(wrong),), generator=g)
+    generator = torch.Generator().manual_seed(common.derive_seed("corruption", seed, rate))
     corrupted = labels.cpu().clone()
-    corrupted[wrong] = (corrupted[wrong] + moves) % classes
+    chosen = torch.randperm(len(labels), generator=generator)[: round(rate * len(labels))]
+    corrupted[chosen] = draw_wrong(corrupted[chosen], classes, draw, generator)
     return corrupted.to(labels.device)
 
 
-def wrong_labels(flags, net):
-    """[noise rate, what draws corrupted labels or None] for net t or s, of the flags (a dict)."""
-    method, noise, rate = (flags[name] for name in ("method", "noise_rate", "corruption_rate"))
-    noise = 0.25 * (method[:2] == "mc") if noise is None else noise
-    rate = 0.25 * (method[:3] == "flc") if rate is None else rate
-    drawn = flags["labels_file"] or ([rate, flags["corruption_seed"]] if rate else None)
-    varies, corrupted = net in VARIED.get(method, ""), net in CORRUPTED.get(method, "ts")
-    return [noise if varies else 0.0, drawn if corrupted else None]
+def noise_rate(args, role):
+    """The share of the labels of role ("teacher", "student") that is drawn anew in each batch."""
+    if args.method not in VARIED[role]:
+        return 0.0
+    if args.noise_rate is None:
+        return 0.25 if args.method.startswith("mc-") else 0.0
+    return args.noise_rate
+
+
+def corruption_rate(args, role):
+    """The share of the labels of role ("teacher", "student") that is wrong for good."""
+    if args.method in NOT_CORRUPTED[role]:
+        return 0.0
+    if args.corruption_rate is None:
+        return 0.25 if args.method.startswith("flc-") else 0.0
+    return args.corruption_rate
+
+
+def labels_of(args, data, role):
+    """The training labels (N,) that teacher or student learns from, as they are or corrupted."""
+    if args.labels_file and args.method not in NOT_CORRUPTED[role]:
+        return read_labels(args.labels_file, data)
+    rate = corruption_rate(args, role)
+    if rate == 0:
+        return data.y_train
+    seed = args.corruption_seed
+    return corrupt_labels(data.y_train, rate, len(data.classes), seed, args.label_draw)
 
 
 def read_labels(path, data):
-    """The labels (N,) of a labels.pt; an error if they are not of the training images."""
+    """The labels (N,) of a labels.pt; a UserError if they do not belong to the training images."""
     record = common.load(path)
-    labels, y = record.get("labels"), data.y_train
-    same = common.is_like(labels, y) and labels.shape == y.shape
-    same = same and 0 <= labels.min() <= labels.max() < len(data.classes)
-    if record.get("fingerprint") != data.fingerprint or not same:
-        common.fail(f"{path}: holds no labels of these training images of {data.name}")
-    return labels.to(y.device)
+    labels = record.get("labels")
+    fits = (
+        record.get("fingerprint") == data.fingerprint
+        and isinstance(labels, torch.Tensor)
+        and labels.dtype == torch.int64
+        and labels.shape == data.y_train.shape
+        and 0 <= labels.min() <= labels.max() < len(data.classes)
+    )
+    if not fits:
+        raise common.UserError(f"{path}: holds no labels of these training images of {data.name}")
+    return labels.to(data.y_train.device)
 
 
-def corrupted(data, args, run):
-    """`data` with the training labels of the run's labels.pt, which is made if it is not there."""
-    file, drawn = run.dir / "labels.pt", [wrong_labels(vars(args), net)[1] for net in "ts"]
-    if not any(drawn):
-        return data
-    if not file.exists():
-        if args.labels_file:
-            labels = read_labels(args.labels_file, data)
-        else:
-            rate, seed = drawn[0] or drawn[1]
-            labels = corrupt_labels(data.y_train, rate, len(data.classes), seed, args.label_draw)
-        common.save(file, {"labels": labels.cpu(), "fingerprint": data.fingerprint})
-    plumbing.sync()  # the first process has written them
-    noisy = copy.copy(data)  # with the same images
-    noisy.y_train = read_labels(file, data)
-    wrong = int((noisy.y_train != data.y_train).sum())
-    print(f"{wrong:,} of {len(data.y_train):,} labels are wrong: {file}", flush=True)
-    return noisy
+def keep_labels(args, data, folder):
+    """Write the corrupted labels, if there are any, to folder/labels.pt, for --labels-file.
+
+    A UserError if the file is there and holds other labels than this command has.
+    """
+    labels = labels_of(args, data, "teacher")
+    if args.method in NOT_CORRUPTED["teacher"]:
+        labels = labels_of(args, data, "student")
+    if labels is data.y_train:
+        return
+    file = folder / "labels.pt"
+    if file.exists() and not torch.equal(read_labels(file, data), labels):
+        raise common.UserError(f"{file}: this command has other labels; take another --name")
+    common.save(file, {"labels": labels.cpu(), "fingerprint": data.fingerprint})
+    wrong = int((labels != data.y_train).sum())
+    print(f"{wrong:,} of {len(labels):,} labels are wrong: {file}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------
 # Training
 
 
-def teacher_settings(flags):
-    """What a teacher depends on, of the flags (a dict), but for its seed."""
-    names = "data train_subset val_size deterministic precision lr gamma batch_size momentum"
-    names += " weight_decay teacher_model teacher_milestones teacher_ckpt"
-    settings = {name: flags[name] for name in names.split()} | {"epochs": flags["teacher_epochs"]}
-    wrong = wrong_labels(flags, "t")
-    return settings | ({"wrong": wrong, "draw": flags["label_draw"]} if any(wrong) else {})
-
-
 # Copied from fickle_teacher.stretch
-def stretch(schedule, epochs):
-    """The milestones of a schedule, (epochs, milestones), made `epochs` long."""
-    return [-(-milestone * epochs // schedule[0]) for milestone in schedule[1]]
+def stretch(milestones, standard_epochs, epochs):
+    """The milestones of a schedule of `standard_epochs`, moved to one of `epochs`."""
+    return [math.ceil(milestone * epochs / standard_epochs) for milestone in milestones]
 
 
-def train_net(net, rate, teach, data, args, run, stage, seed, total, milestones):
-    """Train into <stage>.pt: on labels and, if it is not None, on teach(x, view) -> (B, K).
+def train(model, data, folder, stage, args, seed, epochs, milestones, teacher=None):
+    """Train `model` and write it to folder/<stage>.pt.
 
-    rate: share of the labels that are drawn anew for each batch.
+    teacher: in eval mode with frozen weights, or None: from labels alone. stage: "teacher" or
+    "student", whose labels may vary or be corrupted. After an interruption the same call goes on.
     """
-    optimizer = common.sgd(net, args.lr, args.momentum, args.weight_decay)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=args.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, args.gamma)
+    data = dataclasses.replace(data, y_train=labels_of(args, data, stage))
+    rate = noise_rate(args, stage)
 
-    @plumbing.captured(run, net)
-    def compute(x, labels, view):
-        labels = vary_labels(labels, rate, len(data.classes), args.label_draw)
-        with plumbing.autocast(run):
-            logits = net(x)
-            if teach is None:
-                loss = F.cross_entropy(logits, labels)
+    def step(x, labels):
+        """One batch up to the gradients of the weights -> metrics."""
+        if rate > 0:
+            labels = vary_labels(labels, rate, len(data.classes), args.label_draw)
+        with torch.autocast("cuda", torch.bfloat16, args.autocast, cache_enabled=False):
+            student_logits = model(x)
+            if teacher is None:
+                loss = F.cross_entropy(student_logits, labels)
             else:
-                with torch.no_grad():
-                    teacher_logits = teach(x, view)
-                loss = hinton_loss(logits, teacher_logits, labels, args.alpha, args.temperature)
+                teacher_logits = teacher(x)
+                loss = hinton_loss(
+                    student_logits, teacher_logits, labels, args.alpha, args.temperature
+                )
         loss.backward()
-        return plumbing.metrics(loss, logits, labels)
+        return common.metrics(loss, student_logits, labels)
 
-    parts = {"model": net, "optimizer": optimizer, "schedule": schedule}
-    for epoch in plumbing.epochs(run, stage, total, **parts):
-        plumbing.seed_epoch("noise", seed, epoch)  # a teacher's: of its own seed
-        history = []
-        for x, labels, view in common.batches(data, args.batch_size, seed, epoch, run, views=True):
+    step = common.speed_up(step, model, args)
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    rows = common.resume(folder, stage, state)
+    for epoch in range(len(rows), epochs):
+        common.seed_epoch(seed, stage, epoch)
+        began, history = time.monotonic(), []
+        for x, labels in common.batches(data, args.batch_size, seed, stage, epoch):
             optimizer.zero_grad()
-            history.append(compute(x, labels, view))
+            history.append(step(x, labels))
+            common.average_gradients(model, len(labels))
             optimizer.step()
         schedule.step()  # per epoch
-        plumbing.end_epoch(run, epoch, history, data)
-    meta = {"epoch": total, "seconds": run.seconds, "best": run.best}
-    plumbing.save_model(run, stage, net, meta)
-
-
-def train_teacher(data, args, run, seed):
-    """Train the teacher of a seed, into the run's teacher<seed>.pt."""
-    total, stage = args.teacher_epochs, f"teacher{seed}"
-    net = common.model_for(data, args.teacher_model, seed, "teacher")
-    milestones = args.teacher_milestones or stretch(STANDARD, total)
-    seed = common.derive_seed(seed, "teacher")  # other batches than the student's
-    rate = wrong_labels(vars(args), "t")[0]
-    train_net(net, rate, None, data, args, run, stage, seed, total, milestones)
-
-
-def train_student(teacher, data, args, run, tables):
-    """Train the student into student.pt; teacher: or None; tables: what all seeds share."""
-    total, milestones = args.epochs, args.milestones or stretch(STANDARD, args.epochs)
-    table = None
-    if teacher is not None:
-        table = plumbing.teacher_table(teacher, data, run, total, tables)
-
-    def teach(x, view):
-        return teacher(x) if table is None else table[view]  # (B, K)
-
-    net = common.model_for(data, args.model, args.seed, "student")
-    teach, stage, rate = teacher and teach, "student", wrong_labels(vars(args), "s")[0]
-    train_net(net, rate, teach, data, args, run, stage, args.seed, total, milestones)
+        row = common.epoch_row(stage, epoch, model, history, began)
+        rows.append(row | common.validate(model, data))
+        common.save_epoch(folder, stage, model, state, rows, epochs, args.tensorboard)
+    common.save_model(folder / f"{stage}.pt", model, rows)
 
 
 # ------------------------------------------------------------------------------------------------
 # The whole job
 
 
+def teacher_recipe(args, data, seed):
+    """What the weights of a teacher depend on: equal recipes, also of other scripts, share one."""
+    milestones = args.teacher_milestones
+    if milestones is None:
+        milestones = stretch(STANDARD_MILESTONES, STANDARD_EPOCHS, args.teacher_epochs)
+    recipe = {
+        "training": "labels alone, SGD with drops of the learning rate",
+        "model": args.teacher_model,
+        "seed": seed,
+        "epochs": args.teacher_epochs,
+        "milestones": milestones,
+        "gamma": args.gamma,
+        "lr": args.lr,
+        "batch_size": args.batch_size,
+        "momentum": args.momentum,
+        "weight_decay": args.weight_decay,
+        "augment": args.augment,
+        "precision": args.precision,
+        "deterministic": args.deterministic,
+    }
+    if noise_rate(args, "teacher") > 0:
+        recipe["noise_rate"] = noise_rate(args, "teacher")
+        recipe["label_draw"] = args.label_draw
+    labels = labels_of(args, data, "teacher")
+    if labels is not data.y_train:
+        recipe["labels"] = zlib.crc32(labels.cpu().numpy())
+    return recipe
+
+
+def get_teacher(args, data, seed):
+    """-> (the teacher of a seed, in eval mode with frozen weights; its file)."""
+    recipe = teacher_recipe(args, data, seed)
+
+    def train_teacher(folder):
+        model = common.new_model(data, args.teacher_model, seed, "teacher")
+        train(model, data, folder, "teacher", args, seed, recipe["epochs"], recipe["milestones"])
+
+    teacher, _, path = common.get_teacher(args, data, recipe, train_teacher)
+    return teacher, path
+
+
+def choose_teacher(args, data):
+    """-> (the most accurate of the teachers of seeds 0 to --teacher-seeds - 1; its file).
+
+    By --pick-teacher; the same one for all students. --method teacher is about that of --seed.
+    """
+    if args.method == "teacher":
+        return get_teacher(args, data, args.seed)
+    if args.teacher_seeds == 1:
+        return get_teacher(args, data, 0)
+    x, labels = data.x_val, data.y_val
+    if args.pick_teacher == "test":
+        x, labels = data.x_test, data.y_test
+    best, best_accuracy = None, -1.0
+    for seed in range(args.teacher_seeds):
+        teacher, path = get_teacher(args, data, seed)
+        accuracy = eval_robustness.evaluate(teacher, x, labels, ["clean"])["clean_acc"]
+        print(f"teacher of seed {seed}: {args.pick_teacher} accuracy {accuracy:.4f}", flush=True)
+        if accuracy > best_accuracy:
+            best, best_accuracy = (teacher, path), accuracy
+    return best
+
+
 def main(argv=None):
     """For each seed: data, teacher, student, evaluation of both, one table."""
-    args, tables = parse_args(argv), {}
-    if args.demo and args.method in METHODS[3:]:
-        main([*args.argv, "--method", "hinton"])  # to compare
-    plumbing.across_seeds([train_and_evaluate(one, tables) for one in plumbing.per_seed(args)])
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    if args.demo and args.method not in ("hinton", "teacher", "student"):
+        main([*argv, "--method", "hinton"])  # to compare
+    return common.run_seeds("messy_collab", args, train_and_evaluate, prepare)
 
 
-def check(args, data):
-    """An error for what cannot be done with these data."""
-    plumbing.check_evaluation(args, data)
+def prepare(args, data):
+    """A UserError, before anything is written, for what cannot be done with these data."""
+    eval_robustness.check_evaluation(args, data)
     if args.labels_file:
         read_labels(args.labels_file, data)
 
 
-def train_and_evaluate(args, tables):
-    """The run of one seed; everything is in its folder, but for the tables of all. -> Run"""
-    with plumbing.open_run("messy_collab", args, lambda data: check(args, data)) as (run, data):
-        if run.finished:
-            return run
-        files, teacher, noisy = {}, None, corrupted(data, args, run)
-        of = {net: noisy if wrong_labels(vars(args), net)[1] else data for net in "ts"}
-        if args.method != "student":
-            teacher, _ = plumbing.choose_teacher(
-                run, data, teacher_settings, lambda seed: train_teacher(of["t"], args, run, seed)
-            )
-            files["teacher"] = run.dir / "teacher.pt"
-        if args.method != "teacher":
-            file = files[f"student ({args.method})"] = run.dir / "student.pt"
-            if not file.exists():
-                train_student(teacher, of["s"], args, run, tables)
-            files |= plumbing.best_epoch(run)
-        import eval_robustness
-
-        plumbing.finish(run, plumbing.evaluate_files(run, files, eval_robustness))
-    return run
+def train_and_evaluate(args, data, folder):
+    """One seed: train what is missing, evaluate both nets -> the rows of the summary."""
+    files, teacher = {}, None
+    keep_labels(args, data, folder)
+    if args.method in TAUGHT or args.method == "teacher":
+        teacher, files["teacher"] = choose_teacher(args, data)
+    if args.method != "teacher":
+        model = common.new_model(data, args.model, args.seed, "student")
+        milestones = args.milestones
+        if milestones is None:
+            milestones = stretch(STANDARD_MILESTONES, STANDARD_EPOCHS, args.epochs)
+        train(model, data, folder, "student", args, args.seed, args.epochs, milestones, teacher)
+        files[f"student ({args.method})"] = folder / "student.pt"
+        files |= eval_robustness.best_epoch(folder)
+    return eval_robustness.evaluate_files(args, files, folder)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ Loss     CKD     (1-lam) CE(S(x), y) + lam KL(T(x) || S(x))          <- ckd_loss
          RSLAD   (1-lam) KL(T(x) || S(x)) + lam KL(T(x) || S(x'))    <- rslad_loss        Eq. 3
          AKD     CE(T(x'), S(x'))                                    <- akd_loss          Eq. 4
          ARD+, RSLAD+, AKD+: T replaced by alpha T + (1-alpha) y     <- *_plus_loss       Eq. 5-7
-         Ensembles: T is the average of their probabilities          <- common.Ensemble   3.6, B.3
+         Ensembles: T is the average of their probabilities          <- Ensemble          3.6, B.3
          st, at, trades: no teacher        <- st_loss, at_loss (CE on x, on x'), trades_loss
 Usage    python robust_kd.py --loss akd+ --alpha 0.8 --teacher-es 40
          python robust_kd.py --loss at --epochs 200                  # the baseline without teacher
@@ -33,7 +33,7 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
             sides and multiplies the term by its square (Hinton et al. 2015).
          5. Nor does it give momentum 0.9, weight decay 5e-4, step eps/4, uniform start, BatchNorm
             in eval mode in the attack: all from the first author's published code.
-         6. Training on CUDA, the attack included, is in bf16 (--precision fp32).
+         6. Training on CUDA, the attack included, is in bf16 (--precision fp32: strict float32).
          7. AT+: docs/robust_kd.md says which settings of Rebuffi et al. and Wang et al. it takes.
 """
 
@@ -42,109 +42,222 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
-import functools
-import inspect
-from types import SimpleNamespace
+import copy
+import dataclasses
+import math
+import shutil
+import time
+import zipfile
+from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim import lr_scheduler
 
 import common
-import plumbing
+import eval_robustness
 
-# What --demo sets
-DEMO = {"data": "shapes", "model": "wrn-10-1", "epochs": 5, "teacher-epochs": 6, "teacher-es": 5}
-DEMO |= {"batch-size": 32, "teacher-batch-size": 32, "lr": 0.1, "steps": 3, "step-size": "4/255"}
-DEMO |= {"train-subset": 2000, "test-subset": 500, "val-size": 200}
-# What --recipe sets: AT+ (section 4), for student and teacher
-AT_PLUS = {"model": "wrn-28-10-silu", "epochs": 400, "teacher-epochs": 400, "batch-size": 512}
-AT_PLUS |= {"teacher-batch-size": 512, "lr": 0.2, "teacher-lr": 0.2, "schedule": "cosine"}
-AT_PLUS |= {"nesterov": "yes", "decay-norms": "no", "ema": 0.995, "steps": 10, "step-size": "2/255"}
-AT_PLUS |= {"augment": "cutout", "label-smoothing": 0.1, "extra-fraction": 0.7}
-TEACHERS = {"st": "st", "at": "at", "ffgsm": "at", "trades": "trades"}  # training -> its loss
+DEMO = {
+    "data": "shapes",
+    "model": "wrn-10-1",
+    "epochs": 5,
+    "teacher-epochs": 6,
+    "teacher-es": 5,
+    "batch-size": 32,
+    "teacher-batch-size": 32,
+    "lr": 0.1,
+    "steps": 3,
+    "step-size": "4/255",
+    "train-subset": 2000,
+    "test-subset": 500,
+    "val-size": 200,
+}
+
+# --recipe at+: section 4 of the paper, for student and teacher
+AT_PLUS = {
+    "model": "wrn-28-10-silu",
+    "epochs": 400,
+    "teacher-epochs": 400,
+    "batch-size": 512,
+    "teacher-batch-size": 512,
+    "lr": 0.2,
+    "teacher-lr": 0.2,
+    "schedule": "cosine",
+    "nesterov": "yes",
+    "decay-norms": "no",
+    "ema": 0.995,
+    "steps": 10,
+    "step-size": "2/255",
+    "augment": "cutout",
+    "label-smoothing": 0.1,
+    "extra-fraction": 0.7,
+}
+
+# Which losses compute what
+ATTACKED = {"at", "trades", "ard", "rslad", "akd", "ard+", "rslad+", "akd+"}
+TAUGHT = {"ckd", "ard", "rslad", "akd", "ard+", "rslad+", "akd+"}
+TAUGHT_ON_CLEAN_IMAGES = TAUGHT - {"akd", "akd+"}
+# Which losses a flag has an effect on
+FLAG_LOSSES = {
+    "--alpha": {"ard+", "rslad+", "akd+"},
+    "--lam": TAUGHT_ON_CLEAN_IMAGES,
+    "--temperature": TAUGHT,
+    "--kl-reduction": TAUGHT_ON_CLEAN_IMAGES,
+}
 
 
 def parse_args(argv=None):
-    """The flags of this script as a namespace; errors are one line with exit status 2."""
-    parser = common.make_parser(__doc__)
+    """The flags of this script as a namespace; a flag that makes no sense is a UserError."""
+    parser = common.RunParser(__doc__)
     add = parser.add_argument_group("method").add_argument
-    add("--loss", choices=LOSSES, default="akd+", help="what the student minimises")
-    add("--alpha", type=common.probability, default="0.8", help="teacher's weight in mixed targets")
-    add("--lam", type=common.probability, default="5/6", help="weight of the distillation term")
-    add("--temperature", type=common.positive, default=1.0, help="of both softmaxes in the KL")
-    add("--kl-reduction", choices=["batchmean", "mean"], default="batchmean", help="mean: / K too")
-    add("--recipe", choices=["at+"], help="at+: the settings of section 4, which it prints")
-    add("--model", default="resnet18", help="student: resnet18, preact-resnet18, wrn-16-2, ...")
-    add("--width", type=common.positive, default=1.0, help="factor on the channels of a ResNet")
+    add("--loss", choices=LOSSES, default="akd+", help="loss of the student, see Loss above")
+    add("--alpha", type="probability", default="0.8", help="weight of the teacher in mixed targets")
+    add("--lam", type="probability", default="5/6", help="weight of the distillation term")
+    add("--temperature", type="positive", default=1.0, help="temperature of both softmaxes")
+    add(
+        "--kl-reduction",
+        choices=["batchmean", "mean"],
+        default="batchmean",
+        help="batchmean: KL averaged over images; mean: divided by the number of classes too, "
+        "as in the author's code",
+    )
+    add("--recipe", choices=["at+"], help="at+: all settings of section 4, which are then printed")
+    add("--model", default="resnet18", help="net of the student: resnet18, wrn-16-2, mlp-512, ...")
+    add("--width", type="positive", default=1.0, help="factor on the channels of a ResNet student")
     add = parser.add_argument_group("teacher").add_argument
-    training = {"choices": [*TEACHERS, "none"], "nargs": "+", "default": ["at"]}
-    add("--teacher-training", **training, help="at: by PGD; one for all teachers, or one for each")
-    add("--teachers", type=common.count, default=1, help="so many as an ensemble, by seed")
-    add("--beta", type=common.probability, nargs="+", help="weight of each, or of all but st")
-    add("--teacher-eps", type=common.probability, help="its radius; None: --eps; 2/255 is LAT")
-    add("--teacher-epochs", type=common.count, default=100, help="length of its training")
-    add("--teacher-es", type=common.count, help="stop it after so many epochs; None: at the end")
-    add("--teacher-save-every", type=common.count, help="keep it every so often, for --teacher-es")
-    add("--teacher-ckpt", help="take this finished teacher and train none")
-    add("--teacher-model", help="None: as the student")
-    add("--teacher-width", type=common.positive, help="None: as the student")
-    add("--teacher-lr", type=common.positive, default=0.1, help="its first learning rate")
-    add("--teacher-gamma", type=common.positive, default=0.9, help="decay of it after every epoch")
-    add("--teacher-batch-size", type=common.count, default=128, help="paper: App. A")
-    add("--trades-beta", type=common.fraction, default=6.0, help="robustness weight of trades")
-    add("--ffgsm-step", type=common.fraction, default=1.25, help="step of ffgsm, in radii")
+    add(
+        "--teacher-training",
+        choices=["st", "at", "ffgsm", "trades", "none"],
+        nargs="+",
+        default=["at"],
+        help="training of the teacher: standard, PGD, single-step or TRADES; several words make an "
+        "ensemble; none goes with --teacher-ckpt and with losses that have no teacher",
+    )
+    add("--teachers", type="count", default=1, help="number of teachers, averaged as an ensemble")
+    add(
+        "--beta",
+        type="probability",
+        nargs="+",
+        help="ensemble weight of each teacher; a single value is shared by the adversarially "
+        "trained ones (default: all equal)",
+    )
+    add(
+        "--teacher-eps",
+        type="probability",
+        help="radius of the teacher's attack in pixel units (default: same as --eps; 2/255 gives "
+        "the paper's weakly robust LAT teacher)",
+    )
+    add("--teacher-epochs", type="count", default=100, help="epochs of the teacher's training")
+    add("--teacher-es", type="count", help="stop the teacher after this epoch (default: no stop)")
+    add(
+        "--teacher-save-every",
+        type="count",
+        help="while the teacher trains, also keep it after every so many epochs: runs with such a "
+        "--teacher-es need no training of it",
+    )
+    add("--teacher-ckpt", help="file of a finished teacher; no teacher is trained")
+    add("--teacher-model", help="net of the teacher (default: same as --model)")
+    add("--teacher-width", type="positive", help="width of the teacher (default: same as --width)")
+    add("--teacher-lr", type="positive", default=0.1, help="learning rate the teacher starts with")
+    add(
+        "--teacher-gamma", type="positive", default=0.9, help="factor on that rate after each epoch"
+    )
+    add("--teacher-batch-size", type="count", default=128, help="images per step of the teacher")
+    add("--trades-beta", type="fraction", default=6.0, help="weight of the robust term of TRADES")
+    add("--ffgsm-step", type="fraction", default=1.25, help="step of ffgsm, in units of the radius")
     add = parser.add_argument_group("attack").add_argument
-    add("--eps", type=common.probability, default="8/255", help="radius, training and evaluation")
-    add("--steps", type=common.count, default=7, help="PGD steps in training")
-    add("--step-size", type=common.fraction, help="PGD step in training; None: a quarter radius")
-    add("--attack-loss", choices=["ce", "kl-teacher"], help="None: kl-teacher for rslad, else ce")
-    add("--attack-bn", choices=["eval", "train"], default="eval", help="BatchNorm in the attack")
-    add("--eval-steps", type=common.count, default=20, help="PGD steps in the evaluation")
-    add("--restarts", type=common.count, default=1, help="PGD restarts in the evaluation")
+    add("--eps", type="probability", default="8/255", help="radius, in training and evaluation")
+    add("--steps", type="count", default=7, help="number of PGD steps in training")
+    add("--step-size", type="fraction", help="PGD step in training (default: a quarter of --eps)")
+    add(
+        "--attack-loss",
+        choices=["ce", "kl-teacher"],
+        help="what the student's attack maximises: cross-entropy with the labels, or KL from the "
+        "teacher's clean output (default: kl-teacher for rslad, otherwise ce)",
+    )
+    add(
+        "--attack-bn",
+        choices=["eval", "train"],
+        default="eval",
+        help="mode of BatchNorm during the attack in training",
+    )
+    add("--eval-steps", type="count", default=20, help="number of PGD steps in the evaluation")
+    add("--restarts", type="count", default=1, help="random starts of PGD in the evaluation")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=common.count, default=100, help="epochs of the student")
-    add("--lr", type=common.positive, default=0.21, help="peak of the student's OneCycle")
-    add("--cycle-momentum", choices=["yes", "no"], default="yes", help="0.95, 0.85, 0.95")
-    add("--batch-size", type=common.count, default=256, help="student's batch; paper: App. A")
-    add("--momentum", type=common.probability, default=0.9, help="of SGD")
-    add("--weight-decay", type=common.fraction, default=5e-4, help="on all parameters")
-    add("--nesterov", choices=["yes", "no"], default="no", help="Nesterov's momentum")
-    add("--decay-norms", choices=["yes", "no"], default="yes", help="weight decay on BatchNorm too")
-    add("--schedule", choices=["paper", "cosine"], default="paper", help="cosine: of both nets")
-    add("--ema", type=common.rate, default=0.0, help="decay of the average of the weights; 0: none")
-    add("--augment", choices=["crop", "cutout", "cutmix"], default="crop", help="crop: and flip")
-    add("--label-smoothing", type=common.rate, default=0.0, help="if there are: of extra data only")
-    add("--extra-data", metavar="FILE", help=".npz of generated images: image, label")
-    add("--extra-fraction", type=common.rate, default=0.7, help="of each batch, with --extra-data")
-    add("--trajectories", action="store_true", help="keep what each epoch makes of each image")
-    plumbing.add_run_flags(parser)
-    args = plumbing.parse(parser, argv, {"--recipe at+": AT_PLUS, "--demo": DEMO})
-    if args.teacher_es is not None and args.teacher_es > args.teacher_epochs:
-        parser.error(f"--teacher-es: at most --teacher-epochs {args.teacher_epochs}")
-    trainings = teacher_trainings(vars(args))
-    if args.teachers not in (1, len(trainings)) or args.teacher_ckpt and len(trainings) > 1:
-        parser.error("--teachers: goes with one training or as many, without --teacher-ckpt")
-    needy = needs_teacher(args) and not args.teacher_ckpt
-    if "none" in trainings and (needy or len(trainings) > 1):
-        parser.error("--teacher-training none: goes with --loss at, st or with --teacher-ckpt")
-    ensemble_weights(args.beta, trainings)
-    given = {flag.split("=")[0] for flag in args.argv}
-    for flag in ["--alpha", "--lam", "--temperature", "--kl-reduction"]:
-        if flag in given and flag[2:].replace("-", "_") not in needs(args.loss):
-            parser.error(f"{flag}: --loss {args.loss} has none")
-    if "--extra-fraction" in given and not args.extra_data:
-        parser.error("--extra-fraction: goes with --extra-data")
-    if args.attack_loss and "student_adv_logits" not in needs(args.loss):
-        parser.error(f"--attack-loss: {args.loss} trains on clean images, without an attack")
-    common.check_model("--model", args.model, args.width)
-    teacher = args.teacher_model or args.model, args.teacher_width or args.width
-    common.check_model("--teacher-model", *teacher)
+    add("--epochs", type="count", default=100, help="epochs of the student's training")
+    add("--lr", type="positive", default=0.21, help="peak learning rate of the student's OneCycle")
+    add(
+        "--cycle-momentum",
+        choices=["yes", "no"],
+        default="yes",
+        help="let OneCycle move the momentum from 0.95 to 0.85 and back",
+    )
+    add("--batch-size", type="count", default=256, help="images per step of the student")
+    add("--momentum", type="probability", default=0.9, help="momentum of SGD for both nets")
+    add("--weight-decay", type="fraction", default=5e-4, help="weight decay of SGD for both nets")
+    add("--nesterov", choices=["yes", "no"], default="no", help="use Nesterov's momentum in SGD")
+    add(
+        "--decay-norms",
+        choices=["yes", "no"],
+        default="yes",
+        help="put the weight decay on the parameters of BatchNorm too",
+    )
+    add(
+        "--schedule",
+        choices=["paper", "cosine"],
+        default="paper",
+        help="paper: OneCycle for the student, exponential decay for the teacher; cosine: for both",
+    )
+    add("--ema", type="rate", default=0.0, help="decay of the weight average (0: no average)")
+    add(
+        "--label-smoothing",
+        type="rate",
+        default=0.0,
+        help="mass spread over all classes; with --extra-data, only of the generated images",
+    )
+    add("--extra-data", metavar="FILE", help=".npz file of generated images: image, label")
+    add("--extra-fraction", type="rate", default=0.7, help="share of generated images in a batch")
+    add(
+        "--trajectories",
+        action="store_true",
+        help="keep the probability of the right class of every image after every epoch",
+    )
+    parser.add_run_flags(augment=["crop", "none", "cutout", "cutmix"])
+    args = parser.parse_run(argv, {"--recipe at+": AT_PLUS, "--demo": DEMO})
+    check_flags(args, parser.error)
     return args
 
 
+def check_flags(args, error):
+    """Call error(line) for flags that do not go together."""
+    if args.teacher_es is not None and args.teacher_es > args.teacher_epochs:
+        error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {args.teacher_epochs}")
+    trainings = teacher_trainings(args)
+    if args.teachers not in (1, len(trainings)):
+        error(f"--teachers {args.teachers}: but --teacher-training has {len(trainings)} words")
+    if args.teacher_ckpt and len(trainings) > 1:
+        error("--teacher-ckpt: is one teacher; leave out --teachers")
+    if "none" in trainings and len(trainings) > 1:
+        error("--teacher-training none: cannot be part of an ensemble")
+    if "none" in trainings and needs_teacher(args) and not args.teacher_ckpt:
+        error(f"--teacher-training none: --loss {args.loss} needs a teacher; give --teacher-ckpt")
+    try:
+        ensemble_weights(args.beta, trainings)
+    except ValueError as wrong:
+        error(f"--beta: {wrong}")
+    for flag, losses in FLAG_LOSSES.items():
+        if flag in args.given and args.loss not in losses:
+            error(f"{flag}: has no effect with --loss {args.loss}; leave it out")
+    if "--extra-fraction" in args.given and not args.extra_data:
+        error("--extra-fraction: has no effect without --extra-data")
+    if args.attack_loss and args.loss not in ATTACKED:
+        error(f"--attack-loss: --loss {args.loss} has no attack; leave it out")
+
+
 # ------------------------------------------------------------------------------------------------
-# Losses. The names of the arguments are the contract: the student's step hands in what a loss names
+# Losses: functions of logits and labels. Copy the ones you need with mix_labels and kl.
 
 
 def mix_labels(teacher_logits, labels, alpha, temperature=1.0):
@@ -153,15 +266,18 @@ def mix_labels(teacher_logits, labels, alpha, temperature=1.0):
     labels are (B, K) after CutMix or smoothing, here and in all losses.
     """
     teacher_probs = (teacher_logits.float() / temperature).softmax(1)
-    y = labels if labels.dim() == 2 else F.one_hot(labels, teacher_probs.shape[1])
-    return alpha * teacher_probs + (1 - alpha) * y
+    if labels.dim() == 1:
+        labels = F.one_hot(labels, teacher_probs.shape[1])
+    return alpha * teacher_probs + (1 - alpha) * labels
 
 
 def kl(targets, student_logits, temperature=1.0, kl_reduction="batchmean"):
     """tau^2 KL(targets || S), S softened by tau: (B, K) x2 -> (); `mean` divides by K too."""
     student_log_probs = (student_logits.float() / temperature).log_softmax(1)
     terms = F.kl_div(student_log_probs, targets.detach(), reduction="none")  # (B, K)
-    return temperature**2 * (terms.mean() if kl_reduction == "mean" else terms.sum(1).mean())
+    if kl_reduction == "mean":
+        return temperature**2 * terms.mean()
+    return temperature**2 * terms.sum(1).mean()
 
 
 def st_loss(student_logits, labels):
@@ -176,54 +292,89 @@ def at_loss(student_adv_logits, labels):
 
 def trades_loss(student_logits, student_adv_logits, labels, trades_beta):
     """CE(S(x), y) + beta KL(S(x) || S(x')), TRADES (Zhang et al. 2019); (B, K) x2, (B,) -> ()."""
-    # S(x) is no constant here, unlike the teacher: the gradient goes through both sides
-    log_probs, targets = student_adv_logits.log_softmax(1), student_logits.softmax(1)
-    robust = F.kl_div(log_probs, targets, reduction="batchmean")
+    # S(x) is no constant here, unlike a teacher: the gradient goes through both sides
+    robust = F.kl_div(
+        student_adv_logits.log_softmax(1), student_logits.softmax(1), reduction="batchmean"
+    )
     return F.cross_entropy(student_logits, labels) + trades_beta * robust
 
 
-# fmt: off
-def ckd_loss(student_logits, teacher_logits, labels, lam,
-             temperature=1.0, kl_reduction="batchmean"):
+def ckd_loss(
+    student_logits, teacher_logits, labels, lam, temperature=1.0, kl_reduction="batchmean"
+):
     """Eq. (1): (1-lam) CE(S(x), y) + lam KL(T(x) || S(x)); (B, K) x2, (B,) -> ()."""
-    targets = mix_labels(teacher_logits, labels, 1.0, temperature)
+    targets = (teacher_logits.float() / temperature).softmax(1)
     distilled = kl(targets, student_logits, temperature, kl_reduction)
     return (1 - lam) * F.cross_entropy(student_logits, labels) + lam * distilled
 
 
-def ard_loss(student_logits, student_adv_logits, teacher_logits, labels, lam,
-             temperature=1.0, kl_reduction="batchmean"):
+def ard_loss(
+    student_logits,
+    student_adv_logits,
+    teacher_logits,
+    labels,
+    lam,
+    temperature=1.0,
+    kl_reduction="batchmean",
+):
     """Eq. (2): (1-lam) CE(S(x), y) + lam KL(T(x) || S(x')); (B, K) x3, (B,) -> ()."""
-    return ard_plus_loss(student_logits, student_adv_logits, teacher_logits, labels, lam, 1.0,
-                         temperature, kl_reduction)
+    targets = (teacher_logits.float() / temperature).softmax(1)
+    distilled = kl(targets, student_adv_logits, temperature, kl_reduction)
+    return (1 - lam) * F.cross_entropy(student_logits, labels) + lam * distilled
 
 
-def rslad_loss(student_logits, student_adv_logits, teacher_logits, labels, lam,
-               temperature=1.0, kl_reduction="batchmean"):
-    """Eq. (3): (1-lam) KL(T(x) || S(x)) + lam KL(T(x) || S(x')); (B, K) x3, (B,) -> ()."""
-    return rslad_plus_loss(student_logits, student_adv_logits, teacher_logits, labels, lam, 1.0,
-                           temperature, kl_reduction)
+def rslad_loss(
+    student_logits,
+    student_adv_logits,
+    teacher_logits,
+    lam,
+    temperature=1.0,
+    kl_reduction="batchmean",
+):
+    """Eq. (3): (1-lam) KL(T(x) || S(x)) + lam KL(T(x) || S(x')); (B, K) x3 -> ()."""
+    targets = (teacher_logits.float() / temperature).softmax(1)
+    clean = kl(targets, student_logits, temperature, kl_reduction)
+    robust = kl(targets, student_adv_logits, temperature, kl_reduction)
+    return (1 - lam) * clean + lam * robust
 
 
-def akd_loss(student_adv_logits, teacher_adv_logits, labels, temperature=1.0):
-    """Eq. (4): CE(T(x'), S(x')); (B, K) x2, (B,) -> ()."""
-    return akd_plus_loss(student_adv_logits, teacher_adv_logits, labels, 1.0, temperature)
+def akd_loss(student_adv_logits, teacher_adv_logits, temperature=1.0):
+    """Eq. (4): CE(T(x'), S(x')); (B, K) x2 -> ()."""
+    targets = (teacher_adv_logits.float() / temperature).softmax(1).detach()
+    return temperature**2 * F.cross_entropy(student_adv_logits / temperature, targets)
 
 
-def ard_plus_loss(student_logits, student_adv_logits, teacher_logits, labels, lam, alpha,
-                  temperature=1.0, kl_reduction="batchmean"):
+def ard_plus_loss(
+    student_logits,
+    student_adv_logits,
+    teacher_logits,
+    labels,
+    lam,
+    alpha,
+    temperature=1.0,
+    kl_reduction="batchmean",
+):
     """Eq. (5): Eq. (2) with alpha T(x) + (1-alpha) y in the KL; (B, K) x3, (B,) -> ()."""
     targets = mix_labels(teacher_logits, labels, alpha, temperature)
     distilled = kl(targets, student_adv_logits, temperature, kl_reduction)
     return (1 - lam) * F.cross_entropy(student_logits, labels) + lam * distilled
 
 
-def rslad_plus_loss(student_logits, student_adv_logits, teacher_logits, labels, lam, alpha,
-                    temperature=1.0, kl_reduction="batchmean"):
+def rslad_plus_loss(
+    student_logits,
+    student_adv_logits,
+    teacher_logits,
+    labels,
+    lam,
+    alpha,
+    temperature=1.0,
+    kl_reduction="batchmean",
+):
     """Eq. (6): Eq. (3) with alpha T(x) + (1-alpha) y in both KLs; (B, K) x3, (B,) -> ()."""
     targets = mix_labels(teacher_logits, labels, alpha, temperature)
     clean = kl(targets, student_logits, temperature, kl_reduction)
-    return (1 - lam) * clean + lam * kl(targets, student_adv_logits, temperature, kl_reduction)
+    robust = kl(targets, student_adv_logits, temperature, kl_reduction)
+    return (1 - lam) * clean + lam * robust
 
 
 def akd_plus_loss(student_adv_logits, teacher_adv_logits, labels, alpha, temperature=1.0):
@@ -233,260 +384,613 @@ def akd_plus_loss(student_adv_logits, teacher_adv_logits, labels, alpha, tempera
 
 
 LOSSES = {
-    "st": st_loss, "at": at_loss, "ckd": ckd_loss, "ard": ard_loss, "rslad": rslad_loss,
-    "akd": akd_loss, "ard+": ard_plus_loss, "rslad+": rslad_plus_loss, "akd+": akd_plus_loss,
+    "st": st_loss,
+    "at": at_loss,
     "trades": trades_loss,
+    "ckd": ckd_loss,
+    "ard": ard_loss,
+    "rslad": rslad_loss,
+    "akd": akd_loss,
+    "ard+": ard_plus_loss,
+    "rslad+": rslad_plus_loss,
+    "akd+": akd_plus_loss,
 }
-# fmt: on
-
-
-@functools.cache
-def needs(loss):
-    """The names of the arguments of a loss: only what it names is computed in a step."""
-    return inspect.signature(LOSSES[loss]).parameters
-
-
-def needs_teacher(args):
-    """Whether the loss or the attack looks at a teacher."""
-    return args.attack_loss == "kl-teacher" or any("teacher" in name for name in needs(args.loss))
 
 
 # ------------------------------------------------------------------------------------------------
-# How each model is trained, of the flags (a dict, as they are kept with every run)
+# Teachers: the recipe by which each is trained, and the average of several
 
 
-def step_size(eps, flags):
-    """PGD step for a radius: a quarter of it; --step-size is that of --eps, scaled to it."""
-    given = flags["step_size"]
-    return eps / 4 if given is None else given * eps / (flags["eps"] or 1)
+class Ensemble(nn.Module):
+    """log sum_i w_i p_i(x) of some models: logits (B, K) whose softmax is their mean probability.
+
+    weights: of the models, summing to 1 (None: all equal).
+    """
+
+    def __init__(self, models, weights=None):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.weights = weights or [1 / len(models)] * len(models)
+
+    def forward(self, x):
+        logs = []
+        for weight, model in zip(self.weights, self.models):
+            if weight > 0:
+                logs.append(math.log(weight) + model(x).log_softmax(1))
+        return torch.stack(logs).logsumexp(0)
 
 
-def teacher_trainings(flags):
-    """The training of each teacher: --teacher-training, if it is one --teachers times."""
-    trainings = flags["teacher_training"]
-    return trainings * flags["teachers"] if len(trainings) == 1 else trainings
+@dataclasses.dataclass
+class Recipe:
+    """Everything that decides how a net is trained. None: has no effect on this net.
+
+    A teacher is kept under the digest of its recipe, so two runs with the same one share it.
+    """
+
+    training: str  # st, at, ffgsm, trades, or the student's loss
+    loss: str
+    model: str
+    width: float
+    seed: int
+    epochs: int
+    schedule: str  # onecycle, exponential or cosine
+    lr: float
+    batch_size: int
+    shared: dict  # flags that student and teacher have in common
+    schedule_epochs: int | None = None  # length of the cosine: a teacher may stop before its end
+    gamma: float | None = None  # of the exponential schedule
+    eps: float | None = None
+    step_size: float | None = None
+    steps: int | None = None
+    attack_loss: str | None = None  # ce, kl-teacher or, for TRADES, kl-self
+    attack_bn: str | None = None
+    trades_beta: float | None = None
 
 
-def teacher_recipe(flags, i=0):
-    """How teacher i is trained: with equal recipes, two runs have the same teacher."""
-    training, eps = teacher_trainings(flags)[i], flags["teacher_eps"]
-    names = "data train_subset val_size deterministic precision momentum weight_decay teacher_ckpt "
-    names += "schedule nesterov decay_norms ema augment label_smoothing extra_data extra_fraction"
-    recipe = {name: flags[name] for name in names.split()} | {"attack_loss": None}
-    recipe["total"] = flags["teacher_epochs"] if flags["schedule"] == "cosine" else None
-    attack = [flags["eps"], step_size(flags["eps"], flags), flags["steps"]]  # of the test images
-    recipe["trajectories"] = flags["trajectories"] and [flags["test_subset"], *attack]
-    recipe |= {"training": training, "loss": TEACHERS.get(training)}
-    recipe |= {"seed": flags["seed"] + 100 * i}
-    recipe |= {name: flags["teacher_" + name] for name in ("lr", "gamma", "batch_size")}
-    recipe |= {name: flags["teacher_" + name] or flags[name] for name in ("model", "width")}
-    recipe["epochs"] = flags["teacher_es"] or flags["teacher_epochs"]
-    if training in ("at", "ffgsm", "trades"):
-        recipe["eps"] = eps = flags["eps"] if eps is None else eps
-        recipe |= {name: flags[name] for name in ("attack_bn", "steps")} | {"attack_loss": "ce"}
-        recipe["step_size"] = step_size(eps, flags)
+def shared_flags(args):
+    """The flags that are the same for student and teacher, as a dict."""
+    names = (
+        "momentum",
+        "weight_decay",
+        "nesterov",
+        "decay_norms",
+        "ema",
+        "augment",
+        "label_smoothing",
+        "extra_data",
+        "extra_fraction",
+        "precision",
+        "deterministic",
+    )
+    flags = {name: getattr(args, name) for name in names}
+    if args.trajectories:  # they are kept with the weights, and depend on the test images
+        flags["trajectories"] = [args.test_subset, args.eps, step_size(args, args.eps), args.steps]
+    return flags
+
+
+def step_size(args, eps):
+    """PGD step in training for a radius: a quarter of it, or --step-size in proportion to --eps."""
+    if args.step_size is None:
+        return eps / 4
+    return args.step_size * eps / args.eps if args.eps else args.step_size
+
+
+def student_recipe(args):
+    """The Recipe of the student."""
+    attack_loss = args.attack_loss
+    if attack_loss is None:
+        default = {"rslad": "kl-teacher", "rslad+": "kl-teacher", "trades": "kl-self"}  # differs: 2
+        attack_loss = default.get(args.loss, "ce")
+    return Recipe(
+        training=args.loss,
+        loss=args.loss,
+        model=args.model,
+        width=args.width,
+        seed=args.seed,
+        epochs=args.epochs,
+        schedule="cosine" if args.schedule == "cosine" else "onecycle",
+        schedule_epochs=args.epochs,
+        lr=args.lr,
+        batch_size=args.batch_size,
+        eps=args.eps,
+        step_size=step_size(args, args.eps),
+        steps=args.steps,
+        attack_loss=attack_loss,
+        attack_bn=args.attack_bn,
+        trades_beta=args.trades_beta,
+        shared=shared_flags(args),
+    )
+
+
+def teacher_trainings(args):
+    """The training of each teacher: --teacher-training, or its only word --teachers times."""
+    if len(args.teacher_training) == 1:
+        return args.teacher_training * args.teachers
+    return args.teacher_training
+
+
+def teacher_recipe(args, training, number=0, epochs=None):
+    """The Recipe of teacher `number` (0, 1, ...) by its training; epochs: default --teacher-es."""
+    cosine = args.schedule == "cosine"
+    recipe = Recipe(
+        training=training,
+        loss="at" if training == "ffgsm" else training,
+        model=args.teacher_model or args.model,
+        width=args.teacher_width or args.width,
+        seed=args.seed + 100 * number,
+        epochs=epochs or args.teacher_es or args.teacher_epochs,
+        schedule="cosine" if cosine else "exponential",
+        schedule_epochs=args.teacher_epochs if cosine else None,
+        lr=args.teacher_lr,
+        gamma=None if cosine else args.teacher_gamma,
+        batch_size=args.teacher_batch_size,
+        shared=shared_flags(args),
+    )
+    if training == "st":
+        return recipe
+    eps = args.eps if args.teacher_eps is None else args.teacher_eps
+    recipe = dataclasses.replace(
+        recipe,
+        eps=eps,
+        step_size=step_size(args, eps),
+        steps=args.steps,
+        attack_loss="ce",
+        attack_bn=args.attack_bn,
+    )
     if training == "ffgsm":  # one long step from a uniform start (Wong et al. 2020)
-        recipe |= {"steps": 1, "step_size": flags["ffgsm_step"] * eps}
+        recipe = dataclasses.replace(recipe, steps=1, step_size=args.ffgsm_step * eps)
     if training == "trades":
-        recipe |= {"attack_loss": "kl-self", "trades_beta": flags["trades_beta"]}
+        recipe = dataclasses.replace(recipe, attack_loss="kl-self", trades_beta=args.trades_beta)
     return recipe
-
-
-def student_recipe(flags):
-    """How the student is trained."""
-    names = "loss model width seed eps steps epochs lr batch_size attack_bn"
-    recipe = {name: flags[name] for name in names.split()}
-    default = {"rslad": "kl-teacher", "rslad+": "kl-teacher", "trades": "kl-self"}  # differs: 2
-    recipe["attack_loss"] = flags["attack_loss"] or default.get(flags["loss"], "ce")
-    return recipe | {"training": flags["loss"], "step_size": step_size(flags["eps"], flags)}
-
-
-def make_optimizer(model, stage, how, args, n):
-    """-> (SGD, its schedule of n steps an epoch: the paper's for student and teacher, or AT+'s)."""
-    yes = {name: getattr(args, name) == "yes" for name in ("nesterov", "decay_norms")}
-    optimizer = common.sgd(model, how.lr, args.momentum, args.weight_decay, **yes)
-    if args.schedule == "cosine":  # stopped early or not, a teacher has the same rates
-        total = n * (args.epochs if stage == "student" else args.teacher_epochs)
-        schedule = plumbing.cosine(optimizer, total, total // 40)  # 10 of 400 epochs
-    elif stage == "student":
-        cycle = {"cycle_momentum": args.cycle_momentum == "yes"}
-        schedule = lr_scheduler.OneCycleLR(optimizer, how.lr, how.epochs * n, **cycle)
-    else:
-        schedule = lr_scheduler.LambdaLR(optimizer, lambda step: how.gamma ** (step // n))
-    return optimizer, schedule
 
 
 def ensemble_weights(betas, trainings):
     """beta_i of each teacher, their sum 1; a single beta is shared by those that are not `st`."""
-    n, robust = len(trainings), sum(training != "st" for training in trainings)
+    robust = [training != "st" for training in trainings]
     if betas is None:
-        return [1 / n] * n
-    if len(betas) == 1 and 0 < robust < n:
-        standard, other = (1 - betas[0]) / (n - robust), betas[0] / robust
-        return [standard if training == "st" else other for training in trainings]
-    if len(betas) != n or abs(sum(betas) - 1) > 1e-6:
-        common.fail(f"--beta: expected {n} that sum to 1, or one if st and others are mixed")
+        return [1 / len(trainings)] * len(trainings)
+    if len(betas) == 1 and any(robust) and not all(robust):
+        robust_weight = betas[0] / sum(robust)
+        standard_weight = (1 - betas[0]) / (len(trainings) - sum(robust))
+        return [robust_weight if is_robust else standard_weight for is_robust in robust]
+    if len(betas) != len(trainings) or abs(sum(betas) - 1) > 1e-6:
+        wanted = f"{len(trainings)} values that sum to 1, or one if standard and others are mixed"
+        raise ValueError(f"expected {wanted}, got {' '.join(map(str, betas))}")
     return betas
+
+
+def needs_teacher(args):
+    """Whether the student's loss or its attack looks at a teacher."""
+    return args.loss in TAUGHT or args.attack_loss == "kl-teacher"
 
 
 # ------------------------------------------------------------------------------------------------
 # Training
 
 
-def perturb(model, x, known, how):
-    """x' (B, C, H, W) by PGD: away from the labels, the teacher's T(x) or (TRADES) its own S(x)."""
-    if how.attack_loss == "ce":
-        targets, start = known["labels"], "uniform"
-    else:
-        with torch.no_grad():
-            logits = model(x) if how.attack_loss == "kl-self" else known["teacher_logits"]
-        targets, start = logits.softmax(1), "gaussian"
-    return common.pgd(model, x, targets, how.eps, how.step_size, how.steps, start)
+def train(recipe, data, folder, stage, args, teacher=None):
+    """Train a net by its recipe and write it to folder/<stage>.pt -> (the net in eval mode, meta).
 
+    teacher: in eval mode with frozen weights, or None. After an interruption the call goes on.
+    """
+    model = common.new_model(data, recipe.model, recipe.seed, stage, recipe.width)
+    steps_per_epoch = math.ceil(len(data.x_train) / recipe.batch_size)
+    optimizer, schedule = make_optimizer(model, recipe, args, steps_per_epoch)
+    average = WeightAverage(model, args.ema) if args.ema else None
+    trained = average.module if average else model  # what is validated and kept
+    attack = (recipe.eps, recipe.step_size, recipe.steps)
+    lam, alpha, temperature = args.lam, args.alpha, args.temperature
+    kl_options = (temperature, args.kl_reduction)
 
-def tensors(model, teacher, x, labels, how):
-    """The tensors of a step by the names that the losses use; only what the loss names is made."""
-    known, wanted = {"labels": labels}, needs(how.loss)
-    if "teacher_logits" in wanted or how.attack_loss == "kl-teacher":
-        known["teacher_logits"] = teacher(x)
-    if "student_adv_logits" in wanted:
-        x_adv = perturb(common.attacked(model, how.attack_bn), x, known, how)  # differs: 5
-        known["student_adv_logits"] = model.train()(x_adv)
-    if "teacher_adv_logits" in wanted:
-        known["teacher_adv_logits"] = teacher(x_adv)
-    if "student_logits" in wanted:
-        known["student_logits"] = model.train()(x)
-    return known
+    def step(x, labels):
+        """One batch up to the gradients of the weights -> metrics."""
+        # The cache is off: weights first cast under no_grad (in TRADES) would get no gradient.
+        with torch.autocast("cuda", torch.bfloat16, args.autocast, cache_enabled=False):
+            # What the teacher says of the clean images. Its weights are frozen: no gradient there.
+            if recipe.loss in TAUGHT_ON_CLEAN_IMAGES or recipe.attack_loss == "kl-teacher":
+                teacher_logits = teacher(x)
 
+            # The attack: away from the labels, the teacher's output, or (TRADES) the net's own.
+            if recipe.loss in ATTACKED:
+                target = common.attacked(model, recipe.attack_bn)  # differs: 5
+                if recipe.attack_loss == "ce":
+                    x_adv = common.pgd(target, x, labels, *attack)
+                elif recipe.attack_loss == "kl-teacher":  # differs: 2
+                    x_adv = common.pgd(target, x, teacher_logits.softmax(1), *attack, "gaussian")
+                else:
+                    with torch.no_grad():
+                        own_probs = target(x).softmax(1)
+                    x_adv = common.pgd(target, x, own_probs, *attack, "gaussian")
 
-def collapsed(run, how):
-    """Whether single-step training lost 20 points of held-out PGD accuracy (Wong et al. 2020)."""
-    key = f"val_pgd{run.args.steps}_acc"
-    return how.training == "ffgsm" and run.best.get(key, 0) - run.row.get(key, 0) > 0.2
-
-
-def train_model(run, data, stage, recipe, teacher=None):
-    """Train a model by its recipe into <stage>.pt; teacher: frozen, in eval mode, or None."""
-    args, how, wanted = run.args, SimpleNamespace(**recipe), needs(recipe["loss"])
-    model = common.model_for(data, how.model, how.seed, stage, how.width)
-    names = ("alpha", "lam", "temperature", "kl_reduction", "trades_beta")
-    settings = {name: getattr(args, name) for name in names if name in wanted}
-    n = -(-len(data.x_train) // how.batch_size)
-    optimizer, schedule = make_optimizer(model, stage, how, args, n)
-    average = plumbing.Average(model, args.ema) if args.ema else None
-    seed = how.seed if stage == "student" else common.derive_seed(how.seed, stage)  # own batches
-
-    @plumbing.captured(run, model)
-    def compute(x, labels):
-        with plumbing.autocast(run):
-            known = tensors(model, teacher, x, labels, how) | settings
-            loss = LOSSES[how.loss](**{name: known[name] for name in wanted if name in known})
+            # The student sees x' (st and ckd: x); some losses also compare what it says of x.
+            model.train()
+            logits = model(x_adv if recipe.loss in ATTACKED else x)
+            match recipe.loss:
+                case "st":
+                    loss = st_loss(logits, labels)
+                case "at":
+                    loss = at_loss(logits, labels)
+                case "trades":
+                    loss = trades_loss(model(x), logits, labels, recipe.trades_beta)
+                case "ckd":
+                    loss = ckd_loss(logits, teacher_logits, labels, lam, *kl_options)
+                case "ard":
+                    loss = ard_loss(model(x), logits, teacher_logits, labels, lam, *kl_options)
+                case "rslad":
+                    loss = rslad_loss(model(x), logits, teacher_logits, lam, *kl_options)
+                case "akd":
+                    loss = akd_loss(logits, teacher(x_adv), temperature)
+                case "ard+":
+                    given = (model(x), logits, teacher_logits, labels)
+                    loss = ard_plus_loss(*given, lam, alpha, *kl_options)
+                case "rslad+":
+                    given = (model(x), logits, teacher_logits, labels)
+                    loss = rslad_plus_loss(*given, lam, alpha, *kl_options)
+                case "akd+":
+                    loss = akd_plus_loss(logits, teacher(x_adv), labels, alpha, temperature)
         loss.backward()
-        logits = known.get("student_adv_logits", known.get("student_logits"))
-        return plumbing.metrics(loss, logits, labels)
+        return common.metrics(loss, logits, labels)
 
-    def train_step(x, labels):
-        optimizer.zero_grad()
-        measured = compute(x, labels)
-        optimizer.step()
-        schedule.step()
-        if average:
-            average.update_parameters(model)
-        return measured
-
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    parts |= {"average": average} if average else {}
-    if args.trajectories:
-        from benchmark.trajectories import Trajectories
-
-        parts["trajectories"] = Trajectories(data, how.epochs)
-    attack = (args.eps, step_size(args.eps, vars(args)), args.steps)  # of the held-out images
-    for epoch in plumbing.epochs(run, stage, how.epochs, **parts):
-        if collapsed(run, how):
+    step = common.speed_up(step, model, args)
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    if average:
+        state["average"] = average
+    trajectories = Trajectories(data, recipe.epochs) if args.trajectories else None
+    if trajectories:
+        state["trajectories"] = trajectories
+    test_attack = (args.eps, step_size(args, args.eps), args.steps)  # of the held-out images
+    rows = common.resume(folder, stage, state)
+    for epoch in range(len(rows), recipe.epochs):
+        if collapsed(recipe, rows):
             break
-        batches = common.batches(data, how.batch_size, seed, epoch, run)
-        plumbing.end_epoch(run, epoch, [train_step(x, y) for x, y in batches], data, *attack)
-        if stage != "student" and (epoch + 1) % (args.teacher_save_every or how.epochs + 1) == 0:
-            save(run, f"{stage}-ep{epoch + 1}", how, epoch + 1)
-    last = run.row["epoch"]
-    if collapsed(run, how):
-        last = run.best["epoch"]
-        print(f"{stage}: PGD accuracy fell by over 20 points; epoch {last} is kept")
-        best = common.load(run.dir / f"{stage}_best.pt")
-        plumbing.final_model(run).load_state_dict(best["weights"])
-    save(run, stage, how, last)
+        common.seed_epoch(recipe.seed, stage, epoch)
+        began, history = time.monotonic(), []
+        for x, labels in common.batches(data, recipe.batch_size, recipe.seed, stage, epoch):
+            x, labels = augment(x, labels, data, args)  # for AT+; otherwise they stay as they are
+            optimizer.zero_grad()
+            history.append(step(x, labels))
+            common.average_gradients(model, len(labels))
+            optimizer.step()
+            schedule.step()  # per batch
+            if average:
+                average.update(model)
+        row = common.epoch_row(stage, epoch, model, history, began)
+        rows.append(row | common.validate(trained, data, test_attack))
+        if trajectories:
+            trajectories.record(epoch, trained, data, test_attack)
+        every = args.teacher_save_every
+        if stage == "teacher" and every and len(rows) % every == 0:
+            keep_early_stop(recipe, data, args, trained, rows, trajectories)
+        common.save_epoch(folder, stage, trained, state, rows, recipe.epochs, args.tensorboard)
+
+    meta = {"training": recipe.training}
+    if collapsed(recipe, rows):
+        best, best_meta = common.load_model(folder / f"{stage}_best.pt", data.x_train.device)
+        trained.load_state_dict(best.state_dict())
+        meta["epoch"] = best_meta["epoch"]
+        print(f"{stage}: PGD accuracy fell by over 20 points; epoch {meta['epoch']} is kept")
+    if trajectories:
+        meta["trajectories"] = trajectories.until(len(rows))
+    common.save_model(folder / f"{stage}.pt", trained, rows, **meta)
+    return common.load_model(folder / f"{stage}.pt", data.x_train.device)
 
 
-def save(run, file, how, epoch):
-    """The model of this stage after `epoch`, or the average of its weights, into <file>.pt."""
-    meta = {"training": how.training, "epoch": epoch, "seconds": run.seconds, "best": run.best}
-    if "trajectories" in run.parts:
-        meta["trajectories"] = run.parts["trajectories"].until(epoch)
-    plumbing.save_model(run, file, plumbing.final_model(run), meta)
+def make_optimizer(model, recipe, args, steps_per_epoch):
+    """-> (SGD in one fused kernel, its learning rate schedule, which steps once a batch)."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    norm_parameters = {p for norm in norms for p in norm.parameters()}
+    groups = [{"params": list(model.parameters())}]
+    if args.decay_norms == "no":
+        decayed = [p for p in model.parameters() if p not in norm_parameters]
+        others = [p for p in model.parameters() if p in norm_parameters]
+        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(
+        groups,
+        lr=recipe.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        nesterov=args.nesterov == "yes",
+        fused=True,
+    )
+    if recipe.schedule == "onecycle":
+        total = recipe.epochs * steps_per_epoch
+        cycle_momentum = args.cycle_momentum == "yes"
+        schedule = lr_scheduler.OneCycleLR(
+            optimizer, recipe.lr, total, cycle_momentum=cycle_momentum
+        )
+    elif recipe.schedule == "exponential":
+        schedule = lr_scheduler.LambdaLR(
+            optimizer, lambda step: recipe.gamma ** (step // steps_per_epoch)
+        )
+    else:
+        total = recipe.schedule_epochs * steps_per_epoch
+        warm_up = total // 40  # 10 of 400 epochs
+
+        def cosine(step):
+            if step < warm_up:
+                return (step + 1) / warm_up
+            done = (step - warm_up) / max(total - warm_up, 1)
+            return 0.5 + 0.5 * math.cos(math.pi * done)
+
+        schedule = lr_scheduler.LambdaLR(optimizer, cosine)
+    return optimizer, schedule
 
 
-def trained(run, data, stage, recipe, teacher=None):
-    """-> (model in eval mode, its meta) of <stage>.pt, trained now if it is not there."""
-    if not (run.dir / f"{stage}.pt").exists():
-        train_model(run, data, stage, recipe, teacher)
-    return common.load_model(run.dir / f"{stage}.pt", run.device)
+def collapsed(recipe, rows):
+    """Whether single-step training lost 20 points of held-out PGD accuracy (Wong et al. 2020)."""
+    if recipe.training != "ffgsm" or not rows:
+        return False
+    keys = [key for key in rows[-1] if key.startswith("val_pgd")]
+    return any(max(row[key] for row in rows) - rows[-1][key] > 0.2 for key in keys)
 
 
-def get_teacher(run, data, i):
-    """-> (teacher i, its meta): given, found in a run with the same recipe, or trained."""
-    stage, recipe = f"teacher{i + 1}" if i else "teacher", functools.partial(teacher_recipe, i=i)
-    train = functools.partial(trained, run, data, stage, recipe(run.flags))
-    return plumbing.get_teacher(run, data, recipe, train, f"{stage}.pt")
+def keep_early_stop(recipe, data, args, trained, rows, trajectories):
+    """Keep the teacher as it is now where a run with this --teacher-es looks for its teacher."""
+    if len(rows) == recipe.epochs or collapsed(recipe, rows):
+        return  # the first is kept anyway; of the other, the best epoch before would be
+    early_stop = dataclasses.asdict(dataclasses.replace(recipe, epochs=len(rows)))
+    meta = {"training": recipe.training}
+    if trajectories:
+        meta["trajectories"] = trajectories.until(len(rows))
+    common.keep_teacher(args, data, early_stop, trained, rows, **meta)
+
+
+class Trajectories:
+    """What a net gives the right class after each epoch (paper: App. C.2), for --trajectories.
+
+    train, test (clean) and adv (PGD on test) float16 (E, N): log-probabilities; entropy float32
+    (E,): the mean of S(x) over the training images, nats. benchmark/plots.py draws them.
+    """
+
+    def __init__(self, data, epochs):
+        sizes = {"train": len(data.y_train), "test": len(data.y_test), "adv": len(data.y_test)}
+        self.values = {k: torch.zeros(epochs, n, dtype=torch.float16) for k, n in sizes.items()}
+        self.values["entropy"] = torch.zeros(epochs)
+
+    def record(self, epoch, model, data, attack):
+        """The rows of `epoch`; attack: eps, step_size, steps of the PGD on the test images."""
+        train = common.predict(model, data.x_train).log_softmax(1)  # (N, K)
+        test = common.predict(model, data.x_test).log_softmax(1)
+        adv = common.predict(model, data.x_test, data.y_test, attack).log_softmax(1)
+        of_class = {"train": (train, data.y_train), "test": (test, data.y_test)}
+        of_class["adv"] = (adv, data.y_test)
+        for name, (log_probs, labels) in of_class.items():
+            self.values[name][epoch] = log_probs.gather(1, labels[:, None])[:, 0]
+        self.values["entropy"][epoch] = -(train.exp() * train).sum(1).mean()
+
+    def until(self, epochs):
+        """{name: tensor} of the first epochs, for the meta of a model's file."""
+        return {name: values[:epochs].clone() for name, values in self.values.items()}
+
+    def state_dict(self):
+        """For the checkpoint, like those of the model and the optimizer."""
+        return self.values
+
+    def load_state_dict(self, values):
+        """Go on from a state_dict."""
+        self.values = values
+
+
+# ------------------------------------------------------------------------------------------------
+# AT+ (section 4): generated images, CutOut or CutMix, label smoothing, weight average
+
+
+def augment(x, labels, data, args):
+    """x (B, C, H, W), labels (B,) of a batch -> the same after what AT+ does; or as they are.
+
+    data.extra: generated images (M, H, W, C) and labels (M,), which replace the last
+    --extra-fraction of the batch. Label smoothing and CutMix make labels probabilities (B, K).
+    """
+    own = len(x)
+    if args.extra_data:
+        own = len(x) - round(args.extra_fraction * len(x))
+        x_extra, labels_extra = draw_extra(data, len(x) - own)
+        x = torch.cat([x[:own], x_extra])
+        labels = torch.cat([labels[:own], labels_extra])
+    if args.augment == "cutout":
+        # filled on the device: with a copy from the host each step would wait for the GPU
+        fill = torch.stack([torch.full((), mean, device=x.device) for mean in data.mean])
+        x = cutout(x, fill)
+    if args.augment == "cutmix" or args.label_smoothing:
+        labels = F.one_hot(labels, len(data.classes)).float()  # (B, K)
+        first_smoothed = own if args.extra_data else 0
+        uniform = 1 / len(data.classes)
+        labels[first_smoothed:] += args.label_smoothing * (uniform - labels[first_smoothed:])
+    if args.augment == "cutmix":
+        x, labels = cutmix(x, labels, *torch.rand(3).tolist())
+    return x, labels
+
+
+def draw_extra(data, number):
+    """`number` generated images, cropped and flipped, float32 (B, C, H, W), and labels (B,)."""
+    x_extra, labels_extra = data.extra
+    device, (height, width) = data.x_train.device, data.x_train.shape[1:3]
+    picks = torch.randint(len(labels_extra), (number,))
+    images = torch.from_numpy(x_extra[picks.numpy()])
+    corners = torch.randint(2 * data.pad + 1, (2, number))
+    flip = torch.randint(1 + data.flip, (number,))
+    plan = torch.stack([torch.arange(number), *corners, flip]).to(device)
+    padded = F.pad(images.to(device), (0, 0, data.pad, data.pad, data.pad, data.pad))
+    return common.crop(padded, *plan, height, width), labels_extra[picks].to(device)
+
+
+def cutout(x, fill):
+    """A square of 9/16 of the image's side becomes `fill` (C,) (DeVries and Taylor 2017).
+
+    Its centre is drawn for each image of x (B, C, H, W); what lies outside of the image is lost.
+    18 pixels of 32, as in the code of Rebuffi et al. and Wang et al.
+    """
+    size = x.shape[-1]
+    side = size * 9 // 16
+    pixels = torch.arange(size, device=x.device)
+    row, column = torch.randint(size, (2, len(x), 1), device=x.device)
+    offset = pixels - row + side // 2  # (B, H)
+    rows = (offset >= 0) & (offset < side)
+    offset = pixels - column + side // 2  # (B, W)
+    columns = (offset >= 0) & (offset < side)
+    inside = rows[:, None, :, None] & columns[:, None, None, :]  # (B, 1, H, W)
+    return torch.where(inside, fill.view(1, -1, 1, 1), x)
+
+
+def cutmix(x, targets, area, row, column):
+    """x and targets with a box of the next image of the batch in each (Yun et al. 2019).
+
+    area: of the box before it is clipped at the border; row, column: its centre; all in [0, 1], as
+    parts of the image. x (B, C, H, W), targets (B, K), mixed by the area that the box has.
+    """
+    size = x.shape[-1]
+    half = size * math.sqrt(area) / 2
+    top, bottom = max(round(row * size - half), 0), min(round(row * size + half), size)
+    left, right = max(round(column * size - half), 0), min(round(column * size + half), size)
+    mixed = x.clone()
+    mixed[:, :, top:bottom, left:right] = x.roll(1, 0)[:, :, top:bottom, left:right]
+    share = (bottom - top) * (right - left) / size**2
+    return mixed, (1 - share) * targets + share * targets.roll(1, 0)
+
+
+class WeightAverage(nn.Module):
+    """The exponential moving average of a net's weights: update(model) after each step.
+
+    The first step copies; step t = 1, 2, ... makes it d average + (1 - d) weights, with the ramp
+    d = min(decay, (1 + t) / (10 + t)) of Rebuffi et al. (2021). BatchNorm statistics: the model's.
+    torch.optim.swa_utils.AveragedModel would make the host wait for CUDA in every step.
+    """
+
+    def __init__(self, model, decay):
+        super().__init__()
+        self.module = copy.deepcopy(model)
+        self.decay = decay
+        self.register_buffer("steps", torch.tensor(0))  # stays on the host
+
+    @torch.no_grad()
+    def update(self, model):
+        """Take the weights of a step."""
+        t = int(self.steps)
+        decay = min(self.decay, (1 + t) / (10 + t)) if t > 0 else 0.0
+        torch._foreach_lerp_([*self.module.parameters()], [*model.parameters()], 1 - decay)
+        torch._foreach_copy_([*self.module.buffers()], [*model.buffers()])
+        self.steps += 1
+
+
+def load_extra(path, data):
+    """-> images uint8 (M, S, S, C), mapped from the disk, and labels int64 (M,) of an .npz file.
+
+    It holds `image` and `label`, like the generated sets of Rebuffi et al. and Wang et al. What is
+    inside a zip cannot be mapped: the images are unpacked once, into <path>.<checksum>.npy. Nothing
+    is unpacked that does not fit `data`. Raises UserError.
+    """
+    path, shape, classes = Path(path), data.x_train.shape[1:], len(data.classes)
+    if not path.is_file():
+        raise common.UserError(f"--extra-data: {path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            image, label = archive.getinfo("image.npy"), archive.getinfo("label.npy")
+            with archive.open(image) as file:
+                major, minor = np.lib.format.read_magic(file)
+                read_header = getattr(np.lib.format, f"read_array_header_{major}_{minor}")
+                (count, *sizes), fortran, dtype = read_header(file)
+            if dtype != np.uint8 or fortran or sizes != list(shape):
+                wanted = f"uint8 (M, {', '.join(map(str, shape))})"
+                raise ValueError(f"image must be {wanted}, got {dtype} {sizes}")
+            most = math.prod(shape) * count + 1000
+            if image.file_size > most or label.file_size > 8 * count + 1000:
+                raise ValueError("more bytes than its headers say")
+            if image.file_size > 2**28 and image.file_size > 100 * path.stat().st_size:
+                raise ValueError(f"a zip bomb of {image.file_size:,} bytes")
+            with archive.open(label) as file:
+                labels = np.lib.format.read_array(file, allow_pickle=False)
+            whole = labels.dtype.kind in "iu" and labels.shape == (count,) and count > 0
+            if not whole or labels.min() < 0 or labels.max() >= classes:
+                got = f"{labels.dtype} {labels.shape}"
+                raise ValueError(f"label must be {count} labels 0..{classes - 1}, got {got}")
+            unpacked = path.with_name(f"{path.name}.{image.CRC:08x}.npy")
+            if not unpacked.exists():
+                print(f"{path}: unpacking {image.file_size / 1e6:,.0f} MB of images", flush=True)
+                partial = unpacked.with_suffix(".tmp")
+                with archive.open(image) as file, open(partial, "wb") as out:
+                    shutil.copyfileobj(file, out)
+                partial.replace(unpacked)
+        x = np.load(unpacked, mmap_mode="r", allow_pickle=False)
+        if (x.dtype, x.shape) != (np.uint8, (count, *shape)):
+            raise ValueError(f"{unpacked.name} holds something else; delete it")
+    except OSError as error:
+        if not isinstance(error, zipfile.BadZipFile) and error.errno is not None:
+            raise  # of the disk
+        raise common.UserError(f"--extra-data: {path}: {error}") from None
+    except Exception as error:  # numpy and zipfile raise a dozen types for a damaged file
+        expected = "expected an .npz file with image and label"
+        raise common.UserError(f"--extra-data: {path}: {expected} ({error})") from None
+    return x, torch.from_numpy(labels.astype(np.int64))
+
+
+# ------------------------------------------------------------------------------------------------
+# The whole job
 
 
 def main(argv=None):
-    """For each seed: data, teacher, student, evaluation of both, one table."""
-    runs = [train_and_evaluate(args) for args in plumbing.per_seed(parse_args(argv))]
-    plumbing.across_seeds(runs)
+    """For each seed: data, teachers, student, evaluation, one table."""
+    args = parse_args(argv)
+    return common.run_seeds("robust_kd", args, train_and_evaluate, prepare)
 
 
-def train_and_evaluate(args):
-    """The run of one seed; everything is in its folder. -> Run"""
+def prepare(args, data):
+    """Check the files that are given against the data, before anything is written."""
+    if args.teacher_ckpt:
+        name = args.teacher_model if "--teacher-model" in args.given else None
+        common.load_model(args.teacher_ckpt, "cpu", data, name)
+    if args.extra_data:
+        data.extra = load_extra(args.extra_data, data)
 
-    def prepare(data):
-        data.augment, data.smoothing = args.augment, args.label_smoothing
-        if args.extra_data:
-            data.extra = common.load_extra(args.extra_data, data)
-            data.extra_fraction = args.extra_fraction
 
-    with plumbing.open_run("robust_kd", args, prepare) as (run, data):
-        if run.finished:
-            return run
-        models, teacher = {}, None  # models: row of the table -> (model, numbers on its training)
-        if args.demo:
-            short = {"teacher_training": ["st"], "teachers": 1, "teacher_es": args.epochs}
-            recipe = teacher_recipe(run.flags | short)
-            models["standard training"] = trained(run, data, "standard", recipe)
-        if needs_teacher(args):
-            trainings = teacher_trainings(run.flags)
-            found = [get_teacher(run, data, i) for i in range(len(trainings))]
-            for i, (teacher, meta) in enumerate(found):
-                number = f" {i + 1}" * (len(found) > 1)
-                models[f"teacher{number} ({meta.get('training', 'given')})"] = teacher, meta
-            if len(found) > 1:
-                betas = ensemble_weights(args.beta, trainings)
-                teacher = common.Ensemble([model for model, _ in found], betas).eval()
-                models[f"ensemble of {len(found)} teachers"] = teacher, {}
-        student, meta = trained(run, data, "student", student_recipe(run.flags), teacher)
-        models[f"student ({args.loss})"] = student, meta
-        for row, file in plumbing.best_epoch(run).items():
-            models[row] = common.load_model(file, run.device)
-        import eval_robustness
+def train_and_evaluate(args, data, folder):
+    """One seed: train what is missing, evaluate all nets -> the rows of the summary."""
+    nets = {}  # row of the table -> (net, numbers on its training)
+    teacher = None
+    if args.demo:
+        recipe = teacher_recipe(args, "st", epochs=args.epochs)
+        nets["standard training"] = train(recipe, data, folder, "standard", args)
+    if needs_teacher(args):
+        trainings = teacher_trainings(args)
+        teachers = []
+        for i, training in enumerate(trainings):
+            teacher, meta = get_teacher(args, data, training, i)
+            teachers.append(teacher)
+            number = f" {i + 1}" if len(trainings) > 1 else ""
+            nets[f"teacher{number} ({meta.get('training', 'given')})"] = teacher, meta
+        if len(teachers) > 1:
+            teacher = Ensemble(teachers, ensemble_weights(args.beta, trainings)).eval()
+            nets[f"ensemble of {len(teachers)} teachers"] = teacher, {}
+    student, meta = train(student_recipe(args), data, folder, "student", args, teacher)
+    nets[f"student ({args.loss})"] = student, meta
+    if meta["best"].get("epoch", meta["epoch"]) != meta["epoch"]:
+        best = common.load_model(folder / "student_best.pt", data.x_test.device)
+        nets["student, best on held-out images"] = best
 
-        rows, attacks = [], ["clean", f"pgd{args.eval_steps}"]
-        options = {"eps": args.eps, "restarts": args.restarts, "seed": args.seed}
-        for name, (model, meta) in models.items():
-            print(f"evaluating {name} on {len(data.x_test)} test images", flush=True)
-            row = eval_robustness.evaluate(model, data.x_test, data.y_test, attacks, **options)
-            rows.append({"model": name} | row)
-            rows[-1] |= {"epochs": meta.get("epoch"), "seconds": meta.get("seconds")}
-        plumbing.finish(run, rows)
-    return run
+    rows = []
+    for name, (net, meta) in nets.items():
+        print(f"evaluating {name} on {len(data.x_test)} test images", flush=True)
+        accuracies = eval_robustness.evaluate(
+            net,
+            data.x_test,
+            data.y_test,
+            ["clean", f"pgd{args.eval_steps}"],
+            eps=args.eps,
+            restarts=args.restarts,
+            seed=args.seed,
+        )
+        rows.append({"model": name} | accuracies | eval_robustness.training_columns(meta))
+    return rows
+
+
+def get_teacher(args, data, training, number):
+    """-> (teacher, its meta): given, trained before by the same recipe, or trained now."""
+    recipe = teacher_recipe(args, training, number)
+
+    def train_teacher(folder):
+        train(recipe, data, folder, "teacher", args)
+
+    teacher, meta, _ = common.get_teacher(args, data, dataclasses.asdict(recipe), train_teacher)
+    return teacher, meta
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ Paper    "Improving generalization and robustness with noisy collaboration in kn
 Loss     (1-alpha) CE(S(x'), y) + alpha tau^2 KL(T(x) || S(x'))               <- hinton_loss Eq. 1
 Methods  soft-randomization   x' = x + sigma N(0, 1) for the student          <- add_noise
          gaussian             CE(S(x'), y): the student alone, with the same noise
-         teacher, student: the net of --seed alone, from labels; hinton: x' = x (Eq. 2)
+         teacher, student     the net of --seed alone, from labels
+         hinton               x' = x (Eq. 2)
 Usage    python soft_randomization.py --sigma 0.05
          python soft_randomization.py --method gaussian --sigma 0.05
          python soft_randomization.py --method hinton                # sigma 0
@@ -28,62 +29,101 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
+import math
+import sys
+import time
+
 import torch
 import torch.nn.functional as F
 
 import common
-import plumbing
+import eval_robustness
 
-METHODS = ["teacher", "student", "hinton", "soft-randomization", "gaussian"]
-# Epochs, and after how many the learning rate drops
-STANDARD = (200, [60, 120, 150])
-# Flags that only some methods have
-ONLY = {"--sigma": METHODS[3:], "--clip": METHODS[3:]}
-# What --demo sets
-DEMO = {"data": "shapes", "model": "wrn-10-1", "teacher-model": "wrn-16-1", "epochs": 5}
-DEMO |= {"teacher-epochs": 5, "batch-size": 32, "train-subset": 1000, "test-subset": 200}
-DEMO |= {"val-size": 100, "restarts": 1}
+METHODS = ["soft-randomization", "gaussian", "hinton", "teacher", "student"]
+NOISY = ["soft-randomization", "gaussian"]  # the student sees noisy images
+TAUGHT = ["soft-randomization", "hinton"]  # the student has a teacher
+
+# Epochs, and the epochs after which the learning rate drops: section A.1
+STANDARD_EPOCHS = 200
+STANDARD_MILESTONES = [60, 120, 150]
+
+DEMO = {
+    "data": "shapes",
+    "model": "wrn-10-1",
+    "teacher-model": "wrn-16-1",
+    "epochs": 5,
+    "teacher-epochs": 5,
+    "batch-size": 32,
+    "train-subset": 1000,
+    "test-subset": 200,
+    "val-size": 100,
+    "restarts": 1,
+}
 
 
 def parse_args(argv=None):
-    """The flags of this script as a namespace; errors are one line with exit status 2."""
-    parser = common.make_parser(__doc__)
+    """The flags of this script as a namespace; a flag that makes no sense is a UserError."""
+    parser = common.RunParser(__doc__)
     add = parser.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default=METHODS[3], help="what the student sees, whom it has")
-    add("--sigma", type=common.fraction, default=0.05, help="of the noise on images in [0, 1]")
-    add("--clip", action="store_true", help="keep noisy images in [0, 1]")
-    add("--alpha", type=common.probability, default=0.9, help="weight of the distillation term")
-    add("--temperature", type=common.positive, default=4.0, help="of both softmaxes in the KL")
-    add("--model", default="wrn-16-2", help="student: wrn-16-2, resnet18, mlp-1200-1200, ...")
+    add(
+        "--method",
+        choices=METHODS,
+        default="soft-randomization",
+        help="training method, see Methods above",
+    )
+    add("--sigma", type="fraction", default=0.05, help="deviation of the noise, in pixel units")
+    add("--clip", action="store_true", help="clip the noisy images to [0, 1]")
+    add("--alpha", type="probability", default=0.9, help="weight of the distillation term")
+    add("--temperature", type="positive", default=4.0, help="temperature of both softmaxes")
+    add("--model", default="wrn-16-2", help="net of the student: wrn-16-2, resnet18, mlp-512, ...")
     add = parser.add_argument_group("teacher").add_argument
-    add("--teacher-model", default="wrn-40-2", help="likewise")
-    add("--teacher-seeds", type=common.count, default=1, help="train those of seeds 0 to N-1, ...")
-    add("--pick-teacher", choices=["val", "test"], default="val", help="... take the best on these")
-    add("--teacher-epochs", type=common.count, default=200, help="length of its training")
-    drops = "epochs after which the teacher's learning rate drops; "
-    drops += "None: 60 120 150 of 200, stretched to --teacher-epochs"
-    add("--teacher-milestones", type=common.count, nargs="+", help=drops)
-    add("--teacher-ckpt", help="take this finished teacher and train none")
-    add("--teacher-table", choices=["auto", "yes", "no"], default="auto", help="of all its logits")
+    add("--teacher-model", default="wrn-40-2", help="net of the teacher, named as for --model")
+    add(
+        "--teacher-seeds",
+        type="count",
+        default=1,
+        help="number of teachers to train (seeds 0 to N-1); the most accurate one teaches",
+    )
+    add(
+        "--pick-teacher",
+        choices=["val", "test"],
+        default="val",
+        help="images on which the best teacher is chosen: held-out ones, or test images as in "
+        "the paper",
+    )
+    add("--teacher-epochs", type="count", default=200, help="epochs of the teacher's training")
+    add(
+        "--teacher-milestones",
+        type="count",
+        nargs="+",
+        help="epochs at which the teacher's learning rate drops (default: 60 120 150 of 200, "
+        "stretched to --teacher-epochs)",
+    )
+    add("--teacher-ckpt", help="file of a finished teacher; no teacher is trained")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=common.count, default=200, help="of the student")
-    add("--milestones", type=common.count, nargs="+", help="None: 60 120 150 of 200, stretched")
-    add("--gamma", type=common.positive, default=0.2, help="factor on the learning rate at these")
-    add("--lr", type=common.positive, default=0.1, help="first learning rate")
-    add("--batch-size", type=common.count, default=128, help="of teacher and student")
-    add("--momentum", type=common.probability, default=0.9, help="of SGD")
-    add("--weight-decay", type=common.fraction, default=5e-4, help="on all parameters")
-    plumbing.add_evaluation_flags(parser)
-    plumbing.add_run_flags(parser)
-    args = plumbing.parse(parser, argv, {"--demo": DEMO})
-    given = {flag.split("=")[0] for flag in args.argv}
-    for flag in given & ONLY.keys():
-        if args.method not in ONLY[flag] and not args.demo:
-            parser.error(f"{flag}: --method {args.method} has none")
-    if args.method == "teacher" and args.teacher_seeds > 1:
+    add("--epochs", type="count", default=200, help="epochs of the student's training")
+    add(
+        "--milestones",
+        type="count",
+        nargs="+",
+        help="epochs at which the student's learning rate drops (default: 60 120 150 of 200, "
+        "stretched to --epochs)",
+    )
+    add("--gamma", type="positive", default=0.2, help="factor on the learning rate at milestones")
+    add("--lr", type="positive", default=0.1, help="learning rate that both nets start with")
+    add("--batch-size", type="count", default=128, help="images per step of both nets")
+    add("--momentum", type="probability", default=0.9, help="momentum of SGD for both nets")
+    add("--weight-decay", type="fraction", default=5e-4, help="weight decay of SGD for both nets")
+    eval_robustness.add_evaluation_flags(parser)
+    parser.add_run_flags()
+    args = parser.parse_run(argv, {"--demo": DEMO})
+    for flag in ("--sigma", "--clip"):
+        if flag in args.given and args.method not in NOISY and not args.demo:
+            parser.error(f"{flag}: has no effect with --method {args.method}; leave it out")
+    if args.teacher_seeds > 1 and args.method == "teacher":
         parser.error("--teacher-seeds: --method teacher trains one, that of --seed; leave it out")
-    common.check_model("--model", args.model)
-    common.check_model("--teacher-model", args.teacher_model)
+    if args.teacher_seeds > 1 and args.teacher_ckpt:
+        parser.error("--teacher-seeds: has no effect with --teacher-ckpt; leave it out")
     return args
 
 
@@ -99,7 +139,8 @@ def hinton_loss(student_logits, teacher_logits, labels, alpha, temperature):
     """
     targets = (teacher_logits.detach() / temperature).softmax(1)
     student_log_probs = (student_logits / temperature).log_softmax(1)
-    kl = F.kl_div(student_log_probs, targets, reduction="batchmean")  # the default: K times less
+    # batchmean is the KL; PyTorch's default would divide it by the number of classes too
+    kl = F.kl_div(student_log_probs, targets, reduction="batchmean")
     return (1 - alpha) * F.cross_entropy(student_logits, labels) + alpha * temperature**2 * kl
 
 
@@ -117,119 +158,148 @@ def add_noise(x, sigma, clip=False):
 # Training
 
 
-def teacher_settings(flags):
-    """What a teacher depends on, of the flags (a dict), but for its seed."""
-    names = "data train_subset val_size deterministic precision lr gamma batch_size momentum"
-    names += " weight_decay teacher_model teacher_milestones teacher_ckpt"
-    settings = {name: flags[name] for name in names.split()} | {"epochs": flags["teacher_epochs"]}
-    return settings
-
-
 # Copied from fickle_teacher.stretch
-def stretch(schedule, epochs):
-    """The milestones of a schedule, (epochs, milestones), made `epochs` long."""
-    return [-(-milestone * epochs // schedule[0]) for milestone in schedule[1]]
+def stretch(milestones, standard_epochs, epochs):
+    """The milestones of a schedule of `standard_epochs`, moved to one of `epochs`."""
+    return [math.ceil(milestone * epochs / standard_epochs) for milestone in milestones]
 
 
-def train_net(net, noise, teach, data, args, run, stage, seed, total, milestones):
-    """Train into <stage>.pt: on labels and, if it is not None, on teach(x, view) -> (B, K).
+def train(model, data, folder, stage, args, seed, epochs, milestones, teacher=None):
+    """Train `model` and write it to folder/<stage>.pt.
 
-    noise: what is done to the images that the net sees, but not to those of its teacher.
+    teacher: in eval mode with frozen weights, or None: from labels alone. The student of a noisy
+    method sees x + noise, its teacher x. After an interruption the same call goes on.
     """
-    optimizer = common.sgd(net, args.lr, args.momentum, args.weight_decay)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=args.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, args.gamma)
+    noisy = stage == "student" and args.method in NOISY
 
-    @plumbing.captured(run, net)
-    def compute(x, labels, view):
-        with plumbing.autocast(run):
-            logits = net(noise(x))
-            if teach is None:
-                loss = F.cross_entropy(logits, labels)
+    def step(x, labels):
+        """One batch up to the gradients of the weights -> metrics."""
+        with torch.autocast("cuda", torch.bfloat16, args.autocast, cache_enabled=False):
+            student_logits = model(add_noise(x, args.sigma, args.clip) if noisy else x)
+            if teacher is None:
+                loss = F.cross_entropy(student_logits, labels)
             else:
-                with torch.no_grad():
-                    teacher_logits = teach(x, view)
-                loss = hinton_loss(logits, teacher_logits, labels, args.alpha, args.temperature)
+                teacher_logits = teacher(x)
+                loss = hinton_loss(
+                    student_logits, teacher_logits, labels, args.alpha, args.temperature
+                )
         loss.backward()
-        return plumbing.metrics(loss, logits, labels)
+        return common.metrics(loss, student_logits, labels)
 
-    parts = {"model": net, "optimizer": optimizer, "schedule": schedule}
-    for epoch in plumbing.epochs(run, stage, total, **parts):
-        plumbing.seed_epoch("noise", seed, epoch)  # a teacher's: of its own seed
-        history = []
-        for x, labels, view in common.batches(data, args.batch_size, seed, epoch, run, views=True):
+    step = common.speed_up(step, model, args)
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    rows = common.resume(folder, stage, state)
+    for epoch in range(len(rows), epochs):
+        common.seed_epoch(seed, stage, epoch)
+        began, history = time.monotonic(), []
+        for x, labels in common.batches(data, args.batch_size, seed, stage, epoch):
             optimizer.zero_grad()
-            history.append(compute(x, labels, view))
+            history.append(step(x, labels))
+            common.average_gradients(model, len(labels))
             optimizer.step()
         schedule.step()  # per epoch
-        plumbing.end_epoch(run, epoch, history, data)
-    meta = {"epoch": total, "seconds": run.seconds, "best": run.best}
-    plumbing.save_model(run, stage, net, meta)
-
-
-def train_teacher(data, args, run, seed):
-    """Train the teacher of a seed, into the run's teacher<seed>.pt."""
-    total, stage = args.teacher_epochs, f"teacher{seed}"
-    net = common.model_for(data, args.teacher_model, seed, "teacher")
-    milestones = args.teacher_milestones or stretch(STANDARD, total)
-    seed = common.derive_seed(seed, "teacher")  # other batches than the student's
-    train_net(net, lambda x: x, None, data, args, run, stage, seed, total, milestones)
-
-
-def train_student(teacher, data, args, run, tables):
-    """Train the student into student.pt; teacher: or None; tables: what all seeds share."""
-    total, milestones = args.epochs, args.milestones or stretch(STANDARD, args.epochs)
-    table = None
-    if teacher is not None:
-        table = plumbing.teacher_table(teacher, data, run, total, tables)
-
-    def noise(x):
-        return add_noise(x, args.sigma, args.clip) if args.method in METHODS[3:] else x
-
-    def teach(x, view):
-        return teacher(x) if table is None else table[view]  # (B, K)
-
-    net = common.model_for(data, args.model, args.seed, "student")
-    teach, stage = teacher and teach, "student"
-    train_net(net, noise, teach, data, args, run, stage, args.seed, total, milestones)
+        row = common.epoch_row(stage, epoch, model, history, began)
+        rows.append(row | common.validate(model, data))
+        common.save_epoch(folder, stage, model, state, rows, epochs, args.tensorboard)
+    common.save_model(folder / f"{stage}.pt", model, rows)
 
 
 # ------------------------------------------------------------------------------------------------
 # The whole job
 
 
+def teacher_recipe(args, seed):
+    """What the weights of a teacher depend on: equal recipes, also of other scripts, share one."""
+    milestones = args.teacher_milestones
+    if milestones is None:
+        milestones = stretch(STANDARD_MILESTONES, STANDARD_EPOCHS, args.teacher_epochs)
+    return {
+        "training": "labels alone, SGD with drops of the learning rate",
+        "model": args.teacher_model,
+        "seed": seed,
+        "epochs": args.teacher_epochs,
+        "milestones": milestones,
+        "gamma": args.gamma,
+        "lr": args.lr,
+        "batch_size": args.batch_size,
+        "momentum": args.momentum,
+        "weight_decay": args.weight_decay,
+        "augment": args.augment,
+        "precision": args.precision,
+        "deterministic": args.deterministic,
+    }
+
+
+def get_teacher(args, data, seed):
+    """-> (the teacher of a seed, in eval mode with frozen weights; its file)."""
+    recipe = teacher_recipe(args, seed)
+
+    def train_teacher(folder):
+        model = common.new_model(data, args.teacher_model, seed, "teacher")
+        train(model, data, folder, "teacher", args, seed, recipe["epochs"], recipe["milestones"])
+
+    teacher, _, path = common.get_teacher(args, data, recipe, train_teacher)
+    return teacher, path
+
+
+def choose_teacher(args, data):
+    """-> (the most accurate of the teachers of seeds 0 to --teacher-seeds - 1; its file).
+
+    By --pick-teacher; the same one for all students. --method teacher is about that of --seed.
+    """
+    if args.method == "teacher":
+        return get_teacher(args, data, args.seed)
+    if args.teacher_seeds == 1:
+        return get_teacher(args, data, 0)
+    x, labels = data.x_val, data.y_val
+    if args.pick_teacher == "test":
+        x, labels = data.x_test, data.y_test
+    best, best_accuracy = None, -1.0
+    for seed in range(args.teacher_seeds):
+        teacher, path = get_teacher(args, data, seed)
+        accuracy = eval_robustness.evaluate(teacher, x, labels, ["clean"])["clean_acc"]
+        print(f"teacher of seed {seed}: {args.pick_teacher} accuracy {accuracy:.4f}", flush=True)
+        if accuracy > best_accuracy:
+            best, best_accuracy = (teacher, path), accuracy
+    return best
+
+
 def main(argv=None):
     """For each seed: data, teacher, student, evaluation of both, one table."""
-    args, tables = parse_args(argv), {}
-    if args.demo and args.method in METHODS[3:]:
-        main([*args.argv, "--method", "hinton"])  # to compare
-    plumbing.across_seeds([train_and_evaluate(one, tables) for one in plumbing.per_seed(args)])
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    if args.demo and args.method not in ("hinton", "teacher", "student"):
+        main([*argv, "--method", "hinton"])  # to compare
+    return common.run_seeds("soft_randomization", args, train_and_evaluate, prepare)
 
 
-def check(args, data):
-    """An error for what cannot be done with these data."""
-    plumbing.check_evaluation(args, data)
+def prepare(args, data):
+    """A UserError, before anything is written, for what cannot be done with these data."""
+    eval_robustness.check_evaluation(args, data)
 
 
-def train_and_evaluate(args, tables):
-    """The run of one seed; everything is in its folder, but for the tables of all. -> Run"""
-    with plumbing.open_run("soft_randomization", args, lambda d: check(args, d)) as (run, data):
-        if run.finished:
-            return run
-        files, teacher = {}, None
-        if args.method not in ("student", "gaussian"):
-            teacher, _ = plumbing.choose_teacher(
-                run, data, teacher_settings, lambda seed: train_teacher(data, args, run, seed)
-            )
-            files["teacher"] = run.dir / "teacher.pt"
-        if args.method != "teacher":
-            file = files[f"student ({args.method})"] = run.dir / "student.pt"
-            if not file.exists():
-                train_student(teacher, data, args, run, tables)
-            files |= plumbing.best_epoch(run)
-        import eval_robustness
-
-        plumbing.finish(run, plumbing.evaluate_files(run, files, eval_robustness))
-    return run
+def train_and_evaluate(args, data, folder):
+    """One seed: train what is missing, evaluate both nets -> the rows of the summary."""
+    files, teacher = {}, None
+    if args.method in TAUGHT or args.method == "teacher":
+        teacher, files["teacher"] = choose_teacher(args, data)
+    if args.method != "teacher":
+        model = common.new_model(data, args.model, args.seed, "student")
+        milestones = args.milestones
+        if milestones is None:
+            milestones = stretch(STANDARD_MILESTONES, STANDARD_EPOCHS, args.epochs)
+        train(model, data, folder, "student", args, args.seed, args.epochs, milestones, teacher)
+        files[f"student ({args.method})"] = folder / "student.pt"
+        files |= eval_robustness.best_epoch(folder)
+    return eval_robustness.evaluate_files(args, files, folder)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ Usage    python teacher_free_kd.py --method vanilla                 # Table 1, M
          python teacher_free_kd.py --method at-tf-kd-self           # Table 5; and at, at-kd, ...
          python teacher_free_kd.py --method tf-kd-self --grad-heatmap figure1.npz       # Figure 1
          python teacher_free_kd.py --demo                           # 1 minute on a CPU
-         Data: MNIST for vanilla, else CIFAR-10. What a flag that is None becomes: RECIPES.
+         python teacher_free_kd.py --method re-kd --help            # the defaults of a method
+Defaults Nets, epochs, learning rates, alpha, temperature and more depend on --method and --data:
+         the tables METHODS and TRAINING, the function method_defaults. A run prints them.
 Expect   MNIST, seed 0: teacher 99.00, student alone 98.23, distilled 98.73 %. Demo, 1 seed, clean
          and PGD-20: teacher 0.994, 0.802, student 0.998, 0.892. ResNets: not measured yet.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); targets and logits (B, K)
@@ -48,126 +50,305 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 import argparse
 import copy
 import dataclasses
-import functools
-import inspect
+import itertools
 import math
+import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 import common
-import plumbing
+import eval_robustness
 
-# What --demo sets
-DEMO = {"data": "shapes", "epochs": 5, "teacher-epochs": 4, "batch-size": 32, "lr": 0.1}
-DEMO |= {"gamma": 0.7, "steps": 3, "step-size": "4/255"}
-DEMO |= {"train-subset": 2000, "test-subset": 500, "val-size": 200}
+DEMO = {
+    "data": "shapes",
+    "epochs": 5,
+    "teacher-epochs": 4,
+    "batch-size": 32,
+    "lr": 0.1,
+    "gamma": 0.7,
+    "steps": 3,
+    "step-size": "4/255",
+    "train-subset": 2000,
+    "test-subset": 500,
+    "val-size": 200,
+}
 
-# (small, large) net of the data; other data: as CIFAR
-NETS = {"mnist": ("mlp-400", "mlp-1200-1200"), "shapes": ("wrn-10-1", "wrn-16-2")}
-NETS["cifar10"] = ("resnet18", "resnet50")
-# Defaults by the kind of training; a teacher_* that is not here is that of the student
-RECIPES = {
-    "digits": {"epochs": 20, "teacher_epochs": 10, "batch_size": 128, "teacher_batch_size": 256}
-    | {"lr": 0.02, "teacher_lr": 0.1, "schedule": "cosine", "gamma": 0.2}
-    | {"weight_decay": 0.0, "warmup": 0, "teacher_shift": 2},  # differs: 5
-    "clean": {"epochs": 200, "batch_size": 128, "lr": 0.1, "schedule": "steps", "gamma": 0.2}
-    | {"weight_decay": 5e-4, "warmup": 1},  # Yuan et al.: x 0.2 at 30, 60 and 80 % of the epochs
-    "at": {"epochs": 50, "batch_size": 128, "lr": 0.1, "schedule": "exponential", "gamma": 0.9}
-    | {"weight_decay": 5e-4, "warmup": 0},
+
+class Method(NamedTuple):
+    """What a training method shows to whom, and its default weights. None: it has no such thing."""
+
+    student_sees: str  # x, or the adversarial example x_adv
+    teacher_sees: str | None = None  # None: there is no trained teacher
+    alpha: float | None = None
+    temperature: float | None = None
+
+
+METHODS = {
+    "plain": Method("x"),
+    "label-smoothing": Method("x"),
+    "vanilla": Method("x", "x", alpha=1.0, temperature=10.0),  # paper: 10 in Table 2, no other one
+    "re-kd": Method("x", "x", alpha=0.6, temperature=20.0),
+    "tf-kd-self": Method("x", "x", alpha=0.95, temperature=6.0),
+    "tf-kd-reg": Method("x", alpha=0.1, temperature=20.0),
+    "self-distillation": Method("x"),
+    "at": Method("x_adv"),
+    "at-kd": Method("x_adv", "x_adv", alpha=1.0, temperature=1.0),
+    "at-tf-kd-self": Method("x_adv", "x", alpha=0.9, temperature=1.0),  # Eq. 6: T never sees x'
+    "at-tf-kd-reg": Method("x_adv", alpha=0.3, temperature=20.0),
+}
+TEACHER_LIKE_STUDENT = {"tf-kd-self", "at-tf-kd-self"}  # methods whose two nets must be equal
+ALSO_TRAINED_ALONE = {"vanilla", "re-kd"}  # methods that train the student without teacher too
+
+# Which methods a flag has an effect on
+USES_KD_LOSS = {"vanilla", "re-kd", "tf-kd-self", "at-tf-kd-self"}
+USES_VIRTUAL_TEACHER = {"tf-kd-reg", "at-tf-kd-reg"}
+HAS_KL = USES_KD_LOSS | USES_VIRTUAL_TEACHER
+FLAG_METHODS = {
+    "--alpha": HAS_KL | {"at-kd"},
+    "--temperature": HAS_KL | {"at-kd"},
+    "--tau2": HAS_KL | {"self-distillation"},
+    "--no-tau2": HAS_KL | {"self-distillation"},
+    "--kl-reduction": HAS_KL | {"self-distillation"},
+    "--delta": USES_VIRTUAL_TEACHER,
+    "--reg-form": USES_VIRTUAL_TEACHER,
+    "--smoothing": {"label-smoothing"},
+    "--byot-alpha": {"self-distillation"},
+    "--byot-lambda": {"self-distillation"},
+    "--byot-temperature": {"self-distillation"},
+    "--teacher-ckpt": {name for name, method in METHODS.items() if method.teacher_sees},
+}
+
+# The small and the large net by --data
+SMALL_NETS = {"mnist": "mlp-400", "shapes": "wrn-10-1"}
+LARGE_NETS = {"mnist": "mlp-1200-1200", "shapes": "wrn-16-2"}
+OTHER_DATA = {"small": "resnet18", "large": "resnet50"}
+
+# Optimisation by the kind of training: digits (MNIST), clean (other images), at (adversarial)
+TRAINING = {
+    "digits": {
+        "epochs": 20,
+        "teacher_epochs": 10,
+        "batch_size": 128,
+        "teacher_batch_size": 256,
+        "lr": 0.02,
+        "teacher_lr": 0.1,
+        "schedule": "cosine",
+        "gamma": 0.2,
+        "weight_decay": 0.0,
+        "warmup": 0,
+        "teacher_shift": 2,  # differs: 5
+    },
+    "clean": {  # Yuan et al.: x 0.2 at 30, 60 and 80 % of the epochs
+        "epochs": 200,
+        "batch_size": 128,
+        "lr": 0.1,
+        "schedule": "steps",
+        "gamma": 0.2,
+        "weight_decay": 5e-4,
+        "warmup": 1,
+    },
+    "at": {
+        "epochs": 50,
+        "batch_size": 128,
+        "lr": 0.1,
+        "schedule": "exponential",
+        "gamma": 0.9,
+        "weight_decay": 5e-4,
+        "warmup": 0,
+    },
 }
 
 
 def parse_args(argv=None):
-    """The flags of this script as a namespace; errors are one line with exit status 2."""
-    parser = common.make_parser(__doc__)
-    add = parser.add_argument_group("method (None: by --method and --data)").add_argument
-    add("--method", choices=METHODS, default="at-tf-kd-self", help="what the student minimises")
-    add("--model", help="student: resnet18, wrn-16-2, mlp-400, ...")
-    add("--width", type=common.positive, default=1.0, help="factor on the channels of ResNets")
-    add("--alpha", type=common.probability, help="weight of the KL; at-kd: of T in the targets")
-    add("--temperature", type=common.positive, help="of both softmaxes in the KL")
-    add("--tau2", action=argparse.BooleanOptionalAction, help="the KL times temperature^2")
-    add("--kl-reduction", choices=["batchmean", "mean"], default="batchmean", help="mean: / K too")
-    add("--delta", type=common.probability, default=0.99, help="virtual teacher's p of the label")
-    add("--reg-form", choices=REG_FORMS, default="paper", help="how that teacher is softened")
-    add("--smoothing", type=common.probability, default=0.1, help="of label-smoothing")
-    add("--omit-digit", type=int, choices=range(10), help="left out of the student's MNIST images")
-    add("--bias-correction", action="store_true", help="also with the bias of that digit raised")
-    add("--byot-alpha", type=common.probability, default=0.3, help="weight of the KL at an exit")
-    add("--byot-lambda", type=common.fraction, default=0.03, help="weight of the feature distance")
-    add("--byot-temperature", type=common.positive, default=3.0, help="of the softmaxes at an exit")
-    add = parser.add_argument_group("teacher (None: as the student, or by RECIPES)").add_argument
-    add("--teacher-model", help="None: as the student; vanilla: a larger, re-kd: a smaller net")
-    add("--teacher-ckpt", help="take this finished teacher and train none")
-    add("--teacher-epochs", type=common.count, help="length of its training")
-    add("--teacher-es", type=common.count, help="stop it after so many epochs; None: at the end")
-    add("--teacher-lr", type=common.positive, help="its learning rate")
-    add("--teacher-batch-size", type=common.count, help="images of a step")
-    add("--teacher-shift", type=common.count0, help="random shift of its images, in pixels")
+    """The flags of this script as a namespace; a flag that makes no sense is a UserError."""
+    parser = common.RunParser(__doc__)
+    add = parser.add_argument_group("method").add_argument
+    add("--method", choices=METHODS, default="at-tf-kd-self", help="training method, see Loss")
+    add("--model", help="net of the student: resnet18, wrn-16-2, mlp-400, ...")
+    add("--width", type="positive", default=1.0, help="factor on the channels of both ResNets")
+    add("--alpha", type="probability", help="weight of the KL; in at-kd of the teacher")
+    add("--temperature", type="positive", help="temperature of both softmaxes in the KL")
+    add("--tau2", action=argparse.BooleanOptionalAction, help="multiply the KL by temperature^2")
+    add(
+        "--kl-reduction",
+        choices=["batchmean", "mean"],
+        default="batchmean",
+        help="batchmean: KL averaged over images; mean: divided by the number of classes too, "
+        "as in the code of Yuan et al.",
+    )
+    add(
+        "--delta",
+        type="probability",
+        default=0.99,
+        help="probability that the virtual teacher gives to the label",
+    )
+    add(
+        "--reg-form",
+        choices=["repo", "paper", "plain"],
+        default="paper",
+        help="what is softened with the virtual teacher: paper: its log and the student; repo: its "
+        "probabilities, as in the code of Yuan et al.; plain: nothing",
+    )
+    add(
+        "--smoothing",
+        type="probability",
+        default=0.1,
+        help="mass that label-smoothing spreads over all classes",
+    )
+    add(
+        "--omit-digit",
+        type=int,
+        choices=range(10),
+        help="MNIST digit that is left out of the student's training images",
+    )
+    add(
+        "--bias-correction",
+        action="store_true",
+        help="also evaluate the students with the bias of the omitted digit raised",
+    )
+    add(
+        "--byot-alpha",
+        type="probability",
+        default=0.3,
+        help="self-distillation: weight of the KL at each exit",
+    )
+    add(
+        "--byot-lambda",
+        type="fraction",
+        default=0.03,
+        help="self-distillation: weight of the distance between features",
+    )
+    add(
+        "--byot-temperature",
+        type="positive",
+        default=3.0,
+        help="self-distillation: temperature of both softmaxes at each exit",
+    )
+    group = parser.add_argument_group("teacher (where no default is shown: same as the student)")
+    add = group.add_argument
+    add("--teacher-model", help="net of the teacher: resnet50, wrn-16-2, ...")
+    add("--teacher-ckpt", help="file of a finished teacher; no teacher is trained")
+    add("--teacher-epochs", type="count", help="epochs of the teacher's training")
+    add("--teacher-es", type="count", help="stop the teacher after this epoch (default: no stop)")
+    add("--teacher-lr", type="positive", help="highest learning rate of the teacher")
+    add("--teacher-batch-size", type="count", help="images per step of the teacher")
+    add("--teacher-shift", type="count0", help="random shift of the teacher's images, in pixels")
     add = parser.add_argument_group("attack").add_argument
-    add("--eps", type=common.probability, default="8/255", help="radius, training and evaluation")
-    add("--steps", type=common.count, default=7, help="PGD steps in training")
-    add("--step-size", type=common.fraction, default="2/255", help="PGD step in training")
-    add("--attack-bn", choices=["eval", "train"], default="eval", help="BatchNorm in the attack")
-    add("--eval-attack", nargs="+", type=attack, help="None: clean, at*: and pgd20 aa")
+    add("--eps", type="probability", default="8/255", help="radius, in training and evaluation")
+    add("--steps", type="count", default=7, help="number of PGD steps in training")
+    add("--step-size", type="fraction", default="2/255", help="PGD step size in training")
+    add(
+        "--attack-bn",
+        choices=["eval", "train"],
+        default="eval",
+        help="mode of BatchNorm during the attack in training",
+    )
+    add("--eval-attack", nargs="+", type=attack_name, help="what is evaluated: clean pgd20 aa ...")
     add = parser.add_argument_group("gradients (Figure 1)").add_argument
-    add("--grad-heatmap", metavar="FILE.npz", help="write the mean |gradient| of each layer")
-    add("--grad-epochs", type=common.count, nargs="+", help="None: first, middle and last")
-    add("--grad-loss", choices=["own", "ce"], default="own", help="ce: of the cross-entropy alone")
-    add = parser.add_argument_group("optimisation (None: by --method and --data)").add_argument
-    add("--epochs", type=common.count, help="epochs of the student")
-    add("--batch-size", type=common.count, help="images of a step")
-    add("--lr", type=common.positive, help="learning rate of SGD")
-    add("--momentum", type=common.probability, default=0.9, help="of SGD")
-    add("--weight-decay", type=common.fraction, help="on all parameters")
-    add("--schedule", choices=["steps", "exponential", "cosine"], help="of the learning rate")
-    add("--milestones", type=common.count, nargs="+", help="epochs; None: at 30, 60 and 80 %%")
-    add("--gamma", type=common.positive, help="decay at each milestone, or of each epoch")
-    add("--warmup", type=common.fraction, help="epochs in which the learning rate rises to --lr")
-    plumbing.add_run_flags(parser)
+    add("--grad-heatmap", metavar="FILE.npz", help="write the mean |gradient| of each layer there")
+    add(
+        "--grad-epochs",
+        type="count",
+        nargs="+",
+        help="epochs whose gradients are recorded (default: first, middle and last)",
+    )
+    add(
+        "--grad-loss",
+        choices=["own", "ce"],
+        default="own",
+        help="loss whose gradients are recorded: that of the method, or cross-entropy alone",
+    )
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type="count", help="epochs of the student's training")
+    add("--batch-size", type="count", help="images per step of the student")
+    add("--lr", type="positive", help="highest learning rate of the student")
+    add("--momentum", type="probability", default=0.9, help="momentum of SGD for both nets")
+    add("--weight-decay", type="fraction", help="weight decay of SGD for both nets")
+    add(
+        "--schedule",
+        choices=["steps", "exponential", "cosine"],
+        help="learning rate: times --gamma at milestones, or after each epoch, or a half cosine",
+    )
+    add(
+        "--milestones",
+        type="count",
+        nargs="+",
+        help="epochs of the student at which --schedule steps lowers the rate, the teacher in "
+        "proportion (default: 30, 60 and 80 %% of the training)",
+    )
+    add("--gamma", type="positive", help="factor on the rate at a milestone or after an epoch")
+    add("--warmup", type="fraction", help="epochs in which the learning rate rises to --lr")
+    parser.add_run_flags()
     parser.set_defaults(data=None)
-    parser.set_defaults(**recipe(parser.parse_known_args(argv)[0]))
-    args = plumbing.parse(parser, argv, {"--demo": DEMO})
+    argv = sys.argv[1:] if argv is None else list(argv)
+    flags, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    parser.set_defaults(**method_defaults(flags.method, flags.data, flags.demo))
+    args = parser.parse_run(argv, {"--demo": DEMO})
     check_flags(args, parser.error)
     return args
 
 
-def recipe(known):
-    """What --method and --data make of the flags that are None, given those known: a dict."""
-    vanilla, attacked = known.method == "vanilla", known.method.startswith("at")
-    data = known.data or ("shapes" if known.demo else "mnist" if vanilla else "cifar10")
-    small, large = NETS.get(data, NETS["cifar10"])
-    pairs, chosen = {"vanilla": (small, large), "re-kd": (large, small)}, {"data": data}
-    chosen["model"], chosen["teacher_model"] = pairs.get(known.method, (small, None))
-    chosen["alpha"], chosen["temperature"] = METHODS[known.method][3:]
-    chosen["tau2"] = known.method != "self-distillation"  # differs: 7
-    slow = [] if known.demo else ["aa"]
-    chosen["eval_attack"] = ["clean", "pgd20", *slow] if attacked else ["clean"]
-    return chosen | RECIPES["at" if attacked else "digits" if data == "mnist" else "clean"]
+def method_defaults(method, data, demo):
+    """{flag: default} of what depends on --method, --data (None: not given) and --demo."""
+    if data is None and demo:
+        data = "shapes"
+    elif data is None:
+        data = "mnist" if method == "vanilla" else "cifar10"
+
+    small = SMALL_NETS.get(data, OTHER_DATA["small"])
+    large = LARGE_NETS.get(data, OTHER_DATA["large"])
+    model, teacher_model = small, None  # None: as the student's
+    if method == "vanilla":
+        teacher_model = large
+    elif method == "re-kd":
+        model, teacher_model = large, small
+
+    attacked = METHODS[method].student_sees == "x_adv"
+    eval_attack = ["clean"]
+    if attacked:
+        eval_attack = ["clean", "pgd20"] if demo else ["clean", "pgd20", "aa"]
+
+    if attacked:
+        training = TRAINING["at"]
+    elif data == "mnist":
+        training = TRAINING["digits"]
+    else:
+        training = TRAINING["clean"]
+    return {
+        "data": data,
+        "model": model,
+        "teacher_model": teacher_model,
+        "alpha": METHODS[method].alpha,
+        "temperature": METHODS[method].temperature,
+        "tau2": method != "self-distillation",  # differs: 7
+        "eval_attack": eval_attack,
+        **training,
+    }
 
 
 def check_flags(args, error):
     """Call error(line) for flags that do not go together."""
-    loss, _, teaches, *_ = METHODS[args.method]
-    given = {word.split("=")[0].replace("--no-tau2", "--tau2") for word in args.argv}
-    others = {name for other, *_ in METHODS.values() for name in needs(other)} - {*needs(loss)}
-    others |= set() if teaches else {"teacher_ckpt"}
-    for flag in sorted(given & {f"--{name.replace('_', '-')}" for name in others}):
-        error(f"{flag}: --method {args.method} has none")
+    for flag, methods in FLAG_METHODS.items():
+        if flag in args.given and args.method not in methods:
+            error(f"{flag}: has no effect with --method {args.method}; leave it out")
     if args.omit_digit is not None and args.data != "mnist":
         error(f"--omit-digit: goes with --data mnist, not {args.data}")
     if args.bias_correction and args.omit_digit is None:
-        error("--bias-correction: goes with --omit-digit")
-    if (args.teacher_es or 1) > (most := args.teacher_epochs or args.epochs):
-        error(f"--teacher-es: at most --teacher-epochs {most}")
+        error("--bias-correction: raises the bias of an omitted digit; give --omit-digit")
+    teacher_epochs = args.teacher_epochs or args.epochs
+    if args.teacher_es is not None and args.teacher_es > teacher_epochs:
+        error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {teacher_epochs}")
     if args.grad_heatmap and args.graph:
-        error("--grad-heatmap: goes without --graph")
+        error("--grad-heatmap: its gradients cannot be replayed by --graph; leave one of them out")
     if max(args.grad_epochs or [1]) > args.epochs:
-        error(f"--grad-epochs: at most --epochs {args.epochs}")
+        error(f"--grad-epochs {max(args.grad_epochs)}: --epochs is only {args.epochs}")
     path = Path(args.grad_heatmap or "x.npz")
     if path.suffix != ".npz" or not path.absolute().parent.is_dir():
         error(f"--grad-heatmap: expected FILE.npz in a folder that exists, got {path}")
@@ -175,24 +356,20 @@ def check_flags(args, error):
         error(f"--model: self-distillation needs a ResNet or WideResNet, got {args.model}")
     if args.method == "self-distillation" and args.width * 32 % 1:
         error(f"--width: self-distillation needs a multiple of 1/32, got {args.width:g}")
-    if args.method in SAME_NET and args.teacher_model not in (None, args.model):
-        error(f"--teacher-model: --method {args.method} needs {args.model} there too")
-    common.check_model("--model", args.model, args.width)
-    if teaches:
-        common.check_model("--teacher-model", args.teacher_model or args.model, args.width)
+    other_net = args.teacher_model not in (None, args.model)
+    if args.method in TEACHER_LIKE_STUDENT and other_net:
+        error(f"--teacher-model: --method {args.method} needs the student's net, {args.model}")
 
 
-def attack(text):
+def attack_name(text):
     """The `type=` of --eval-attack: `clean` or the name of an attack of eval_robustness.py."""
-    import eval_robustness
-
-    if text in {*eval_robustness.POINTS} - {"clean"}:
+    if text in eval_robustness.NOT_ATTACKS and text != "clean":
         raise argparse.ArgumentTypeError(f"expected clean, pgdN, aa, ..., got {text!r}")
     return eval_robustness.attack_name(text)
 
 
 # ------------------------------------------------------------------------------------------------
-# Losses. The names of the arguments are the contract: the student's step hands in what a loss names
+# Losses: functions of logits and labels. Copy the ones you need with mix_labels and kl.
 
 
 # Copied from robust_kd.mix_labels
@@ -202,8 +379,9 @@ def mix_labels(teacher_logits, labels, alpha, temperature=1.0):
     labels are (B, K) after CutMix or smoothing, here and in all losses.
     """
     teacher_probs = (teacher_logits.float() / temperature).softmax(1)
-    y = labels if labels.dim() == 2 else F.one_hot(labels, teacher_probs.shape[1])
-    return alpha * teacher_probs + (1 - alpha) * y
+    if labels.dim() == 1:
+        labels = F.one_hot(labels, teacher_probs.shape[1])
+    return alpha * teacher_probs + (1 - alpha) * labels
 
 
 # Copied from robust_kd.kl
@@ -211,7 +389,9 @@ def kl(targets, student_logits, temperature=1.0, kl_reduction="batchmean"):
     """tau^2 KL(targets || S), S softened by tau: (B, K) x2 -> (); `mean` divides by K too."""
     student_log_probs = (student_logits.float() / temperature).log_softmax(1)
     terms = F.kl_div(student_log_probs, targets.detach(), reduction="none")  # (B, K)
-    return temperature**2 * (terms.mean() if kl_reduction == "mean" else terms.sum(1).mean())
+    if kl_reduction == "mean":
+        return temperature**2 * terms.mean()
+    return temperature**2 * terms.sum(1).mean()
 
 
 def plain_loss(student_logits, labels):
@@ -225,10 +405,14 @@ def smoothing_loss(student_logits, labels, smoothing):
 
 
 def kd_loss(student_logits, teacher_logits, labels, alpha, temperature, tau2, kl_reduction):
-    """Eqs. (2), (3), (6): (1-alpha) CE(S, y) + alpha t^2 KL(T_t || S_t); (B, K) x2, (B,) -> ()."""
-    targets = mix_labels(teacher_logits, labels, 1.0, temperature)  # no label in them
+    """Eqs. (2), (3), (6): (1-alpha) CE(S, y) + alpha t^2 KL(T_t || S_t); (B, K) x2, (B,) -> ().
+
+    tau2: False leaves out the t^2.
+    """
+    targets = (teacher_logits.float() / temperature).softmax(1)
     distilled = kl(targets, student_logits, temperature, kl_reduction)
-    distilled = distilled if tau2 else distilled / temperature**2
+    if not tau2:
+        distilled = distilled / temperature**2
     return (1 - alpha) * F.cross_entropy(student_logits, labels) + alpha * distilled
 
 
@@ -238,21 +422,25 @@ def virtual_teacher(labels, classes, delta):
     return other + (delta - other) * F.one_hot(labels, classes)
 
 
-REG_FORMS = {  # p^d (B, K), t -> targets, the student's temperature
-    "repo": lambda probs, t: ((probs / t).softmax(1), 1.0),  # differs: 4
-    "paper": lambda probs, t: ((probs.log() / t).softmax(1), t),
-    "plain": lambda probs, t: (probs, 1.0),
-}
+def soften(probs, temperature, reg_form):
+    """p^d (B, K) -> (the targets (B, K), the temperature of the student's softmax)."""
+    if reg_form == "paper":
+        return (probs.log() / temperature).softmax(1), temperature
+    if reg_form == "repo":  # differs: 4
+        return (probs / temperature).softmax(1), 1.0
+    return probs, 1.0  # plain
 
 
-# fmt: off
 def reg_loss(student_logits, labels, alpha, temperature, delta, reg_form, tau2, kl_reduction):
-    """Eqs. (4), (7): (1-alpha) CE(S, y) + alpha KL(p^d_t || S_t), times t^2 if S is softened too;
-    (B, K), (B,) -> ()."""
+    """Eqs. (4), (7): (1-alpha) CE(S, y) + alpha t^2 KL(p^d_t || S_t); (B, K), (B,) -> ().
+
+    The t^2 is there if S is softened, and tau2.
+    """
     probs = virtual_teacher(labels, student_logits.shape[1], delta)
-    targets, softened = REG_FORMS[reg_form](probs, temperature)
-    distilled = kl(targets, student_logits, softened, kl_reduction)
-    distilled = distilled if tau2 else distilled / softened**2
+    targets, student_temperature = soften(probs, temperature, reg_form)
+    distilled = kl(targets, student_logits, student_temperature, kl_reduction)
+    if not tau2:
+        distilled = distilled / student_temperature**2
     return (1 - alpha) * F.cross_entropy(student_logits, labels) + alpha * distilled
 
 
@@ -262,304 +450,559 @@ def at_kd_loss(student_logits, teacher_logits, labels, alpha, temperature):
     return temperature**2 * F.cross_entropy(student_logits / temperature, targets)
 
 
-def self_distillation_loss(exit_logits, exit_features, labels,
-                           byot_alpha, byot_lambda, byot_temperature, tau2, kl_reduction):
-    """CE(S_n, y) + sum over exits i < n of (1-a) CE(S_i, y) + a KL(S_n || S_i) + lambda |f_i - f_n|
-    (Zhang et al. 2019), KL softened by t; lists of n (B, K), n (B, C); labels (B,) -> ()."""
-    *early, last = exit_logits
-    target = exit_features[-1].detach()  # the last exit learns from the labels alone
-    loss = F.cross_entropy(last, labels)
-    for logits, features in zip(early, exit_features):
-        settings = byot_alpha, byot_temperature, tau2, kl_reduction
-        loss = loss + kd_loss(logits, last, labels, *settings)  # whose targets are detached
-        loss = loss + byot_lambda * (features - target).float().norm(dim=1).mean()
+def self_distillation_loss(
+    exit_logits,
+    exit_features,
+    labels,
+    byot_alpha,
+    byot_lambda,
+    byot_temperature,
+    tau2,
+    kl_reduction,
+):
+    """CE(S_n, y) + sum over i < n of (1-a) CE(S_i, y) + a KL(S_n || S_i) + lambda |f_i - f_n|.
+
+    Zhang et al. 2019. Lists of n logits (B, K) and n features (B, C), the last exit at the end;
+    labels (B,) -> (). The last exit learns from the labels alone.
+    """
+    last_logits, last_features = exit_logits[-1].detach(), exit_features[-1].detach()
+    loss = F.cross_entropy(exit_logits[-1], labels)
+    for logits, features in zip(exit_logits[:-1], exit_features[:-1]):
+        loss = loss + kd_loss(
+            logits, last_logits, labels, byot_alpha, byot_temperature, tau2, kl_reduction
+        )
+        distance = (features - last_features).float().norm(dim=1).mean()
+        loss = loss + byot_lambda * distance
     return loss
-# fmt: on
-
-
-METHODS = {  # loss; what the student, what the teacher is shown; default alpha and temperature
-    "plain": (plain_loss, "x", None, None, None),
-    "label-smoothing": (smoothing_loss, "x", None, None, None),
-    "vanilla": (kd_loss, "x", "x", 1.0, 10.0),  # paper: this 10 in Table 2, no other of the numbers
-    "re-kd": (kd_loss, "x", "x", 0.6, 20.0),
-    "tf-kd-self": (kd_loss, "x", "x", 0.95, 6.0),
-    "tf-kd-reg": (reg_loss, "x", None, 0.1, 20.0),
-    "self-distillation": (self_distillation_loss, "x", None, None, None),
-    "at": (plain_loss, "x'", None, None, None),
-    "at-kd": (at_kd_loss, "x'", "x'", 1.0, 1.0),
-    "at-tf-kd-self": (kd_loss, "x'", "x", 0.9, 1.0),  # paper: Eq. 6, the teacher never sees x'
-    "at-tf-kd-reg": (reg_loss, "x'", None, 0.3, 20.0),
-}
-SAME_NET = ("tf-kd-self", "at-tf-kd-self")  # of teacher and student
-COMPARED = ("vanilla", "re-kd")  # also train the student without the teacher
-
-
-def needs(loss):
-    """The names of the arguments of a loss: only what it names is computed in a step."""
-    return inspect.signature(loss).parameters
 
 
 # ------------------------------------------------------------------------------------------------
-# Mechanics: an exit after each stage (self-distillation); a digit never seen (Table 2)
+# Self-distillation: a classifier after each stage
+
+
+class ExitHead(nn.Module):
+    """Classifier of an early stage: bottlenecks to the shape of the last stage, mean, linear.
+
+    widths: channels of this stage and of all that follow. h (B, C, H, W) -> logits (B, K), pooled
+    features (B, C').
+    """
+
+    def __init__(self, widths, classes):
+        super().__init__()
+        blocks = []
+        for channels, following in itertools.pairwise(widths):
+            block = common.PostActBlock(channels, following // 4, stride=2, expansion=4)
+            blocks.append(block)
+        self.adaptor = nn.Sequential(*blocks)
+        self.linear = nn.Linear(widths[-1], classes)
+
+    def forward(self, h):
+        features = self.adaptor(h).mean((2, 3))
+        return self.linear(features).float(), features
 
 
 class Exits(nn.Module):
-    """Heads for all stages of a ConvNet but the last: bottlenecks to its shape, mean, linear.
+    """A ConvNet with a classifier after each stage; the last one is the net's own.
 
-    forward(net, x, only=None): x (B, C, H, W) -> logits, features: a (B, K) and a (B, C') for each
-    exit, the last being the net's own; with `only`, for that exit, computing no more than it needs.
+    x (B, C, H, W) -> logits, features: lists with a (B, K) and a (B, C') for each exit.
     """
 
     def __init__(self, net):
         super().__init__()
+        self.net = net
+        # channels that each stage puts out: no layer in it has more
         widths = [max(p.shape[0] for p in stage.parameters()) for stage in net.stages]
-        self.adaptors, self.heads = nn.ModuleList(), nn.ModuleList()
-        for i in range(len(widths) - 1):
-            pairs = zip(widths[i:], widths[i + 1 :])
-            blocks = [common.PostActBlock(a, b // 4, stride=2, expansion=4) for a, b in pairs]
-            self.adaptors.append(nn.Sequential(*blocks))
-            self.heads.append(nn.Linear(widths[-1], net.fc.out_features))
-        self.to(net.fc.weight.device, memory_format=torch.channels_last)
+        heads = [ExitHead(widths[i:], net.fc.out_features) for i in range(len(widths) - 1)]
+        self.early_heads = nn.ModuleList(heads)
+        self.early_heads.to(net.fc.weight.device, memory_format=torch.channels_last)
 
-    def forward(self, net, x, only=None):
-        logits, features, h = [], [], net.stem(net.normalize(x))
-        for i, stage in enumerate(net.stages[: None if only is None else only + 1]):
-            h, last = stage(h), i == len(self.heads)
-            if only in (i, None):
-                features.append((net.head_norm(h) if last else self.adaptors[i](h)).mean((2, 3)))
-                logits.append((net.fc if last else self.heads[i])(features[-1]).float())
+    def forward(self, x):
+        logits, features = [], []
+        h = self.net.stem(self.net.normalize(x))
+        for i, stage in enumerate(self.net.stages):
+            h = stage(h)
+            exit_logits, exit_features = self.head(i, h)
+            logits.append(exit_logits)
+            features.append(exit_features)
         return logits, features
 
+    def head(self, i, h):
+        """The output h of stage i -> logits (B, K) and pooled features (B, C') of its exit."""
+        if i < len(self.early_heads):
+            return self.early_heads[i](h)
+        features = self.net.head_norm(h).mean((2, 3))
+        return self.net.fc(features).float(), features
 
-@torch.no_grad()
-def exit_rows(net, state, data):
-    """Rows of the table: accuracy and cost of each exit and of the two ensembles of all exits.
 
-    state: the state_dict of the net's Exits.
+class OneExit(nn.Module):
+    """Exit i (0, 1, ...) of Exits as a net: x -> logits (B, K), computing no more than it needs."""
+
+    def __init__(self, exits, i):
+        super().__init__()
+        self.exits, self.i = exits, i
+
+    def forward(self, x):
+        net = self.exits.net
+        h = net.stem(net.normalize(x))
+        for stage in net.stages[: self.i + 1]:
+            h = stage(h)
+        return self.exits.head(self.i, h)[0]
+
+
+def exit_rows(net, exit_weights, data):
+    """Rows of the table: accuracy and cost of each exit and of two ensembles of all exits.
+
+    exit_weights: the state_dict of early_heads. Evaluated in strict float32, like all nets.
     """
-    exits = Exits(net).eval()
-    exits.load_state_dict(state)
-    with common.evaluating(net):  # strict float32, of the exits too
-        parts = [torch.stack(exits(net, common.to_float(x))[0]) for x in data.x_test.split(500)]
-    logits, rows = torch.cat(parts, 1), []  # (exits, N, K)
-    found = [(f"exit {i + 1}", each, i) for i, each in enumerate(logits)]
-    found.append(("ensemble: mean of probabilities", logits.softmax(2).mean(0), None))
-    found.append(("ensemble: mean of logits", logits.mean(0), None))
-    for name, each, only in found:
-        right = (each.argmax(1) == data.y_test).double().mean().item()
-        cost = common.macs(functools.partial(exits, net, only=only), data)
-        rows.append({"model": name, "macs": cost, "clean_acc": right})
+    exits = Exits(net)
+    exits.early_heads.load_state_dict(exit_weights)
+    exits.eval()
+    logits, cost = {}, {}  # by the name of the row
+    for i in range(len(net.stages)):
+        one = OneExit(exits, i)
+        logits[f"exit {i + 1}"] = common.predict(one, data.x_test)
+        cost[f"exit {i + 1}"] = macs(one, data)
+    of_all_exits = torch.stack(list(logits.values()))  # (exits, N, K)
+    logits["ensemble: mean of probabilities"] = of_all_exits.softmax(2).mean(0)
+    logits["ensemble: mean of logits"] = of_all_exits.mean(0)
+    cost_of_all_exits = macs(exits, data)
+    rows = []
+    for name, exit_logits in logits.items():
+        right = exit_logits.argmax(1) == data.y_test
+        row = {
+            "model": name,
+            "macs": cost.get(name, cost_of_all_exits),
+            "clean_acc": right.double().mean().item(),
+        }
+        rows.append(row)
     return rows
 
 
-def without(data, digit):
+def macs(model, data):
+    """Multiply-adds of the layers of a net for one image: what some papers call FLOPs."""
+    from torch.utils.flop_counter import FlopCounterMode  # a slow import
+
+    size, channels = data.x_test.shape[2:]
+    image = torch.zeros(1, channels, size, size, device=data.x_test.device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    return counter.get_total_flops() // 2
+
+
+# ------------------------------------------------------------------------------------------------
+# A digit that the student never sees (Table 2)
+
+
+def without_digit(data, digit):
     """`data` without the training and held-out images of a digit."""
-    train, val = data.y_train != digit, data.y_val != digit
-    images = {"x_train": data.x_train[train], "x_val": data.x_val[val]}
-    labels = {"y_train": data.y_train[train], "y_val": data.y_val[val]}
-    return dataclasses.replace(data, **images, **labels)
+    train = data.y_train != digit
+    val = data.y_val != digit
+    return dataclasses.replace(
+        data,
+        x_train=data.x_train[train],
+        y_train=data.y_train[train],
+        x_val=data.x_val[val],
+        y_val=data.y_val[val],
+    )
 
 
 @torch.no_grad()
-def corrected(model, data, digit):
+def correct_bias(model, data, digit):
     """A copy of the model that predicts the digit on as many training images as show it.
 
-    The bias of the digit is raised for that; of these images, no label is used but their number.
+    The bias of the digit is raised for that (Hinton et al. 2015); of these images no label is used
+    but how many of them show the digit.
     """
     model = copy.deepcopy(model)
-    with common.evaluating(model):
-        logits = torch.cat([model(common.to_float(x)) for x in data.x_train.split(500)])
-    lead = torch.cat([logits[:, :digit], logits[:, digit + 1 :]], 1).amax(1) - logits[:, digit]
-    *_, last = (m for m in model.modules() if isinstance(m, nn.Linear))
-    last.bias[digit] += lead.quantile((data.y_train == digit).double().mean().item())
+    logits = common.predict(model, data.x_train)  # (N, K)
+    others = torch.cat([logits[:, :digit], logits[:, digit + 1 :]], 1)
+    missing = others.amax(1) - logits[:, digit]  # (N,) raised by this, the digit is predicted
+    share = (data.y_train == digit).double().mean().item()
+    last_layer = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    last_layer.bias[digit] += missing.quantile(share)
     return model
+
+
+# ------------------------------------------------------------------------------------------------
+# The gradients of Figure 1
+
+
+class Gradients(nn.Module):
+    """The mean |dL/dW| of each layer in some epochs (1, 2, ...): Figure 1.
+
+    A layer is named by its stage and its number there ("2.1"), or as the stage's shortcut
+    ("2.shortcut"); an MLP is one stage. A module, so that checkpoints keep its sums.
+    """
+
+    def __init__(self, model, epochs, steps_per_epoch):
+        super().__init__()
+        self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
+        self.weights = {}  # name of the layer -> its weight
+        for i, stage in enumerate(getattr(model, "stages", [model]), 1):
+            weights = {n: p for n, p in stage.named_parameters() if p.dim() > 1}  # without biases
+            straight = [weight for name, weight in weights.items() if "shortcut" not in name]
+            for number, weight in enumerate(straight, 1):
+                self.weights[f"{i}.{number}"] = weight
+            for name, weight in weights.items():
+                if "shortcut" in name:
+                    self.weights[f"{i}.shortcut"] = weight
+        device = next(model.parameters()).device
+        self.register_buffer("means", torch.zeros(len(epochs), len(self.weights), device=device))
+
+    def add(self, loss, epoch):
+        """Add the gradients of the loss of one step, if the epoch is recorded."""
+        if epoch in self.epochs:
+            gradients = torch.autograd.grad(loss, list(self.weights.values()), retain_graph=True)
+            means = torch.stack([gradient.abs().mean() for gradient in gradients])
+            self.means[self.epochs.index(epoch)] += means / self.steps_per_epoch
+
+    def numbers(self):
+        """{epochs: (E,), layers: (L,), means: (E, L)}, as lists, for the meta of a model."""
+        return {
+            "epochs": self.epochs,
+            "layers": list(self.weights),
+            "means": self.means.tolist(),
+        }
+
+
+def write_gradients(path, nets):
+    """Write the gradients in nets, {row: (net, meta)}, as <row>/means, <row>/epochs, <row>/layers.
+
+    means (epochs, layers), epochs (epochs,), layers (layers,): names.
+    """
+    arrays = {}
+    for row, (_, meta) in nets.items():
+        for key, values in meta.get("gradients", {}).items():
+            arrays[f"{row}/{key}"] = np.array(values)
+    common.write_atomically(path, lambda file: np.savez(file, **arrays))
+    print(f"gradients: {path}; to draw it: python benchmark/plots.py gradients {path}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------
 # Training
 
 
-def plan(stage, args):
-    """(method, epochs of the schedule, epochs, learning rate, batch size) of a stage."""
-    if stage == "teacher":
-        method, total = METHODS[args.method][1], args.teacher_epochs or args.epochs
-        numbers = args.teacher_lr or args.lr, args.teacher_batch_size or args.batch_size
-        return "at" if method == "x'" else "plain", total, args.teacher_es or total, *numbers
-    method = args.method if stage == "student" else "plain"
-    return method, args.epochs, args.epochs, args.lr, args.batch_size
+@dataclasses.dataclass
+class Recipe:
+    """Everything that decides how a net is trained. None: has no effect on this net.
+
+    A teacher is kept under the digest of its recipe, so two runs with the same one share it.
+    """
+
+    method: str
+    model: str
+    width: float
+    seed: int
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    schedule: str  # steps, exponential or cosine
+    warmup: float  # epochs
+    augment: str
+    precision: str
+    deterministic: bool
+    schedule_epochs: int | None = None  # length of the schedule: a teacher may stop before its end
+    milestones: list | None = None  # shares of schedule_epochs
+    gamma: float | None = None
+    shift: int | None = None  # pixels; None: as --augment says
+    eps: float | None = None
+    step_size: float | None = None
+    steps: int | None = None
+    attack_bn: str | None = None
+    grad_epochs: list | None = None  # epochs whose gradients are recorded
+    grad_loss: str | None = None
 
 
-def lr_factor(step, steps, total, args):
-    """The factor on the learning rate at a step, of `steps` an epoch and `total` epochs."""
-    done, drops = step // steps / total, step // steps
-    if args.schedule == "steps":
-        milestones = [m / args.epochs for m in args.milestones or []] or [0.3, 0.6, 0.8]
-        drops = sum(done >= milestone for milestone in milestones)
-    cosine = (1 + math.cos(math.pi * step / (steps * total))) / 2
-    factor = cosine if args.schedule == "cosine" else args.gamma**drops
-    return factor * min(1.0, (step + 1) / max(1.0, steps * args.warmup))
+def student_recipe(args, method):
+    """The Recipe of the student, by --method or, alone, by the method "plain"."""
+    recipe = Recipe(
+        method=method,
+        model=args.model,
+        width=args.width,
+        seed=args.seed,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        schedule=args.schedule,
+        warmup=args.warmup,
+        augment=args.augment,
+        precision=args.precision,
+        deterministic=args.deterministic,
+        schedule_epochs=args.epochs,
+    )
+    return complete(recipe, args)
 
 
-def teacher_settings(flags):
-    """What a teacher depends on, of the flags (a dict): equal settings, equal teacher."""
-    settings = {"plan": plan("teacher", argparse.Namespace(**flags))}
-    names = "data train_subset val_size seed deterministic precision width momentum weight_decay"
-    names += " schedule gamma warmup teacher_shift teacher_ckpt"
-    names += " eps steps step_size attack_bn" * (settings["plan"][0] == "at")
-    settings["milestones"] = [m / flags["epochs"] for m in flags["milestones"] or []]
-    settings["model"] = flags["teacher_model"] or flags["model"]
-    return settings | {name: flags[name] for name in names.split()}
+def teacher_recipe(args):
+    """The Recipe of the teacher: plain, or adversarial where the student is."""
+    attacked = METHODS[args.method].student_sees == "x_adv"
+    epochs = args.teacher_epochs or args.epochs
+    recipe = dataclasses.replace(
+        student_recipe(args, "at" if attacked else "plain"),
+        model=args.teacher_model or args.model,
+        epochs=args.teacher_es or epochs,
+        schedule_epochs=epochs,
+        batch_size=args.teacher_batch_size or args.batch_size,
+        lr=args.teacher_lr or args.lr,
+        shift=args.teacher_shift,
+    )
+    return complete(recipe, args)
 
 
-@torch.no_grad()
-def fixed_logits(teacher, data, teaches):
-    """The teacher's logits (N, K) on the training images, if an image is its one view; or None."""
-    if teaches == "x" and not data.pad and not data.flip:
-        return torch.cat([teacher(common.to_float(x)) for x in data.x_train.split(500)])
-    return None
+def complete(recipe, args):
+    """The recipe with what only some schedules, methods and flags need."""
+    if recipe.schedule == "steps":
+        recipe.gamma = args.gamma
+        recipe.milestones = [0.3, 0.6, 0.8]
+        if args.milestones:
+            recipe.milestones = [epoch / args.epochs for epoch in args.milestones]
+    elif recipe.schedule == "exponential":
+        recipe.gamma = args.gamma
+        recipe.schedule_epochs = None
+    if METHODS[recipe.method].student_sees == "x_adv":
+        recipe.eps = args.eps
+        recipe.step_size = args.step_size
+        recipe.steps = args.steps
+        recipe.attack_bn = args.attack_bn
+    if args.grad_heatmap:  # they are kept with the weights
+        chosen = args.grad_epochs or [1, (recipe.epochs + 1) // 2, recipe.epochs]
+        recipe.grad_epochs = sorted({epoch for epoch in chosen if epoch <= recipe.epochs})
+        recipe.grad_loss = args.grad_loss
+    return recipe
 
 
-def train_model(model, teacher, data, stage, args, run):
-    """Train the model of a stage into the run's <stage>.pt; teacher: in eval mode, or None."""
-    method, total, stop, lr, batch_size = plan(stage, args)
-    loss_fn, sees, teaches, *_ = METHODS[method]
-    settings = {name: value for name, value in vars(args).items() if name in needs(loss_fn)}
-    pgd, steps = (args.eps, args.step_size, args.steps), -(-len(data.x_train) // batch_size)
-    parts = {"model": model} | ({"exits": Exits(model)} if method == "self-distillation" else {})
-    nets = nn.ModuleList(parts.values())
-    optimizer = common.sgd(nets, lr, args.momentum, args.weight_decay)
-    schedule = LambdaLR(optimizer, lambda step: lr_factor(step, steps, total, args))
-    chosen = {*(args.grad_epochs or [1, (stop + 1) // 2, stop])} if args.grad_heatmap else {}
-    gradients = common.Gradients(model, sorted(epoch for epoch in chosen if epoch <= stop))
-    table = fixed_logits(teacher, data, teaches)
+def lr_factor(recipe, step, steps_per_epoch):
+    """The factor on the learning rate at a step (0, 1, ...) of the whole training."""
+    epoch = step // steps_per_epoch
+    if recipe.schedule == "steps":
+        share = epoch / recipe.schedule_epochs
+        passed = [milestone for milestone in recipe.milestones if share >= milestone]
+        factor = recipe.gamma ** len(passed)
+    elif recipe.schedule == "exponential":
+        factor = recipe.gamma**epoch
+    else:
+        all_steps = steps_per_epoch * recipe.schedule_epochs
+        factor = (1 + math.cos(math.pi * step / all_steps)) / 2
+    warmup_steps = recipe.warmup * steps_per_epoch
+    if step + 1 < warmup_steps:
+        factor *= (step + 1) / warmup_steps
+    return factor
 
-    @plumbing.captured(run, nets)
-    def compute(x, labels, index):
-        shown, known = {"x": x}, {"labels": labels}  # known: by the names that the losses use
-        with plumbing.autocast(run):
-            if sees == "x'":
-                attacked = common.attacked(model, args.attack_bn)
-                shown["x'"] = common.pgd(attacked, x, labels, *pgd)
-            if teaches:
-                with torch.no_grad():
-                    logits = teacher(shown[teaches]) if table is None else table[index]
-                known["teacher_logits"] = logits
-            model.train()
-            if "exits" in parts:
-                known["exit_logits"], known["exit_features"] = parts["exits"](model, x)
-            logits = known["exit_logits"][-1] if "exits" in parts else model(shown[sees])
-            known["student_logits"] = logits
-            loss = loss_fn(**{k: known[k] for k in needs(loss_fn) if k in known}, **settings)
-        traced = loss if args.grad_loss == "own" else plain_loss(logits, labels)
-        gradients.add(traced, steps)
+
+def train(recipe, data, folder, stage, args, teacher=None):
+    """Train a net by its recipe and write it to folder/<stage>.pt -> (the net in eval mode, meta).
+
+    stage: teacher, student-alone or student; the two students start from the same weights and see
+    the same batches. teacher: in eval mode with frozen weights, or None. After an interruption the
+    call goes on.
+    """
+    method = METHODS[recipe.method]
+    role = "teacher" if stage == "teacher" else "student"
+    model = common.new_model(data, recipe.model, recipe.seed, role, recipe.width)
+    learner = Exits(model) if recipe.method == "self-distillation" else model
+    optimizer = torch.optim.SGD(
+        learner.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+    steps_per_epoch = math.ceil(len(data.x_train) / recipe.batch_size)
+    schedule = LambdaLR(optimizer, lambda step: lr_factor(recipe, step, steps_per_epoch))
+    attack = None
+    if method.student_sees == "x_adv":
+        attack = (recipe.eps, recipe.step_size, recipe.steps)
+    gradients = Gradients(model, recipe.grad_epochs or [], steps_per_epoch)
+    alpha, temperature = args.alpha, args.temperature
+    kl_options = (args.tau2, args.kl_reduction)
+
+    def step(x, labels):
+        """One batch up to the gradients of the weights -> metrics."""
+        with torch.autocast("cuda", torch.bfloat16, args.autocast, cache_enabled=False):
+            # The attack on the net that is trained.
+            if method.student_sees == "x_adv":
+                x_adv = common.pgd(common.attacked(model, recipe.attack_bn), x, labels, *attack)
+
+            # What the teacher says. Its weights are frozen: no gradient there.
+            if method.teacher_sees == "x":
+                teacher_logits = teacher(x)
+            elif method.teacher_sees == "x_adv":
+                teacher_logits = teacher(x_adv)
+
+            # What the student says; self-distillation listens to all of its exits.
+            learner.train()
+            if recipe.method == "self-distillation":
+                exit_logits, exit_features = learner(x)
+                logits = exit_logits[-1]
+            else:
+                logits = model(x_adv if method.student_sees == "x_adv" else x)
+
+            match recipe.method:
+                case "plain" | "at":
+                    loss = plain_loss(logits, labels)
+                case "label-smoothing":
+                    loss = smoothing_loss(logits, labels, args.smoothing)
+                case "vanilla" | "re-kd" | "tf-kd-self" | "at-tf-kd-self":
+                    loss = kd_loss(logits, teacher_logits, labels, alpha, temperature, *kl_options)
+                case "tf-kd-reg" | "at-tf-kd-reg":
+                    virtual = (args.delta, args.reg_form)
+                    loss = reg_loss(logits, labels, alpha, temperature, *virtual, *kl_options)
+                case "at-kd":
+                    loss = at_kd_loss(logits, teacher_logits, labels, alpha, temperature)
+                case "self-distillation":
+                    weights = (args.byot_alpha, args.byot_lambda, args.byot_temperature)
+                    given = (exit_logits, exit_features, labels)
+                    loss = self_distillation_loss(*given, *weights, *kl_options)
+
+        if recipe.grad_loss == "own":
+            gradients.add(loss, epoch + 1)
+        elif recipe.grad_loss == "ce":
+            gradients.add(plain_loss(logits, labels), epoch + 1)
         loss.backward()
-        return plumbing.metrics(loss, logits, labels)
+        return common.metrics(loss, logits, labels)
 
-    seed = common.derive_seed(args.seed, stage) if stage == "teacher" else args.seed
-    state = parts | {"optimizer": optimizer, "schedule": schedule, "gradients": gradients}
-    for epoch in plumbing.epochs(run, stage, stop, **state):
-        history, gradients.epoch = [], epoch + 1
-        for batch in common.batches(data, batch_size, seed, epoch, run, views=True):
+    step = common.speed_up(step, learner, args)
+    state = {
+        "model": learner,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "gradients": gradients,
+    }
+    rows = common.resume(folder, stage, state)
+    for epoch in range(len(rows), recipe.epochs):
+        common.seed_epoch(recipe.seed, stage, epoch)
+        began, history = time.monotonic(), []
+        for x, labels in common.batches(data, recipe.batch_size, recipe.seed, stage, epoch):
             optimizer.zero_grad()
-            history.append(compute(*batch))
+            history.append(step(x, labels))
+            common.average_gradients(learner, len(labels))
             optimizer.step()
             schedule.step()  # per batch
-        plumbing.end_epoch(run, epoch, history, data, *(pgd if sees == "x'" else ()))
-    meta = {"training": method, "epoch": stop, "seconds": run.seconds, "best": run.best}
-    meta |= {"gradients": gradients.numbers()} if chosen else {}
-    meta |= {"exits": parts["exits"].state_dict()} if "exits" in parts else {}
-    plumbing.save_model(run, stage, model, meta)
+        row = common.epoch_row(stage, epoch, learner, history, began)
+        rows.append(row | common.validate(model, data, attack))
+        common.save_epoch(folder, stage, model, state, rows, recipe.epochs, args.tensorboard)
 
-
-def trained(stage, teacher, data, args, run):
-    """-> (model in eval mode, its meta) of <stage>.pt, trained now if it is not there."""
-    path, name = run.dir / f"{stage}.pt", args.model
-    if not path.exists():
-        if stage == "teacher":
-            shift = data.pad if args.teacher_shift is None else args.teacher_shift
-            name, data = args.teacher_model or name, dataclasses.replace(data, pad=shift)
-        elif args.omit_digit is not None:
-            data = without(data, args.omit_digit)
-        # student and student-alone start from the same weights and see the same batches
-        model = common.model_for(data, name, args.seed, stage.split("-")[0], args.width)
-        train_model(model, teacher, data, stage, args, run)
-    return common.load_model(path, run.device)
+    meta = {"training": recipe.method}
+    if recipe.grad_epochs:
+        meta["gradients"] = gradients.numbers()
+    if recipe.method == "self-distillation":
+        meta["exits"] = learner.early_heads.state_dict()
+    common.save_model(folder / f"{stage}.pt", model, rows, **meta)
+    return common.load_model(folder / f"{stage}.pt", data.x_train.device)
 
 
 # ------------------------------------------------------------------------------------------------
 # The whole job
 
 
-def check(args, data):
-    """An error if --delta or --teacher-ckpt does not go with the data and the method."""
-    guess = 1 / len(data.classes)
-    if "delta" in needs(METHODS[args.method][0]) and args.delta <= guess:
-        common.fail(f"--delta: expected more than {guess:g}, that of a guess, got {args.delta:g}")
-    if args.teacher_ckpt and args.method in SAME_NET and Path(args.teacher_ckpt).exists():
-        arch = common.load_model(args.teacher_ckpt, "cpu", data, args.model)[0].arch
-        if arch["width"] != args.width:
-            common.fail(f"{args.teacher_ckpt}: of width {arch['width']:g}, not {args.width:g}")
-
-
-def evaluated(name, model, meta, data, args):
-    """A row of the table: size, accuracies (with --omit-digit, of that digit and of the others)."""
-    import eval_robustness
-
-    print(f"evaluating {name} on {len(data.x_test)} test images", flush=True)
-    weights, every = (sum(p.numel() for p in model.parameters() if p.dim() > d) for d in (1, 0))
-    row = {"model": name, "weights": weights, "parameters": every}  # Table 1: without biases
-    test, options = (data.x_test, data.y_test), {"eps": args.eps, "seed": args.seed}
-    row["macs"] = common.macs(model, data)
-    row |= eval_robustness.evaluate(model, *test, args.eval_attack, **options)
-    if args.omit_digit is not None:
-        with common.evaluating(model):
-            right = common.correct(model, *test)
-        digit = data.y_test == args.omit_digit
-        row[f"without_{args.omit_digit}_acc"] = right[~digit].double().mean().item()
-        row[f"only_{args.omit_digit}_acc"] = right[digit].double().mean().item()
-    return row | {"epochs": meta.get("epoch"), "seconds": meta.get("seconds")}
-
-
 def main(argv=None):
     """For each seed: data, teacher, student alone, student, evaluation, one table."""
-    runs = [train_and_evaluate(args) for args in plumbing.per_seed(parse_args(argv))]
-    plumbing.across_seeds(runs)
+    args = parse_args(argv)
+    return common.run_seeds("teacher_free_kd", args, train_and_evaluate, prepare)
 
 
-def train_and_evaluate(args):
-    """The run of one seed; everything is in its folder. -> Run"""
-    with plumbing.open_run("teacher_free_kd", args, lambda data: check(args, data)) as (run, data):
-        if run.finished:
-            return run
-        used = {name: getattr(args, name) for name in recipe(args) if name != "eval_attack"}
-        used = [f"{k.replace('_', '-')} {v}" for k, v in used.items() if v is not None]
-        print(f"{args.method} with", ", ".join(used), flush=True)
-        models, rows, teacher = {}, [], None  # models: row of the table -> (model, its training)
-        if METHODS[args.method][2]:
-            options = teacher_settings, lambda: trained("teacher", None, data, args, run)
-            teacher, meta = plumbing.get_teacher(run, data, *options)
-            models[f"teacher ({meta.get('training', 'given')})"] = teacher, meta
-        for stage in [*["student-alone"] * (args.method in COMPARED), "student"]:
-            model, meta = trained(stage, teacher, data, args, run)
-            models[f"{stage} ({meta['training']})"] = model, meta
-        for name, (model, meta) in models.items():
-            rows.append(evaluated(name, model, meta, data, args))
-            if args.bias_correction and "student" in name:
-                raised = corrected(model, data, args.omit_digit)
-                rows.append(evaluated(f"{name}, bias corrected", raised, meta, data, args))
-        if "exits" in meta:
-            rows += exit_rows(model, meta["exits"], data)
-        if meta["best"].get("epoch", args.epochs) != args.epochs:
-            best = common.load_model(run.dir / "student_best.pt", run.device)
-            rows.append(evaluated("student, best on held-out images", *best, data, args))
-        if args.grad_heatmap:
-            from benchmark import gradients
+def prepare(args, data):
+    """Check the flags and the teacher's file against the data, before anything is written."""
+    guess = 1 / len(data.classes)
+    if args.method in USES_VIRTUAL_TEACHER and args.delta <= guess:
+        wanted = f"expected more than {guess:g}, the probability of a guess"
+        raise common.UserError(f"--delta: {wanted}, got {args.delta:g}")
+    if args.teacher_ckpt:
+        name = None
+        if args.method in TEACHER_LIKE_STUDENT:
+            name = args.model
+        elif "--teacher-model" in args.given:
+            name = args.teacher_model
+        teacher, _ = common.load_model(args.teacher_ckpt, "cpu", data, name)
+        width = teacher.arch["width"]
+        if args.method in TEACHER_LIKE_STUDENT and width != args.width:
+            raise common.UserError(
+                f"{args.teacher_ckpt}: has the width {width:g}, the student {args.width:g}"
+            )
 
-            path = Path(args.grad_heatmap)
-            own = path.with_stem(f"{path.stem}-s{args.seed}")
-            gradients.write(own if args.seeds else path, models)
-        plumbing.finish(run, rows)
-    return run
+
+def train_and_evaluate(args, data, folder):
+    """One seed: train what is missing, evaluate all nets -> the rows of the summary."""
+    print_defaults(args)
+    nets = {}  # row of the table -> (net, numbers on its training)
+    teacher = None
+    if METHODS[args.method].teacher_sees:
+        teacher, meta = get_teacher(args, data)
+        nets[f"teacher ({meta.get('training', 'given')})"] = teacher, meta
+    seen = data
+    if args.omit_digit is not None:
+        seen = without_digit(data, args.omit_digit)
+    if args.method in ALSO_TRAINED_ALONE:
+        recipe = student_recipe(args, "plain")
+        alone, meta = train(recipe, seen, folder, "student-alone", args)
+        nets["student-alone (plain)"] = alone, meta
+    recipe = student_recipe(args, args.method)
+    student, meta = train(recipe, seen, folder, "student", args, teacher)
+    nets[f"student ({args.method})"] = student, meta
+
+    rows = []
+    for name, (net, net_meta) in nets.items():
+        rows.append(evaluate(name, net, net_meta, data, args))
+        if args.bias_correction and name.startswith("student"):
+            raised = correct_bias(net, data, args.omit_digit)
+            rows.append(evaluate(f"{name}, bias corrected", raised, net_meta, data, args))
+    if args.method == "self-distillation":
+        rows += exit_rows(student, meta["exits"], data)
+    if meta["best"].get("epoch", meta["epoch"]) != meta["epoch"]:
+        best, best_meta = common.load_model(folder / "student_best.pt", data.x_test.device)
+        rows.append(evaluate("student, best on held-out images", best, best_meta, data, args))
+    if args.grad_heatmap:
+        path = Path(args.grad_heatmap)
+        if args.seeds:
+            path = path.with_stem(f"{path.stem}-s{args.seed}")
+        write_gradients(path, nets)
+    return rows
+
+
+def print_defaults(args):
+    """Print the flags whose defaults depend on the method and the data, with their values."""
+    texts = []
+    for name in method_defaults(args.method, args.data, args.demo):
+        value = getattr(args, name)
+        if value is not None and name != "eval_attack":
+            texts.append(f"{name.replace('_', '-')} {value}")
+    print(f"{args.method} with {', '.join(texts)}", flush=True)
+
+
+def get_teacher(args, data):
+    """-> (teacher, its meta): given, trained before by the same recipe, or trained now."""
+    recipe = teacher_recipe(args)
+
+    def train_teacher(folder):
+        shift = data.pad if recipe.shift is None else recipe.shift
+        train(recipe, dataclasses.replace(data, pad=shift), folder, "teacher", args)
+
+    teacher, meta, _ = common.get_teacher(args, data, dataclasses.asdict(recipe), train_teacher)
+    return teacher, meta
+
+
+def evaluate(name, net, meta, data, args):
+    """A row of the table: size, accuracies (with --omit-digit, of that digit and of the others)."""
+    print(f"evaluating {name} on {len(data.x_test)} test images", flush=True)
+    row = {
+        "model": name,
+        "weights": sum(p.numel() for p in net.parameters() if p.dim() > 1),  # as in Table 1
+        "parameters": sum(p.numel() for p in net.parameters()),  # with biases
+        "macs": macs(net, data),
+    }
+    row |= eval_robustness.evaluate(
+        net, data.x_test, data.y_test, args.eval_attack, eps=args.eps, seed=args.seed
+    )
+    if args.omit_digit is not None:
+        right = common.predict(net, data.x_test).argmax(1) == data.y_test
+        shows_digit = data.y_test == args.omit_digit
+        row[f"without_{args.omit_digit}_acc"] = right[~shows_digit].double().mean().item()
+        row[f"only_{args.omit_digit}_acc"] = right[shows_digit].double().mean().item()
+    return row | eval_robustness.training_columns(meta)
 
 
 if __name__ == "__main__":

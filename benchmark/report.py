@@ -2,21 +2,29 @@
 
 Usage    python benchmark/report.py                       # after python benchmark/run.py
 Verdict  A rule, RULE below, which the page repeats; nothing in the page is typed by hand.
-Figures  With matplotlib, of what has been measured: all printed values against ours, a curve for
-         each figure that varies a rate or a sigma, the histograms of paper 1's Figure 8. Without
-         results there are none.
+Figures  With matplotlib, of what has been measured (benchmark/plots.py results): all printed
+         values against ours, a curve for each figure that varies a rate or a sigma, and the
+         histograms of paper 1's Figure 8.
 """
 
-import re
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from benchmark import robustness, run, tables
+from benchmark import plots, tables
+from benchmark.records import (
+    ROOT,
+    deviation,
+    is_count,
+    is_size,
+    measured,
+    metric_title,
+    read_records,
+    table_title,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
 BAND, ROBUST_BAND = 1.0, 0.7  # points that two trainings of one recipe may differ by
 RULE = f"""\
 - **reproduced**: our mean lies within twice the paper's standard deviation of its value, or within
@@ -27,6 +35,11 @@ RULE = f"""\
   difference.
 - **not reproduced**: neither.
 - **not run**: no result here yet. **-**: the paper prints no value."""
+INTRODUCTION = (
+    "Every number printed in the three papers, next to ours. Accuracies in percent; mean"
+    " and standard deviation over seeds. The best epoch is chosen on held-out training"
+    " images, and shown where it is not the last."
+)
 PAPERS = {
     "paper1": "Noisy collaboration ([1910.05057](https://arxiv.org/abs/1910.05057))",
     "paper2": "On the benefits of knowledge distillation for adversarial robustness "
@@ -35,360 +48,325 @@ PAPERS = {
     "paper3": "Distillation in an adversarial context",
 }
 VERDICTS = ["reproduced", "direction only", "not reproduced", "not run"]
-NAMES = {"clean_acc": "clean", "aa_acc": "AutoAttack", "cinic_acc": "CINIC-10", "mca_acc": "mCA"}
-NAMES |= {"others_acc": "other digits", "digit_acc": "that digit", "millions": "million weights"}
-NAMES |= {"entropy": "entropy, nats"}
-MOST = 10  # lines in the README
+COLUMNS = [
+    "line",
+    "number",
+    "paper",
+    "here, last epoch",
+    "best epoch",
+    "seeds",
+    "difference",
+    "in stds",
+    "verdict",
+]
+README_COLUMNS = ["line", "number", "paper", "here", "seeds", "verdict"]
+README_LINES = 10  # at most so many
 MARKS = "<!-- results: begin -->", "<!-- results: end -->"
 
 
 def parse_args(argv=None):
-    """The flags of this program."""
-    parser = common.make_parser(__doc__)
+    """The flags of this program as a namespace; raises UserError."""
+    parser = common.Parser(__doc__)
     add = parser.add_argument
-    add("--results", default=str(ROOT / "benchmark/results"), help="folder of the results")
-    add("--page", default=str(ROOT / "docs/RESULTS.md"), help="the page to write")
-    add("--readme", default=str(ROOT / "README.md"), help="the page with the two marks")
+    add("--results", default=str(ROOT / "benchmark/results"), help="folder with the JSON results")
+    add("--page", default=str(ROOT / "docs/RESULTS.md"), help="file of the page to be written")
+    add("--readme", default=str(ROOT / "README.md"), help="file with the two marks, to be updated")
     return parser.parse_args(argv)
 
 
 # ------------------------------------------------------------------------------------------------
-# Numbers
+# The rule of the verdicts
 
 
-def is_size(metric):
-    """Whether the metric counts something, and is no accuracy."""
-    return not metric.endswith("_acc")
-
-
-def measured(row, metric, done, best=False):
-    """Our values of a metric, a value a seed, in the units of the paper."""
-    if row.run.startswith("count "):
-        return [] if best else [run.counted(row.run)[metric]]
-    found, nets = [], set()
-    for (command, seed), record in sorted(done.items()):
-        net = record.get("weights", {}).get(row.take, seed)
-        if command == row.run and net not in nets:  # the same net again is not another seed
-            nets.add(net)
-            found.append(run.value(record, row.take, metric, best))
-    return [value if is_size(metric) else 100 * value for value in found if value is not None]
-
-
-def tolerance(metric, value, std):
+def tolerance(metric: str, printed: float, std: float | None) -> float:
     """How far our mean may lie from the printed value."""
     if is_size(metric):
-        return 0.5 * 10.0 ** -len(f"{value:g}".partition(".")[2])
-    return max(2 * (std or 0), ROBUST_BAND if re.match("pgd|aa", metric) else BAND)
+        decimals = len(f"{printed:g}".partition(".")[2])
+        return 0.5 * 10.0**-decimals
+    band = ROBUST_BAND if metric.startswith(("pgd", "aa")) else BAND
+    return max(2 * (std or 0), band)
 
 
-def same_direction(row, metric, ours, others, value):
-    """Whether ours differ from the baseline's as the paper's do: (value of the paper, values)."""
-    base, theirs = others
-    gap, paper = mean(ours) - mean(theirs), value - base
+def is_same_direction(ours, ours_of_baseline, printed, printed_of_baseline) -> bool:
+    """Whether our values differ from those of the baseline in the direction of the paper's.
+
+    With two or more seeds the gap must be larger than its standard error.
+    """
+    gap = mean(ours) - mean(ours_of_baseline)
     error = 0.0
-    if min(len(ours), len(theirs)) > 1:
-        error = (stdev(ours) ** 2 / len(ours) + stdev(theirs) ** 2 / len(theirs)) ** 0.5
-    return gap * paper > 0 and abs(gap) > error
+    if min(len(ours), len(ours_of_baseline)) > 1:
+        variances = [deviation(v) ** 2 / len(v) for v in (ours, ours_of_baseline)]
+        error = sum(variances) ** 0.5
+    return gap * (printed - printed_of_baseline) > 0 and abs(gap) > error
 
 
-def verdict(row, metric, done):
+def verdict(row: tables.Row, metric: str, records: dict) -> str:
     """One of VERDICTS, or "-" where the paper prints no value."""
-    value, std = row.printed[metric]
-    ours = measured(row, metric, done)
-    if value is None:
+    printed, std = row.printed[metric]
+    ours = measured(row, metric, records)
+    if printed is None:
         return "-"
     if not ours:
         return "not run"
-    if abs(mean(ours) - value) <= tolerance(metric, value, std) + 1e-9:
+    if abs(mean(ours) - printed) <= tolerance(metric, printed, std) + 1e-9:
         return "reproduced"
     for base in tables.ROWS:
-        if (base.table, base.name) == (row.table, row.baseline) and metric in base.printed:
-            others = base.printed[metric][0], measured(base, metric, done)
-            if others[0] is not None and others[1]:
-                right = same_direction(row, metric, ours, others, value)
-                return "direction only" if right else "not reproduced"
+        if (base.table, base.name) != (row.table, row.baseline) or metric not in base.printed:
+            continue
+        ours_of_baseline = measured(base, metric, records)
+        printed_of_baseline = base.printed[metric][0]
+        if not ours_of_baseline or printed_of_baseline is None:
+            continue
+        if is_same_direction(ours, ours_of_baseline, printed, printed_of_baseline):
+            return "direction only"
+        return "not reproduced"
     return "not reproduced"
 
 
 # ------------------------------------------------------------------------------------------------
-# Pages
+# Text of the pages
 
 
-def number(values):
-    """'98.71 ± 0.05', '98.71' of one seed, '-' of none; sizes as they are."""
+def format_values(values: list[float]) -> str:
+    """'98.71 ± 0.05', '98.71' of one seed, '-' of none; large sizes with commas."""
     if not values:
         return "-"
     if values[0] == int(values[0]) and abs(values[0]) > 1000:
         return f"{values[0]:,.0f}"
-    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{mean(values):.2f}{spread}"
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{mean(values):.2f} ± {deviation(values):.2f}"
 
 
-def title(table):
-    """'paper2-table3' -> 'Table 3'."""
-    name = table.split("-", 1)[1]
-    named = re.fullmatch(r"(table|figure)(\d+)", name)
-    known = {"text": "Text", "a3": "Appendix A.3", "choices": "Open choices"}
-    return f"{named[1].title()} {named[2]}" if named else known[name]
+def format_printed(metric: str, printed: float | None, std: float | None) -> str:
+    """A value of a paper as the paper prints it, '-' for none."""
+    if printed is None:
+        return "-"
+    if printed > 1000:
+        return f"{printed:,.0f}"
+    if is_size(metric):
+        return f"{printed:g}"
+    return f"{printed:.2f}" if std is None else f"{printed:.2f} ± {std:.2f}"
 
 
-def label(metric):
-    """How a metric is called in the pages."""
-    found = re.fullmatch(r"pgd(\d+)(_conditional)?_acc", metric)
-    conditional = ", of those right when clean" if found and found[2] else ""
-    return f"PGD-{found[1]}{conditional}" if found else NAMES.get(metric, metric)
+def cells(row: tables.Row, metric: str, records: dict) -> list[str]:
+    """The cells of a number, one for each of COLUMNS."""
+    printed, std = row.printed[metric]
+    ours = measured(row, metric, records)
+    difference, in_stds = "-", "-"
+    if ours and printed is not None:
+        gap = mean(ours) - printed
+        difference = f"{gap:+.2f}"
+        if std:
+            in_stds = f"{gap / std:+.1f}"
+    return [
+        row.name,
+        metric_title(metric),
+        format_printed(metric, printed, std),
+        format_values(ours),
+        format_values(measured(row, metric, records, best=True)),
+        str(len(ours)) if ours and not is_count(row.run) else "-",
+        difference,
+        in_stds,
+        verdict(row, metric, records),
+    ]
 
 
-def cells(row, metric, done):
-    """The cells of a number: line, metric, paper, here, seeds, difference, in stds, verdict."""
-    value, std = row.printed[metric]
-    ours, best = measured(row, metric, done), measured(row, metric, done, best=True)
-    paper = "-"
-    if value is not None:
-        paper = f"{value:,.0f}" if value > 1000 else f"{value:g}" if is_size(metric) else None
-        paper = paper or f"{value:.2f}" + (f" ± {std:.2f}" if std is not None else "")
-    gap = mean(ours) - value if ours and value is not None else None
-    difference = "-" if gap is None else f"{gap:+.2f}"
-    stds = f"{gap / std:+.1f}" if gap is not None and std else "-"
-    seeds = str(len(ours)) if ours and not row.run.startswith("count ") else "-"
-    here = [number(ours), number(best), seeds, difference, stds]
-    return [row.name, label(metric), paper, *here, verdict(row, metric, done)]
-
-
-def markdown(head, rows):
-    """Rows of cells as a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
+def markdown(columns: list, lines: list) -> str:
+    """Lines of cells as a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *lines]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def origin(rows, done):
-    """How the numbers of the rows were measured: a sentence for each kind of machine and attack."""
-    runs, found = {row.run for row in rows}, {}
-    for (command, seed), record in sorted(done.items()):
-        if command in runs:
-            flags = record["flags"]
-            text = f"{record['gpu'] or 'CPU'}, torch {record['torch']}, commit {record['commit']}"
-            text += f"; {flags.get('test_subset') or 'all'} test images"
-            if any(re.match("pgd|aa", metric) for row in rows for metric in row.printed):
-                step = flags.get("step_size") or flags["eps"] / 4
-                text += f"; eps {255 * flags['eps']:.3g}/255, PGD step {255 * step:.3g}/255"
-                text += f", {flags.get('restarts') or 1} start(s)"
-            found.setdefault(text, set()).add(seed)
-    lines = [f"{text}; seeds {', '.join(map(str, sorted(s)))}" for text, s in found.items()]
-    return "Measured: " + "; ".join(lines) + "." if lines else ""
+def origin(rows: list, records: dict) -> str:
+    """How the numbers of the rows were measured: a part for each kind of machine and attack."""
+    runs = {row.run for row in rows}
+    attacked = any(metric.startswith(("pgd", "aa")) for row in rows for metric in row.printed)
+    seeds_of = {}  # description -> seeds
+    for (run, seed), record in sorted(records.items()):
+        if run not in runs:
+            continue
+        flags = record["flags"]
+        text = f"{record['gpu'] or 'CPU'}, torch {record['torch']}, commit {record['commit']}"
+        text += f"; {flags.get('test_subset') or 'all'} test images"
+        if attacked:
+            step = flags.get("step_size") or flags["eps"] / 4
+            text += f"; eps {255 * flags['eps']:.3g}/255, PGD step {255 * step:.3g}/255"
+            text += f", {flags.get('restarts') or 1} start(s)"
+        seeds_of.setdefault(text, set()).add(seed)
+    if not seeds_of:
+        return ""
+    parts = []
+    for text, seeds in seeds_of.items():
+        parts.append(f"{text}; seeds {', '.join(map(str, sorted(seeds)))}")
+    return "Measured: " + "; ".join(parts) + "."
 
 
-HEAD = ["line", "number", "paper", "here, last epoch", "best epoch", "seeds", "difference"]
-HEAD += ["in stds", "verdict"]
-
-
-def section(table, rows, done):
-    """The part of the page for a table or figure."""
-    parts = [f"### {title(table)}", f"`benchmark/run.py {table}`"]
-    for reason in {row.reason: None for row in rows if row.reason and not row.printed}:
+def section(table: str, rows: list, records: dict) -> str:
+    """The part of the page for a table or figure of a paper."""
+    is_choices = table.endswith("-choices")
+    parts = [f"### {table_title(table)}", f"`benchmark/run.py {table}`"]
+    for reason in dict.fromkeys(row.reason for row in rows if row.reason and not row.printed):
         parts.append(f"Not run: {reason}.")
+
     pairs = [(row, metric) for row in rows for metric in row.printed]
-    shown = [(r, m) for r, m in pairs if r.printed[m][0] is not None or measured(r, m, done)]
-    if table.endswith("-choices"):
-        shown = [(r, m) for r, m in shown if measured(r, m, done)]
+    shown = []
+    for row, metric in pairs:
+        has_value = row.printed[metric][0] is not None and not is_choices
+        if has_value or measured(row, metric, records):
+            shown.append((row, metric))
     if shown:
-        lines = [cells(row, metric, done) for row, metric in shown]
-        for line, (row, _) in zip(lines, shown):
-            line[-1] += f": {row.reason}" if row.reason else ""
-        parts.append(markdown(HEAD, lines))
-    hidden = len({row.run for row, _ in pairs} - {row.run for row, _ in shown})
+        lines = []
+        for row, metric in shown:
+            line = cells(row, metric, records)
+            if row.reason:
+                line[-1] += f": {row.reason}"
+            lines.append(line)
+        parts.append(markdown(COLUMNS, lines))
+    hidden = {row.run for row, _ in pairs} - {row.run for row, _ in shown}
     if hidden:
-        parts.append(f"{hidden} runs without a result here.")
-    wrong = unique(row for row, m in shown if verdict(row, m, done) in VERDICTS[1:3])
-    notes = [f"- {row.name}: {row.note}." for row in wrong if row.note]
+        parts.append(f"{len(hidden)} runs without a result here.")
+
+    notes = {}
+    for row, metric in shown:
+        if verdict(row, metric, records) in ("direction only", "not reproduced") and row.note:
+            notes[row.id] = f"- {row.name}: {row.note}."
     if notes:
-        parts.append("What may explain the differences:\n\n" + "\n".join(notes))
-    if table.endswith("-choices"):
-        parts += nearest(rows, done)
-    if how := origin([row for row, _ in shown], done):
+        parts.append("What may explain the differences:\n\n" + "\n".join(notes.values()))
+    if is_choices:
+        nearest = nearest_choices(rows, records)
+        if nearest:
+            parts.append("Nearest to the paper:\n\n" + "\n".join(nearest))
+    how = origin([row for row, _ in shown], records)
+    if how:
         parts.append(how)
-    commands = {row.run: row.name for row in rows if row.run[:6] != "count " and row.run}
-    if shown and not table.endswith("-choices"):
-        lines = "\n".join(f"{command}" for command in commands)
-        parts.append(f"<details><summary>commands</summary>\n\n```\n{lines}\n```\n\n</details>")
+    if shown and not is_choices:
+        runs = dict.fromkeys(row.run for row in rows if row.run and not is_count(row.run))
+        commands = "\n".join(runs)
+        parts.append(f"<details><summary>commands</summary>\n\n```\n{commands}\n```\n\n</details>")
     return "\n\n".join(parts)
 
 
-def nearest(rows, done):
-    """A list for the page: which open choice of a headline row comes nearest to the paper."""
-    found = []
-    by_id = {row.id: row for row in tables.ROWS}
-    for row in filter(None, map(by_id.get, tables.CHOICES)):
-        tried = [r for r in rows if r.name.startswith(f"{row.name}: ")]
-        tried, gaps = [r for r in tried if r.table[:6] == row.table[:6]], {}
-        for name, one in [("the default", row), *((r.name.split(": ")[1], r) for r in tried)]:
-            ours = {metric: measured(one, metric, done) for metric in row.printed}
+def nearest_choices(choice_rows: list, records: dict) -> list[str]:
+    """Lines for the page: which open choice of a headline row comes nearest to the paper."""
+    lines = []
+    rows_by_id = {row.id: row for row in tables.ROWS}
+    for row in filter(None, map(rows_by_id.get, tables.CHOICES)):
+        candidates = {"the default": row}
+        for choice in choice_rows:
+            same_paper = choice.table[:6] == row.table[:6]
+            if same_paper and choice.name.startswith(f"{row.name}: "):
+                candidates[choice.name.split(": ")[1]] = choice
+        gaps = {}  # choice -> its largest gap, in units of the tolerance
+        for name, candidate in candidates.items():
+            ours = {metric: measured(candidate, metric, records) for metric in row.printed}
             if all(ours.values()):
                 gaps[name] = max(
-                    abs(mean(ours[m]) - value) / tolerance(m, value, std)
-                    for m, (value, std) in row.printed.items()
+                    abs(mean(ours[metric]) - printed) / tolerance(metric, printed, std)
+                    for metric, (printed, std) in row.printed.items()
                 )
         if len(gaps) > 1:
-            choice = min(gaps, key=gaps.get)
-            found.append(f"- {title(row.table)}, {row.name}: {choice}, of {len(gaps)} tried.")
-    return ["Nearest to the paper:\n\n" + "\n".join(found)] if found else []
+            best = min(gaps, key=gaps.get)
+            title = table_title(row.table)
+            lines.append(f"- {title}, {row.name}: {best}, of {len(gaps)} tried.")
+    return lines
 
 
-def unique(rows):
-    """The rows, each once."""
-    return list({row.id: row for row in rows}.values())
-
-
-def counts(paper, done):
-    """{verdict: how many printed numbers of the paper}, sizes and the rest together."""
-    found = dict.fromkeys(VERDICTS, 0)
+def count_verdicts(paper: str, records: dict) -> dict:
+    """{verdict: how many printed numbers of the paper}, sizes and accuracies together."""
+    counts = dict.fromkeys(VERDICTS, 0)
     for row in tables.ROWS:
         if row.table.startswith(paper) and not row.table.endswith("-choices"):
             for metric in row.printed:
-                if (text := verdict(row, metric, done)) != "-":
-                    found[text] += 1
-    return found
+                text = verdict(row, metric, records)
+                if text in counts:
+                    counts[text] += 1
+    return counts
 
 
-def page(done, figures):
+def page(records: dict, figures: list[Path]) -> str:
     """The text of docs/RESULTS.md."""
-    head = ["paper", "printed numbers", *VERDICTS]
-    rows = []
+    overview = []
     for paper, name in PAPERS.items():
-        found = counts(paper, done)
-        rows.append([name, sum(found.values()), *found.values()])
-    parts = ["# Results", "Written by `benchmark/report.py` from `benchmark/results/*.json`."]
-    parts += ["Every number printed in the three papers, next to ours. Accuracies in percent; mean"
-              " and standard deviation over seeds. The best epoch is chosen on held-out training"
-              " images, and shown where it is not the last."]  # fmt: skip
-    parts += [RULE, markdown(head, rows)]
-    parts += [f"![{path.stem}]({path.name})" for path in figures]
+        counts = count_verdicts(paper, records)
+        overview.append([name, sum(counts.values()), *counts.values()])
+    parts = [
+        "# Results",
+        "Written by `benchmark/report.py` from `benchmark/results/*.json`.",
+        INTRODUCTION,
+        RULE,
+        markdown(["paper", "printed numbers", *VERDICTS], overview),
+        *(f"![{path.stem}]({path.name})" for path in figures),
+    ]
     for paper, name in PAPERS.items():
         parts.append(f"## {name}")
-        for table in dict.fromkeys(r.table for r in tables.ROWS if r.table.startswith(paper)):
-            parts.append(section(table, [r for r in tables.ROWS if r.table == table], done))
+        rows_of = {}
+        for row in tables.ROWS:
+            if row.table.startswith(paper):
+                rows_of.setdefault(row.table, []).append(row)
+        parts += [section(table, rows, records) for table, rows in rows_of.items()]
     return "\n\n".join(parts) + "\n"
 
 
-def headline(done):
+def headline(records: dict) -> str:
     """The table of the README: measured headline rows, a line a run, and the count of numbers.
 
-    Of rows that share a run and print the same, the first; MOST lines at most.
+    Of rows that share a run and a net, the first; README_LINES lines at most.
     """
     lines = {}
     for row in tables.ROWS:
-        texts = {verdict(row, metric, done) for metric in row.printed}
-        if row.turn == "a" and not row.run.startswith("count") and texts & set(VERDICTS[:3]):
-            parts = [cells(row, metric, done) for metric in row.printed]
-            _, numbers, paper, here, *_, text = [" / ".join(column) for column in zip(*parts)]
-            name = f"paper {row.table[5]}, {title(row.table)}: {row.name}"
-            seeds = max(part[5] for part in parts)
-            lines.setdefault((row.run, row.take), [name, numbers, paper, here, seeds, text])
-    total = {v: sum(counts(paper, done)[v] for paper in PAPERS) for v in VERDICTS}
-    text = ", ".join(f"{total[v]} {v}" for v in VERDICTS)
-    text = f"Of {sum(total.values())} printed numbers: {text}; "
-    head = ["line", "number", "paper", "here", "seeds", "verdict"]
-    parts = [markdown(head, list(lines.values())[:MOST])] if lines else []
-    return "\n\n".join([*parts, text + "all of them are in [docs/RESULTS.md](docs/RESULTS.md)."])
+        verdicts = {verdict(row, metric, records) for metric in row.printed}
+        is_run = bool(verdicts & {"reproduced", "direction only", "not reproduced"})
+        if row.turn != "a" or is_count(row.run) or not is_run:
+            continue
+        numbers = [dict(zip(COLUMNS, cells(row, metric, records))) for metric in row.printed]
+        line = [
+            f"paper {row.table[5]}, {table_title(row.table)}: {row.name}",
+            " / ".join(number["number"] for number in numbers),
+            " / ".join(number["paper"] for number in numbers),
+            " / ".join(number["here, last epoch"] for number in numbers),
+            max(number["seeds"] for number in numbers),
+            " / ".join(number["verdict"] for number in numbers),
+        ]
+        lines.setdefault((row.run, row.take), line)
+    total = dict.fromkeys(VERDICTS, 0)
+    for paper in PAPERS:
+        for text, count in count_verdicts(paper, records).items():
+            total[text] += count
+    counts = ", ".join(f"{count} {text}" for text, count in total.items())
+    summary = (
+        f"Of {sum(total.values())} printed numbers: {counts}; "
+        "all of them are in [docs/RESULTS.md](docs/RESULTS.md)."
+    )
+    if not lines:
+        return summary
+    return markdown(README_COLUMNS, list(lines.values())[:README_LINES]) + "\n\n" + summary
 
 
-# ------------------------------------------------------------------------------------------------
-# Figures
-
-
-def curves(rows, done):
-    """{(metric, line): [(value, mean, std)]} of rows whose names hold a rate or a sigma."""
-    found = {}
-    for row in rows:
-        names = re.finditer(r"\b(sigma|dropout|r|corruption|ES|alpha|beta) ([\d.]+)", row.name)
-        name, *more = [*names, None]  # what varies, if it is one thing
-        name = None if len(more) > 1 else name
-        for metric in row.printed if name else ():
-            if ours := measured(row, metric, done):
-                line = row.name.replace(name[0], "").strip(", ") or name[1]
-                spread = stdev(ours) if len(ours) > 1 else 0.0
-                point = (float(name[2]), mean(ours), spread)
-                found.setdefault((metric, line), []).append(point)
-    return {key: sorted(points) for key, points in found.items() if len(points) > 1}
-
-
-def draw(done, folder):
-    """Write the figures of what has been measured; -> their paths, [] without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return []
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    paths = []
-
-    def save(figure, name):
-        figure.tight_layout()
-        common.write_atomically(folder / name, lambda f: figure.savefig(f, format="png", dpi=80))
-        pyplot.close(figure)
-        paths.append(folder / name)
-
-    points = {}
-    for row in tables.ROWS:
-        for metric, (value, std) in row.printed.items():
-            ours = measured(row, metric, done)
-            if value is not None and ours and not is_size(metric) and "choices" not in row.table:
-                error = stdev(ours) if len(ours) > 1 else 0.0
-                points.setdefault(row.table[:6], []).append((value, mean(ours), std or 0.0, error))
-    if points:
-        figure, axis = pyplot.subplots(figsize=(5, 5))
-        low = min(min(p[:2]) for group in points.values() for p in group)
-        axis.plot([low, 100], [low, 100], color="gray", linewidth=0.5)
-        for paper, group in points.items():
-            x, y, x_error, y_error = zip(*group)
-            axis.errorbar(x, y, y_error, x_error, fmt=".", label=f"{paper[:5]} {paper[5]}")
-        axis.set(xlabel="printed, %", ylabel="here, %")
-        axis.legend()
-        save(figure, "results.png")
-    for table in dict.fromkeys(row.table for row in tables.ROWS):
-        lines = curves([row for row in tables.ROWS if row.table == table], done)
-        metrics = list(dict.fromkeys(metric for metric, _ in lines))
-        if metrics:
-            figure, axes = pyplot.subplots(1, len(metrics), squeeze=False)
-            figure.set_size_inches(4.5 * len(metrics), 3.5)
-            for axis, metric in zip(axes[0], metrics):
-                for (of, line), points_of in lines.items():
-                    if of == metric:
-                        axis.errorbar(*zip(*points_of), marker=".", label=line)
-                axis.set(
-                    ylabel=f"{label(metric)}, %", title=f"{table[:5]} {table[5]}, {title(table)}"
-                )
-                axis.legend(fontsize=6)
-            save(figure, f"results-{table}.png")
-    shares = {}  # softmax probabilities, the mean over seeds
-    for row in tables.ROWS:
-        if "entropy" in row.printed and (ours := measured(row, "probabilities", done)):
-            shares[row.name] = [mean(bins) for bins in zip(*ours)]
-    if shares:
-        figure, axis = pyplot.subplots(figsize=(5.5, 4))
-        robustness.draw_probabilities(axis, shares)
-        save(figure, "results-paper1-figure8.png")
-    return paths
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    common.write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def main(argv=None):
     """Write the page, the figures beside it and the part of the README between the marks."""
     args = parse_args(argv)
-    done = run.read_results(args.results)
-    done = {key: record for key, record in done.items() if record.get("scale") == "full"}
     page_path, readme = Path(args.page), Path(args.readme)
-    page_path.parent.mkdir(parents=True, exist_ok=True)
-    text = page(done, draw(done, page_path.parent))
-    common.write_atomically(page_path, lambda file: file.write(text.encode()))
     old = readme.read_text() if readme.exists() else ""
     if MARKS[0] not in old or MARKS[1] not in old:
-        common.fail(f"--readme: {readme} has no lines {MARKS[0]} and {MARKS[1]}")
+        lines = " and ".join(MARKS)
+        raise common.UserError(f"--readme: {readme} has no lines {lines}; add them")
+    records = {
+        key: record
+        for key, record in read_records(args.results).items()
+        if record.get("scale") == "full"
+    }
+    figures = plots.draw_results(records, page_path.parent)
+    write_text(page_path, page(records, figures))
     before, after = old.split(MARKS[0])[0], old.split(MARKS[1])[1]
-    new = f"{before}{MARKS[0]}\n{headline(done)}\n{MARKS[1]}{after}"
-    common.write_atomically(readme, lambda file: file.write(new.encode()))
-    print(f"{page_path}, {readme}: {len(done)} results")
+    write_text(readme, f"{before}{MARKS[0]}\n{headline(records)}\n{MARKS[1]}{after}")
+    print(f"{page_path}, {readme}: {len(records)} results")
 
 
 if __name__ == "__main__":
-    common.start(main)
+    common.start(main, stopped="nothing is half written; the same command begins again:")

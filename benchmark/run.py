@@ -1,30 +1,27 @@
 """Run the rows of tables.py that are not done yet: the papers' tables, number by number.
 
-Usage    python benchmark/run.py --list                      # what is left, in order, and its cost
-         python benchmark/run.py --list --device cuda        # its cost on a GPU, here or not
+Usage    python benchmark/run.py --list                      # what is left, in order
          python benchmark/run.py table3 --minutes 120        # both papers' Table 3, two hours of it
          python benchmark/run.py paper1 paper2-table5        # a paper, a table
          python benchmark/run.py paper2-choices --seeds 1    # one open choice at a time
-         python benchmark/run.py --prepare                   # only the data/planes-cars.npz of some
+         python benchmark/run.py --prepare                   # parts of CIFAR-10 as data sets
          python benchmark/run.py --scale tiny                # every command, tiny nets, on a CPU
          python benchmark/report.py                          # then: docs/RESULTS.md and the README
 Order    by turn (tables.py), then by seed. Without names: all rows. A run that several rows share
-         is made once; teachers are shared as the scripts do it, through one folder of runs.
+         is made once; all runs share their teachers in RUNS/teachers.
 Result   benchmark/results/<row>-s<seed>.json, a few KB: flags, versions, GPU, commit, seconds an
          epoch, every metric of the last and of the best epoch. AutoAttack and other images, where
-         a script does not evaluate them, are evaluated from its checkpoints.
+         a script does not evaluate them, are evaluated from its models.
 Stop     Ctrl-C, --minutes or a kill at any time: the same command goes on where it stopped.
 Waits    A row whose script, flag, data or teacher is not there is listed with what it waits for.
          A teacher that another row trains is there once that row has been run in the same --runs.
-Minutes  multiply-adds over what this device was measured to do with the same net in an earlier
-         result, or else over a guess, which is then called "estimate, not measured".
+Minutes  what the same training took on this device: with another seed, or with other values of
+         flags that do not change the work of an epoch. Otherwise --list shows none: not measured.
 Tiny     Results and runs are kept in runs/tiny, marked, and never reported.
 """
 
-import argparse
 import contextlib
 import functools
-import hashlib
 import importlib
 import io
 import json
@@ -39,20 +36,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-import images
-import plumbing
-from benchmark import tables
+from benchmark import report, tables, trajectories
+from benchmark.records import ROOT, is_count, read_records, table_title, value
 
-ROOT = Path(__file__).resolve().parent.parent
-GUESS = {"cpu": 2e10, "cuda": 3e13}  # multiply-adds a second of training, if none was measured
-IMAGES = {"mnist": 60_000, "tiny-imagenet": 100_000}  # others: 50,000
-# What is asked of eval_robustness.py for a metric that a script's summary does not have
-ATTACKS = {"aa_acc": "aa", "cinic_acc": "cinic", "mca_acc": "corruptions", "clean_acc": "clean"}
-ATTACKS |= {"entropy": "calibration"}
+# What eval_robustness.py is asked for, for a metric that a script's summary does not have
+ATTACKS = {
+    "aa_acc": "aa",
+    "cinic_acc": "cinic",
+    "mca_acc": "corruptions",
+    "clean_acc": "clean",
+    "entropy": "calibration",
+}
 CINIC = "CINIC-10"  # the folder below --data
 # Files that a run needs below --data, and where they come from
 FILES = {
@@ -62,47 +59,94 @@ FILES = {
     "cifar100_edm_1m.npz": "huggingface.co P2333/DM-Improves-AT, cifar100/1m.npz",
     "planes-cars.npz": "made by this program of cifar10.npz",
 }
-# --scale tiny: appended to every command; flags that are given there are replaced by these
-TINY = "--data shapes --train-subset 60 --test-subset 12 --val-size 12 --batch-size 16 --epochs 1"
-TINY += " --teacher-epochs 1 --device cpu"
-TINY_SCRIPT = {"robust_kd": "--teacher-batch-size 16 --steps 1", "teacher_free_kd": "--steps 1"}
-TINY_NOISY = "--teacher-model mlp-16 --restarts 1"
-TINY_REPLACED = {"--teacher-es": "1", "--milestones": "1", "--extra-data": "{data}/extra.npz"}
-TINY_REPLACED |= {"--teacher-save-every": "1"}
-TINY_EVALUATION = "--n 12 --queries 20 --steps 3 --targets 2 --batch-size 12 --cinic-per-class 1"
+# Flags that decide how long an epoch takes: what was measured with the same values is an estimate
+FLAGS_OF_SPEED = (
+    "data",
+    "model",
+    "width",
+    "loss",
+    "method",
+    "steps",
+    "batch_size",
+    "teacher_model",
+    "teacher_width",
+    "teachers",
+    "teacher_training",
+    "train_subset",
+    "precision",
+)
+# --scale tiny: appended to every command; a flag that is given twice has the last value
+TINY = {
+    "--data": "shapes",
+    "--train-subset": "60",
+    "--test-subset": "12",
+    "--val-size": "12",
+    "--batch-size": "16",
+    "--epochs": "1",
+    "--teacher-epochs": "1",
+    "--device": "cpu",
+}
+TINY_OF_SCRIPT = {
+    "robust_kd": {"--teacher-batch-size": "16", "--steps": "1"},
+    "teacher_free_kd": {"--steps": "1"},
+    "fickle_teacher": {"--teacher-model": "mlp-16", "--restarts": "1"},
+    "messy_collab": {"--teacher-model": "mlp-16", "--restarts": "1"},
+    "soft_randomization": {"--teacher-model": "mlp-16", "--restarts": "1"},
+}
+TINY_IF_GIVEN = {  # these only replace what a command gives
+    "--teacher-es": "1",
+    "--milestones": "1",
+    "--teacher-save-every": "1",
+}
+TINY_EVALUATION = {
+    "--n": "12",
+    "--queries": "20",
+    "--steps": "3",
+    "--targets": "2",
+    "--batch-size": "12",
+    "--cinic-per-class": "1",
+}
+TIME_IS_OVER = "the minutes are over; the same command goes on from its last epoch"
 
 
 def parse_args(argv=None):
-    """The flags of this program; errors are one line with exit status 2."""
-    parser = common.make_parser(__doc__)
+    """The flags of this program as a namespace; raises UserError."""
+    parser = common.Parser(__doc__)
     add = parser.add_argument
-    add(
-        "tables", nargs="*", metavar="TABLE", help="table3, paper2-table3, paper1, a row; none: all"
-    )
-    add("--list", action="store_true", help="show what is left and its cost, run nothing")
-    add("--prepare", action="store_true", help="make planes-cars.npz of cifar10.npz, run nothing")
-    add("--minutes", type=common.positive, help="begin what fits into so many; None: all")
-    add("--seeds", type=common.count, help="at most so many seeds of a row; None: see tables.py")
-    add("--scale", choices=["full", "tiny"], default="full", help="tiny: tests of the commands")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there")
-    add("--data", default="data", help="the folder with the data sets")
-    add("--runs", help="folder of the runs; None: runs/benchmark or runs/tiny")
-    add("--finished", metavar="RUNS", help="take finished runs with the same flags from here too")
-    add("--results", help="folder of the results; None: benchmark/results or runs/tiny/results")
+    add("tables", nargs="*", metavar="TABLE", help="paper, table or row (default: all rows)")
+    add("--list", action="store_true", help="show what is left and what it takes, run nothing")
+    add("--prepare", action="store_true", help="make the data sets that are parts of cifar10.npz")
+    add("--minutes", type="positive", help="stop after so many minutes (default: when all is done)")
+    add("--seeds", type="count", help="at most so many seeds of a row (default: as in tables.py)")
+    add("--scale", choices=["full", "tiny"], default="full", help="tiny: test the commands")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if present")
+    add("--data", default="data", help="folder with the data sets")
+    add("--runs", help="folder of the runs (default: runs/benchmark or runs/tiny)")
+    add("--finished", metavar="RUNS", help="also take finished runs with the same flags from here")
+    add("--results", help="folder of the results (default: benchmark/results, runs/tiny/results)")
     args = parser.parse_args(argv)
     for name in args.tables:
-        if not any(selected(row, [name]) for row in tables.ROWS):
+        if not any(is_selected(row, [name]) for row in tables.ROWS):
             parser.error(f"TABLE: no row is called {name}; --list shows the names")
-    runs = "runs/tiny" if args.scale == "tiny" else "runs/benchmark"
-    results = "runs/tiny/results" if args.scale == "tiny" else "benchmark/results"
-    args.runs, args.results = args.runs or str(ROOT / runs), args.results or str(ROOT / results)
+    if args.scale == "tiny":
+        args.runs = args.runs or str(ROOT / "runs/tiny")
+        args.results = args.results or str(ROOT / "runs/tiny/results")
+    else:
+        args.runs = args.runs or str(ROOT / "runs/benchmark")
+        args.results = args.results or str(ROOT / "benchmark/results")
+    args.evaluated = set()  # what --scale tiny has evaluated
     return args
 
 
-def selected(row, names):
-    """Whether one of the names means the row: its paper, its table, that without paper, its id."""
+def is_selected(row, names):
+    """Whether a name means the row: its paper, its table, that without the paper, or its id."""
     paper, table = row.table.split("-", 1)
     return not names or bool({row.id, row.table, paper, table} & set(names))
+
+
+def name_of(run):
+    """The id of the first row that has a run: the name of its folder and of its result."""
+    return next(row.id for row in tables.ROWS if row.run == run)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -110,282 +154,239 @@ def selected(row, names):
 
 
 def script_of(run):
-    """(name of the script, its flags as a list) of a row's run."""
-    script, *flags = shlex.split(run)
-    return script.removesuffix(".py"), flags
+    """'robust_kd.py --loss at' -> 'robust_kd'."""
+    return run.split(".py", 1)[0]
+
+
+def folder_of(run, seed, args):
+    """The folder of a run."""
+    return Path(args.runs) / script_of(run) / f"{name_of(run)}-s{seed}"
+
+
+def teacher_of_row(run):
+    """(row's id, epochs) of a run's `--teacher-ckpt {ROW:EPOCHS}`; None without it."""
+    reference = re.search(r"\{(.+):(\d+)\}", run)
+    return (reference[1], int(reference[2])) if reference else None
+
+
+def teacher_path(run, args):
+    """The file of the teacher of teacher_of_row; None before the run of that row has begun."""
+    row_id, epochs = teacher_of_row(run)
+    if args.scale == "tiny":
+        epochs = 1
+    teacher_run = next(row.run for row in tables.ROWS if row.id == row_id)
+    folder = folder_of(teacher_run, 0, args)
+    config = common.read_json(folder / "config.json")
+    return config and trajectories.teacher_of(folder, config, epochs)
 
 
 def flags_of(run, args):
     """The flags with which a run is started, without its name and seed."""
-    script, flags = script_of(run)
-    prefixes = {"data/": f"{args.data}/", "runs/": f"{args.runs}/"}
-    for old, new in prefixes.items():
-        flags = [re.sub(f"^{old}", lambda _, new=new: new, flag) for flag in flags]
-    if args.scale == "full":
-        return [*flags, "--data-root", args.data, "--device", args.device]
-    return [*tiny(script, flags, args), "--data-root", args.data]
-
-
-def tiny(script, flags, args):
-    """The same command with a tiny net, few images and one epoch."""
-    given = " ".join(flags)
-    flags = [re.sub(r"teacher-ep\d+", "teacher-ep1", flag) for flag in flags]  # --teacher-ckpt
-    more = f"{TINY} {TINY_SCRIPT.get(script, TINY_NOISY)}"
-    if "vanilla" in flags:  # real digits: Table 2 leaves one out
-        more = more.replace("shapes", "mnist") + " --teacher-model mlp-16"
-    if re.search("--width|--model resnet", given):
-        more += " --width 1/16"
-    elif "self-distillation" in flags or "--model wrn" in given:
-        more += " --model wrn-10-1" + "-silu" * ("silu" in given)
+    flags = shlex.split(run)[1:]
+    if teacher_of_row(run):
+        flags[flags.index("--teacher-ckpt") + 1] = str(teacher_path(run, args))
+    for i, flag in enumerate(flags):
+        if flag.startswith("data/"):
+            flags[i] = f"{args.data}/{flag.removeprefix('data/')}"
+        elif flag.startswith("runs/"):
+            flags[i] = f"{args.runs}/{flag.removeprefix('runs/')}"
+    if args.scale == "tiny":
+        flags += tiny_flags(script_of(run), flags, args)
     else:
-        more += " --model mlp-16"
-    if "--teacher-model" in flags:
-        more += " --teacher-model wrn-10-1-silu --teacher-width 1"
-    for flag, value in TINY_REPLACED.items():
+        flags += ["--device", args.device]
+    return [*flags, "--data-root", args.data]
+
+
+def tiny_flags(script, flags, args):
+    """Flags that make a command one of a tiny net, few images and one epoch."""
+    tiny = TINY | TINY_OF_SCRIPT[script] | {"--model": "mlp-16"}
+    for flag, replaced in TINY_IF_GIVEN.items():
         if flag in flags:
-            more += f" {flag} {value.format(data=args.runs)}"
-    return [*flags, *more.split()]
+            tiny[flag] = replaced
+    if "--extra-data" in flags:
+        tiny["--extra-data"] = f"{args.runs}/extra.npz"
+    if "vanilla" in flags:  # real digits: Table 2 leaves one out
+        tiny |= {"--data": "mnist", "--teacher-model": "mlp-16"}
+    model = flags[flags.index("--model") + 1] if "--model" in flags else ""
+    if "--width" in flags or model.startswith("resnet"):
+        del tiny["--model"]
+        tiny["--width"] = "1/16"
+    elif "self-distillation" in flags or model.startswith("wrn"):
+        tiny["--model"] = "wrn-10-1-silu" if model.endswith("-silu") else "wrn-10-1"
+    if script == "robust_kd" and "--teacher-model" in flags:
+        tiny |= {"--teacher-model": "wrn-10-1-silu", "--teacher-width": "1"}
+    return [word for pair in tiny.items() for word in pair]
 
 
 @functools.cache
-def parsed(run, scale, data, runs):
-    """(flags of the script as a namespace, "") or (None, what the run waits for)."""
-    args = argparse.Namespace(scale=scale, data=data, runs=runs, device="auto")
-    script, flags = script_of(run)[0], flags_of(run, args)
+def parse_flags(script, flags):
+    """-> (the script's namespace of the flags, None) or (None, why they cannot be parsed)."""
     try:
         module = importlib.import_module(script)
     except ModuleNotFoundError:
         return None, f"{script}.py"
-    error = io.StringIO()
     try:
-        with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
-            return module.parse_args(flags), ""
-    except SystemExit:
-        line = error.getvalue().removeprefix("error: ").strip()
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", line)
-        return None, unknown[1] if unknown else line
+        with contextlib.redirect_stdout(io.StringIO()):  # a preset says what it sets
+            return module.parse_args(list(flags)), None
+    except common.UserError as error:
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", str(error))
+        return None, unknown[1] if unknown else str(error)
 
 
-def teacher_file(run, args):
-    """The path of the teacher that a run takes from the run of another row; None without one."""
-    file = getattr(parsed(run, args.scale, args.data, args.runs)[0], "teacher_ckpt", None)
-    return file and Path(file)
+def script_flags(run, args):
+    """-> (the script's namespace of a run, None) or (None, why it cannot be parsed)."""
+    return parse_flags(script_of(run), tuple(flags_of(run, args)))
 
 
 def waits_for(run, args):
-    """What a run waits for: a script, a flag, a file or a teacher; "" if it can be started."""
-    if run.startswith("count "):
-        return ""
-    if missing := parsed(run, args.scale, args.data, args.runs)[1]:
-        return missing
-    if (teacher := teacher_file(run, args)) and not teacher.exists():
-        return f"{teacher}, which the row {teacher.parent.name.rpartition('-s')[0]} trains"
-    if args.scale == "tiny":
-        mnist = Path(args.data) / "mnist.npz"
-        return "" if mnist.exists() or "vanilla" not in run else str(mnist)
+    """What a run waits for: a script, a flag, a file or a teacher; None if it can be started."""
+    if is_count(run):
+        return None
+    reference = teacher_of_row(run)
+    if reference:
+        path = teacher_path(run, args)
+        if path is None or not path.exists():
+            row_id, epochs = reference
+            return f"the teacher of {epochs} epochs, which the row {row_id} trains"
+    _, error = script_flags(run, args)
+    if error:
+        return error
     root = Path(args.data)
+    if args.scale == "tiny":
+        mnist = root / "mnist.npz"
+        return str(mnist) if "vanilla" in run and not mnist.exists() else None
     for name in re.findall(r"data/(\S+\.npz)", run):
-        made = name == "planes-cars.npz" and (root / "cifar10.npz").exists()
-        if not made and not (root / name).exists():
+        can_be_made = name == "planes-cars.npz" and (root / "cifar10.npz").exists()
+        if not can_be_made and not (root / name).exists():
             return f"{root / name} ({FILES[name]})"
-    known = [root / "tiny-imagenet.npz", root / "tiny-imagenet-200"]
-    if "tiny-imagenet" in run and not any(path.exists() for path in known):
-        return f"{known[1]} (cs231n.stanford.edu)"
-    return ""
+    if "tiny-imagenet" in run:
+        unpacked = root / "tiny-imagenet-200"
+        if not unpacked.exists() and not (root / "tiny-imagenet.npz").exists():
+            return f"{unpacked} (cs231n.stanford.edu)"
+    return None
 
 
 # ------------------------------------------------------------------------------------------------
-# Cost
+# What a run takes
 
 
-@functools.cache
-def size_of(net, classes, size, channels, width=1.0):
-    """(multiply-adds of one image, weights without biases and norms, parameters) of a net."""
-    with torch.device("meta"):
-        model = common.build_model(net, classes, width, channels=channels, size=size).eval()
-        x = torch.empty(1, channels, size, size)
-    with FlopCounterMode(display=False) as counter:
-        model(x)
-    weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    return counter.get_total_flops() // 2, weights, sum(p.numel() for p in model.parameters())
+def estimated_minutes(run, records, device, args):
+    """Minutes by the record of a run with the same FLAGS_OF_SPEED on the device; None: no record.
 
-
-def counted(run):
-    """{macs, weights, millions} of `count NET CLASSES SIZE CHANNELS`."""
-    net, *numbers = run.split()[1:]
-    macs, weights, parameters = size_of(net, *map(int, numbers))
-    return {"macs": macs, "weights": weights, "millions": parameters / 1e6}
-
-
-def cost(run, seed, seen, args):
-    """(multiply-adds of the run, multiply-adds of the student an image).
-
-    Teachers in `seen` are there already; those of this run are added. A forward pass counts 1, a
-    gradient of the image 1, one of the weights 2.
+    The student's epochs are scaled, its teachers and its evaluation are taken as they were. device:
+    "cpu", the name of a GPU, or "cuda" for any GPU.
     """
-    flags, _ = parsed(run, args.scale, args.data, args.runs)
-    script = importlib.import_module(script_of(run)[0])
-    kind = getattr(flags, "loss", None) or flags.method
-    data, width = Path(flags.data).stem, getattr(flags, "width", 1.0)
-    shape = ({"cifar100": 100, "tiny-imagenet": 200}.get(data, 10),)
-    shape += {"mnist": (28, 1), "tiny-imagenet": (64, 3)}.get(data, (32, 3))
-    macs = size_of(flags.model, *shape, width)[0]
-    images = flags.train_subset or IMAGES.get(data, 50_000)
-    steps = getattr(flags, "steps", 0)
-    attacked = kind.startswith("at-") or kind not in ("st", "ckd") and hasattr(flags, "loss")
-    each = macs * (3 + 2 * steps * (attacked or kind == "at"))
-    epochs = flags.epochs or script.student_schedule(flags)[0]
-    total, students = 0.0, kind != "teacher"
-    alone = kind in ("st", "at", "student", "plain", "label-smoothing", "tf-kd-reg", "at-tf-kd-reg")
-    if not alone and kind != "self-distillation":
-        teacher = getattr(flags, "teacher_model", None) or flags.model
-        teacher = size_of(teacher, *shape, getattr(flags, "teacher_width", None) or width)[0]
-        settings = vars(flags) | {"seed": seed}
-        if hasattr(script, "teacher_recipe"):
-            recipes = [
-                script.teacher_recipe(settings, i)
-                for i in range(len(script.teacher_trainings(settings)))
-            ]
-        else:  # a net of these settings is shared by the scripts
-            teacher_seeds = range(getattr(flags, "teacher_seeds", 1))
-            if kind == "teacher":  # that of the run's own seed is what is measured
-                teacher_seeds = [seed]
-            recipes = [script.teacher_settings(settings) | {"of_seed": i} for i in teacher_seeds]
-        length = getattr(flags, "teacher_es", None) or flags.teacher_epochs or epochs
-        for recipe in recipes:
-            key, training = json.dumps(recipe, sort_keys=True), recipe.get("training")
-            training = training or ("at" if kind[:3] == "at-" else "st")
-            passes = {"st": 3, "ffgsm": 5}.get(training, 3 + 2 * steps)
-            if not flags.teacher_ckpt:
-                total += (key not in seen) * length * images * passes * teacher
-            seen.add(key)
-        each += teacher * len(recipes)
-    total += students * epochs * images * each
-    per_image = {"aa_acc": 5000, "mca_acc": 95, "cinic_acc": 2}  # passes; half survive AutoAttack
-    metrics = {m for row in tables.ROWS if row.run == run for m in row.printed}
-    if args.scale == "full":
-        total += 10_000 * macs * (200 + sum(per_image.get(m, 0) for m in metrics))
-    return total, each
-
-
-def speed(model, done, device):
-    """(multiply-adds a second, whether measured here): that of the same net, or else a guess."""
-    known = [r for r in done.values() if r.get("macs_per_second") and r["model"] == model]
-    known = [r for r in known if r["device"] == device or device == "cuda" and r["gpu"]]
-    guess = GUESS["cpu" if device == "cpu" else "cuda"]
-    return max((r["macs_per_second"] for r in known), default=guess), bool(known)
+    flags = common.run_flags(script_flags(run, args)[0])
+    for record in records.values():
+        on_device = record["device"] == device or (device == "cuda" and record["gpu"])
+        if not on_device or script_of(record["run"]) != script_of(run):
+            continue
+        if any(flags.get(name) != record["flags"].get(name) for name in FLAGS_OF_SPEED):
+            continue
+        seconds = record.get("evaluation_seconds", 0)
+        for stage, measured in record["stages"].items():
+            epochs = measured["epochs"]
+            if stage == "student" and flags.get("epochs") and record["flags"].get("epochs"):
+                epochs = flags["epochs"]
+            seconds += epochs * measured["seconds_per_epoch"]
+        return seconds / 60
+    return None
 
 
 # ------------------------------------------------------------------------------------------------
 # Results
 
 
-def read_results(folder):
-    """{(run, seed): record} of the results in a folder; damaged files are named and left out."""
-    found = {}
-    for path in sorted(Path(folder).glob("*.json")):
-        try:
-            record = json.loads(path.read_text())
-            found[record["run"], record["seed"]] = record
-        except (ValueError, KeyError, TypeError):
-            print(f"warning: {path} is no result of run.py", file=sys.stderr)
-    return found
-
-
-def value(record, take, metric, best=False):
-    """A metric or histogram of a result's row that is named `take`, or `take (...)`; or None."""
-    name = re.compile(rf"{re.escape(take)}(_best)?(?![\w-])")
-    for row in record["rows"]:
-        right = name.match(row["model"]) and ("best" in row["model"]) == best
-        if right and isinstance(row.get(metric), int | float | list):
-            return row[metric]
-        digits = {"others_acc": "without_", "digit_acc": "only_"}.get(metric)
-        if right and digits and "bias" not in row["model"]:
-            return next((v for k, v in row.items() if k.startswith(digits)), None)
-    return None
-
-
-def missing(rows, record):
-    """The (take, metric) pairs of the rows that the record does not have yet."""
+def missing_pairs(rows, record):
+    """The (take, metric) of the rows that the record, or None, does not have yet."""
     pairs = {(row.take, metric) for row in rows for metric in row.printed}
     if record is None:
         return pairs
-    return {pair for pair in pairs if value(record, *pair) is None}
+    return {(take, metric) for take, metric in pairs if value(record, take, metric) is None}
 
 
-def log_rows(folder):
-    """(rows of the epochs, summary) of a run's log.jsonl."""
-    log = folder / "log.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return [row for row in rows if "stage" in row], (rows or [{}])[-1].get("summary")
+def read_log(folder):
+    """{stage: rows of its epochs} of a folder's log.jsonl."""
+    stages, log = {}, folder / "log.jsonl"
+    for line in log.read_text().splitlines() if log.exists() else []:
+        row = json.loads(line)
+        stages.setdefault(row["stage"], []).append(row)
+    return stages
 
 
-def summarise(folder, rows, run, seed, each, args):
-    """The record of a finished run: what its folder says, in a few KB."""
-    config = json.loads((folder / "config.json").read_text())
-    epochs, summary = log_rows(folder)
-    given = {re.sub("-", "_", flag[2:]) for flag in script_of(run)[1] if flag.startswith("--")}
-    record = {"row": rows[0].id, "run": run, "seed": seed, "scale": args.scale}
-    record["command"] = f"python {run} --seed {seed}"  # without the paths of this machine
-    record |= {key: config[key] for key in ("commit", "python", "torch", "gpu")}
+def teacher_files(folder):
+    """The files of a finished run's teachers, by its summary."""
+    rows = common.read_json(folder / "summary.json")
+    return [folder / row["file"] for row in rows if row["model"].startswith("teacher")]
+
+
+def describe_stage(rows):
+    """What a record keeps of a stage: epochs, speed, last and best epoch."""
+
+    def score(row):
+        return sum(number for key, number in row.items() if key.startswith("val_"))
+
+    return {
+        "epochs": len(rows),
+        "seconds_per_epoch": float(np.mean([row["seconds"] for row in rows])),
+        "images_per_second": float(np.median([row["images_per_second"] for row in rows])),
+        "last": rows[-1],
+        "best": max(rows, key=score),
+    }
+
+
+def to_record(folder, run, seed, teachers, args):
+    """The record of a finished run: what its folder and its teachers' say, in a few KB."""
+    config = common.read_json(folder / "config.json")
+    given = {flag[2:].replace("-", "_") for flag in shlex.split(run) if flag.startswith("--")}
     flags = {k: v for k, v in config["flags"].items() if k in given or v is not None}
-    record |= {"device": config["gpu"] or "cpu", "model": flags["model"], "flags": flags}
-    record["stages"] = {}
-    for stage in dict.fromkeys(row["stage"] for row in epochs):
-        mine = [row for row in epochs if row["stage"] == stage]
-        score = [sum(v for k, v in row.items() if k[:4] == "val_") for row in mine]
-        entry = {"epochs": len(mine), "seconds_per_epoch": mine[-1]["seconds"] / len(mine)}
-        entry["images_per_second"] = float(np.median([row["images_per_second"] for row in mine]))
-        entry |= {"last": mine[-1], "best": mine[int(np.argmax(score))]}
-        record["stages"][stage] = entry
-    if "student" in record["stages"]:
-        record["macs_per_second"] = each * record["stages"]["student"]["images_per_second"]
-    files = [folder / f"{take}.pt" for take in ("teacher", "student", "student-alone")]
-    record["weights"] = {path.stem: digest(path) for path in files if path.exists()}
-    plain = str | int | float | None
-    record["rows"] = [{k: v for k, v in r.items() if isinstance(v, plain)} for r in summary]
-    return record
-
-
-def digest(path):
-    """16 hex digits of the weights in a saved model: by them two seeds with one net are told."""
-    weights, found = common.load(path)["weights"], hashlib.sha256()
-    for name in sorted(weights):
-        found.update(weights[name].cpu().numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
-def write(record, args):
-    """Write a record to the folder of the results."""
-    path = Path(args.results) / f"{record['row']}-s{record['seed']}.json"
-    text = json.dumps(record, indent=1) + "\n"
-    common.write_atomically(path, lambda file: file.write(text.encode()))
+    stages = read_log(folder)
+    for i, teacher in enumerate(teachers):
+        epochs = read_log(teacher.parent).get("teacher")
+        if epochs:  # a file given by --teacher-ckpt may lie there alone
+            stages["teacher" if i == 0 else f"teacher{i + 1}"] = epochs
+    files = {take: folder / f"{take}.pt" for take in ("student", "student-alone")}
+    if teachers:
+        files["teacher"] = teachers[0]
+    rows = []
+    for row in common.without_files(common.read_json(folder / "summary.json")):
+        rows.append({k: v for k, v in row.items() if isinstance(v, str | int | float | None)})
+    return {
+        "row": name_of(run),
+        "run": run,
+        "seed": seed,
+        "scale": args.scale,
+        "command": f"python {run} --seed {seed}",  # without the paths of this machine
+        "commit": config["commit"],
+        "python": config["python"],
+        "torch": config["torch"],
+        "gpu": config["gpu"],
+        "device": config["gpu"] or "cpu",
+        "model": flags["model"],
+        "flags": flags,
+        "stages": {stage: describe_stage(epochs) for stage, epochs in stages.items()},
+        "weights": {
+            take: common.weights_digest(path) for take, path in files.items() if path.exists()
+        },
+        "rows": rows,
+    }
 
 
 # ------------------------------------------------------------------------------------------------
 # Running
 
 
-def call(script, flags, limit, args):
-    """Run a script with a limit in seconds; -> "" or the line with which it failed."""
-    with open(Path(args.runs) / "benchmark.log", "a") as log:
+def call(script, flags, log_file, seconds, args):
+    """Run a script for so many seconds at most: -> None or the line with which it failed."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with open(log_file, "a") as log:
         print(f"\n$ python {script}.py {shlex.join(flags)}", file=log, flush=True)
         if args.scale == "tiny":  # hundreds of seconds-long runs: one process
-            error = io.StringIO()
-            try:
-                with contextlib.redirect_stdout(log), contextlib.redirect_stderr(error):
-                    importlib.import_module(script).main(flags)
-            except SystemExit as end:
-                if end.code in (130, 143):  # the script was stopped, and so is this program
-                    raise KeyboardInterrupt from end
-                return f"status {end.code}: {error.getvalue().strip()[-300:]}" if end.code else ""
-            except Exception as end:  # a crash of one row must not hide the next
-                return f"{type(end).__name__}: {end}"
-            return ""
+            return call_here(script, flags, log)
         command = [sys.executable, str(ROOT / f"{script}.py"), *flags]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.PIPE, text=True)
         try:
-            error = process.communicate(timeout=limit)[1]
+            error = process.communicate(timeout=seconds)[1]
         except BaseException as stop:  # its checkpoint is of the last epoch: nothing is lost
             process.send_signal(signal.SIGTERM)
             try:
@@ -393,249 +394,334 @@ def call(script, flags, limit, args):
             except subprocess.TimeoutExpired:
                 process.kill()
             if isinstance(stop, subprocess.TimeoutExpired):
-                return "the minutes are over; the same command goes on from its last epoch"
+                return TIME_IS_OVER
             raise
-    return f"status {process.returncode}: {error.strip()[-300:]}" if process.returncode else ""
+    if process.returncode:
+        return f"status {process.returncode}: {error.strip()[-300:]}"
+    return None
+
+
+def call_here(script, flags, log):
+    """Run a script's main in this process: -> None or the line with which it failed."""
+    try:
+        with contextlib.redirect_stdout(log):
+            importlib.import_module(script).main(flags)
+    except Exception as error:  # a crash of one row must not hide the next
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def attacks_for(pairs, args):
     """{take: attacks} that give the (take, metric) pairs; CINIC-10 only where its folder is."""
-    found = {}
-    here = args.scale == "tiny" or (Path(args.data) / CINIC).is_dir()
+    has_cinic = args.scale == "tiny" or (Path(args.data) / CINIC).is_dir()
+    attacks = {}
     for take, metric in sorted(pairs):
         name = ATTACKS.get(metric, metric.split("_")[0])
-        if name in ATTACKS.values() and (name != "cinic" or here) or name[:3] == "pgd":
-            found.setdefault(take, set()).add(name)
-    return {take: sorted(names) for take, names in found.items()}
-
-
-TRIED = set()  # what --scale tiny has evaluated
-
-
-def evaluate(folder, pairs, record, limit, args):
-    """Evaluate the checkpoints of a run for the pairs, into the record; -> "" or what failed."""
-    flags, files = record["flags"], {"student": ["student.pt", "student_best.pt"]}
-    number = len(flags["teacher_training"]) if "teacher_training" in flags else 1
-    number = max(number, flags.get("teachers") or 1)
-    files["ensemble"] = ["teacher.pt", *(f"teacher{i}.pt" for i in range(2, number + 1))]
-    for take, attacks in attacks_for(pairs, args).items():
-        job = record["run"].split()[0], take, *attacks
-        if args.scale == "tiny" and job in TRIED:  # seconds each: once for a script
+        if name not in ATTACKS.values() and not name.startswith("pgd"):
             continue
-        TRIED.add(job)
-        found = [folder / name for name in files.get(take, [f"{take}.pt"])]
-        found = [path for path in found if path.exists() or path.name != "student_best.pt"]
-        out = folder / f"{take}-{'-'.join(attacks)}.json"
-        argv = [*map(str, found), *["--ensemble"] * (take == "ensemble"), "--attack", *attacks]
-        argv += ["--json", str(out), "--data", flags["data"], "--data-root", args.data]
-        argv += ["--device", args.device if args.scale == "full" else "cpu"]
-        for name in ("eps", "step_size", "restarts"):
-            if flags.get(name) is not None:
-                argv += [f"--{name.replace('_', '-')}", str(flags[name])]
-        if "cinic" in attacks:
-            folder_of = args.data if args.scale == "full" else args.runs
-            argv += ["--cinic", f"{folder_of}/{CINIC}", "--cinic-per-class", "2100"]
-        if args.scale == "tiny":
-            argv += TINY_EVALUATION.split()
-        if failure := call("eval_robustness", argv, limit, args):
+        if name != "cinic" or has_cinic:
+            attacks.setdefault(take, set()).add(name)
+    return {take: sorted(names) for take, names in attacks.items()}
+
+
+def evaluation_flags(take, files, attacks, flags, args):
+    """The flags of eval_robustness.py for some files of a run with `flags`."""
+    argv = [str(path) for path in files]
+    if take == "ensemble":
+        argv.append("--ensemble")
+    argv += ["--attack", *attacks, "--data", flags["data"], "--data-root", args.data]
+    argv += ["--device", args.device if args.scale == "full" else "cpu"]
+    for name in ("eps", "step_size", "restarts"):
+        if flags.get(name) is not None:
+            argv += [f"--{name.replace('_', '-')}", str(flags[name])]
+    if "cinic" in attacks:
+        root = args.data if args.scale == "full" else args.runs
+        argv += ["--cinic", f"{root}/{CINIC}", "--cinic-per-class", "2100"]
+    if args.scale == "tiny":
+        argv += [word for pair in TINY_EVALUATION.items() for word in pair]
+    return argv
+
+
+def evaluate(folder, pairs, record, teachers, log_file, seconds, args):
+    """Evaluate a run's nets for the pairs, into record["rows"]: -> None or what failed."""
+    ends = time.monotonic() + seconds
+    for take, attacks in attacks_for(pairs, args).items():
+        job = (record["run"].split()[0], take, *attacks)
+        if args.scale == "tiny" and job in args.evaluated:  # seconds each: once for a script
+            continue
+        args.evaluated.add(job)
+        if take in ("teacher", "ensemble"):
+            files = teachers if take == "ensemble" else teachers[:1]
+            names = ["teacher"]
+            if not files:
+                return f"{folder / 'summary.json'} names no teacher"
+        else:
+            files = [folder / f"{take}.pt"]
+            names = [take]
+            if take == "student" and (folder / "student_best.pt").exists():
+                files.append(folder / "student_best.pt")
+                names.append("student_best")
+        if take == "ensemble":
+            names = ["ensemble"]
+        result = folder / f"{take}-{'-'.join(attacks)}.json"
+        argv = evaluation_flags(take, files, attacks, record["flags"], args)
+        argv += ["--json", str(result)]
+        failure = call("eval_robustness", argv, log_file, ends - time.monotonic(), args)
+        if failure:
             return failure
-        for row in json.loads(out.read_text())["rows"]:
-            name = "ensemble" if take == "ensemble" else Path(row["model"]).stem
-            numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
-            if clean := row.get("calibration", {}).get("clean"):
-                numbers |= {key: clean[key] for key in ("entropy", "probabilities")}
-            record["rows"].append({"model": name} | numbers | {"attacks": " ".join(attacks)})
-    return ""
+        for name, row in zip(names, common.read_json(result)["rows"], strict=True):
+            kept = {key: number for key, number in row.items() if isinstance(number, int | float)}
+            clean = row.get("calibration", {}).get("clean")
+            if clean:
+                kept |= {"entropy": clean["entropy"], "probabilities": clean["probabilities"]}
+            record["rows"].append({"model": name} | kept | {"attacks": " ".join(attacks)})
+    return None
 
 
-def finished(run, seed, args):
-    """The folder of a finished run with the same flags below --finished; None if there is none."""
-    wanted = vars(parsed(run, args.scale, args.data, args.runs)[0]) | {"seed": seed}
-    wanted = {k: v for k, v in wanted.items() if k not in plumbing.FREE_FLAGS}
-    for path in Path(args.finished or "-").glob(f"{script_of(run)[0]}/*/config.json"):
-        flags = json.loads(path.read_text())["flags"]
-        if flags == json.loads(json.dumps(wanted)) and log_rows(path.parent)[1]:
+def find_finished(run, seed, args):
+    """The folder of a finished run with the same flags below --finished; None without one."""
+    if not args.finished:
+        return None
+    flags = common.run_flags(script_flags(run, args)[0]) | {"seed": seed}
+    for path in Path(args.finished).glob(f"{script_of(run)}/*/config.json"):
+        is_finished = (path.parent / "summary.json").exists()
+        if is_finished and common.read_json(path)["flags"] == flags:
             return path.parent
     return None
 
 
-def execute(run, seed, rows, limit, args):
-    """Train and evaluate a run of a seed and write its result; -> "" or what failed."""
-    script, flags = script_of(run)[0], flags_of(run, args)
-    name, folder = FIRST[run], finished(run, seed, args)
-    ends, each = time.monotonic() + limit, cost(run, 0, set(), args)[1]
+def execute(run, seed, rows, seconds, records, args):
+    """Train and evaluate a run of a seed and write its result: -> None or what failed."""
+    ends = time.monotonic() + seconds
+    name = f"{name_of(run)}-s{seed}"
+    log_file = Path(args.runs) / "logs" / f"{name}.log"
+    folder = find_finished(run, seed, args)
     if folder is None:
-        folder = Path(args.runs) / script / f"{name}-s{seed}"
-        flags += ["--name", name, "--seed", str(seed), "--runs", args.runs]
-        if failure := call(script, flags, limit, args):
+        folder = folder_of(run, seed, args)
+        flags = flags_of(run, args)
+        flags += ["--name", name_of(run), "--seed", str(seed), "--runs", args.runs]
+        failure = call(script_of(run), flags, log_file, seconds, args)
+        if failure:
             return failure
-    record = summarise(folder, rows, run, seed, each, args)
-    if old := read_results(args.results).get((run, seed)):
+    teachers = teacher_files(folder)
+    record = to_record(folder, run, seed, teachers, args)
+    record["evaluation_seconds"] = 0.0
+    if (run, seed) in records:
+        old = records[run, seed]
         record["rows"] += [row for row in old["rows"] if "attacks" in row]
-    record["row"] = name
-    failure = evaluate(folder, missing(rows, record), record, ends - time.monotonic(), args)
-    write(record, args)
+        record["evaluation_seconds"] = old.get("evaluation_seconds", 0.0)
+    began = time.monotonic()
+    pairs = missing_pairs(rows, record)
+    failure = evaluate(folder, pairs, record, teachers, log_file, ends - began, args)
+    record["evaluation_seconds"] += time.monotonic() - began
+    common.write_json(Path(args.results) / f"{name}.json", record)
     return failure
 
 
-FIRST = {}  # run -> id of the first row that has it: the name of its folder and of its result
-for _row in tables.ROWS:
-    FIRST.setdefault(_row.run, _row.id)
+# ------------------------------------------------------------------------------------------------
+# The plan
 
 
 def form(run):
     """The run without its numbers: --scale tiny runs one of each form, and parses all."""
-    return re.sub(r"(?<= )[\d./]+(?= |$)|(?<=teacher-ep)\d+", "#", run)
+    return re.sub(r"(?<= )[\d./]+(?= |$)|(?<=:)\d+(?=\})", "#", run)
 
 
-def jobs(args):
-    """[(turn, run, seed, rows)] of the selected rows in the order in which they are run."""
-    found, forms = {}, {}
+def list_jobs(args):
+    """[{turn, run, seed, rows}] of the selected rows in the order in which they are run."""
+    jobs, run_of_form = {}, {}
     for place, row in enumerate(tables.ROWS):
-        if args.scale == "tiny" and row.run != forms.setdefault(form(row.run), row.run):
+        if not row.run or is_count(row.run) or not is_selected(row, args.tables):
             continue
-        if row.run and not row.run.startswith("count ") and selected(row, args.tables):
-            for seed in range(1 if args.scale == "tiny" else min(row.seeds, args.seeds or 99)):
-                turn = "b" if row.turn == "a" and seed else row.turn
-                key = (turn, seed, place)
-                old, rows = found.get((row.run, seed), (key, []))
-                found[row.run, seed] = min(old, key), [*rows, row]
-    ordered = sorted(found.items(), key=lambda item: item[1][0])
-    return [(key[0], run, seed, rows) for (run, seed), (key, rows) in ordered]
+        seeds = min(row.seeds, args.seeds or row.seeds)
+        if args.scale == "tiny":
+            if row.run != run_of_form.setdefault(form(row.run), row.run):
+                continue
+            seeds = 1
+        for seed in range(seeds):
+            turn = "b" if row.turn == "a" and seed > 0 else row.turn
+            job = jobs.setdefault(
+                (row.run, seed),
+                {"turn": turn, "run": row.run, "seed": seed, "rows": [], "place": place},
+            )
+            job["rows"].append(row)
+            if (turn, place) < (job["turn"], job["place"]):
+                job |= {"turn": turn, "place": place}
+    return sorted(jobs.values(), key=lambda job: (job["turn"], job["seed"], job["place"]))
 
 
 def plan(args, device):
-    """[dict] of the jobs that are not done: what they wait for, or their minutes."""
-    done, seen, left = read_results(args.results), set(), []
-    coming = set()  # folders of the runs that will have been made by then
-    for turn, run, seed, rows in jobs(args):
-        waits, teacher = waits_for(run, args), teacher_file(run, args)
-        if teacher and teacher.parent in coming:
-            waits = ""
-        pairs = missing(rows, done.get((run, seed)))
-        if (run, seed) in done and (args.scale == "tiny" or not attacks_for(pairs, args)):
+    """The jobs that are not done, with `waits` (what they wait for) and `minutes` (an estimate)."""
+    records, left, coming = read_records(args.results), [], set()
+    for job in list_jobs(args):
+        run, seed = job["run"], job["seed"]
+        record = records.get((run, seed))
+        pairs = missing_pairs(job["rows"], record)
+        if record and (args.scale == "tiny" or not attacks_for(pairs, args)):
             continue
-        job = {"turn": turn, "run": run, "seed": seed, "rows": rows, "waits": waits}
-        cinic = args.scale == "full" and any(metric == "cinic_acc" for _, metric in pairs)
-        if cinic and not (Path(args.data) / CINIC).is_dir():
-            job["partly"] = f"cinic_acc: {args.data}/{CINIC} (doi 10.7488/ds/2448)"
-        if not waits:
-            coming.add(Path(args.runs) / script_of(run)[0] / f"{FIRST[run]}-s{seed}")
-            flags = parsed(run, args.scale, args.data, args.runs)[0]
-            rate, job["measured"] = speed(flags.model, done, device)
-            job["minutes"] = cost(run, seed, seen, args)[0] / rate / 60
+        job["waits"], job["minutes"], job["partly"] = waits_for(run, args), None, None
+        reference = teacher_of_row(run)
+        job["comes_later"] = bool(reference) and reference[0] in coming
+        if job["waits"] is None:
+            job["minutes"] = estimated_minutes(run, records, device, args)
+        if job["waits"] is None or job["comes_later"]:
+            coming.update(row.id for row in tables.ROWS if row.run == run)
+        needs_cinic = any(metric == "cinic_acc" for _, metric in pairs)
+        cinic = Path(args.data) / CINIC
+        if args.scale == "full" and needs_cinic and not cinic.is_dir():
+            job["partly"] = f"cinic_acc: {cinic} (doi 10.7488/ds/2448)"
         left.append(job)
     return left
 
 
 def show(left, total):
-    """Print what is left: a line a run, its cost, and what waits."""
+    """Print what is left: a line a run, the minutes that were measured, and what waits."""
     rows = []
     for job in left:
-        minutes = f"{job['minutes']:.1f}" if "minutes" in job else None
-        first = {"turn": job["turn"], "row": FIRST[job["run"]], "seed": job["seed"]}
-        waits = job["waits"] or job.get("partly")
-        rows.append(first | {"minutes": minutes, "waits for": waits})
+        minutes = None if job["minutes"] is None else f"{job['minutes']:.1f}"
+        rows.append(
+            {
+                "row": name_of(job["run"]),
+                "turn": job["turn"],
+                "seed": job["seed"],
+                "minutes": minutes,
+                "waits for": job["waits"] or job["partly"],
+            }
+        )
     if rows:
-        print(common.table([{"row": row.pop("row")} | row for row in rows]))
+        print(common.table(rows))
     ready = [job for job in left if not job["waits"]]
-    minutes = sum(job["minutes"] for job in ready)
-    measured = all(job["measured"] for job in ready)
-    note = "measured speed" if ready and measured else "estimate, not measured"
+    measured = [job["minutes"] for job in ready if job["minutes"] is not None]
     print(f"\n{total - len(left)} of {total} runs are done; {len(ready)} are left,", end=" ")
-    print(f"{minutes / 60:,.1f} hours ({note}); {len(left) - len(ready)} wait")
+    if measured:
+        print(f"{sum(measured) / 60:,.1f} hours of {len(measured)} by what was measured,", end=" ")
+    print(f"{len(ready) - len(measured)} not measured; {len(left) - len(ready)} wait")
 
 
 def compare(args):
     """Print the selected tables, paper against here, with the verdicts of report.py."""
-    from benchmark import report  # which imports this file
-
-    done, keys = read_results(args.results), ("line", "number", "paper", "here", "best epoch")
-    keys += ("seeds", "difference", "in stds", "verdict")
-    for table in dict.fromkeys(row.table for row in tables.ROWS if selected(row, args.tables)):
-        rows = [row for row in tables.ROWS if row.table == table and selected(row, args.tables)]
-        cells = [report.cells(row, metric, done) for row in rows for metric in row.printed]
-        if cells:
-            title = f"{table[:5]} {table[5]}, {report.title(table)}"
-            print(f"\n{title}\n{common.table([dict(zip(keys, line)) for line in cells])}")
-
-
-def prepare(args):
-    """Make the small files that runs of this scale need."""
-    folder, root = Path(args.runs), Path(args.data)
-    two, ten = root / "planes-cars.npz", root / "cifar10.npz"
-    if ten.exists() and not two.exists() and any("planes-cars" in job[1] for job in jobs(args)):
-        make_planes_cars(ten, two)
-    if args.scale == "tiny":
-        rng = np.random.default_rng(0)
-        image = rng.integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
-        np.savez(folder / "extra.npz", image=image, label=np.arange(200) % 10)
-        from PIL import Image
-
-        for part in ("train", "valid", "test"):
-            for i, name in enumerate(images.CLASSES["shapes"]):
-                path = folder / CINIC / part / name / f"n0000000{i}_1.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image[i]).save(path)
-
-
-def make_planes_cars(ten, two):
-    """Write the planes and cars of the CIFAR-10 in `ten` to `two`, in their order."""
-    arrays = images.read_npz(ten)
-    found = {"classes": images.CLASSES["cifar10"][:2]}
-    for part in ("train", "test"):
-        keep = arrays[f"y_{part}"] < 2
-        found |= {f"{c}_{part}": arrays[f"{c}_{part}"][keep] for c in "xy"}
-    common.write_atomically(two, lambda file: np.savez(file, **found))
+    records = read_records(args.results)
+    for table in dict.fromkeys(row.table for row in tables.ROWS):
+        lines = []
+        for row in tables.ROWS:
+            if row.table == table and is_selected(row, args.tables):
+                for metric in row.printed:
+                    lines.append(dict(zip(report.COLUMNS, report.cells(row, metric, records))))
+        if lines:
+            print(f"\n{table[:5]} {table[5]}, {table_title(table)}\n{common.table(lines)}")
 
 
 def run_all(left, args):
-    """Run what fits of the jobs, one after the other; -> the lines of those that failed."""
-    ends = time.monotonic() + 60 * (args.minutes or 20_000)
-    failures, begun = [], False
+    """Run what fits of the jobs, one after the other: -> the lines of those that failed."""
+    ends = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
+    failures, has_begun = [], False
     for job in left:
-        seconds = ends - time.monotonic()
-        if job["waits"] or seconds <= 0 or begun and job["minutes"] * 60 > seconds:
+        seconds = min(ends - time.monotonic(), 1e6)
+        too_long = job["minutes"] is not None and job["minutes"] * 60 > seconds
+        if seconds <= 0 or (has_begun and too_long) or (job["waits"] and not job["comes_later"]):
             continue
-        text = f"{FIRST[job['run']]} seed {job['seed']}"
-        if waits := waits_for(job["run"], args):
+        text = f"{name_of(job['run'])} seed {job['seed']}"
+        waits = waits_for(job["run"], args)
+        if waits:
             print(f"{text}: waits for {waits}", flush=True)
             continue
-        begun, started = True, time.monotonic()
+        has_begun, began = True, time.monotonic()
         if args.scale == "full":
-            about = f"about {job['minutes']:.1f} min" + ", not measured" * (not job["measured"])
-            print(f"{text}: {about}, progress in {args.runs}/benchmark.log", flush=True)
-        failure = execute(job["run"], job["seed"], job["rows"], seconds, args)
-        spent = f"{(time.monotonic() - started) / 60:.1f} min"
-        print(f"{text}: {spent}{'  FAILED: ' + failure if failure else ''}", flush=True)
-        failures += [f"{text}: {failure}"] if failure and "minutes are over" not in failure else []
+            minutes = "not measured yet"
+            if job["minutes"] is not None:
+                minutes = f"about {job['minutes']:.1f} min"
+            print(f"{text}: {minutes}, progress in {args.runs}/logs", flush=True)
+        records = read_records(args.results)
+        failure = execute(job["run"], job["seed"], job["rows"], seconds, records, args)
+        spent = f"{(time.monotonic() - began) / 60:.1f} min"
+        if failure is None:
+            print(f"{text}: {spent}", flush=True)
+        else:
+            print(f"{text}: {spent}  FAILED: {failure}", flush=True)
+            if failure != TIME_IS_OVER:
+                failures.append(f"{text}: {failure}")
     return failures
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+
+
+def prepare(args):
+    """Make the small files that the runs of this scale need."""
+    cifar10, planes_cars = Path(args.data) / "cifar10.npz", Path(args.data) / "planes-cars.npz"
+    is_needed = any("planes-cars" in job["run"] for job in list_jobs(args))
+    if is_needed and cifar10.exists() and not planes_cars.exists():
+        make_planes_cars(cifar10, planes_cars)
+    if args.scale == "tiny":
+        make_tiny_images(Path(args.runs))
+
+
+def prepare_from_cifar10(root):
+    """--prepare: make the data sets of `root` that are made of its cifar10.npz."""
+    cifar10 = root / "cifar10.npz"
+    if not cifar10.exists():
+        advice = "the first run of a script on cifar10 makes it"
+        raise common.UserError(f"--prepare: there is no {cifar10}; {advice}")
+    for name, make in {"planes-cars": make_planes_cars, "cifar10-16": make_cifar10_16}.items():
+        path = root / f"{name}.npz"
+        if not path.exists():
+            make(cifar10, path)
+        print(f"{path} is there")
+
+
+def make_tiny_images(folder):
+    """Write 200 generated images and a CINIC-10 of 10 images of noise for --scale tiny."""
+    from PIL import Image
+
+    images = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
+    np.savez(folder / "extra.npz", image=images, label=np.arange(200) % 10)
+    for part in ("train", "valid", "test"):
+        for i, name in enumerate(common.CLASS_NAMES["shapes"]):
+            path = folder / CINIC / part / name / f"n0000000{i}_1.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[i]).save(path)
+
+
+def make_planes_cars(cifar10, planes_cars):
+    """Write the planes and cars of one .npz, CIFAR-10, to another one, in their order."""
+    arrays = common.read_npz(cifar10)
+    chosen = {"classes": common.CLASS_NAMES["cifar10"][:2]}
+    for part in ("train", "test"):
+        keep = arrays[f"y_{part}"] < 2
+        for key in (f"x_{part}", f"y_{part}"):
+            chosen[key] = arrays[key][keep]
+    common.write_atomically(planes_cars, lambda file: np.savez(file, **chosen))
+
+
+def make_cifar10_16(cifar10, small):
+    """Write CIFAR-10 with 16 x 16 pixels, each the mean of 2 x 2, from one .npz to another one."""
+    arrays = common.read_npz(cifar10)
+    for key in ("x_train", "x_test"):
+        x = arrays[key]  # uint8 (N, 32, 32, 3)
+        sums = x[:, ::2, ::2].astype(np.float32)
+        for row, column in ((0, 1), (1, 0), (1, 1)):
+            sums += x[:, row::2, column::2]
+        arrays[key] = (sums / 4).round().astype(np.uint8)
+    common.write_atomically(small, lambda file: np.savez(file, **arrays))
 
 
 def main(argv=None):
     """Show what is left; unless --list, run what fits, write results, show what is left then."""
     args = parse_args(argv)
     if args.prepare:
-        ten, two = (Path(args.data) / name for name in ("cifar10.npz", "planes-cars.npz"))
-        if not ten.exists():
-            common.fail(f"--prepare: there is no {ten}, which a run of a script on cifar10 makes")
-        if not two.exists():
-            make_planes_cars(ten, two)
-        return print(f"{two} is there")
+        prepare_from_cifar10(Path(args.data))
+        return
     device = "cuda" if args.device == "cuda" else "cpu"
     if args.device != "cpu" and args.scale == "full" and torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     Path(args.runs).mkdir(parents=True, exist_ok=True)
-    total, left = len(jobs(args)), plan(args, device)
+    total, left = len(list_jobs(args)), plan(args, device)
     if args.list:
-        return show(left, total)
+        show(left, total)
+        return
     prepare(args)
-    try:
-        with common.stoppable():
-            failures = run_all(left, args)
-    except (KeyboardInterrupt, BrokenPipeError) as stop:
-        print("\nstopped; the same command goes on from there", file=sys.stderr)
-        raise SystemExit(common.status(stop)) from None
+    failures = run_all(left, args)
     if args.tables and args.scale == "full":
         compare(args)
         print()
@@ -647,4 +733,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    common.start(main)
+    common.start(main, stopped="the same command goes on from there:")

@@ -14,8 +14,8 @@ Choice   As Table 2 of paper 2, but on the held-out images: RKD-Acc. has the hig
          those that lose at most 2 points of robustness to the baseline; RKD-Rob. the highest
          robustness of those that lose at most 2 points of accuracy. --baseline: the flags of that
          run (appended to the others); without it no line is barred.
-Figure   With matplotlib: robustness against accuracy with the Pareto front; with one flag that is
-         varied, accuracy against it. PREFIX.json and PREFIX.png are written.
+Written  PREFIX.json and, with matplotlib, PREFIX.png (benchmark/plots.py sweep): robustness against
+         accuracy with the Pareto front; with one flag that is varied, accuracy against it.
 """
 
 import contextlib
@@ -29,79 +29,83 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-import plumbing
+from benchmark import plots
+from benchmark.records import deviation
 
-ROOT = Path(__file__).resolve().parent.parent
-LOSS = 0.02  # of accuracy or robustness to the baseline that the paper allows
+SCRIPTS = (
+    "fickle_teacher",
+    "messy_collab",
+    "robust_kd",
+    "soft_randomization",
+    "teacher_free_kd",
+)
+ALLOWED_LOSS = 0.02  # of accuracy or robustness, compared with the baseline; from the paper
 
 
 def parse_args(argv=None):
-    """The flags of this program; `combinations` are the values and flags of each run."""
+    """The flags as a namespace, with `combinations`: (values, flags of the script) of each run."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    at = argv.index("--") if "--" in argv else len(argv)
-    parser = common.make_parser(__doc__)
+    end = argv.index("--") if "--" in argv else len(argv)
+    parser = common.Parser(__doc__)
     add = parser.add_argument
-    add("script", help="robust_kd.py, ...")
+    add("script", help="script to run, for example robust_kd.py")
     add("--grid", nargs="+", required=True, metavar="FLAG=VALUE,...", help="flags and their values")
-    add("--baseline", metavar="FLAGS", help="what the lines under the table compare with")
-    add("--robust", metavar="METRIC", help="None: aa_acc if it was measured, else pgdN_acc")
-    add("--out", metavar="PREFIX", help="of the files; None: of the grid, with the runs")
-    args = parser.parse_args(argv[:at])
-    args.flags, args.script = argv[at + 1 :], Path(args.script).stem
-    if not (ROOT / f"{args.script}.py").is_file() or args.script in (
-        "common",
-        "images",
-        "plumbing",
-    ):
-        parser.error(f"script: there is no {args.script}.py to sweep")
+    add("--baseline", metavar="FLAGS", help="flags of the run that the lines are compared with")
+    add("--robust", metavar="METRIC", help="robustness to show (default: aa_acc, else pgdN_acc)")
+    add("--out", metavar="PREFIX", help="start of the files' names (default: made of the grid)")
+    args = parser.parse_args(argv[:end])
+    args.flags = argv[end + 1 :]
+    args.script = Path(args.script).stem
+    if args.script not in SCRIPTS:
+        parser.error(f"script: there is no {args.script}.py to sweep; one of {', '.join(SCRIPTS)}")
     if "--name" in args.flags:
         parser.error("--name: a sweep leaves the names of its runs to the script")
-    grid = {}
-    for item in args.grid:
-        flag, _, values = item.partition("=")
-        flag = flag.removeprefix("--")
-        if not re.fullmatch(r"[\w-]+", flag) or not all(values.split(",")):
-            parser.error(f"--grid: expected FLAG=VALUE,VALUE, got {item!r}")
-        if flag in grid:
-            parser.error(f"--grid: {flag} stands there twice")
-        grid[flag] = list(dict.fromkeys(values.split(",")))
-    args.grid = grid
-    args.combinations = [
-        (dict(zip(grid, values)), [*args.flags, *options(zip(grid, values))])
-        for values in itertools.product(*grid.values())
-    ]
+    args.grid = parse_grid(args.grid, parser.error)
+    args.combinations = []
+    for chosen in itertools.product(*args.grid.values()):
+        values = dict(zip(args.grid, chosen))
+        flags = [*args.flags, *(f"--{flag}={value}" for flag, value in values.items())]
+        args.combinations.append((values, flags))
     for _, flags in args.combinations:  # all of them before the first one runs
-        parsed(args.script, flags)
+        parse_script_flags(args.script, flags)
     if args.baseline is not None:
-        parsed(args.script, baseline(args))
+        parse_script_flags(args.script, baseline_flags(args))
     return args
 
 
-def options(pairs):
-    """[(flag, value)] -> ['--flag=value', ...]."""
-    return [f"--{flag}={value}" for flag, value in pairs]
+def parse_grid(items, error):
+    """['alpha=0.2,0.6', ...] -> {'alpha': ['0.2', '0.6'], ...}."""
+    grid = {}
+    for item in items:
+        flag, _, values = item.partition("=")
+        flag = flag.removeprefix("--")
+        if not re.fullmatch(r"[\w-]+", flag) or not all(values.split(",")):
+            error(f"--grid: expected FLAG=VALUE,VALUE, got {item!r}")
+        if flag in grid:
+            error(f"--grid: {flag} is given twice; put all its values into one list")
+        grid[flag] = list(dict.fromkeys(values.split(",")))
+    return grid
 
 
-def baseline(args):
+def baseline_flags(args):
     """The flags of the run with which the others are compared."""
     return [*args.flags, *shlex.split(args.baseline)]
 
 
-def parsed(script, flags):
-    """The script's own namespace of the flags; an unknown flag is one line, like all errors."""
-    text = io.StringIO()
+def parse_script_flags(script, flags):
+    """The script's own namespace of the flags; raises UserError."""
     try:
-        with contextlib.redirect_stderr(text), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()):  # a preset says what it sets
             return importlib.import_module(script).parse_args(flags)
-    except SystemExit:
-        line = text.getvalue().removeprefix("error: ").strip()
-        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", line):
-            line = f"{unknown[1]}: {script}.py has no such flag"
-        common.fail(line)
+    except common.UserError as error:
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", str(error))
+        if unknown:
+            raise common.UserError(f"{unknown[1]}: {script}.py has no such flag") from None
+        raise
 
 
 # ------------------------------------------------------------------------------------------------
@@ -109,146 +113,113 @@ def parsed(script, flags):
 
 
 def run_one(script, flags):
-    """Run the script with the flags; -> (numbers of each seed, the line with which it failed)."""
+    """Run the script with the flags: -> (accuracies of each seed, error message or None)."""
     try:
-        importlib.import_module(script).main(flags)
-    except SystemExit as end:
-        if end.code in (130, 141, 143):  # what stops the script stops the sweep too
-            raise
-        if end.code:
-            return [], f"status {end.code}"
-    with contextlib.redirect_stdout(io.StringIO()):
-        runs = plumbing.per_seed(parsed(script, flags))
-    folders = [Path(run.runs) / script / f"{run.name}-s{run.seed}" for run in runs]
-    return [numbers(folder) for folder in folders], ""
+        summaries = importlib.import_module(script).main(flags)
+    except common.UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return [], str(error)
+    args = parse_script_flags(script, flags)
+    accuracies = []
+    for seed, rows in zip(args.seeds or [args.seed], summaries):
+        folder = Path(args.runs) / script / f"{args.name}-s{seed}"
+        accuracies.append(student_accuracies(rows) | held_out_accuracies(folder))
+    return accuracies, None
 
 
-def numbers(folder):
-    """{metric: accuracy} of a finished run: test, last epoch; val_*: held-out, last epoch."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    summary = [row for row in rows[-1]["summary"] if "best" not in row["model"]]
-    students = [row for row in summary if re.match(r"student(?![\w-])", row["model"])]
-    stages = [row for row in rows[:-1] if row.get("stage") == "student"] or rows[:-1]
-    held_out = {k: v for k, v in (stages or [{}])[-1].items() if k.startswith("val_")}
-    return {k: v for k, v in (students or summary)[0].items() if k.endswith("_acc")} | held_out
+def student_accuracies(rows):
+    """{metric: accuracy} of the student's last epoch in the summary of a run."""
+    last_epochs = [row for row in rows if "best" not in row["model"]]
+    students = [row for row in last_epochs if re.match(r"student(?![\w-])", row["model"])]
+    row = (students or last_epochs)[0]
+    return {metric: number for metric, number in row.items() if metric.endswith("_acc")}
+
+
+def held_out_accuracies(folder):
+    """{val_...: accuracy} of the last epoch of the student, or of the last stage without one."""
+    log = (folder / "log.jsonl").read_text() if (folder / "log.jsonl").exists() else ""
+    rows = [json.loads(line) for line in log.splitlines()]
+    rows = [row for row in rows if row["stage"] == "student"] or rows
+    if not rows:
+        return {}
+    return {metric: number for metric, number in rows[-1].items() if metric.startswith("val_")}
 
 
 def combine(seeds):
     """[{metric: value}] of the seeds -> {metric: (mean, std)}, the std 0 for one seed."""
-    shared = [key for key in seeds[0] if all(key in one for one in seeds)] if seeds else []
-    columns = {key: [one[key] for one in seeds] for key in shared}
-    return {k: (mean(v), stdev(v) if len(v) > 1 else 0.0) for k, v in columns.items()}
-
-
-def pareto(points):
-    """Indices of the (x, y) that no other point beats in one and equals in the other."""
-    beaten = [any(a >= x and b >= y and (a, b) != (x, y) for a, b in points) for x, y in points]
-    return [i for i, is_beaten in enumerate(beaten) if not is_beaten]
+    combined = {}
+    for metric in seeds[0] if seeds else ():
+        values = [accuracies[metric] for accuracies in seeds if metric in accuracies]
+        if len(values) == len(seeds):
+            combined[metric] = (mean(values), deviation(values))
+    return combined
 
 
 def choose(lines, best, bound, limit):
     """The line with the highest held-out `best` of those with `bound` at least `limit`; or None."""
     able = [line for line in lines if best in line and bound in line]
-    able = [line for line in able if limit is None or line[bound][0] >= limit]
+    if limit is not None:
+        able = [line for line in able if line[bound][0] >= limit]
     return max(able, key=lambda line: line[best][0], default=None)
 
 
-def selection(lines, base, robust):
+def describe_choices(lines, baseline, robust):
     """The sentences under the table: RKD-Acc. and RKD-Rob., chosen on the held-out images."""
-    held_out = next((k for line in lines for k in line if re.match("val_(pgd|aa)", k)), None)
-    if held_out is None:
+    attacked = [key for line in lines for key in line if key.startswith(("val_pgd", "val_aa"))]
+    if not attacked:
         return ["No choice: no accuracies under attack on held-out images (--val-size)."]
-    text = "" if base else " (no --baseline: no condition)"
-    found = []
-    for name, best, bound in [
-        ("Acc", "val_clean_acc", held_out),
-        ("Rob", held_out, "val_clean_acc"),
-    ]:
-        limit = base[bound][0] - LOSS if base else None
+    clean, attacked = "val_clean_acc", attacked[0]
+    sentences = []
+    for name, best, bound in [("RKD-Acc.", clean, attacked), ("RKD-Rob.", attacked, clean)]:
+        limit = baseline[bound][0] - ALLOWED_LOSS if baseline else None
         line = choose(lines, best, bound, limit)
         if line is None:
-            found.append(f"RKD-{name}.: no line loses at most {LOSS:g} of {bound} ({limit:.4f})")
+            limited = f"no line loses at most {ALLOWED_LOSS:g} of {bound} ({limit:.4f})"
+            sentences.append(f"{name}: {limited}")
             continue
         values = ", ".join(f"{flag} {value}" for flag, value in line["values"].items())
-        held = " and ".join(f"{line[k][0]:.4f}" for k in ("val_clean_acc", held_out))
-        test = " and ".join(f"{line[k][0]:.4f}" for k in ("clean_acc", robust))
-        found.append(f"RKD-{name}.: {values}; held-out {held}, test {test}{text}")
-    return found
+        held_out = f"{line[clean][0]:.4f} and {line[attacked][0]:.4f}"
+        test = f"{line['clean_acc'][0]:.4f} and {line[robust][0]:.4f}"
+        sentence = f"{name}: {values}; held-out {held_out}, test {test}"
+        if not baseline:
+            sentence += " (no --baseline: no condition)"
+        sentences.append(sentence)
+    return sentences
 
 
 # ------------------------------------------------------------------------------------------------
 # Output
 
 
-def show(lines, base, robust):
-    """Print the table and the choice; -> the sentences of the choice."""
-    rows, flags = [], list(lines[0]["values"])
-    nothing = {flag: None for flag in flags} | {flags[0]: "baseline"}
-    for line in [{"values": nothing} | base] * bool(base) + lines:
-        cells = dict(line["values"])
-        for key in ("clean_acc", robust, *(k for k in line if k.startswith("val_"))):
-            if key in line:
-                middle, spread = line[key]
-                cells[key] = f"{middle:.4f}" + f" +- {spread:.4f}" * (spread > 0)
-        rows.append(cells | ({"failed": line["failed"]} if line.get("failed") else {}))
-    sentences = selection([line for line in lines if not line["failed"]], base, robust)
+def show(lines, baseline, robust, sentences):
+    """Print the table, the baseline first, and the sentences."""
+    flags = list(lines[0]["values"])
+    if baseline:
+        names = dict.fromkeys(flags) | {flags[0]: "baseline"}
+        lines = [{"values": names, "failed": None} | baseline, *lines]
+    rows = []
+    for line in lines:
+        row = dict(line["values"])
+        held_out = [key for key in line if key.startswith("val_")]
+        for metric in ("clean_acc", robust, *held_out):
+            if metric not in line:
+                continue
+            middle, spread = line[metric]
+            row[metric] = f"{middle:.4f}"
+            if spread > 0:
+                row[metric] += f" +- {spread:.4f}"
+        if line["failed"]:
+            row["failed"] = line["failed"]
+        rows.append(row)
     print("", common.table(rows), "", *sentences, sep="\n", flush=True)
-    return sentences
-
-
-def draw(path, lines, base, robust):
-    """Write the figure: the plane with its Pareto front, or accuracies against the one flag."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = [line for line in lines if robust in line and "clean_acc" in line]
-    flags = list(lines[0]["values"]) if lines else []
-    if not lines:
-        return
-    figure, axis = pyplot.subplots(figsize=(5.5, 4.5))
-    if len(flags) == 1:
-        names = [line["values"][flags[0]] for line in lines]
-        places = [float(n) if re.fullmatch(r"[\d.]+", n) else i for i, n in enumerate(names)]
-        for key in ("clean_acc", robust):
-            middle, spread = zip(*(line[key] for line in lines))
-            axis.errorbar(places, middle, spread, marker="o", capsize=3, label=key)
-        axis.set(xlabel=flags[0], ylabel="accuracy", xticks=places)
-        axis.set_xticklabels(names)
-    else:
-        points = [(line["clean_acc"][0], line[robust][0]) for line in lines]
-        spreads = [(line["clean_acc"][1], line[robust][1]) for line in lines]
-        first, *others = flags
-        for value in dict.fromkeys(line["values"][first] for line in lines):  # a colour for each
-            of = [i for i, line in enumerate(lines) if line["values"][first] == value]
-            (x, y), (x_std, y_std) = (zip(*(pairs[i] for i in of)) for pairs in (points, spreads))
-            axis.errorbar(x, y, y_std, x_std, "o", markersize=5, label=f"{first} {value}")
-        front = sorted(points[i] for i in pareto(points))
-        ring = {"marker": "o", "markersize": 10, "markerfacecolor": "none"}
-        axis.plot(*zip(*front), color="black", linewidth=1, label="Pareto front", **ring)
-        for line, point in zip(lines, points):
-            text = ", ".join(line["values"][flag] for flag in others)
-            axis.annotate(text, point, xytext=(6, 3), textcoords="offset points", fontsize=7)
-        if base and robust in base:
-            axis.plot(base["clean_acc"][0], base[robust][0], "k*", markersize=9, label="baseline")
-        axis.set(xlabel="clean accuracy", ylabel=robust.replace("_acc", " accuracy"))
-        axis.set_title(f"next to each point: {', '.join(others)}", fontsize=9)
-        axis.margins(0.1)
-    axis.legend(fontsize=7)
-    figure.tight_layout()
-    common.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    pyplot.close(figure)
 
 
 @contextlib.contextmanager
-def data_once():
+def data_read_once():
     """common.load_data reads the same data once; a caller may change its Data, not another's."""
     read = common.load_data
-    kept = functools.lru_cache(maxsize=2)(read)
-    common.load_data = lambda *args, **options: copy.copy(kept(*args, **options))
+    cached = functools.lru_cache(maxsize=2)(read)
+    common.load_data = lambda *args, **options: copy.copy(cached(*args, **options))
     try:
         yield
     finally:
@@ -257,33 +228,46 @@ def data_once():
 
 def main(argv=None):
     """Run the grid, print one table and the choice, write the JSON and the figure."""
-    args, lines, base = parse_args(argv), [], {}
-    with data_once():
+    args = parse_args(argv)
+    baseline, lines = {}, []
+    with data_read_once():
         if args.baseline is not None:
-            seeds, failed = run_one(args.script, baseline(args))
+            seeds, failed = run_one(args.script, baseline_flags(args))
             if failed:
-                common.fail(f"--baseline: the run failed ({failed})")
-            base = combine(seeds)
+                raise common.UserError(f"--baseline: the run failed: {failed}")
+            baseline = combine(seeds)
         for values, flags in args.combinations:
             seeds, failed = run_one(args.script, flags)
             lines.append({"values": values, "failed": failed} | combine(seeds))
-    keys = dict.fromkeys(key for line in lines for key in line)
-    attacks = [k for k in ("aa_acc", *keys) if k in keys and re.fullmatch(r"(aa|pgd\d+)_acc", k)]
-    robust = args.robust or (attacks or ["clean_acc"])[0]
-    sentences = show(lines, base, robust)
-    runs = parsed(args.script, args.combinations[0][1]).runs
-    asked = {"script": args.script, "grid": args.grid, "flags": args.flags}
-    digest = common.derive_seed("sweep", asked, args.baseline)  # another sweep, another file
-    prefix = Path(args.out or Path(runs) / args.script / f"sweep-{digest:016x}"[:14])
-    record = asked | {"lines": lines, "choice": sentences}
-    record["baseline"] = {"flags": args.baseline} | base
-    text = json.dumps(record, indent=1) + "\n"
-    json_file, picture = Path(f"{prefix}.json"), Path(f"{prefix}.png")
-    common.write_atomically(json_file, lambda file: file.write(text.encode()))
-    draw(picture, lines, base, robust)
-    print("\nwritten:", *filter(Path.exists, (json_file, picture)))
+    attacks = {key for line in lines for key in line if re.fullmatch(r"(aa|pgd\d+)_acc", key)}
+    robust = args.robust or min(attacks, default="clean_acc")  # aa_acc is before pgdN_acc
+    sentences = describe_choices([line for line in lines if not line["failed"]], baseline, robust)
+    show(lines, baseline, robust, sentences)
+    record = {
+        "script": args.script,
+        "grid": args.grid,
+        "flags": args.flags,
+        "robust": robust,
+        "lines": lines,
+        "choice": sentences,
+        "baseline": {"flags": args.baseline} | baseline,
+    }
+    prefix = args.out or default_prefix(args)
+    written = [Path(f"{prefix}.json")]
+    common.write_json(written[0], record)
+    if plots.draw_sweep(Path(f"{prefix}.png"), record):
+        written.append(Path(f"{prefix}.png"))
+    print("\nwritten:", *written)
     if any(line["failed"] for line in lines):
         raise SystemExit(1)
+
+
+def default_prefix(args):
+    """<runs>/<script>/sweep-<digest>: another grid, flags or baseline has other files."""
+    asked = {"script": args.script, "grid": args.grid, "flags": args.flags}
+    digest = common.derive_seed("sweep", asked, args.baseline)
+    runs = parse_script_flags(args.script, args.combinations[0][1]).runs
+    return Path(runs) / args.script / f"sweep-{digest:016x}"[:14]
 
 
 if __name__ == "__main__":

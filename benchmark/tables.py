@@ -13,6 +13,7 @@ Values   Accuracies in percent, as printed (paper 3 prints Tables 1 and 2 as fra
          entropy (nats): mean of the softmax probabilities of the clean test images.
 Runs     A script and its flags, without seed, device and folders. Rows with the same text are one
          run. `count NET CLASSES SIZE CHANNELS` trains nothing: it counts the weights of a net.
+         `{ROW:N}` stands for the teacher of a row's run with seed 0, as it was after N epochs.
 Turn     When a row is run: see TURNS. Later seeds of turn a have turn b.
 """
 
@@ -321,7 +322,7 @@ def paper2_ensembles():
                   "ensemble", baseline=one, note=ATTACKED)
     for name, value in (("FFGSM", 2.0), ("PGD-7", 8.0)):
         yield Row("paper2-text", f"cost of AT with {name}", {"standard trainings": (value, None)},
-                  reason="an assumption of the paper; benchmark/train_step.py measures")
+                  reason="an assumption of the paper; benchmark/speed.py ladder measures")
 
 
 def paper2_generated():
@@ -408,15 +409,13 @@ def paper2_figures():
     # By B.1 the teacher has the recipe of Section 4; the student, a ResNet-18, that of Appendix A
     yield Row("paper2-figure4", "teacher", drawn(CA), f"{RKD} {SAVED} {DDPM.format('cifar10')}",
               "g", "teacher", **one)
-    file = "runs/robust_kd/paper2-table6-cifar-10-ddpm-akd-alpha-1-s0/teacher-ep{}.pt"
-    student = f"--teacher-model wrn-28-10-silu --teacher-ckpt {file}"
+    student = "--teacher-model wrn-28-10-silu --teacher-ckpt {paper2-figure4-teacher:%d}"
     for es in (50, 100, 200, 300, 400):
-        yield Row("paper2-figure4", f"ES {es}", drawn(CA), f"{RKD} akd {student.format(es)}", "g",
-                  **one)
+        yield Row("paper2-figure4", f"ES {es}", drawn(CA), f"{RKD} akd {student % es}", "g", **one)
     for alpha in (0.2, 0.4, 0.6, 0.8, 1.0):
         loss = "akd" if alpha == 1 else f"akd+ --alpha {alpha}"
         yield Row("paper2-figure4", f"ES 100, alpha {alpha}", drawn(CA),
-                  f"{RKD} {loss} {student.format(100)}", "g", **one)
+                  f"{RKD} {loss} {student % 100}", "g", **one)
     two = " --trajectories --data data/planes-cars.npz"
     st = " --teacher-training st"
     for figure, name, run in [
@@ -438,7 +437,7 @@ def paper2_figures():
         (17, "label mixing, alpha 0.7", f"akd+ --alpha 0.7{st}{two}"),
     ]:
         other = {11: 6, 12: 6, 16: 13, 17: 13}.get(figure)
-        draws = "benchmark/trajectories.py draws it from the run"
+        draws = "benchmark/plots.py trajectories draws it from the run"
         draws += f" and that of Figure {other}" * bool(other)
         draws += ", with --teacher of the latter" * (figure in (11, 16))
         yield Row(f"paper2-figure{figure}", name, drawn("clean_acc pgd20_acc"), f"{RKD} {run}", "h",

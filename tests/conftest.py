@@ -1,4 +1,4 @@
-"""The scripts lie one folder up; they are imported and run from there. Nets and images to test."""
+"""The programs lie one folder up and are imported from there; nets and images to test with."""
 
 import functools
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that the tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that the tests start
 # a shell that starts the tests in the background has Ctrl-C ignored, also in what they start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the test files run side by side
@@ -19,8 +19,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
-import images  # noqa: E402
-import plumbing  # noqa: E402
 
 
 def no_network(*args, **kwargs):
@@ -34,50 +32,75 @@ socket.socket.connect = socket.getaddrinfo = no_network
 @pytest.fixture(scope="session", autouse=True)
 def shapes_once():
     """The shapes are drawn once per process: it takes longer than most of the small runs."""
-    images.make_shapes = functools.cache(images.make_shapes)
-
-
-@pytest.fixture
-def refused(capsys):
-    """refused(function, *args, **kwargs) -> the one line with which it ends, at exit status 2."""
-
-    def call(function, *args, **kwargs):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            function(*args, **kwargs)
-        message = capsys.readouterr().err
-        assert end.value.code == 2
-        assert message.startswith("error: ") and message.count("\n") == 1
-        assert "Traceback" not in message
-        return message
-
-    return call
-
-
-@pytest.fixture
-def stop_at(monkeypatch):
-    """stop_at(script, flags, stage, epoch): its main, stopped after that epoch as by Ctrl-C."""
-
-    def call(script, flags, stage, epoch):
-        log = plumbing._log
-
-        def stop(run, row):
-            log(run, row)
-            if (row["stage"], row["epoch"]) == (stage, epoch):
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-            patch.setattr(plumbing, "_log", stop)
-            script.main(flags.split())
-        assert end.value.code == 130
-
-    return call
+    common.make_shapes = functools.cache(common.make_shapes)
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test draws the same numbers, in whatever order the tests run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def refused():
+    """refused(function, *args, **kwargs) -> the one line of the UserError with which it ends."""
+
+    def call(function, *args, **kwargs):
+        with pytest.raises(common.UserError) as end:
+            function(*args, **kwargs)
+        message = str(end.value)
+        assert message and "\n" not in message.strip()
+        return message
+
+    return call
+
+
+@pytest.fixture
+def ended(capsys, monkeypatch):
+    """ended(main) -> (exit status, stderr) of main() as the outermost function of a program."""
+
+    # after an OSError standard output is closed, which here is that of the tests
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+
+    def call(main):
+        capsys.readouterr()
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            common.start(main)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        return status, capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """stop_at(script, flags, stage, epoch): run its main, stopped after that epoch as by Ctrl-C."""
+
+    def call(script, flags, stage, epoch):
+        save_epoch = common.save_epoch
+
+        def save_and_stop(folder, saved_stage, model, state, rows, *more):
+            save_epoch(folder, saved_stage, model, state, rows, *more)
+            if (saved_stage, len(rows)) == (stage, epoch):
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(common, "save_epoch", save_and_stop)
+            script.main(flags.split())
+
+    return call
+
+
+def same_weights(a, b):
+    """Whether two files of save_model hold the same weights, bit for bit."""
+    first, second = common.load(a)["weights"], common.load(b)["weights"]
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 class Linear(nn.Module):
@@ -116,9 +139,10 @@ def linear_problem(classes=4, n=30, size=6, low=60, high=196, seed=0):
 def small():
     """A net of a few hundred parameters, trained on 8x8 shapes to be partly robust; 80 images."""
     torch.manual_seed(0)
-    arrays = images.make_shapes(1500, 80, 1)
-    x, x_test = (torch.from_numpy(arrays[k][:, ::4, ::4].copy()) for k in ("x_train", "x_test"))
-    y, y_test = (torch.from_numpy(arrays[k]) for k in ("y_train", "y_test"))
+    arrays = common.make_shapes(1500, 80, 1)
+    x = torch.from_numpy(arrays["x_train"][:, ::4, ::4].copy())
+    x_test = torch.from_numpy(arrays["x_test"][:, ::4, ::4].copy())
+    y, y_test = torch.from_numpy(arrays["y_train"]), torch.from_numpy(arrays["y_test"])
     layers = [nn.Conv2d(3, 12, 3, 2, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten()]
     model = nn.Sequential(*layers, nn.Linear(192, 10))
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
@@ -135,21 +159,23 @@ def small():
 
 @pytest.fixture(scope="module")
 def shapes():
-    """60 generated images, uint8 (60, 32, 32, 3), and labels."""
-    arrays = images.make_shapes(10, 60)
+    """60 drawn images, uint8 (60, 32, 32, 3), and labels."""
+    arrays = common.make_shapes(10, 60)
     return torch.from_numpy(arrays["x_test"]), torch.from_numpy(arrays["y_test"])
 
 
 def textured(n=64, seed=3):
     """Coloured fractal images with the range of photographs: uint8 (n, 32, 32, 3)."""
-    draw = images.uniform(torch.arange(3 * n), "test images", seed)
-    x = images._plasma(draw, 1.5).view(n, 3, 32, 32)
+    import eval_robustness
+
+    draw = eval_robustness.uniform(torch.arange(3 * n), "test images", seed)
+    x = eval_robustness.plasma(draw, 1.5).view(n, 3, 32, 32)
     return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def statistics(out, x):
     """Per image, float64 (N,): mean |change|, mean, mean square, mean |neighbour difference|."""
     out, x = out.double(), x.double()
-    down, right = (out.diff(dim=k).abs().mean((1, 2, 3)) for k in (1, 2))
     axes = (1, 2, 3)
+    down, right = out.diff(dim=1).abs().mean(axes), out.diff(dim=2).abs().mean(axes)
     return (out - x).abs().mean(axes), out.mean(axes), (out**2).mean(axes), (down + right) / 2

@@ -110,7 +110,7 @@ def device(patch):
         with _disable_current_modes():
             save(path, record)
 
-    patch.setattr(common, "setup_device", lambda args: DEVICE)
+    patch.setattr(common, "find_device", lambda name: DEVICE)
     patch.setattr(torch, "load", load_real)
     patch.setattr(common, "save", save_real)
     unfused = lambda *args, fused, **kwargs: sgd(*args, **kwargs)  # noqa: E731

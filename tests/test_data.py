@@ -1,12 +1,13 @@
 """Data sets: read, checked, held out, shuffled and augmented."""
 
 import numpy as np
+import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
 import common
-import images
 
 
 def tiny(n=40, size=8, classes=3, channels=3):
@@ -25,10 +26,11 @@ def saved(path, **changes):
 
 
 def test_shapes_are_the_same_every_time_and_balanced():
-    a, b = images.make_shapes(200, 50), images.make_shapes(200, 50)
-    assert all((a[key] == b[key]).all() for key in a)
-    assert np.bincount(a["y_train"]).tolist() == [20] * 10
-    assert a["x_train"].shape == (200, 32, 32, 3) and a["x_train"].dtype == np.uint8
+    first = common.make_shapes.__wrapped__(200, 50)  # conftest.py keeps what was drawn once
+    again = common.make_shapes.__wrapped__(200, 50)
+    assert all((first[key] == again[key]).all() for key in first)
+    assert np.bincount(first["y_train"]).tolist() == [20] * 10
+    assert first["x_train"].shape == (200, 32, 32, 3) and first["x_train"].dtype == np.uint8
 
 
 def test_npz_is_loaded_with_statistics_of_the_training_images(tmp_path):
@@ -48,9 +50,8 @@ def test_held_out_images_are_never_trained_on_and_do_not_depend_on_the_subset(tm
     assert (small.x_val == large.x_val).all() and len(large.x_train) == 30
     held_out = {x.numpy().tobytes() for x in large.x_val}
     assert not held_out & {x.numpy().tobytes() for x in large.x_train}
-    assert {x.numpy().tobytes() for x in small.x_train} <= {
-        x.numpy().tobytes() for x in large.x_train
-    }
+    trained = {x.numpy().tobytes() for x in large.x_train}
+    assert {x.numpy().tobytes() for x in small.x_train} <= trained
 
 
 def test_grey_images_get_a_channel(tmp_path):
@@ -93,41 +94,45 @@ def test_tiny_imagenet_is_read_from_its_official_folder(tmp_path, refused):
 
 
 def test_bad_data_is_one_line(tmp_path, refused):
-    load = common.load_data
-    whole = (tmp_path / "cut.npz").with_name("whole.npz")
-    saved(whole)
-    (tmp_path / "cut.npz").write_bytes(whole.read_bytes()[:2000])
+    whole = saved(tmp_path / "whole.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:2000])
     (tmp_path / "text.npz").write_text("hello")
     objects = np.array([{"a": 1}] * 40, dtype=object)
     cases = {
         "expected cifar10": "cifar11",
-        "no such file": str(tmp_path / "none.npz"),
-        "truncated": str(tmp_path / "cut.npz"),
-        "not an .npz": str(tmp_path / "text.npz"),
-        "no y_test": saved(tmp_path / "missing.npz", y_test=None),
-        "must be uint8": saved(tmp_path / "float.npz", x_train=tiny()["x_train"] / 255),
+        "none.npz: no such file": str(tmp_path / "none.npz"),
+        "cut.npz: expected an .npz file with x_train": str(tmp_path / "cut.npz"),
+        "text.npz: expected an .npz file": str(tmp_path / "text.npz"),
+        "no array y_test": saved(tmp_path / "missing.npz", y_test=None),
+        "x_train must be uint8": saved(tmp_path / "float.npz", x_train=tiny()["x_train"] / 255),
         "x_test must be": saved(tmp_path / "flat.npz", x_test=tiny()["x_test"].reshape(10, -1)),
         "y_train must be 40 labels": saved(tmp_path / "short.npz", y_train=np.arange(39) % 3),
         "labels 0..K-1": saved(tmp_path / "minus.npz", y_train=np.arange(40) % 3 - 1),
-        "labels reach": saved(tmp_path / "new.npz", y_test=np.full(10, 7)),
+        "labels reach 7, classes 3": saved(tmp_path / "new.npz", y_test=np.full(10, 7)),
         "pickle": saved(tmp_path / "object.npz", x_train=objects),
         "class folders": str(tmp_path),
     }
     for expected, name in cases.items():
-        assert expected in refused(load, name), expected
-    assert "more than there are" in refused(load, str(whole), val_size=41)
-    assert "more than there are" in refused(load, str(whole), test_subset=11)
+        assert expected in refused(common.load_data, name), expected
+    for sizes in ({"val_size": 41}, {"test_subset": 11}, {"train_subset": 31, "val_size": 10}):
+        message = refused(common.load_data, whole, **sizes)
+        assert "too large" in message and "40 training and 10 test images" in message
 
 
-def test_a_failed_download_says_where_the_data_were_looked_for(tmp_path, refused, monkeypatch):
-    import torchvision
+def test_the_fingerprint_is_of_all_images_and_labels(tmp_path):
+    original = common.load_data(saved(tmp_path / "a.npz")).fingerprint
+    assert common.load_data(saved(tmp_path / "b.npz"), test_subset=3).fingerprint == original
+    assert common.load_data(saved(tmp_path / "b.npz"), val_size=3).fingerprint != original
+    for part in ("x_train", "y_train", "x_test", "y_test"):
+        changed = tiny()[part].copy()
+        changed[-1] = (changed[-1] + 1) % 3
+        path = saved(tmp_path / "c.npz", **{part: changed})
+        assert common.load_data(path).fingerprint != original, part
 
-    def no_network(*args, **kwargs):
-        raise OSError("no network")
 
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", no_network)
-    message = refused(common.load_data, "cifar10", tmp_path)
-    assert "cifar10.npz" in message and "no network" in message
+def test_a_failed_download_says_where_the_data_were_looked_for(tmp_path, refused):
+    message = refused(common.load_data, "cifar10", tmp_path)  # conftest.py cuts the network off
+    assert f"put cifar10.npz into {tmp_path}" in message and message.startswith("--data cifar10: ")
     assert list(tmp_path.glob("*.npz")) == []
 
 
@@ -152,36 +157,74 @@ def test_torchvision_s_data_are_kept_as_an_npz(tmp_path, monkeypatch, capsys):
     assert first.classes == again.classes == ["0", "1", "2"] and capsys.readouterr().out == ""
 
 
-def some_data(**options):
-    return common.load_data("shapes", **options)
+# ------------------------------------------------------------------------------------------------
+# Batches
 
 
-def test_batches_depend_on_seed_and_epoch_alone():
-    data = some_data(train_subset=100, val_size=0)
+def whole_epoch(data, batch_size, seed, stage, epoch):
+    parts = list(common.batches(data, batch_size, seed, stage, epoch))
+    return torch.cat([x for x, _ in parts]), torch.cat([labels for _, labels in parts])
 
-    def epoch(batch_size, seed, number):
-        torch.rand(7)  # the global generator is moved: it must not matter
-        parts = list(common.batches(data, batch_size, seed, number))
-        return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
-    x, y = epoch(32, 0, 3)
-    for other_x, other_y in (epoch(32, 0, 3), epoch(7, 0, 3)):
-        assert torch.equal(x, other_x) and torch.equal(y, other_y)
-    assert not torch.equal(x, epoch(32, 0, 4)[0]) and not torch.equal(x, epoch(32, 1, 3)[0])
+def test_batches_depend_on_seed_stage_and_epoch_alone():
+    data = common.load_data("shapes", train_subset=100)
+    x, labels = whole_epoch(data, 32, 0, "student", 3)
     assert x.shape == (100, 3, 32, 32) and x.is_contiguous(memory_format=torch.channels_last)
+    torch.rand(7)  # the global generator is moved: it must not matter
+    for batch_size, stage in ((32, "student"), (7, "student"), (32, "student-alone")):
+        other_x, other_labels = whole_epoch(data, batch_size, 0, stage, 3)
+        assert torch.equal(x, other_x) and torch.equal(labels, other_labels)
+    for seed, stage, epoch in ((0, "student", 4), (1, "student", 3), (0, "teacher", 3)):
+        assert not torch.equal(x, whole_epoch(data, 32, seed, stage, epoch)[0])
 
 
 def test_every_image_comes_once_an_epoch_cropped_and_flipped_as_one_of_its_162_views():
-    data = some_data(train_subset=20)
+    data = common.load_data("shapes", train_subset=20)
     padded = F.pad(data.x_train.permute(0, 3, 1, 2).float() / 255, (4, 4, 4, 4))
+    views = padded.unfold(2, 32, 1).unfold(3, 32, 1)  # (N, C, 9, 9, 32, 32)
     seen = []
-    for x, labels in common.batches(data, 6, 0, 0):
+    for x, labels in common.batches(data, 6, 0, "student", 0):
         for image, label in zip(x, labels):
-            views = padded.unfold(2, 32, 1).unfold(3, 32, 1)  # (N, C, 9, 9, 32, 32)
-            same = [
-                (views == v[:, None, None]).all(-1).all(-1).all(1) for v in (image, image.flip(-1))
-            ]
-            found = (same[0] | same[1]).flatten(1).any(1).nonzero()[:, 0]
-            assert found.numel() == 1 and data.y_train[found] == label
-            seen.append(found.item())
+            found = torch.zeros(20, dtype=torch.bool)
+            for mirrored in (image, image.flip(-1)):
+                equal = (views == mirrored[:, None, None]).all(-1).all(-1).all(1)  # (N, 9, 9)
+                found |= equal.flatten(1).any(1)
+            assert found.sum() == 1 and data.y_train[found] == label
+            seen.append(found.nonzero().item())
     assert sorted(seen) == list(range(20))
+
+
+def test_without_augmentation_images_are_as_they_are():
+    data = common.load_data("shapes", train_subset=20, augment="none")
+    own = {image.numpy().tobytes() for image in data.x_train}
+    x, _ = whole_epoch(data, 6, 0, "student", 0)
+    pixels = (x * 255).round().byte().permute(0, 2, 3, 1)
+    assert {image.contiguous().numpy().tobytes() for image in pixels} == own
+
+
+def gradient(model, x, labels):
+    loss = F.cross_entropy(model(x), labels)
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, model.parameters())])
+
+
+@pytest.mark.parametrize("batch_size", [32, 10, 3])
+def test_any_split_of_a_batch_has_the_gradient_of_the_whole(batch_size, monkeypatch):
+    data = common.load_data("shapes", train_subset=33)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    shares = []
+    for rank in range(4):
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(list(common.batches(data, batch_size, 0, "student", 0)))
+    monkeypatch.delenv("WORLD_SIZE")
+    for step, (x, labels) in enumerate(common.batches(data, batch_size, 0, "student", 0)):
+        parts = [share[step] for share in shares]
+        assert all(len(x_part) > 0 for x_part, _ in parts)
+        # as average_gradients weighs them
+        images = sum(len(x_part) for x_part, _ in parts)
+        together = sum(len(x_part) * gradient(model, x_part, y) for x_part, y in parts) / images
+        torch.testing.assert_close(together, gradient(model, x, labels), atol=1e-6, rtol=1e-5)
+        if len(x) >= 4:
+            for rank, (x_part, labels_part) in enumerate(parts):
+                assert torch.equal(x_part, x[rank::4])
+                assert torch.equal(labels_part, labels[rank::4])

@@ -3,243 +3,288 @@
 import json
 import math
 import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import ROOT, same_weights
 
 import common
-import fickle_teacher as ft
-import images
+import eval_robustness
+import fickle_teacher
 import messy_collab
-import plumbing
 import soft_randomization
 
-TRIO = {"fickle_teacher": ft, "soft_randomization": soft_randomization}
-TRIO["messy_collab"] = messy_collab
+SCRIPTS = {
+    "fickle_teacher": fickle_teacher,
+    "soft_randomization": soft_randomization,
+    "messy_collab": messy_collab,
+}
 SMALL = (
-    "--data shapes --model mlp-8 --teacher-model mlp-12 --device cpu --train-subset 48 --lr 0.05"
+    "--data shapes --model mlp-8 --teacher-model mlp-12 --device cpu --train-subset 48 --lr 0.05 "
+    "--test-subset 20 --val-size 20 --batch-size 16 --teacher-epochs 2 --epochs 3 --restarts 2 "
+    "--eval-steps 2 --name x"
 )
-SMALL += " --test-subset 20 --val-size 20 --batch-size 16 --teacher-epochs 2 --epochs 3"
-SMALL += " --restarts 2 --eval-steps 2"
 
 
-def run(script, runs, flags):
-    """Run a script with the small flags; -> the folder of its (last) run."""
-    TRIO[script].main([*SMALL.split(), *flags.split(), "--runs", str(runs)])
-    torch.use_deterministic_algorithms(False)
-    return max(runs.glob(f"{script}/*/"), key=lambda folder: (folder / "log.jsonl").stat().st_mtime)
+def run(script, runs, flags=""):
+    """Run a script with SMALL and the flags; -> the rows of the summary of each seed."""
+    return SCRIPTS[script].main([*SMALL.split(), *flags.split(), "--runs", str(runs)])
 
 
-def same_weights(a, b):
-    a, b = (common.load(path)["weights"] for path in (a, b))
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+def student_file(script, runs, flags=""):
+    """Run a script with SMALL and the flags; -> the student of seed 0."""
+    run(script, runs, flags)
+    return runs / script / "x-s0" / "student.pt"
 
 
-def rows(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def teacher_files(runs):
+    """{seed: file} of all teachers below runs, which differ by the seed."""
+    found = {}
+    for path in runs.glob("teachers/*/teacher.pt"):
+        seed = json.loads((path.parent / "recipe.json").read_text())["seed"]
+        assert seed not in found
+        found[seed] = path
+    return found
 
 
-# The loss ---------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# The loss
 
 
-def softmax(row, tau=1.0):
-    e = [math.exp(value / tau) for value in row]
-    return [value / sum(e) for value in e]
+def softmax(row, temperature=1.0):
+    exponentials = [math.exp(value / temperature) for value in row]
+    return [value / sum(exponentials) for value in exponentials]
 
 
-@pytest.mark.parametrize("tau, alpha", [(4.0, 0.9), (1.0, 0.3)])
-def test_hinton_loss_is_its_equation(tau, alpha):
-    s, t, labels = torch.randn(5, 4) * 2, torch.randn(5, 4) * 3, torch.tensor([0, 3, 1, 1, 2])
+@pytest.mark.parametrize("temperature, alpha", [(4.0, 0.9), (1.0, 0.3)])
+def test_hinton_loss_is_its_equation(temperature, alpha):
+    student, teacher = torch.randn(5, 4) * 2, torch.randn(5, 4) * 3
+    labels = torch.tensor([0, 3, 1, 1, 2])
     total = 0.0
-    for s_row, t_row, y in zip(s.tolist(), t.tolist(), labels.tolist()):
-        q, p = softmax(t_row, tau), softmax(s_row, tau)
-        kl = sum(a * math.log(a / b) for a, b in zip(q, p))
-        total += -(1 - alpha) * math.log(softmax(s_row)[y]) + alpha * tau**2 * kl
-    assert ft.hinton_loss(s, t, labels, alpha, tau).item() == pytest.approx(total / 5, rel=1e-5)
+    for student_row, teacher_row, label in zip(student.tolist(), teacher.tolist(), labels.tolist()):
+        teacher_probs = softmax(teacher_row, temperature)
+        student_probs = softmax(student_row, temperature)
+        kl = sum(t * math.log(t / s) for t, s in zip(teacher_probs, student_probs))
+        total -= (1 - alpha) * math.log(softmax(student_row)[label])
+        total += alpha * temperature**2 * kl
+    loss = fickle_teacher.hinton_loss(student, teacher, labels, alpha, temperature)
+    assert loss.item() == pytest.approx(total / 5, rel=1e-5)
 
 
 def test_hinton_loss_gives_the_teacher_no_gradient_and_alpha_zero_is_cross_entropy():
-    s, t = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    student = torch.randn(5, 4, requires_grad=True)
+    teacher = torch.randn(5, 4, requires_grad=True)
     labels = torch.tensor([0, 3, 1, 1, 2])
-    loss = ft.hinton_loss(s, t, labels, 0.9, 4.0)
-    loss.backward()
-    assert t.grad is None and s.grad.abs().sum() > 0
-    assert torch.equal(ft.hinton_loss(s, t, labels, 0.0, 4.0), F.cross_entropy(s, labels))
-    assert ft.hinton_loss(s, s, labels, 1.0, 4.0).item() == pytest.approx(0, abs=1e-5)
+    fickle_teacher.hinton_loss(student, teacher, labels, 0.9, 4.0).backward()
+    assert teacher.grad is None and student.grad.abs().sum() > 0
+    labels_alone = fickle_teacher.hinton_loss(student, teacher, labels, 0.0, 4.0)
+    assert torch.equal(labels_alone, F.cross_entropy(student, labels))
+    equal = fickle_teacher.hinton_loss(student, student, labels, 1.0, 4.0)
+    assert equal.item() == pytest.approx(0, abs=1e-5)
 
 
-# The teacher's noise ----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# How the teacher varies
 
 
 def test_signal_noise_has_the_moments_of_its_equation_logit_by_logit():
     z = torch.tensor([[-3.0, 0.0, 0.5, 8.0]])
-    noisy = ft.signal_noise(z.expand(40_000, 4), 0.3)
+    noisy = fickle_teacher.signal_noise(z.expand(40_000, 4), 0.3)
     assert torch.allclose(noisy.mean(0), z[0], atol=0.05)
     assert torch.allclose(noisy.std(0), 0.3 * z[0].abs(), rtol=0.03)
-    assert torch.corrcoef(noisy[:, [0, 2, 3]].T).triu(1).abs().max() < 0.03  # each by itself
-    together = ft.signal_noise(z.expand(1000, 4), 0.3, "image")
-    assert torch.allclose(together / together[:, 3:], z / 8.0) and together.std(0)[3] > 1
-    assert torch.equal(ft.signal_noise(z, 0.0), z)
+    correlations = torch.corrcoef(noisy[:, [0, 2, 3]].T).triu(1)
+    assert correlations.abs().max() < 0.03  # each logit has a draw of its own
+    per_image = fickle_teacher.signal_noise(z.expand(1000, 4), 0.3, "image")
+    assert torch.allclose(per_image / per_image[:, 3:], z / 8.0) and per_image.std(0)[3] > 1
+    assert torch.equal(fickle_teacher.signal_noise(z, 0.0), z)
 
 
-def walk(z, tau, which, threshold, gap, draws):
-    """swap_logits for one row, pair after pair; draws: which pairs the coin swaps."""
+def swap_one_row(z, temperature, swap, threshold, gap, draws):
+    """swap_logits for a row as a walk over its pairs from the top; draws: which pairs may swap."""
     order = sorted(range(len(z)), key=lambda k: -z[k])
-    probs = softmax(z, tau)
+    probs = softmax(z, temperature)
     values, classes = [z[k] for k in order], list(order)
-    for i in range(1 if which == "top2" else len(z) - 1):
-        p, q = probs[order[i]], probs[order[i + 1]]
-        if (p - q) / (p if gap == "relative" else 1) < threshold and draws[i]:
+    pairs = 1 if swap == "top2" else len(z) - 1
+    for i in range(pairs):
+        larger, smaller = probs[order[i]], probs[order[i + 1]]
+        difference = larger - smaller
+        if gap == "relative":
+            difference /= larger
+        if difference < threshold and draws[i]:
             classes[i], classes[i + 1] = classes[i + 1], classes[i]
     return [value for _, value in sorted(zip(classes, values))]
 
 
-@pytest.mark.parametrize("gap", ["relative", "absolute"])
-@pytest.mark.parametrize("which", ["top2", "all"])
-def test_swaps_are_those_of_a_walk_from_the_top(which, gap):
-    z, threshold = torch.randn(200, 7) * 3, {"relative": 0.2, "absolute": 0.02}[gap]
+@pytest.mark.parametrize("gap, threshold", [("relative", 0.2), ("absolute", 0.02)])
+@pytest.mark.parametrize("swap", ["top2", "all"])
+def test_swaps_are_those_of_a_walk_from_the_top(swap, gap, threshold):
+    z = torch.randn(200, 7) * 3
     torch.manual_seed(5)
     draws = torch.rand(200, 6) < 0.5
     torch.manual_seed(5)
-    swapped = ft.swap_logits(z, 4.0, which, 0.5, threshold, gap)
-    expected = [walk(a, 4.0, which, threshold, gap, b) for a, b in zip(z.tolist(), draws.tolist())]
-    assert torch.equal(swapped, torch.tensor(expected))
-    assert torch.equal(swapped.sort(1).values, z.sort(1).values)  # the multiset of each row
-    moved = (swapped != z).any(1)
-    assert 10 < moved.sum() < 190  # and enough of both kinds
+    swapped = fickle_teacher.swap_logits(z, 4.0, swap, 0.5, threshold, gap)
+    for row, expected_row, draws_of_row in zip(swapped.tolist(), z.tolist(), draws.tolist()):
+        assert row == swap_one_row(expected_row, 4.0, swap, threshold, gap, draws_of_row)
+    assert torch.equal(swapped.sort(1).values, z.sort(1).values)  # the same logits in each row
+    changed_rows = (swapped != z).any(1).sum()
+    assert 10 < changed_rows < 190
 
 
 def test_swaps_happen_only_below_the_threshold_and_as_often_as_asked():
     z = torch.tensor([2.0, 1.9, -1.0, -5.0]).repeat(20_000, 1)  # relative gaps .02, .52, .63
-    assert torch.equal(ft.swap_logits(z, 4.0, "all", 1.0, 0.0), z)
-    assert torch.equal(ft.swap_logits(z, 4.0, "all", 0.0, 2.0), z)
-    swapped = ft.swap_logits(z, 4.0, "all", 0.3, 0.1)
+    assert torch.equal(fickle_teacher.swap_logits(z, 4.0, "all", 1.0, 0.0), z)
+    assert torch.equal(fickle_teacher.swap_logits(z, 4.0, "all", 0.0, 2.0), z)
+    swapped = fickle_teacher.swap_logits(z, 4.0, "all", 0.3, 0.1)
     assert torch.equal(swapped[:, 2:], z[:, 2:])
     share = (swapped[:, 0] != z[:, 0]).double().mean().item()
     assert share == pytest.approx(0.3, abs=5 * math.sqrt(0.21 / 20_000))
-    carried = ft.swap_logits(z[:1], 4.0, "all", 1.0, 2.0)  # the first class falls to the end
-    assert torch.equal(carried, torch.tensor([[-5.0, 2.0, 1.9, -1.0]]))
-    assert torch.equal(
-        ft.swap_logits(z[:1], 4.0, "top2", 1.0, 2.0)[0], z[0][torch.tensor([1, 0, 2, 3])]
-    )
+    first_to_last = fickle_teacher.swap_logits(z[:1], 4.0, "all", 1.0, 2.0)
+    assert torch.equal(first_to_last, torch.tensor([[-5.0, 2.0, 1.9, -1.0]]))
+    first_two = fickle_teacher.swap_logits(z[:1], 4.0, "top2", 1.0, 2.0)
+    assert torch.equal(first_two, torch.tensor([[1.9, 2.0, -1.0, -5.0]]))
 
 
 @pytest.mark.parametrize("mode", ["dropout", "train"])
 def test_a_fickle_teacher_varies_by_dropout_and_keeps_its_running_statistics(mode):
     teacher, x = common.build_model("wrn-10-1", dropout=0.3).eval(), torch.rand(8, 3, 32, 32)
-    calm = teacher(x)
-    assert torch.equal(calm, teacher(x))
-    statistics = {k: v.clone() for k, v in teacher.state_dict().items() if "running" in k}
-    ft.make_fickle(teacher, mode)
+    assert torch.equal(teacher(x), teacher(x))
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    fickle_teacher.make_fickle(teacher, mode)
     norms = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
-    drops = [m for m in teacher.modules() if isinstance(m, nn.Dropout)]
-    assert all(m.training for m in drops) and len(drops) == 3
-    assert all(m.training == (mode == "train") for m in norms) and norms
+    dropouts = [m for m in teacher.modules() if isinstance(m, nn.Dropout)]
+    assert len(dropouts) == 3 and all(m.training for m in dropouts)
+    assert norms and all(m.training == (mode == "train") for m in norms)
     with torch.no_grad():
         assert not torch.equal(teacher(x), teacher(x))
-    for key, value in statistics.items():
-        assert torch.equal(teacher.state_dict()[key], value), key
+    for name, value in teacher.state_dict().items():
+        if "running" in name:
+            assert torch.equal(value, before[name]), name
 
 
-def test_the_student_of_a_fickle_teacher_has_no_dropout(tmp_path):
-    folder = run("fickle_teacher", tmp_path, "--dropout 0.3")
-    assert common.load(folder / "teacher.pt")["arch"]["dropout"] == 0.3
-    assert common.load(folder / "student.pt")["arch"]["dropout"] == 0.0
+def test_dropout_is_active_while_the_teacher_teaches_and_the_student_has_none(
+    tmp_path, monkeypatch
+):
+    modes = []  # of the teacher's dropout and BatchNorm, at each batch that it sees
+    get_teacher = common.get_teacher
+
+    def record_modes(*arguments):
+        teacher, meta, path = get_teacher(*arguments)
+        dropout = next(m for m in teacher.modules() if isinstance(m, nn.Dropout))
+        norm = next(m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d))
+        teacher.register_forward_pre_hook(
+            lambda *_: modes.append((dropout.training, norm.training))
+        )
+        return teacher, meta, path
+
+    monkeypatch.setattr(common, "get_teacher", record_modes)
+    flags = "--teacher-model wrn-10-1 --dropout 0.3 --epochs 1 --teacher-epochs 1"
+    (rows,) = run("fickle_teacher", tmp_path, flags)
+    assert modes == [(True, False)] * 3
+    (teacher_path,) = teacher_files(tmp_path).values()
+    teacher, _ = common.load_model(teacher_path)
+    assert teacher.arch["dropout"] == 0.3
+    data = common.load_data("shapes", test_subset=20)
+    clean_acc = common.accuracy(common.predict(teacher, data.x_test), data.y_test)
+    assert rows[0]["clean_acc"] == clean_acc  # it is evaluated in eval mode
+    student = common.load(tmp_path / "fickle_teacher" / "x-s0" / "student.pt")
+    assert student["arch"]["dropout"] == 0.0
 
 
 @pytest.mark.parametrize(
-    "flags, schedule",
-    {
-        "--method hinton": (200, [60, 120, 150]),
-        "--method hinton --dropout 0.4": (200, [60, 120, 150]),
-        "--dropout 0.1": (250, [75, 150, 200]),
-        "--dropout 0.2": (250, [75, 150, 200]),
-        "--dropout 0.3": (300, [90, 180, 240]),
-        "--dropout 0.4": (350, [105, 210, 280]),
-        "--dropout 0.5": (350, [105, 210, 280]),
-        "": (350, [105, 210, 280]),
-        "--dropout 0.3 --epochs 20": (20, [6, 12, 16]),
-        "--dropout 0.3 --epochs 1": (1, [1, 1, 1]),
-        "--dropout 0.3 --epochs 9 --milestones 5": (9, [5]),
-    }.items(),
+    "flags, epochs, milestones",
+    [
+        ("--method hinton", 200, [60, 120, 150]),
+        ("--method hinton --dropout 0.4", 200, [60, 120, 150]),
+        ("--dropout 0.1", 250, [75, 150, 200]),
+        ("--dropout 0.2", 250, [75, 150, 200]),
+        ("--dropout 0.3", 300, [90, 180, 240]),
+        ("--dropout 0.4", 350, [105, 210, 280]),
+        ("--dropout 0.5", 350, [105, 210, 280]),
+        ("", 350, [105, 210, 280]),
+        ("--dropout 0.3 --epochs 20", 20, [6, 12, 16]),
+        ("--dropout 0.3 --epochs 1", 1, [1, 1, 1]),
+        ("--dropout 0.3 --epochs 9 --milestones 5", 9, [5]),
+    ],
 )
-def test_the_schedule_follows_the_rate_of_dropout(flags, schedule):
-    assert ft.student_schedule(ft.parse_args(flags.split())) == schedule
+def test_the_schedule_follows_the_rate_of_dropout(flags, epochs, milestones):
+    args = fickle_teacher.parse_args(flags.split())
+    assert fickle_teacher.student_schedule(args) == (epochs, milestones)
 
 
-# What the three scripts share -------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# Methods and their limits, in all three scripts
 
-METHODS = [(name, method) for name, script in TRIO.items() for method in script.METHODS]
 
-
-@pytest.mark.parametrize("script, method", METHODS)
+@pytest.mark.parametrize(
+    "script, method",
+    [(script, method) for script, module in SCRIPTS.items() for method in module.METHODS],
+)
 def test_every_method_runs_and_ends_in_finite_numbers(script, method, tmp_path):
-    folder = run(script, tmp_path, f"--method {method} --model wrn-10-1 --epochs 1")
-    summary, trained = rows(folder)[-1]["summary"], [r for r in rows(folder) if "stage" in r]
-    assert trained and all(0 < row["loss"] < 1e3 for row in trained)
-    names = {row["model"] for row in summary}
+    (rows,) = run(script, tmp_path, f"--method {method} --epochs 1 --teacher-epochs 1")
+    names = {row["model"] for row in rows}
     assert ("teacher" in names) == (method not in ("student", "gaussian"))
     assert (f"student ({method})" in names) == (method != "teacher")
-    for row in summary:
-        found = {row[key] for key in ("clean_acc", "pgd2_acc", "pgd2_conditional_acc")}
-        assert all(0 <= value <= 1 for value in found)
-        assert row["pgd2_acc"] == pytest.approx(row["pgd2_conditional_acc"] * row["clean_acc"])
+    for row in rows:
+        assert 0 <= row["clean_acc"] <= 1 and row["epochs"] == 1
+        expected = (row["pgd2_conditional_acc"] or 0.0) * row["clean_acc"]
+        assert row["pgd2_acc"] == pytest.approx(expected)
+    logs = [*tmp_path.rglob("log.jsonl")]
+    assert logs
+    for log in logs:
+        for line in log.read_text().splitlines():
+            assert 0 < json.loads(line)["loss"] < 1e3
 
 
-@pytest.mark.parametrize("script", TRIO)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_the_demo_shows_hinton_and_then_its_method(script, tmp_path, capsys):
-    run(script, tmp_path, "--demo --epochs 1 --teacher-epochs 1")
-    said, method = capsys.readouterr().out, TRIO[script].parse_args([]).method
-    assert "--demo sets nothing" in said  # this test gives all of it
-    assert said.index("\nstudent (hinton)") < said.index(f"\nstudent ({method})")
-    assert {path.name[:6] for path in tmp_path.glob("*/*")} == {"demo-s"}
-
-
-@pytest.mark.parametrize("method", ["teacher", "student", "hinton"])
-def test_a_baseline_is_the_same_in_each_script_bit_for_bit(method, tmp_path):
-    folders = [run(script, tmp_path, f"--method {method}") for script in TRIO]
-    file = "teacher.pt" if method == "teacher" else "student.pt"
-    assert all(same_weights(folders[0] / file, folder / file) for folder in folders[1:])
-    summaries = [rows(folder)[-1]["summary"] for folder in folders]
-    for summary in summaries:
-        assert [row.pop("seconds") for row in summary]
-    assert summaries[0] == summaries[1] == summaries[2]
+    flags = f"{SMALL} --demo --epochs 1 --teacher-epochs 1".replace("--name x", "").split()
+    SCRIPTS[script].main([*flags, "--runs", str(tmp_path)])
+    printed = capsys.readouterr().out
+    method = SCRIPTS[script].parse_args([]).method
+    assert "--demo sets nothing" in printed  # this test gives all of it
+    assert printed.index("\nstudent (hinton)") < printed.index(f"\nstudent ({method})")
+    folders = [path.name for path in tmp_path.glob(f"{script}/*")]
+    assert len(folders) == 2 and all(name.startswith("demo-shapes") for name in folders)
 
 
 LIMITS = [
-    ("fickle_teacher", "--method fickle --dropout 0", "hinton"),
-    ("fickle_teacher", "--method signal --sigma 0", "hinton"),
-    ("fickle_teacher", "--method swap --swap-probability 0", "hinton"),
-    ("fickle_teacher", "--method swap --swap all --swap-threshold 0", "hinton"),
-    ("fickle_teacher", "--method hinton --alpha 0", "student"),
-    ("soft_randomization", "--method soft-randomization --sigma 0", "hinton"),
-    ("soft_randomization", "--method gaussian --sigma 0", "student"),
-    ("soft_randomization", "--alpha 0 --sigma 0.1", "gaussian --sigma 0.1"),
-    ("messy_collab", "--method mc-ts --noise-rate 0", "hinton"),
-    ("messy_collab", "--method mc-s --noise-rate 0 --corruption-rate 0", "hinton"),
-    ("messy_collab", "--method flc-ts --corruption-rate 0", "hinton"),
-    ("messy_collab", "--method mc-s --alpha 0 --noise-rate 0", "student"),
-]  # fmt: skip
+    ("fickle_teacher", "--method fickle --dropout 0", "--method hinton"),
+    ("fickle_teacher", "--method signal --sigma 0", "--method hinton"),
+    ("fickle_teacher", "--method swap --swap-probability 0", "--method hinton"),
+    ("fickle_teacher", "--method swap --swap all --swap-threshold 0", "--method hinton"),
+    ("fickle_teacher", "--method hinton --alpha 0", "--method student"),
+    ("soft_randomization", "--sigma 0", "--method hinton"),
+    ("soft_randomization", "--method gaussian --sigma 0", "--method student"),
+    ("soft_randomization", "--alpha 0 --sigma 0.1", "--method gaussian --sigma 0.1"),
+    ("messy_collab", "--method mc-ts --noise-rate 0", "--method hinton"),
+    ("messy_collab", "--method flc-ts --corruption-rate 0", "--method hinton"),
+    ("messy_collab", "--method mc-s --alpha 0 --noise-rate 0", "--method student"),
+]
 
 
-@pytest.mark.parametrize("script, flags, other", LIMITS)
-def test_at_its_limit_a_method_is_its_baseline_bit_for_bit(script, flags, other, tmp_path):
-    a, b = (
-        run(script, tmp_path / f, flags) for f, flags in (("a", flags), ("b", f"--method {other}"))
-    )
-    assert same_weights(a / "student.pt", b / "student.pt")
+@pytest.mark.parametrize("script, flags, limit", LIMITS)
+def test_at_its_limit_a_method_is_its_baseline_bit_for_bit(script, flags, limit, tmp_path):
+    student = student_file(script, tmp_path / "method", flags)
+    assert same_weights(student, student_file(script, tmp_path / "baseline", limit))
 
 
 NOISY = [
+    ("fickle_teacher", "--method hinton"),
+    ("fickle_teacher", "--method hinton --teacher-milestones 2"),
+    ("fickle_teacher", "--method hinton --milestones 1"),
     ("fickle_teacher", "--method fickle --dropout 0.3"),
     ("fickle_teacher", "--method hinton --dropout 0.3"),
     ("fickle_teacher", "--method signal --sigma 0.1"),
+    ("fickle_teacher", "--method signal --sigma 0.1 --noise-per image"),
     ("fickle_teacher", "--method swap --swap all --swap-threshold 0.9"),
-    ("soft_randomization", "--method soft-randomization --sigma 0.1"),
-    ("soft_randomization", "--method soft-randomization --sigma 0.1 --clip"),
+    ("soft_randomization", "--sigma 0.1"),
+    ("soft_randomization", "--sigma 0.1 --clip"),
     ("messy_collab", "--method mc-t --noise-rate 0.2"),
     ("messy_collab", "--method mc-s --noise-rate 0.2"),
     ("messy_collab", "--method flc-t --corruption-rate 0.2"),
@@ -248,148 +293,303 @@ NOISY = [
 
 
 def test_away_from_its_limit_every_method_gives_another_student(tmp_path):
-    flags = " --milestones 1"
-    hinton = run("fickle_teacher", tmp_path / "h", "--method hinton" + flags) / "student.pt"
-    found = [hinton]
-    for i, (script, more) in enumerate(NOISY):
-        found.append(run(script, tmp_path / str(i), more + flags) / "student.pt")
-    same = [(a, b) for a in found for b in found if a < b and same_weights(a, b)]
-    assert same == []
+    students = []
+    for i, (script, flags) in enumerate(NOISY):
+        student = student_file(script, tmp_path / str(i), flags)
+        assert not any(same_weights(student, other) for other in students), flags
+        students.append(student)
+
+
+# ------------------------------------------------------------------------------------------------
+# Teachers and seeds, in all three scripts
+
+
+@pytest.mark.parametrize("method", ["teacher", "student", "hinton"])
+def test_a_baseline_is_the_same_in_each_script_and_its_teacher_is_trained_once(method, tmp_path):
+    summaries, students = [], []
+    for script in SCRIPTS:
+        (rows,) = run(script, tmp_path, f"--method {method}")
+        for row in rows:
+            del row["seconds"]
+        summaries.append(rows)
+        students.append(tmp_path / script / "x-s0" / "student.pt")
+    assert summaries[0] == summaries[1] == summaries[2]
+    if method != "teacher":
+        assert all(same_weights(students[0], student) for student in students)
+    assert list(teacher_files(tmp_path)) == ([] if method == "student" else [0])
+
+
+def test_a_teacher_is_shared_if_nothing_differs_that_it_depends_on():
+    def recipe(flags):
+        return fickle_teacher.teacher_recipe(fickle_teacher.parse_args(flags.split()), 0)
+
+    plain = recipe("--method hinton")
+    for flags in ("--epochs 3 --milestones 2", "--alpha 0.2", "--teacher-seeds 2", "--model mlp-3"):
+        assert recipe(f"--method hinton {flags}") == plain, flags
+    assert recipe("--method signal") == recipe("--method swap --swap all") == plain
+    assert recipe("--method hinton --dropout 0.4") == recipe("--method fickle") != plain
+    for flags in ("--teacher-milestones 1", "--augment none", "--lr 0.2", "--batch-size 64"):
+        assert recipe(f"--method hinton {flags}") != plain, flags
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_milestones_of_a_teacher_are_60_120_150_of_200_stretched(script):
+    module = SCRIPTS[script]
+
+    def milestones(flags):
+        args = module.parse_args(flags.split())
+        if script == "messy_collab":
+            data = common.load_data("shapes", train_subset=20)
+            return module.teacher_recipe(args, data, 0)["milestones"]
+        return module.teacher_recipe(args, 0)["milestones"]
+
+    assert milestones("") == [60, 120, 150]
+    assert milestones("--teacher-epochs 4") == [2, 3, 3]
+    assert milestones("--epochs 4 --milestones 1") == [60, 120, 150]
+    assert milestones("--teacher-milestones 7 9") == [7, 9]
 
 
 def test_seeds_share_the_teacher_and_draw_other_students(tmp_path):
-    last = run("fickle_teacher", tmp_path, "--dropout 0.2 --seeds 3 5")
-    (first,) = tmp_path.glob("fickle_teacher/*-s3")
-    assert same_weights(first / "teacher.pt", last / "teacher.pt")
-    assert (first / "teacher0.pt").exists() and not (last / "teacher0.pt").exists()
-    assert not same_weights(first / "student.pt", last / "student.pt")
-    alone = run("fickle_teacher", tmp_path / "alone", "--dropout 0.2 --seed 5")
-    assert same_weights(alone / "teacher.pt", last / "teacher.pt")
-    assert same_weights(alone / "student.pt", last / "student.pt")
+    run("fickle_teacher", tmp_path, "--dropout 0.2 --seeds 3 5")
+    assert list(teacher_files(tmp_path)) == [0]
+    students = [tmp_path / f"fickle_teacher/x-s{seed}/student.pt" for seed in (3, 5)]
+    assert not same_weights(*students)
+    run("fickle_teacher", tmp_path / "alone", "--dropout 0.2 --seed 5")
+    assert same_weights(tmp_path / "alone/fickle_teacher/x-s5/student.pt", students[1])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_method_teacher_is_about_the_teacher_of_the_seed_and_students_share_it(script, tmp_path):
+    summaries = run(script, tmp_path, "--method teacher --seeds 0 1 2")
+    files = teacher_files(tmp_path)
+    assert sorted(files) == [0, 1, 2]
+    data = common.load_data("shapes", test_subset=20)
+    for seed, (row,) in enumerate(summaries):
+        teacher, _ = common.load_model(files[seed])
+        accuracy = common.accuracy(common.predict(teacher, data.x_test), data.y_test)
+        assert row["model"] == "teacher" and row["clean_acc"] == accuracy
+        assert not any(same_weights(files[seed], files[other]) for other in range(seed))
+    times = {seed: path.stat().st_mtime_ns for seed, path in files.items()}
+    run(script, tmp_path, "--method hinton --teacher-seeds 3 --seed 5 --epochs 1")
+    assert teacher_files(tmp_path) == files  # none was trained
+    assert {seed: path.stat().st_mtime_ns for seed, path in files.items()} == times
 
 
 @pytest.mark.parametrize("on", ["val", "test"])
-def test_the_most_accurate_teacher_is_chosen(on, tmp_path):
-    folder = run("messy_collab", tmp_path, f"--method hinton --teacher-seeds 3 --pick-teacher {on}")
+def test_the_most_accurate_teacher_teaches(on, tmp_path, capsys):
+    flags = f"--method hinton --teacher-seeds 3 --pick-teacher {on} --teacher-epochs 1"
+    (rows,) = run("messy_collab", tmp_path, flags)
+    printed = capsys.readouterr().out
     data = common.load_data("shapes", val_size=20, train_subset=48, test_subset=20)
-    x, labels = (data.x_val, data.y_val) if on == "val" else (data.x_test, data.y_test)
-    scores = []
-    for seed in range(3):
-        teacher, _ = common.load_model(folder / f"teacher{seed}.pt")
-        scores.append(common.correct(teacher, x, labels).sum().item())
-    assert len(set(scores)) > 1
-    assert same_weights(folder / "teacher.pt", folder / f"teacher{scores.index(max(scores))}.pt")
+    x, labels = data.x_val, data.y_val
+    if on == "test":
+        x, labels = data.x_test, data.y_test
+    accuracies = {}
+    for seed, path in teacher_files(tmp_path).items():
+        teacher, _ = common.load_model(path)
+        accuracies[seed] = common.accuracy(common.predict(teacher, x), labels)
+        assert f"teacher of seed {seed}: {on} accuracy {accuracies[seed]:.4f}" in printed
+    assert len(set(accuracies.values())) > 1
+    best = teacher_files(tmp_path)[max(sorted(accuracies), key=accuracies.get)]
+    flags = f"--method hinton --teacher-ckpt {best} --name given"
+    (given_rows,) = run("messy_collab", tmp_path, flags)
+    students = [tmp_path / f"messy_collab/{name}-s0/student.pt" for name in ("x", "given")]
+    assert same_weights(*students) and rows[0]["clean_acc"] == given_rows[0]["clean_acc"]
 
 
-# The table of the teacher's logits --------------------------------------------------------------
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_stopped_run_goes_on_to_the_same_bits(script, tmp_path, stop_at):
+    flags = {
+        "fickle_teacher": "--dropout 0.2",
+        "soft_randomization": "--sigma 0.1",
+        "messy_collab": "--noise-rate 0.2 --corruption-rate 0.2",
+    }[script]
+    whole = student_file(script, tmp_path / "whole", flags)
+    argv = f"{SMALL} {flags} --runs {tmp_path / 'stopped'}"
+    stop_at(SCRIPTS[script], argv, "teacher", 1)
+    stop_at(SCRIPTS[script], argv, "student", 2)
+    stopped = student_file(script, tmp_path / "stopped", flags)
+    assert same_weights(whole, stopped)
+    teachers = [teacher_files(tmp_path / name)[0] for name in ("whole", "stopped")]
+    assert same_weights(*teachers)
 
 
-def table_of(data, teacher, want="yes", seeds=None, epochs=1):
-    args = ft.parse_args(["--teacher-table", want, "--method", "hinton"])
-    args.seeds = seeds
-    return plumbing.teacher_table(
-        teacher, data, plumbing.Run("x", args, torch.device("cpu")), epochs, {}
-    )
+# ------------------------------------------------------------------------------------------------
+# Several processes
+
+# Two processes see equal images and labels: what they compute differs by what they draw alone
+EQUAL_IMAGES = (
+    "--data mnist --train-subset 16 --val-size 0 --test-subset 2 --batch-size 8 --model mlp-8 "
+    "--epochs 2 --teacher-epochs 2 --device cpu --eval-steps 1 --restarts 1 --teacher-model mlp-8 "
+    "--name x"
+)
+JOBS = {  # what is drawn: script, flags, the losses that depend on it
+    "nothing": ("fickle_teacher", "--method hinton", []),
+    "dropout": ("fickle_teacher", "--dropout 0.5", ["teacher", "kl"]),
+    "signal": ("fickle_teacher", "--method signal --sigma 0.5", ["kl"]),
+    "swaps": (
+        "fickle_teacher",
+        "--method swap --swap all --swap-probability 0.5 --swap-threshold 1",
+        ["kl"],
+    ),
+    "pixels": ("soft_randomization", "--sigma 0.5", ["student", "kl"]),
+    "labels": ("messy_collab", "--method mc-ts --noise-rate 0.5", ["teacher", "student"]),
+    "fixed labels": (  # drawn once for all, but each process has images of its own
+        "messy_collab",
+        "--method flc-ts --corruption-rate 0.99",
+        ["teacher", "student"],
+    ),
+}
+DRIVER = """
+import importlib, json, os, sys
+import torch.nn.functional as F
+folder, root, jobs, flags = sys.argv[1:]
+sys.path.insert(0, root)
+losses = {}
+
+def recorded(name, function):
+    def call(*args, **kwargs):
+        loss = function(*args, **kwargs)
+        losses[job][name].append(loss.item())
+        return loss
+    return call
+
+F.cross_entropy = recorded("cross_entropy", F.cross_entropy)
+F.kl_div = recorded("kl", F.kl_div)
+for job, (script, more, _) in json.loads(jobs).items():
+    losses[job] = {"cross_entropy": [], "kl": []}
+    argv = [*flags.split(), "--runs", f"{folder}/{job}", *more.split()]  # each has its own teacher
+    importlib.import_module(script).main(argv)
+with open(f"{folder}/losses{os.environ['RANK']}.json", "w") as file:
+    json.dump(losses, file)
+"""
 
 
-def test_the_table_has_what_the_live_teacher_says_of_every_view_of_a_batch():
-    data = common.load_data("shapes", train_subset=16, val_size=0)
-    teacher = common.model_for(data, "wrn-10-1", 0, "teacher").eval()
-    table = table_of(data, teacher)
-    assert table.shape == (16 * 162, 10) and table.dtype == torch.float32
-    seen = set()
-    for epoch in range(5):
-        for x, labels, view in common.batches(data, 16, 0, epoch, views=True):
-            with torch.no_grad():
-                live = teacher(x)
-            assert torch.allclose(table[view], live, atol=1e-5, rtol=1e-5)
-            student = torch.randn(len(x), 10)
-            losses = [ft.hinton_loss(student, t, labels, 0.9, 4.0) for t in (table[view], live)]
-            assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
-            seen |= set(view.tolist())
-    assert len(seen) > 60 and (table[:162].std(0) > 1e-3).all()  # views do differ
+def test_processes_draw_different_noise_and_nothing_else_differs(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 28, 28), np.uint8)
+    arrays = {f"x_{part}": np.repeat(pixels, 16, 0) for part in ("train", "test")}
+    arrays |= {f"y_{part}": np.full(16, 3) for part in ("train", "test")}
+    np.savez(tmp_path / "mnist.npz", **arrays, classes=np.array([f"{k}" for k in range(10)]))
+    (tmp_path / "driver.py").write_text(DRIVER)
+    flags = f"{EQUAL_IMAGES} --data-root {tmp_path}"
+    command = [sys.executable, str(tmp_path / "driver.py")]
+    command += [str(tmp_path), str(ROOT), json.dumps(JOBS), flags]
+    started = []
+    for rank in ("0", "1"):  # as torchrun starts them
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": "2",
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(20000 + os.getpid() % 20000),
+        }
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=environment, **pipes))
+    for process in started:
+        errors = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, errors
+    recorded = [json.loads((tmp_path / f"losses{rank}.json").read_text()) for rank in (0, 1)]
+    for job, (_, _, drawn) in JOBS.items():
+        first, second = recorded[0][job], recorded[1][job]
+        assert len(second["cross_entropy"]) == 8 and len(second["kl"]) == 4
+        # 2 epochs of 2 steps for each net; the first process evaluates after them
+        steps = {"teacher": slice(0, 4), "student": slice(4, 8)}
+        differing = []
+        for name, part in steps.items():
+            if first["cross_entropy"][part] != second["cross_entropy"][part]:
+                differing.append(name)
+        if first["kl"] != second["kl"]:
+            differing.append("kl")
+        assert differing == drawn, job
+    labels = common.load(tmp_path / "fixed labels/messy_collab/x-s0/labels.pt")["labels"]
+    assert (labels != 3).all()
 
 
-def test_the_table_is_made_when_it_pays_and_fits(monkeypatch):
-    data = common.load_data("shapes", train_subset=10, val_size=0)
-    teacher = common.model_for(data, "mlp-4", 0, "teacher").eval()
-    assert table_of(data, teacher, "auto", None, 162) is None
-    assert table_of(data, teacher, "auto", None, 163) is not None
-    assert table_of(data, teacher, "auto", [0, 1, 2], 55) is not None
-    assert table_of(data, teacher, "no", None, 500) is None
-    data.pad, data.flip = 0, False  # as of digits: one view an image
-    assert table_of(data, teacher, "auto", None, 2).shape == (10, 10)
-    monkeypatch.setattr(os, "sysconf", lambda name: 39)  # 39^2 bytes; the table has 400
-    assert table_of(data, teacher, "auto", None, 500) is None
-
-
-@pytest.mark.parametrize("flags", ["--method hinton", "--method signal --sigma 0.2"])
-def test_a_run_from_the_table_has_the_losses_of_a_run_with_the_live_teacher(
-    flags, tmp_path, capsys
-):
-    losses = {}
-    for want in ("yes", "no"):
-        folder = run("fickle_teacher", tmp_path, f"{flags} --teacher-table {want} --name {want}")
-        said = capsys.readouterr().out
-        assert ("logits: from a table" in said) == (want == "yes")
-        losses[want] = [row["loss"] for row in rows(folder) if row.get("stage") == "student"]
-    assert losses["yes"] == pytest.approx(losses["no"], rel=1e-4) and len(losses["no"]) == 3
-
-
-# Evaluation and refusals ------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# Evaluation and refusals
 
 
 def test_the_full_evaluation_has_every_measure_of_the_paper(tmp_path):
-    arrays = images.make_shapes(10, 20)
-    np.savez(tmp_path / "other.npz", **arrays)
+    np.savez(tmp_path / "other.npz", **common.make_shapes(10, 20))
     flags = f"--method student --eval full --ood {tmp_path / 'other.npz'} --test-subset 10"
-    folder = run("fickle_teacher", tmp_path, flags)
-    row = rows(folder)[-1]["summary"][0]
-    accuracies = {key for key in row if key.endswith("_acc")}
+    (rows,) = run("fickle_teacher", tmp_path, f"{flags} --epochs 1")
+    accuracies = {key for key in rows[0] if key.endswith("_acc")}
     assert {"clean_acc", "pgd10_acc", "pgd15_acc", "mca_acc", "mean19_acc", "ood_acc"} <= accuracies
-    found = json.loads((folder / "evaluation.json").read_text())["rows"][0]
-    assert sum(found["calibration"]["clean"]["confidence"]) == pytest.approx(1)
+    folder = tmp_path / "fickle_teacher" / "x-s0"
+    record = json.loads((folder / "evaluation.json").read_text())["rows"][0]
+    assert sum(record["calibration"]["clean"]["confidence"]) == pytest.approx(1)
     assert "gaussian_noise" in (folder / "evaluation.txt").read_text()
 
 
-BAD = {
-    "--dropout 1": "--dropout",
-    "--dropout -0.1": "--dropout",
-    "--method swap --swap-threshold -0.1": "--swap-threshold",
-    "--method swap --swap-probability 1.1": "--swap-probability",
-    "--teacher-model resnet18": "dropout goes with",
-    "--method signal --sigma -1": "--sigma",
-    "--method signal --dropout 0.2": "--dropout: --method signal has none",
-    "--method hinton --sigma 0.2": "--sigma: --method hinton has none",
-    "--teacher-table yes": "fickle",
-    "--alpha 1.1": "--alpha",
-    "--temperature 0": "--temperature",
-    "--teacher-ckpt none.pt": "none.pt",
-    "--cinic none": "--cinic",
-    "--corruptions none": "--corruptions",
-    "--teacher-seeds 2 --val-size 0": "--pick-teacher",
-    "--milestones 0": "--milestones",
-}
+BAD_FLAGS = [
+    ("--dropout 1", "--dropout: expected a number of at least 0 and below 1"),
+    ("--dropout -0.1", "--dropout: expected"),
+    ("--method swap --swap-threshold -0.1", "--swap-threshold: expected"),
+    ("--method swap --swap-probability 1.1", "--swap-probability: expected"),
+    ("--teacher-model resnet18", "a ResNet has no dropout"),
+    ("--method signal --sigma -1", "--sigma: expected"),
+    ("--method signal --dropout 0.2", "--dropout: has no effect with --method signal"),
+    ("--method hinton --sigma 0.2", "--sigma: has no effect with --method hinton"),
+    ("--alpha 1.1", "--alpha: expected"),
+    ("--temperature 0", "--temperature: expected a number above 0"),
+    ("--teacher-ckpt none.pt", "none.pt: no such checkpoint"),
+    ("--cinic none", "--cinic: expected a file or a folder"),
+    ("--corruptions none", "--corruptions: expected a file or a folder"),
+    ("--teacher-seeds 2 --val-size 0", "--pick-teacher val: needs held-out images"),
+    ("--method teacher --teacher-seeds 2", "--teacher-seeds: --method teacher trains one"),
+    ("--teacher-ckpt a.pt --teacher-seeds 2", "--teacher-seeds: has no effect"),
+    ("--milestones 0", "--milestones: expected a whole number of at least 1"),
+]
 
 
-@pytest.mark.parametrize("flags", BAD)
-def test_bad_flags_are_one_line_and_write_nothing(flags, tmp_path, refused):
-    argv = ["--data", "shapes", *flags.split(), "--runs", str(tmp_path / "runs"), "--device", "cpu"]
-    assert BAD[flags] in refused(ft.main, argv)
+@pytest.mark.parametrize("flags, message", BAD_FLAGS)
+def test_bad_flags_are_one_line_and_write_nothing(flags, message, tmp_path, refused):
+    argv = [*SMALL.split(), *flags.split(), "--runs", str(tmp_path / "runs")]
+    assert message in refused(fickle_teacher.main, argv)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_teacher_that_does_not_fit_is_refused(tmp_path, refused):
-    common.save_model(tmp_path / "calm.pt", common.build_model("mlp-12"), {})
-    common.save_model(tmp_path / "other.pt", common.build_model("mlp-12", 7, dropout=0.3), {})
-    common.save_model(tmp_path / "good.pt", common.build_model("mlp-12", dropout=0.3), {})
-    flags = [*SMALL.split(), "--runs", str(tmp_path / "runs"), "--dropout", "0.3", "--teacher-ckpt"]
-    assert "dropout 0" in refused(ft.main, [*flags, str(tmp_path / "calm.pt")])
-    assert "7 classes" in refused(ft.main, [*flags, str(tmp_path / "other.pt")])
-    for name in ("soft_randomization", "messy_collab"):
-        argv = [*SMALL.split(), "--runs", str(tmp_path / "runs"), "--teacher-ckpt"]
-        assert "7 classes" in refused(TRIO[name].main, [*argv, str(tmp_path / "other.pt")])
+    common.save_model(tmp_path / "calm.pt", common.build_model("mlp-12"))
+    common.save_model(tmp_path / "other.pt", common.build_model("mlp-12", 7, dropout=0.3))
+    common.save_model(tmp_path / "good.pt", common.build_model("mlp-12", dropout=0.3))
+    argv = [*SMALL.split(), "--runs", str(tmp_path / "runs")]
+    for name, module in SCRIPTS.items():
+        other = [*argv, "--teacher-ckpt", str(tmp_path / "other.pt")]
+        assert "7 classes" in refused(module.main, other), name
+    calm = [*argv, "--dropout", "0.3", "--teacher-ckpt", str(tmp_path / "calm.pt")]
+    assert "--dropout 0.3" in refused(fickle_teacher.main, calm)
     assert not (tmp_path / "runs").exists()
-    ft.main([*flags, str(tmp_path / "good.pt")])
-    (folder,) = tmp_path.glob("runs/fickle_teacher/*")
-    assert same_weights(folder / "teacher.pt", tmp_path / "good.pt")
+    run("fickle_teacher", tmp_path, f"--dropout 0.3 --teacher-ckpt {tmp_path / 'good.pt'}")
+    assert (tmp_path / "fickle_teacher/x-s0/student.pt").exists()
+    assert not (tmp_path / "teachers").exists()
+
+
+def test_a_run_killed_in_its_evaluation_goes_on_from_a_damaged_checkpoint(tmp_path, monkeypatch):
+    """The epoch that is trained again takes other seconds: student.pt has other bytes then."""
+    (expected,) = run("fickle_teacher", tmp_path / "whole", "--method hinton")
+
+    def die(state):
+        save(state)
+        raise KeyboardInterrupt
+
+    save = eval_robustness.State.save
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_robustness.State, "save", die)
+        with pytest.raises(KeyboardInterrupt):
+            run("fickle_teacher", tmp_path / "killed", "--method hinton")
+    folder = tmp_path / "killed" / "fickle_teacher" / "x-s0"
+    assert (folder / "evaluation.json.state" / "state.pt").exists()
+    newest = folder / "student.checkpoint1.pt"  # after 3 epochs
+    newest.write_bytes(newest.read_bytes()[:-100])
+    (found,) = run("fickle_teacher", tmp_path / "killed", "--method hinton")
+    for row, other in zip(expected, found, strict=True):
+        assert row | {"seconds": None} == other | {"seconds": None}
+
+
+def test_a_teacher_that_all_seeds_share_has_no_deviation(tmp_path, capsys):
+    run("fickle_teacher", tmp_path, "--method hinton --seeds 0 1")
+    out = capsys.readouterr().out
+    teacher, student = re.findall(r"^(?:teacher|student \(hinton\)) .*", out, re.M)[-2:]
+    assert "+-" not in teacher and "+-" in student and "teacher.pt" not in teacher

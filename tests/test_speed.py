@@ -1,192 +1,457 @@
-"""What measures speed: all ways do the same, and the page is made of the JSON."""
+"""Speed on CUDA, without CUDA: graphs, torch.compile, bfloat16, and a stand-in for the device."""
 
+import collections
 import contextlib
-import itertools
 import json
-import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+import torch.nn as nn
+from conftest import same_weights
+from emulated import DEVICE, device
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
-import eval_robustness as ev
-from benchmark import autoattack, correct, seeds, train_step
+import eval_robustness
+import fickle_teacher
+import messy_collab
+import robust_kd
+import soft_randomization
+import teacher_free_kd
 
-SMALL = "--ladder --data shapes --model wrn-10-1 --teacher-model mlp-8 --batch-size 32"
-SMALL = f"{SMALL} --rounds 2 --steps 2 --workers 0 --device cpu"
-
-
-@pytest.mark.parametrize("loss", ["st", "ckd", "akd+"])
-def test_the_ladder_of_a_cpu_has_five_rungs_that_agree(loss, capsys):
-    train_step.main(f"{SMALL} --loss {loss}".split())
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
-    assert [line.split(" | ")[0][2:] for line in lines] == list(train_step.RUNGS)[
-        : train_step.ON_CPU
-    ]
-    assert all(re.search(r"\| [\d.]+ \([\d.]+ to [\d.]+\) \|", line) for line in lines)
-
-
-def test_a_rung_that_trains_another_way_is_an_error(monkeypatch, refused):
-    wrong = lambda model, x, labels: 20 * x  # noqa: E731
-    monkeypatch.setattr(train_step, "input_pgd", wrong)
-    error = refused(train_step.main, f"{SMALL} --loss at".split())
-    assert "in the attack the gradient of x alone: first loss" in error
+SMALL = (
+    "--data shapes --train-subset 20 --test-subset 8 --val-size 6 --batch-size 16 --epochs 2 "
+    "--teacher-epochs 1 --name run"
+)
+WRN, MLP = "--model wrn-10-1", "--model mlp-8"
+ROBUST = "--teacher-batch-size 16 --steps 1 --eval-steps 1"
+NOISY = "--eval-steps 1 --restarts 1"
 
 
-def test_operations_are_those_of_the_passes():
-    data = common.load_data("shapes", train_subset=4)
-    flags = "--model mlp-8 --teacher-model mlp-8 --batch-size 4 --loss"
-    forward = 4 * 2 * (3072 * 8 + 8 * 10)
-    for loss, passes in (("st", 3), ("at", 17), ("ckd", 4), ("akd+", 18)):
-        args = train_step.parse_args(f"{flags} {loss}".split())
-        assert train_step.flops(data, args) == passes * forward
+@pytest.fixture
+def no_evaluation(monkeypatch):
+    """Runs end after their training."""
+
+    def evaluate_files(args, files, folder):
+        return [{"model": name} for name in files]
+
+    monkeypatch.setattr(eval_robustness, "evaluate_files", evaluate_files)
+    monkeypatch.setattr(eval_robustness, "evaluate", lambda *args, **options: {})
 
 
-def test_the_page_is_made_of_the_numbers_that_were_kept():
-    records = json.loads((ROOT / "benchmark" / "speed.json").read_text())
-    assert records and (ROOT / "docs" / "SPEED.md").read_text() == train_step.page(records)
+def student(runs, script):
+    return runs / script.__name__ / "run-s0" / "student.pt"
 
 
-class Graphed:
-    """What torch.cuda.make_graphed_callables makes: it writes over its last output and gradient."""
-
-    def __init__(self, function, sample):
-        self.function, (self.x,), self.calls = function, sample, 0
-        self.out, self.grad = function(self.x).detach(), torch.zeros_like(self.x)
-
-    def __call__(self, x):
-        graph = self
-        graph.calls += 1
-
-        class Function(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, x):
-                assert x.shape == graph.x.shape
-                graph.x.data.copy_(x)
-                with torch.enable_grad():
-                    graph.live = graph.function(graph.x)
-                graph.out.copy_(graph.live)
-                return graph.out.detach()
-
-            @staticmethod
-            def backward(ctx, grad):
-                found = torch.autograd.grad(graph.live, graph.x, grad, retain_graph=True)
-                graph.grad.copy_(found[0])
-                return graph.grad.detach()
-
-        return Function.apply(x)
+# ------------------------------------------------------------------------------------------------
+# --graph: a stand-in for the graph, which computes when it is replayed
 
 
-@pytest.mark.parametrize("n", [40, 64])
-def test_what_a_replayed_net_returned_stays_as_it_is(n, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", Graphed)
-    net, found, expected = common.build_model("mlp-8"), [], []
-    replayed = autoattack.Captured(net.requires_grad_(False), 64)
-    for x in torch.rand(3, n, 3, 32, 32):
-        x.requires_grad_()
-        for out, forward in ((found, replayed), (expected, net)):
-            logits = forward(x)
-            out += [logits.detach(), *torch.autograd.grad(logits[:, 0].sum(), x)]
-    torch.testing.assert_close(found, expected)
-    assert len(replayed.graphs) == 1
+class FakeGraphs(common.Graphs):
+    """Graphs whose graph keeps the call and, replayed, writes into the tensors of the capture.
+
+    As in a real capture, what is captured changes no weight, buffer, gradient or generator.
+    """
+
+    shapes = []  # of the inputs of each capture
+
+    def capture(self, inputs):
+        _, inputs, output, gradients = super().capture(inputs)
+
+        def replay():
+            self.model.zero_grad()
+            output.copy_(self.step(*inputs))
+            for gradient, parameter in zip(gradients, self.model.parameters()):
+                gradient.copy_(parameter.grad)
+
+        self.shapes.append([tuple(tensor.shape) for tensor in inputs[:2]])
+        return SimpleNamespace(replay=replay), inputs, output, gradients
 
 
-def test_an_attack_on_the_replayed_net_breaks_the_same_images(monkeypatch):
-    data = common.load_data("shapes", train_subset=200, test_subset=500)
-    model, graphs = autoattack.trained_model(data), []
-    points = data.x_test, data.y_test, ev.clean_logits(model, data.x_test, data.y_test)
+@pytest.fixture
+def graphs(monkeypatch):
+    """--graph as on CUDA, with FakeGraphs; -> the shapes of the inputs of each capture."""
 
-    def make(function, sample):
-        graphs.append(Graphed(function, sample))
-        return graphs[-1]
+    def stream():
+        return SimpleNamespace(wait_stream=lambda other: None)
 
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make)
-    s = ev.Settings(4 / 255, steps=8, queries=60, targets=2, batch_size=400)
-
-    def broken():
-        with common.evaluating(model):
-            return ev.run_attack(
-                model, points, "apgd-ce+apgd-t+fab+square", s, ev.open_store(), ""
-            )["broken"]
-
-    plain, folded = broken(), common.Folded
-    monkeypatch.setattr(common, "Folded", lambda net: autoattack.Captured(folded(net), 400))
-    assert torch.equal(broken(), plain) and 0 < (plain > 0).sum() < (plain >= 0).sum()
-    shapes = {(len(g.x), g.x.requires_grad) for g in graphs}
-    assert {(100, True), (50, True), (50, False)} <= shapes and len(graphs) <= 6
-    assert sum(g.calls for g in graphs) > 100
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", torch.get_rng_state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", torch.set_rng_state)
+    monkeypatch.setattr(common, "speed_up", lambda step, model, args: FakeGraphs(step, model))
+    monkeypatch.setattr(FakeGraphs, "shapes", [])
+    return FakeGraphs.shapes
 
 
-def test_what_is_fast_is_compared_with_what_is_exact(capsys, refused, monkeypatch):
-    flags = "--model wrn-10-1 --batch-size 4 --steps 2 --precision fp32 bf16 --device cpu"
-    monkeypatch.setattr(train_step, "STEPS", 1)
-    correct.main(flags.split())
-    out = capsys.readouterr().out
-    assert len(re.findall(r"^\d x \d+ -> \d+, kernel .* (?:fp32|bf16) ", out, re.M)) == 16
-    assert "reference, other starts" in out and "channels_last" in out
-    assert len(re.findall(r"^pgd(?:7|20) +(?:fp32|bf16) +\d\.\d+$", out, re.M)) == 4
-    real, pgd = correct.convolve, common.pgd
+@pytest.mark.parametrize(
+    "script, flags, nets",
+    [
+        (robust_kd, f"--loss at {ROBUST}", 1),
+        (robust_kd, f"--loss akd+ {ROBUST}", 2),
+        (robust_kd, f"--loss rslad+ {ROBUST}", 2),
+        (fickle_teacher, f"--method fickle --teacher-model wrn-10-1 {NOISY}", 2),
+        (fickle_teacher, f"--method swap --teacher-model wrn-10-1 {NOISY}", 2),
+        (soft_randomization, f"--method soft-randomization --teacher-model wrn-10-1 {NOISY}", 2),
+        (messy_collab, f"--method mc-ts --teacher-model wrn-10-1 {NOISY}", 2),
+        (teacher_free_kd, "--method at-tf-kd-self --steps 1 --eval-attack clean", 2),
+        (teacher_free_kd, "--method self-distillation", 1),
+    ],
+)
+def test_replayed_steps_train_as_plain_ones_and_each_shape_has_its_graph(
+    script, flags, nets, tmp_path, no_evaluation, request
+):
+    flags = f"{SMALL} {WRN} --train-subset 36 --epochs 1 {flags} --runs {tmp_path}/"
+    script.main(f"{flags}plain".split())
+    shapes = request.getfixturevalue("graphs")
+    script.main([*f"{flags}graph".split(), "--graph"])
+    assert shapes == [[(n, 3, 32, 32), (n,)] for n in (16, 4)] * nets
+    assert same_weights(student(tmp_path / "plain", script), student(tmp_path / "graph", script))
 
-    def convolve(x, w, *options):
-        y, gx, gw = real(x, w, *options)
-        return y, gx, gw * (1.02 if x.dtype == torch.float32 else 1)
 
-    monkeypatch.setattr(correct, "convolve", convolve)
-    weak = lambda model, x, *rest: x if torch.is_autocast_enabled("cpu") else pgd(model, x, *rest)  # noqa: E731
-    monkeypatch.setattr(common, "pgd", weak)
-    monkeypatch.setattr(train_step, "first", lambda x: torch.full_like(x, 8 / 255))
-    error = refused(correct.main, flags.split())
-    assert "side 8 in fp32: of w is off by 2.0e-02; " in error and "pgd20 in bf16: loss" in error
-    assert "channels_last: losses differ" in error  # here both references have the same start
+def test_on_a_cpu_the_step_is_the_plain_call_and_flags_without_effect_are_named(
+    tmp_path, capsys, no_evaluation
+):
+    args = SimpleNamespace(graph=True, compile=False)
+    assert common.speed_up(len, nn.Linear(1, 1), args) is len
+    flags = f"{SMALL} {MLP} --loss st {ROBUST} --runs {tmp_path}"
+    for given, said in (
+        ("", []),
+        ("--no-graph", []),
+        ("--graph", ["--graph"]),
+        ("--precision=tf32 --graph", ["--graph", "--precision"]),
+    ):
+        argv = f"{flags} {given} --seeds 0 1 --name run{len(given)}".split()
+        robust_kd.main(argv)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
+        assert [line.split()[0] for line in lines] == said
 
 
-def test_seeds_as_branches_train_as_one_after_another(monkeypatch):
-    class Graph:
-        """Replayed, it writes what a capture has made: losses and gradients."""
+# ------------------------------------------------------------------------------------------------
+# --compile: a backend that runs what it is given, so that no compiler is needed
 
-        def replay(self):
-            for seed, (loss, gradients) in zip(made, kept):
-                seed.model.zero_grad()
-                loss.copy_(compute(seed))
-                for gradient, p in zip(gradients, seed.model.parameters()):
-                    gradient.copy_(p.grad)
+IMAGE = (3, 32, 32)
+CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 
-    compute, made, kept = seeds.Seed.compute, [], []
 
-    def watched(seed):
-        loss = compute(seed)
-        if capturing:
-            made.append(seed)
-            kept.append((loss, [p.grad for p in seed.model.parameters()]))
-        return loss
+@pytest.fixture
+def compiled(monkeypatch):
+    """Batch sizes of the graphs that were made, and the output masks of convolution_backward."""
+    sizes, masks, compile_net = [], [], nn.Module.compile
 
-    @contextlib.contextmanager
-    def graph(_):
-        capturing.append(True)
-        yield
-        capturing.clear()
+    def keep(graph, inputs):
+        sizes.append({v.shape[0] for v in inputs if torch.is_tensor(v) and v.shape[1:] == IMAGE})
+        nodes = graph.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
+        masks.extend(node.args[-1] for node in nodes)
+        return graph
 
-    capturing = []
-    monkeypatch.setattr(seeds.Seed, "compute", watched)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    stream = lambda: SimpleNamespace(wait_stream=lambda other: None)  # noqa: E731
-    for name, fake in (("Stream", stream), ("current_stream", stream)):
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    data = common.load_data("shapes", train_subset=20)
-    args = seeds.parse_args("--seeds 2 --batch-size 8 --loss at --device cpu".split())
-    monkeypatch.setattr(train_step, "STEPS", 1)
-    plain, branches = (
-        [float(loss) for loss in itertools.islice(seeds.training(data, args, way), 4)]
-        for way in (seeds.in_turn, seeds.branches)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+
+    def compile_without_compiler(net, **options):
+        compile_net(net, backend=backend, **options)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_without_compiler)
+    torch._dynamo.reset()
+    config = torch._dynamo.config
+    with config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        yield sizes, masks
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "script, flags, sizes",
+    [
+        (robust_kd, f"--loss akd+ {WRN} {ROBUST} --train-subset 16", {16}),
+        (fickle_teacher, f"--method hinton {MLP} --teacher-model wrn-10-1 {NOISY}", {16, 4}),
+        (teacher_free_kd, f"--method self-distillation {WRN} --train-subset 16", {16}),
+    ],
+)
+def test_compiled_nets_train_alike_and_evaluations_run_as_they_are(
+    script, flags, sizes, tmp_path, compiled, monkeypatch
+):
+    def attacked(model, attack_bn):
+        # folded, the attack takes another sign where a gradient is nearly 0
+        return model.train(attack_bn == "train")
+
+    monkeypatch.setattr(common, "attacked", attacked)
+    flags = f"{SMALL} --epochs 1 {flags} --runs {tmp_path}/"
+    script.main(f"{flags}plain".split())
+    script.main([*f"{flags}compiled".split(), "--compile"])
+    found, _ = compiled
+    assert set().union(*found) == sizes  # of the batches: not the 8 or 6 of the evaluations
+    a = common.load(student(tmp_path / "plain", script))["weights"]
+    b = common.load(student(tmp_path / "compiled", script))["weights"]
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=0)
+
+
+def test_a_compiled_attack_makes_no_gradient_of_weights(compiled):
+    net = common.build_model("wrn-10-1")
+    net.eval().compile()
+    x, labels = torch.rand(4, *IMAGE), torch.arange(4)
+    common.pgd(net, x, labels, 8 / 255, 2 / 255, 2)
+    _, masks = compiled
+    assert masks and all(mask == [True, False, False] for mask in masks)
+    net(x).sum().backward()  # and they have them again
+    assert [True, True, False] in masks and net.fc.weight.grad is not None
+
+
+def compile_nets(number):
+    """Compile so many different nets, and call each in training and in evaluation mode."""
+    for classes in range(2, 2 + number):  # all of them share one code object
+        net = common.build_model("mlp-8", classes, dropout=0.5)
+        common.compile_model(net)
+        for training in (True, False):
+            with torch.no_grad():
+                net.train(training)(torch.rand(4, *IMAGE))
+
+
+def test_more_variants_than_pytorch_compiles_by_default_are_all_compiled(compiled):
+    sizes, _ = compiled
+    compile_nets(6)
+    assert len([size for size in sizes if size]) >= 12
+
+
+def test_one_line_says_that_the_limit_of_compiling_is_hit(compiled, ended, monkeypatch):
+    compile_model = common.compile_model
+
+    def compile_few(net):
+        compile_model(net)
+        torch._dynamo.config.recompile_limit = 2
+
+    monkeypatch.setattr(common, "compile_model", compile_few)
+    status, error = ended(lambda: compile_nets(3))
+    line = error.splitlines()[-1]  # PyTorch warns before it
+    assert status == 2 and line.startswith("error: --compile: ") and "recompile_limit" in line
+    assert line.endswith("goes on without --compile")
+
+
+def test_what_torch_compile_cannot_do_is_one_line(monkeypatch, tmp_path, ended):
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    compile_net = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda net, **_: compile_net(net, backend=backend))
+    flags = f"{SMALL} {WRN} --loss st {ROBUST} --runs {tmp_path} --compile".split()
+    status, error = ended(lambda: robust_kd.main(flags))
+    assert status == 2 and error.startswith("error: --compile") and error.count("\n") == 1
+    assert "no compiler" in error and "goes on without --compile" in error
+
+
+# ------------------------------------------------------------------------------------------------
+# A device that is not the CPU: no operation mixes the two, and nothing waits within a step
+
+
+@pytest.fixture
+def trained_on(monkeypatch, tmp_path, no_evaluation):
+    """trained_on(script, flags) -> (the Device, [images of each step], what waited in a step)."""
+
+    def run(script, flags):
+        sizes, within = [], []
+
+        def watched(step, model, args):
+            def watched_step(*tensors):
+                before = len(gpu.waits)
+                out = step(*tensors)
+                within.extend(gpu.waits[before:])
+                sizes.append(len(tensors[0]))
+                return out
+
+            return watched_step
+
+        monkeypatch.setattr(common, "speed_up", watched)
+        with device(monkeypatch) as gpu:
+            script.main(f"{SMALL} {flags} --runs {tmp_path}".split())
+        return gpu, sizes, within
+
+    return run
+
+
+AKD = f"--loss akd+ {WRN} {ROBUST} --teachers 2 --augment cutout --trajectories"
+RSLAD = f"--loss rslad+ {WRN} {ROBUST} --teacher-training trades --ema 0.9 --augment cutmix"
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (robust_kd, AKD),
+        (robust_kd, RSLAD),
+        (fickle_teacher, f"--method fickle {WRN}"),
+        (fickle_teacher, f"--method swap {MLP}"),
+        (fickle_teacher, f"--method signal {MLP}"),
+        (soft_randomization, f"--method soft-randomization {MLP}"),
+        (messy_collab, f"--method mc-ts {WRN}"),
+        (teacher_free_kd, f"--method at-tf-kd-self {WRN} --steps 1"),
+        (teacher_free_kd, f"--method tf-kd-reg {MLP}"),
+    ],
+)
+def test_a_step_waits_for_nothing_and_an_epoch_for_its_numbers(script, flags, trained_on):
+    gpu, sizes, within = trained_on(script, flags)
+    epochs = len(sizes) // 2
+    assert sizes == [16, 4] * epochs and epochs >= 2 and not within
+    waits = collections.Counter(gpu.waits)
+    assert waits.pop("common.epoch_row") == 2 * epochs  # the metrics; whether all is finite
+    assert waits.pop("common.batches") == epochs  # the draws of the epoch go there in one copy
+    between = {"common.load_data", "common.new_model", "common.load_model"}
+    assert set(waits) <= between | {"common.accuracy", "robust_kd.record"}
+
+
+def test_a_step_that_waits_is_found(trained_on, monkeypatch):
+    st_loss = robust_kd.st_loss
+
+    def waiting_loss(student_logits, labels):
+        loss = st_loss(student_logits, labels)
+        return loss if loss.item() > 0 else 0 * loss
+
+    monkeypatch.setattr(robust_kd, "st_loss", waiting_loss)
+    _, sizes, within = trained_on(robust_kd, f"--loss st {WRN} {ROBUST}")
+    assert len(within) == len(sizes) == 4
+
+
+def test_tensors_on_two_devices_are_an_error(trained_on, monkeypatch):
+    def loss_on_the_host(student_logits, labels):
+        return (student_logits * torch.arange(10.0)).mean()
+
+    monkeypatch.setattr(robust_kd, "st_loss", loss_on_the_host)
+    with pytest.raises(Exception, match=r"lazy:0.* cpu"):
+        trained_on(robust_kd, f"--loss st {WRN} {ROBUST}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Precision
+
+
+def in_tf32():
+    """(convolutions in TF32, matrix products in TF32), as PyTorch's switches have it."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    return cudnn.conv.fp32_precision == "tf32", matmul.fp32_precision == "tf32"
+
+
+@pytest.fixture
+def precisions(monkeypatch):
+    """{whether the net was in training mode: in_tf32() in its forward passes}, as sets."""
+    found, forward = {True: set(), False: set()}, common.ConvNet.forward
+
+    def watched_forward(net, x):
+        found[net.training].add(in_tf32())
+        return forward(net, x)
+
+    monkeypatch.setattr(common.ConvNet, "forward", watched_forward)
+    torch.backends.cudnn.allow_tf32 = True  # PyTorch's defaults
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield found
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
+def test_a_precision_of_training_is_what_its_name_says(precision, precisions, tmp_path):
+    flags = f"{SMALL} {WRN} --epochs 1 --loss st {ROBUST} --precision {precision}"
+    robust_kd.main([*flags.split(), "--runs", str(tmp_path)])
+    allowed = precision == "tf32"
+    assert precisions == {True: {(allowed, allowed)}, False: {(False, False)}}
+    # torch.compile reads the old switches and refuses those that contradict the new ones
+    assert torch.backends.cudnn.allow_tf32 is allowed
+    assert torch.backends.cuda.matmul.allow_tf32 is allowed
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (robust_kd, f"--loss rslad+ {WRN} {ROBUST} --augment cutmix"),
+        (robust_kd, f"--loss trades {WRN} {ROBUST}"),
+        (messy_collab, f"--method mc-ts {WRN} --teacher-model mlp-8"),
+        (teacher_free_kd, f"--method self-distillation {WRN}"),
+    ],
+)
+def test_training_in_bfloat16_has_the_losses_of_float32(
+    script, flags, tmp_path, monkeypatch, no_evaluation
+):
+    losses, autocast = [], torch.autocast
+    for bf16 in (False, True):
+
+        def autocast_as_on_cuda(*_, bf16=bf16, **options):
+            return autocast("cpu", torch.bfloat16, bf16, cache_enabled=False)
+
+        monkeypatch.setattr(torch, "autocast", autocast_as_on_cuda)
+        script.main(f"{SMALL} {flags} --runs {tmp_path}/{bf16}".split())
+        log = student(tmp_path / f"{bf16}", script).with_name("log.jsonl")
+        losses.append([json.loads(line)["loss"] for line in log.read_text().splitlines()])
+    assert losses[0] == pytest.approx(losses[1], rel=0.03) and losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("name", ["wrn-10-1", "preact-resnet18", "resnet18"])
+def test_the_attack_on_a_folded_net_stays_in_bfloat16_under_autocast(name):
+    # float32 scales make float32 of bfloat16 activations, on a CPU by type promotion, on CUDA by
+    # autocast's list of operations that promote
+    model, types = common.build_model(name, width=1 / 16 if "resnet" in name else 1), []
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), torch.no_grad():
+        attacked = common.attacked(model, "eval")
+        for module in attacked.modules():
+            if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.ReLU | nn.Identity):
+                module.register_forward_hook(lambda m, given, out: types.append(out.dtype))
+        attacked(torch.rand(2, 3, 32, 32))
+    assert len(types) > 10 and set(types) == {torch.bfloat16}
+
+
+def test_a_folded_norm_stays_in_bfloat16_under_the_autocast_of_cuda():
+    folded = common.Folded(nn.Sequential(nn.BatchNorm2d(4)).eval())
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        norm = folded.net[0]
+        norm.scale = torch.ones(4, 1, 1, device="cuda")
+        norm.shift = torch.ones(4, 1, 1, device="cuda")
+        x = torch.ones(2, 4, 8, 8, device="cuda", dtype=torch.bfloat16)
+        torch.set_autocast_enabled("cuda", True)  # torch.autocast asks for a GPU
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            assert norm(x.float()).dtype == torch.float32
+            assert norm(x).dtype == torch.bfloat16
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.set_autocast_dtype("cuda", torch.float16)  # PyTorch's default
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluations on the device
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("attack", eval_robustness.ATTACKS)
+def test_an_attack_waits_only_to_drop_what_is_broken(attack, norm, monkeypatch):
+    settings = eval_robustness.Settings(norm=norm, steps=4, queries=4, targets=2)
+    model = common.build_model("mlp-8")
+    with device(monkeypatch) as gpu, torch.no_grad():
+        model.to(DEVICE).eval()
+        x = torch.rand(3, 3, 32, 32, device=DEVICE)
+        labels = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+        index = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+        batch = eval_robustness.Batch(x, labels, model(x), index, settings, attack)
+        gpu.waits.clear()
+        x_adv = eval_robustness.ATTACKS[attack](model, batch)
+        assert x_adv.shape == x.shape and x_adv.device == DEVICE
+    waits = collections.Counter(gpu.waits)
+    assert waits.pop("eval_robustness.drop_done") == 3  # after 1, 2 and 4
+    # once for the signs of Square, and once for each of its shapes in L2
+    assert set(waits) <= {"eval_robustness.bump", "eval_robustness.square"}
+    assert waits["eval_robustness.square"] <= 1 and waits["eval_robustness.bump"] <= 4
+
+
+@pytest.mark.parametrize("name", ["pgd2", "aa"])
+def test_an_evaluation_runs_on_the_device(name, monkeypatch):
+    data = common.load_data("shapes", test_subset=8)
+    monkeypatch.setattr(eval_robustness, "is_probabilities", lambda logits: False)
+    monkeypatch.setattr(
+        eval_robustness, "clean_logits", lambda model, x, *rest: model(common.to_float(x))
     )
-    assert plain == branches and len(made) == 2
-
-
-def test_the_program_that_times_seeds_runs(capsys):
-    flags = "--model mlp-8 --seeds 2 --batch-size 8 --rounds 2 --steps 1 --device cpu"
-    seeds.main(flags.split())
-    assert "both are the same" in capsys.readouterr().out
+    with device(monkeypatch):
+        model = common.build_model("mlp-8").to(DEVICE)
+        x, labels = data.x_test.to(DEVICE), data.y_test.to(DEVICE)
+        settings = eval_robustness.Settings(steps=3)
+        attacks = ["clean", name, "calibration"]
+        row = eval_robustness.evaluate_model(model, x, labels, attacks, settings)
+    assert row["clean_acc"] == 1

@@ -1,7 +1,7 @@
-"""The losses against loops over their equations, the exits, the omitted digit, the heat map."""
+"""teacher_free_kd.py: its losses, exits, omitted digit, gradients, defaults and its loop."""
 
 import dataclasses
-import functools
+import json
 import math
 
 import numpy as np
@@ -9,128 +9,167 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import same_weights
 
 import common
-import images
+import eval_robustness
 import teacher_free_kd as tf
-from benchmark import gradients
 
-SHAPES = functools.cache(images.make_shapes)  # drawn once, not for each run
-B, K = 5, 4
+TINY = (
+    "--data shapes --train-subset 40 --test-subset 20 --val-size 20 --batch-size 16 --epochs 2 "
+    "--steps 2 --eval-attack clean pgd2 --device cpu"
+)
+
+
+def parse(flags):
+    return tf.parse_args([*TINY.split(), *flags.split()])
+
+
+def run(runs, flags):
+    """Train in the folder `runs`; -> the rows of the summary by their name."""
+    (rows,) = tf.main([*TINY.split(), *flags.split(), "--runs", str(runs)])
+    return {row["model"]: row for row in rows}
+
+
+def file_of(runs, name="student.pt"):
+    (path,) = runs.glob(f"teacher_free_kd/*/{name}")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses: against the equations written with nothing but floats
+
+BATCH, CLASSES = 5, 4
 LABELS = torch.tensor([0, 3, 1, 1, 2])
 
 
-@pytest.fixture(autouse=True)
-def shapes_once(monkeypatch):
-    monkeypatch.setattr(images, "make_shapes", SHAPES)
+def random_logits(seed, width=CLASSES):
+    return 2 * torch.randn(BATCH, width, generator=torch.Generator().manual_seed(seed))
 
 
-def logits(seed, classes=K):
-    return torch.randn(B, classes, generator=torch.Generator().manual_seed(seed)) * 2
-
-
-S, T = logits(1), logits(3)
-
-
-# The equations with nothing but floats ----------------------------------------------------------
+STUDENT, TEACHER = random_logits(1), random_logits(3)
 
 
 def softmax(row, temperature=1.0):
-    e = [math.exp(value / temperature) for value in row]
-    return [value / sum(e) for value in e]
+    exponentials = [math.exp(value / temperature) for value in row]
+    return [value / sum(exponentials) for value in exponentials]
 
 
-def ce(targets, row, temperature=1.0):
-    return -sum(q * math.log(p) for q, p in zip(targets, softmax(row, temperature)) if q)
+def cross_entropy(targets, row, temperature=1.0):
+    probs = softmax(row, temperature)
+    return -sum(q * math.log(p) for q, p in zip(targets, probs) if q)
 
 
-def kl(targets, row, temperature=1.0):
-    return ce(targets, row, temperature) + sum(q * math.log(q) for q in targets if q)
+def divergence(targets, row, temperature=1.0):
+    entropy = -sum(q * math.log(q) for q in targets if q)
+    return cross_entropy(targets, row, temperature) - entropy
 
 
-def mean(by_image):
-    """The mean of by_image(s, t, y, one_hot) over the batch."""
-    rows = zip(S.tolist(), T.tolist(), LABELS.tolist())
-    return sum(by_image(s, t, y, [float(k == y) for k in range(K)]) for s, t, y in rows) / B
+def one_hot(label):
+    return [float(k == label) for k in range(CLASSES)]
 
 
-def virtual(y, delta):
-    return [delta if k == y else (1 - delta) / (K - 1) for k in range(K)]
+def virtual(label, delta):
+    other = (1 - delta) / (CLASSES - 1)
+    return [delta if k == label else other for k in range(CLASSES)]
+
+
+def mean_over_batch(of_image):
+    """The mean of of_image(student logits, teacher logits, label), lists of floats."""
+    images = zip(STUDENT.tolist(), TEACHER.tolist(), LABELS.tolist())
+    return sum(of_image(s, t, label) for s, t, label in images) / BATCH
 
 
 def test_plain_and_smoothed_losses_are_their_equations():
-    plain = mean(lambda s, t, y, q: ce(q, s))
-    assert tf.plain_loss(S, LABELS).item() == pytest.approx(plain, rel=1e-5)
-    smooth = mean(lambda s, t, y, q: ce([0.8 * k + 0.2 / K for k in q], s))
-    assert tf.smoothing_loss(S, LABELS, 0.2).item() == pytest.approx(smooth, rel=1e-5)
+    plain = mean_over_batch(lambda s, t, label: cross_entropy(one_hot(label), s))
+    assert tf.plain_loss(STUDENT, LABELS).item() == pytest.approx(plain, rel=1e-5)
+
+    def smoothed(s, t, label):
+        return cross_entropy([0.8 * p + 0.2 / CLASSES for p in one_hot(label)], s)
+
+    loss = tf.smoothing_loss(STUDENT, LABELS, 0.2).item()
+    assert loss == pytest.approx(mean_over_batch(smoothed), rel=1e-5)
 
 
-@pytest.mark.parametrize("tau2, tau", [(True, 1.0), (True, 5.0), (False, 5.0)])
-def test_kd_is_equations_2_3_and_6(tau2, tau):
-    def by_image(s, t, y, q):
-        return 0.7 * ce(q, s) + 0.3 * (tau**2 if tau2 else 1) * kl(softmax(t, tau), s, tau)
+@pytest.mark.parametrize("tau2, temperature", [(True, 1.0), (True, 5.0), (False, 5.0)])
+def test_kd_is_equations_2_3_and_6(tau2, temperature):
+    factor = temperature**2 if tau2 else 1
 
-    found = tf.kd_loss(S, T, LABELS, 0.3, tau, tau2, "batchmean").item()
-    assert found == pytest.approx(mean(by_image), rel=1e-5)
-    over_classes = tf.kd_loss(S, T, LABELS, 1.0, tau, tau2, "mean").item()
-    assert over_classes * K == pytest.approx(
-        tf.kd_loss(S, T, LABELS, 1.0, tau, tau2, "batchmean").item()
-    )
+    def of_image(s, t, label):
+        distilled = factor * divergence(softmax(t, temperature), s, temperature)
+        return 0.7 * cross_entropy(one_hot(label), s) + 0.3 * distilled
+
+    loss = tf.kd_loss(STUDENT, TEACHER, LABELS, 0.3, temperature, tau2, "batchmean").item()
+    assert loss == pytest.approx(mean_over_batch(of_image), rel=1e-5)
+    over_classes = tf.kd_loss(STUDENT, TEACHER, LABELS, 1.0, temperature, tau2, "mean")
+    over_images = tf.kd_loss(STUDENT, TEACHER, LABELS, 1.0, temperature, tau2, "batchmean")
+    assert over_classes.item() * CLASSES == pytest.approx(over_images.item())
 
 
 @pytest.mark.parametrize("tau2", [True, False])
-@pytest.mark.parametrize("form", tf.REG_FORMS)
+@pytest.mark.parametrize("form", ["repo", "paper", "plain"])
 def test_reg_is_equation_4_in_each_form(form, tau2):
-    tau, delta = 3.0, 0.9
+    temperature, delta = 3.0, 0.9
 
-    def by_image(s, t, y, q):
-        probs = virtual(y, delta)
+    def of_image(s, t, label):
+        probs = virtual(label, delta)
         if form == "repo":  # the student is not softened
-            distilled = kl(softmax(probs, tau), s)
+            distilled = divergence(softmax(probs, temperature), s)
         elif form == "paper":
-            distilled = kl(softmax([math.log(p) for p in probs], tau), s, tau)
-            distilled *= tau**2 if tau2 else 1
+            targets = softmax([math.log(p) for p in probs], temperature)
+            distilled = divergence(targets, s, temperature)
+            distilled *= temperature**2 if tau2 else 1
         else:
-            distilled = kl(probs, s)
-        return 0.6 * ce(q, s) + 0.4 * distilled
+            distilled = divergence(probs, s)
+        return 0.6 * cross_entropy(one_hot(label), s) + 0.4 * distilled
 
-    found = tf.reg_loss(S, LABELS, 0.4, tau, delta, form, tau2, "batchmean").item()
-    assert found == pytest.approx(mean(by_image), rel=1e-5)
+    loss = tf.reg_loss(STUDENT, LABELS, 0.4, temperature, delta, form, tau2, "batchmean").item()
+    assert loss == pytest.approx(mean_over_batch(of_image), rel=1e-5)
 
 
 def test_at_kd_is_the_cross_entropy_with_mixed_targets():
-    def by_image(s, t, y, q):
-        mixed = [0.6 * p + 0.4 * hard for p, hard in zip(softmax(t, 2.0), q)]
-        return 4 * ce(mixed, s, 2.0)
+    def of_image(s, t, label):
+        mixed = [0.6 * p + 0.4 * q for p, q in zip(softmax(t, 2.0), one_hot(label))]
+        return 4 * cross_entropy(mixed, s, 2.0)
 
-    assert tf.at_kd_loss(S, T, LABELS, 0.6, 2.0).item() == pytest.approx(mean(by_image), rel=1e-5)
+    loss = tf.at_kd_loss(STUDENT, TEACHER, LABELS, 0.6, 2.0).item()
+    assert loss == pytest.approx(mean_over_batch(of_image), rel=1e-5)
 
 
 @pytest.mark.parametrize("tau2", [True, False])
 def test_self_distillation_is_the_sum_over_its_exits(tau2):
-    exits, features = [logits(7), S, T], [logits(8, 6), logits(9, 6), logits(10, 6)]
+    exits = [random_logits(7), STUDENT, TEACHER]
+    features = [random_logits(8, 6), random_logits(9, 6), random_logits(10, 6)]
     total = 0.0
-    for i, y in enumerate(LABELS.tolist()):
-        q, last = [float(k == y) for k in range(K)], T[i].tolist()
-        total += ce(q, last)
-        for logit, feature in list(zip(exits, features))[:-1]:
-            soft = kl(softmax(last, 3.0), logit[i].tolist(), 3.0) * (9 if tau2 else 1)
-            distance = math.dist(feature[i].tolist(), features[-1][i].tolist())
-            total += 0.7 * ce(q, logit[i].tolist()) + 0.3 * soft + 0.05 * distance
-    found = tf.self_distillation_loss(exits, features, LABELS, 0.3, 0.05, 3.0, tau2, "batchmean")
-    assert found.item() == pytest.approx(total / B, rel=1e-5)
+    for image, label in enumerate(LABELS.tolist()):
+        last = exits[2][image].tolist()
+        total += cross_entropy(one_hot(label), last)
+        for early in (0, 1):
+            s = exits[early][image].tolist()
+            soft = divergence(softmax(last, 3.0), s, 3.0) * (9 if tau2 else 1)
+            distance = math.dist(features[early][image].tolist(), features[2][image].tolist())
+            total += 0.7 * cross_entropy(one_hot(label), s) + 0.3 * soft + 0.05 * distance
+    loss = tf.self_distillation_loss(exits, features, LABELS, 0.3, 0.05, 3.0, tau2, "batchmean")
+    assert loss.item() == pytest.approx(total / BATCH, rel=1e-5)
 
 
-# The limits that tie them together --------------------------------------------------------------
+def test_a_virtual_teacher_is_a_distribution_with_delta_on_the_label():
+    probs = tf.virtual_teacher(LABELS, CLASSES, 0.9)
+    torch.testing.assert_close(probs.sum(1), torch.ones(BATCH))
+    torch.testing.assert_close(probs[torch.arange(BATCH), LABELS], torch.full((BATCH,), 0.9))
+
+
+# The limits that tie the losses together
 
 
 def gradient(loss):
-    s = S.clone().requires_grad_()
-    return torch.autograd.grad(loss(s), s)[0]
+    """The gradient of loss(student logits)."""
+    student_logits = STUDENT.clone().requires_grad_()
+    return torch.autograd.grad(loss(student_logits), student_logits)[0]
 
 
-def assert_same_gradient(a, b):
-    torch.testing.assert_close(gradient(a), gradient(b))
+def assert_same_gradient(first, second):
+    torch.testing.assert_close(gradient(first), gradient(second))
 
 
 def plain(s):
@@ -139,39 +178,41 @@ def plain(s):
 
 def test_alpha_zero_is_cross_entropy():
     for loss in (
-        lambda s: tf.kd_loss(s, T, LABELS, 0.0, 6.0, True, "batchmean"),  # tf-kd-self
+        lambda s: tf.kd_loss(s, TEACHER, LABELS, 0.0, 6.0, True, "batchmean"),
         lambda s: tf.reg_loss(s, LABELS, 0.0, 20.0, 0.99, "repo", True, "batchmean"),
-        lambda s: tf.at_kd_loss(s, T, LABELS, 0.0, 1.0),
+        lambda s: tf.at_kd_loss(s, TEACHER, LABELS, 0.0, 1.0),
     ):
-        assert loss(S).item() == pytest.approx(plain(S).item())
+        assert loss(STUDENT).item() == pytest.approx(plain(STUDENT).item())
         assert_same_gradient(loss, plain)
 
 
-@pytest.mark.parametrize("form", tf.REG_FORMS)
+@pytest.mark.parametrize("form", ["repo", "paper", "plain"])
 def test_tf_kd_reg_with_delta_one_is_cross_entropy_plus_a_known_term(form):
-    tau, alpha = 2.0, 0.4
-    label = math.exp(1 / tau) / (math.exp(1 / tau) + K - 1) if form == "repo" else 1.0
-    target = torch.full((B, K), (1 - label) / (K - 1))
-    target[torch.arange(B), LABELS] = label
-    t = tau if form == "paper" else 1.0
+    temperature, alpha = 2.0, 0.4
+    label_prob = 1.0
+    if form == "repo":
+        label_prob = math.exp(1 / temperature) / (math.exp(1 / temperature) + CLASSES - 1)
+    targets = torch.full((BATCH, CLASSES), (1 - label_prob) / (CLASSES - 1))
+    targets[torch.arange(BATCH), LABELS] = label_prob
+    softened = temperature if form == "paper" else 1.0
 
     def expected(s):
-        entropy = -(target * target.clamp_min(1e-30).log()).sum(1).mean()
-        known = t**2 * (F.cross_entropy(s / t, target) - entropy)
-        return (1 - alpha) * plain(s) + alpha * known
+        entropy = -(targets * targets.clamp_min(1e-30).log()).sum(1).mean()
+        known_term = softened**2 * (F.cross_entropy(s / softened, targets) - entropy)
+        return (1 - alpha) * plain(s) + alpha * known_term
 
     def loss(s):
-        return tf.reg_loss(s, LABELS, alpha, tau, 1.0, form, True, "batchmean")
+        return tf.reg_loss(s, LABELS, alpha, temperature, 1.0, form, True, "batchmean")
 
-    assert loss(S).item() == pytest.approx(expected(S).item(), rel=1e-5)
+    assert loss(STUDENT).item() == pytest.approx(expected(STUDENT).item(), rel=1e-5)
     assert_same_gradient(loss, expected)
-    if form == "plain":  # there the term is the cross-entropy itself
-        assert loss(S).item() == pytest.approx(plain(S).item())
+    if form == "plain":  # the known term is the cross-entropy itself
+        assert loss(STUDENT).item() == pytest.approx(plain(STUDENT).item())
 
 
 def test_tf_kd_reg_in_its_plain_form_is_label_smoothing():
     alpha, delta = 0.3, 0.8
-    smoothing = alpha * (1 - delta) * K / (K - 1)
+    smoothing = alpha * (1 - delta) * CLASSES / (CLASSES - 1)
     assert_same_gradient(
         lambda s: tf.reg_loss(s, LABELS, alpha, 9.0, delta, "plain", True, "batchmean"),
         lambda s: tf.smoothing_loss(s, LABELS, smoothing),
@@ -179,185 +220,592 @@ def test_tf_kd_reg_in_its_plain_form_is_label_smoothing():
 
 
 def test_the_repo_form_forgets_delta_and_is_nearly_label_smoothing():
-    targets, temperature = tf.REG_FORMS["repo"](tf.virtual_teacher(LABELS % 3, 10, 0.99), 20.0)
+    targets, temperature = tf.soften(tf.virtual_teacher(LABELS % 3, 10, 0.99), 20.0, "repo")
     assert temperature == 1.0
     assert targets.max().item() == pytest.approx(0.1045, abs=1e-4)
     assert targets.min().item() == pytest.approx(0.0995, abs=1e-4)
-    other, _ = tf.REG_FORMS["repo"](tf.virtual_teacher(LABELS % 3, 10, 0.5), 20.0)
-    assert (targets - other).abs().max() < 3e-3
-    found = gradient(lambda s: tf.reg_loss(s, LABELS, 0.1, 20.0, 0.99, "repo", True, "batchmean"))
-    smooth = gradient(lambda s: tf.smoothing_loss(s, LABELS, 0.1))
-    assert (found - smooth).abs().max() < 0.02 * smooth.abs().max()
-
-
-def test_a_virtual_teacher_is_a_distribution_with_delta_on_the_label():
-    probs = tf.virtual_teacher(LABELS, K, 0.9)
-    torch.testing.assert_close(probs.sum(1), torch.ones(B))
-    torch.testing.assert_close(probs[torch.arange(B), LABELS], torch.full((B,), 0.9))
+    of_half, _ = tf.soften(tf.virtual_teacher(LABELS % 3, 10, 0.5), 20.0, "repo")
+    assert (targets - of_half).abs().max() < 3e-3
+    repo = gradient(lambda s: tf.reg_loss(s, LABELS, 0.1, 20.0, 0.99, "repo", True, "batchmean"))
+    smoothed = gradient(lambda s: tf.smoothing_loss(s, LABELS, 0.1))
+    assert (repo - smoothed).abs().max() < 0.02 * smoothed.abs().max()
 
 
 def test_the_kl_goes_from_the_teacher_to_the_student_and_is_zero_when_they_agree():
     def distilled(s, t):
         return tf.kd_loss(s, t, LABELS, 1.0, 2.0, True, "batchmean").item()
 
-    assert distilled(T, T) == pytest.approx(0, abs=1e-6)
-    assert distilled(S, T) != pytest.approx(distilled(T, S), rel=1e-2)
+    assert distilled(TEACHER, TEACHER) == pytest.approx(0, abs=1e-6)
+    assert distilled(STUDENT, TEACHER) != pytest.approx(distilled(TEACHER, STUDENT), rel=1e-2)
 
 
 def test_tau2_keeps_the_scale_of_the_gradient():
-    small_s, small_t = S / 10, T / 10
-
-    def norm(tau):
-        s = small_s.clone().requires_grad_()
-        loss = tf.kd_loss(s, small_t, LABELS, 1.0, tau, True, "batchmean")
+    def norm(temperature):
+        s = (STUDENT / 10).requires_grad_()
+        loss = tf.kd_loss(s, TEACHER / 10, LABELS, 1.0, temperature, True, "batchmean")
         return torch.autograd.grad(loss, s)[0].norm().item()
 
     assert 0.5 < norm(20.0) / norm(1.0) < 2
 
 
 def test_no_gradient_reaches_a_teacher_nor_the_last_exit_by_the_others():
-    t, s = T.clone().requires_grad_(), S.clone().requires_grad_()
+    t, s = TEACHER.clone().requires_grad_(), STUDENT.clone().requires_grad_()
     tf.kd_loss(s, t, LABELS, 0.5, 2.0, True, "batchmean").backward()
     tf.at_kd_loss(s, t, LABELS, 0.5, 2.0).backward()
     assert t.grad is None
-    exits = [logits(7).requires_grad_(), T.clone().requires_grad_()]
-    features = [logits(8).requires_grad_(), logits(9).requires_grad_()]
+    exits = [random_logits(7).requires_grad_(), TEACHER.clone().requires_grad_()]
+    features = [random_logits(8).requires_grad_(), random_logits(9).requires_grad_()]
     tf.self_distillation_loss(exits, features, LABELS, 0.5, 1.0, 3.0, True, "batchmean").backward()
-    assert_last = torch.autograd.grad(tf.plain_loss(exits[-1], LABELS), exits[-1])[0]
-    torch.testing.assert_close(exits[-1].grad, assert_last)  # that of the labels alone
-    assert features[-1].grad is None and features[0].grad.abs().max() > 0
+    by_labels_alone = torch.autograd.grad(tf.plain_loss(exits[1], LABELS), exits[1])[0]
+    torch.testing.assert_close(exits[1].grad, by_labels_alone)
+    assert features[1].grad is None and features[0].grad.abs().max() > 0
 
 
-# Exits, digits, gradients -----------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# Exits and costs
 
 
 @pytest.mark.parametrize(
     "name, width", [("resnet18", 1 / 32), ("resnet50", 1 / 32), ("wrn-10-1", 1)]
 )
 def test_exits_have_the_right_shapes_and_growing_costs(name, width):
-    net = common.build_model(name, 10, width).eval()
+    net = common.build_model(name, 10, width)
     exits = tf.Exits(net).eval()
     x = torch.rand(3, 3, 32, 32)
-    found, features = exits(net, x)
+    logits, features = exits(x)
     number = 3 if name.startswith("wrn") else 4
-    assert [tuple(each.shape) for each in found] == [(3, 10)] * number
+    assert [tuple(each.shape) for each in logits] == [(3, 10)] * number
     assert {tuple(each.shape) for each in features} == {(3, net.fc.in_features)}
-    torch.testing.assert_close(found[-1], net(x))  # the last exit is the net itself
-    for i, each in enumerate(found):
-        (alone,), (feature,) = exits(net, x, only=i)
-        torch.testing.assert_close(alone, each)
-        torch.testing.assert_close(feature, features[i])
+    torch.testing.assert_close(logits[-1], net(x))  # the last exit is the net itself
     data = common.load_data("shapes", test_subset=1)
-    costs = [common.macs(lambda x, i=i: exits(net, x, i), data) for i in range(number)]
-    assert costs == sorted(costs) and costs[-1] == common.macs(net, data)
-    assert common.macs(lambda x: exits(net, x), data) > costs[-1]
+    costs = []
+    for i in range(number):
+        one = tf.OneExit(exits, i)
+        torch.testing.assert_close(one(x), logits[i])
+        costs.append(tf.macs(one, data))
+    assert costs == sorted(costs) and costs[-1] == tf.macs(net, data) < tf.macs(exits, data)
 
 
-def by_hand_cost(net, size=32):
-    """Multiply-adds of a 3x3-stem ResNet from the shapes of its weights and of its feature maps."""
-    found, hooks = [], []
-    for m in net.modules():
-        if isinstance(m, (nn.Conv2d, nn.Linear)):
-            hook = m.register_forward_hook(
-                lambda m, x, y: found.append(
-                    m.weight.numel() * (y[0, 0].numel() if y.dim() == 4 else 1)
-                )
-            )
-            hooks.append(hook)
+def macs_by_hand(net, size=32):
+    """Multiply-adds of a net from the shapes of its weights and of its feature maps."""
+    costs = []
+
+    def count(layer, x, out):
+        positions = out[0, 0].numel() if out.dim() == 4 else 1
+        costs.append(layer.weight.numel() * positions)
+
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
     net(torch.zeros(1, 3, size, size))
-    for hook in hooks:
-        hook.remove()
-    return sum(found)
+    return sum(costs)
 
 
 def test_costs_are_multiply_adds_counted_by_hand_and_table_1s():
     data = common.load_data("shapes", test_subset=1)
-    net = common.build_model("resnet18", 10, 1 / 8)
-    assert common.macs(net, data) == by_hand_cost(net)
+    net = common.build_model("resnet18", 10, 1 / 8).eval()
+    assert tf.macs(net, data) == macs_by_hand(net)
     digits = dataclasses.replace(data, x_test=torch.zeros(1, 28, 28, 1, dtype=torch.uint8))
+    args = tf.parse_args(["--method", "vanilla"])
     for name, weights, parameters in (
         ("mlp-1200-1200", 2_392_800, 2_395_210),  # paper: 940800 + 1440000 + 12000
         ("mlp-400", 317_600, 318_010),  # paper: 313600 + 4000
     ):
         mlp = common.build_model(name, 10, channels=1, size=28).eval()
-        args = tf.parse_args(["--method", "vanilla"])
-        row = tf.evaluated(name, mlp, {}, digits, args)
+        row = tf.evaluate(name, mlp, {}, digits, args)
         assert (row["weights"], row["parameters"], row["macs"]) == (weights, parameters, weights)
 
 
-def test_ensembles_are_of_all_exits():
-    torch.manual_seed(1)
+def test_ensembles_are_of_all_exits_and_every_exit_is_evaluated_in_strict_float32(monkeypatch):
     net = common.build_model("wrn-10-1").eval()
     exits = tf.Exits(net).eval()
+    precisions, head = set(), tf.Exits.head
+
+    def spied(self, i, h):
+        precisions.add((torch.backends.cudnn.conv.fp32_precision, self.training))
+        return head(self, i, h)
+
+    monkeypatch.setattr(tf.Exits, "head", spied)
+    monkeypatch.setattr(tf, "macs", lambda *args: 0)  # it counts, whatever the precision
     data = common.load_data("shapes", test_subset=40)
-    found = {row["model"]: row["clean_acc"] for row in tf.exit_rows(net, exits.state_dict(), data)}
+    common.set_precision("tf32")
+    try:
+        rows = tf.exit_rows(net, exits.early_heads.state_dict(), data)
+    finally:
+        common.set_precision("bf16")
+    assert precisions == {("ieee", False)}
+    accuracies = {row["model"]: row["clean_acc"] for row in rows}
     with torch.no_grad():
-        every = torch.stack(exits(net, common.to_float(data.x_test))[0])
-    for name, averaged in (
-        ("ensemble: mean of probabilities", every.softmax(2).mean(0)),
-        ("ensemble: mean of logits", every.mean(0)),
-        ("exit 1", every[0]),
+        logits = torch.stack(exits(common.to_float(data.x_test))[0])  # (exits, N, K)
+    for name, expected in (
+        ("ensemble: mean of probabilities", logits.softmax(2).mean(0)),
+        ("ensemble: mean of logits", logits.mean(0)),
+        ("exit 1", logits[0]),
     ):
-        right = (averaged.argmax(1) == data.y_test).double().mean().item()
-        assert found[name] == pytest.approx(right)
+        assert accuracies[name] == pytest.approx(common.accuracy(expected, data.y_test))
+
+
+def test_self_distillation_saves_a_plain_net_and_shows_every_exit(tmp_path):
+    rows = run(tmp_path, "--method self-distillation --model wrn-10-1")
+    names = [name for name in rows if name.startswith(("exit", "ensemble"))]
+    ensembles = ["ensemble: mean of probabilities", "ensemble: mean of logits"]
+    assert names == ["exit 1", "exit 2", "exit 3", *ensembles]
+    student = rows["student (self-distillation)"]
+    for key in ("clean_acc", "macs"):
+        assert rows["exit 3"][key] == student[key]
+    net, _ = common.load_model(file_of(tmp_path))
+    assert net.state_dict().keys() == common.build_model("wrn-10-1").state_dict().keys()
+    data = common.load_data("shapes", test_subset=20)
+    again = eval_robustness.evaluate(net, data.x_test, data.y_test, ["clean"])
+    assert again["clean_acc"] == student["clean_acc"]
+
+
+def test_self_distillation_trains_the_exits_and_the_trunk_through_them(tmp_path):
+    flags = (
+        "--method self-distillation --model wrn-10-1 --epochs 1 --val-size 0 --train-subset 16 "
+        "--eval-attack clean --name run "
+    )
+    run(tmp_path / "a", flags)
+    run(tmp_path / "b", flags + "--byot-alpha 0.9")
+    run(tmp_path / "c", flags + "--byot-lambda 1")
+    records = [common.load(file_of(tmp_path / folder)) for folder in "abc"]
+    first = [record["weights"]["stages.0.0.conv1.weight"] for record in records]
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
+    trained = records[0]["meta"]["exits"]
+    torch.manual_seed(common.derive_seed("init", 0, "student"))
+    start = tf.Exits(common.build_model("wrn-10-1")).early_heads.state_dict()
+    assert trained.keys() == start.keys()
+    changed = [not torch.equal(value, start[key]) for key, value in trained.items()]
+    assert all(changed)
+
+
+# ------------------------------------------------------------------------------------------------
+# An omitted digit
+
+DIGITS = (
+    "--method vanilla --teacher-model mlp-64 --model mlp-16 --val-size 40 --epochs 3 "
+    "--teacher-epochs 3 --batch-size 16 --teacher-batch-size 16 --device cpu"
+)
+
+
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory):
+    """A folder with an mnist.npz of digits that a small net can learn: a bar in the digit's row."""
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("mnist")
+    arrays = {}
+    for part, n in (("train", 400), ("test", 100)):
+        y = np.arange(n) % 10
+        x = rng.integers(0, 60, (n, 28, 28))
+        for i, digit in enumerate(y):
+            x[i, 4 + 2 * digit : 6 + 2 * digit, 6:22] = 200 + rng.integers(0, 50)
+        arrays[f"x_{part}"] = x.astype(np.uint8)
+        arrays[f"y_{part}"] = y
+    np.savez(root / "mnist.npz", **arrays)
+    return root
+
+
+def test_omitted_digits_never_reach_the_students_batches(mnist, tmp_path, monkeypatch):
+    images, batches = {}, common.batches
+
+    def spied(data, batch_size, seed, stage, epoch):
+        for x, labels in batches(data, batch_size, seed, stage, epoch):
+            images.setdefault(stage, []).append(x.view(-1, 28, 28))
+            yield x, labels
+
+    monkeypatch.setattr(common, "batches", spied)
+    flags = f"{DIGITS} --omit-digit 7 --bias-correction --data-root {mnist} --runs {tmp_path}"
+    (summary,) = tf.main(flags.split())
+    data = common.load_data("mnist", mnist, val_size=40)
+
+    def digits(stage):
+        """What every image shows: the row of its bar is the digit."""
+        brightness = torch.cat(images[stage])[:, :, 8:20].mean(2)
+        return (brightness.argmax(1) - 4) // 2
+
+    kept = int((data.y_train != 7).sum())
+    for stage in ("student", "student-alone"):
+        assert (digits(stage) != 7).all() and len(digits(stage)) == 3 * kept
+    assert torch.equal(torch.cat(images["student"]), torch.cat(images["student-alone"]))
+    assert len(digits("teacher")) == 3 * len(data.y_train) and (digits("teacher") == 7).any()
+    rows = {row["model"]: row for row in summary}
+    for name in ("student-alone (plain)", "student (vanilla)"):
+        row, raised = rows[name], rows[f"{name}, bias corrected"]
+        assert raised["only_7_acc"] >= row["only_7_acc"]
+        whole = (9 * row["without_7_acc"] + row["only_7_acc"]) / 10
+        assert row["clean_acc"] == pytest.approx(whole)
+    alone = rows["student-alone (plain)"]
+    assert alone["only_7_acc"] <= 0.2 and alone["without_7_acc"] > 0.9
+    assert rows["student (vanilla)"]["weights"] == 784 * 16 + 160
 
 
 def test_the_held_out_images_of_the_student_lack_the_digit_too():
     data = common.load_data("shapes", val_size=200)
-    less = tf.without(data, 3)
-    assert (
-        (less.y_train != 3).all() and (less.y_val != 3).all() and len(less.x_val) == len(less.y_val)
-    )
-    assert len(less.x_train) == int((data.y_train != 3).sum()) == len(less.x_padded)
+    less = tf.without_digit(data, 3)
+    assert (less.y_train != 3).all() and (less.y_val != 3).all()
+    assert len(less.x_val) == len(less.y_val) == int((data.y_val != 3).sum())
+    assert len(less.x_train) == len(less.y_train) == int((data.y_train != 3).sum())
     assert torch.equal(less.y_test, data.y_test)
+
+
+def test_the_corrected_bias_gives_the_digit_its_share_and_changes_nothing_else(mnist):
+    data = common.load_data("mnist", mnist)
+    model = common.new_model(data, "mlp-16", 0, "student").eval()
+    before = common.predict(model, data.x_train)
+    after = common.predict(tf.correct_bias(model, data, 2), data.x_train)
+    share = (after.argmax(1) == 2).float().mean().item()
+    assert share == pytest.approx(0.1, abs=0.01)  # a tenth of the images show it
+    difference = after - before
+    others = [k for k in range(10) if k != 2]
+    assert difference[:, others].abs().max() < 1e-5
+    torch.testing.assert_close(difference[:, 2], difference[0, 2].expand(len(after)))
+    torch.testing.assert_close(common.predict(model, data.x_train), before)
+
+
+def test_accuracies_with_and_without_a_digit_are_in_strict_float32(mnist, monkeypatch):
+    precisions, forward = set(), common.MLP.forward
+
+    def spied(net, x):
+        precisions.add(torch.backends.cuda.matmul.fp32_precision)
+        return forward(net, x)
+
+    monkeypatch.setattr(common.MLP, "forward", spied)
+    monkeypatch.setattr(tf, "macs", lambda *args: 0)
+    data = common.load_data("mnist", mnist)
+    args = tf.parse_args("--method plain --data mnist --omit-digit 3 --device cpu".split())
+    model = common.new_model(data, "mlp-16", 0, "student").eval()
+    common.set_precision("tf32")
+    try:
+        tf.evaluate("a", tf.correct_bias(model, data, 3), {}, data, args)
+    finally:
+        common.set_precision("bf16")
+    assert precisions == {"ieee"}
+
+
+# ------------------------------------------------------------------------------------------------
+# The gradients of Figure 1
 
 
 def test_the_heat_map_is_a_gradient_computed_by_hand_on_a_two_layer_net():
     torch.manual_seed(3)
     net = common.build_model("mlp-3", 4, channels=1, size=2, mean=[0.0], std=[1.0])
-    first, second = (m for m in net.modules() if isinstance(m, nn.Linear))
-    gradients, total = common.Gradients(net, [2]), {"1.1": 0.0, "1.2": 0.0}
+    first, second = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    gradients = tf.Gradients(net, [2], steps_per_epoch=2)
+    total = {"1.1": 0.0, "1.2": 0.0}
     for _ in range(2):  # two minibatches: means of absolute values, not of their sum
-        x = torch.rand(B, 1, 2, 2)
+        x = torch.rand(BATCH, 1, 2, 2)
         loss = tf.plain_loss(net(x), LABELS)
-        for gradients.epoch in (1, 2):  # the first is none of the heat map
-            gradients.add(loss, 2)
-        v = x.flatten(1).double()
-        h = v @ first.weight.double().T + first.bias.double()
-        p = (h.relu() @ second.weight.double().T + second.bias.double()).softmax(1)
-        delta = (p - F.one_hot(LABELS, 4)) / B  # (B, 4)
-        back = (delta @ second.weight.double()) * (h > 0)
-        total["1.2"] += (delta.T @ h.relu()).abs().mean().item() / 2
-        total["1.1"] += (back.T @ v).abs().mean().item() / 2
+        for epoch in (1, 2):  # the first is not recorded
+            gradients.add(loss, epoch)
+        flat = x.flatten(1).double()
+        hidden = flat @ first.weight.double().T + first.bias.double()
+        probs = (hidden.relu() @ second.weight.double().T + second.bias.double()).softmax(1)
+        by_logits = (probs - F.one_hot(LABELS, 4)) / BATCH  # (B, 4)
+        by_hidden = (by_logits @ second.weight.double()) * (hidden > 0)
+        total["1.2"] += (by_logits.T @ hidden.relu()).abs().mean().item() / 2
+        total["1.1"] += (by_hidden.T @ flat).abs().mean().item() / 2
     numbers = gradients.numbers()
     assert numbers["layers"] == ["1.1", "1.2"] and numbers["epochs"] == [2]
     assert numbers["means"][0] == pytest.approx([total["1.1"], total["1.2"]], rel=1e-5)
 
 
 def test_the_layers_of_a_resnet_are_its_convolutions_by_stage():
-    names = list(common.Gradients(common.build_model("resnet18", 10, 1 / 16), [1]).weights)
-    grid = [f"{i}.{k}" for i in (1, 2, 3, 4) for k in (1, 2, 3, 4)]
-    assert sorted(names) == sorted([*grid, "2.shortcut", "3.shortcut", "4.shortcut"])
-    assert list(common.Gradients(common.build_model("wrn-10-1"), [1]).weights)[:3] == [
-        "1.1",
-        "1.2",
-        "2.1",
-    ]
+    layers = list(tf.Gradients(common.build_model("resnet18", 10, 1 / 16), [1], 1).weights)
+    convolutions = [f"{stage}.{number}" for stage in (1, 2, 3, 4) for number in (1, 2, 3, 4)]
+    assert sorted(layers) == sorted([*convolutions, "2.shortcut", "3.shortcut", "4.shortcut"])
+    layers = list(tf.Gradients(common.build_model("wrn-10-1"), [1], 1).weights)
+    assert layers[:5] == ["1.1", "1.2", "2.1", "2.2", "2.shortcut"]
 
 
-def test_heat_maps_of_several_runs_become_one(tmp_path, capsys, refused):
-    kept = {"epochs": [1, 3], "layers": ["1.1", "2.shortcut"], "means": [[0.5, 0.25], [2e-3, 1e-3]]}
-    for stem in "ab":
-        gradients.write(tmp_path / f"{stem}.npz", {"student": (None, {"gradients": kept})})
-    assert gradients.read(tmp_path / "a.npz") == {"student": kept}
-    capsys.readouterr()
-    files = [str(tmp_path / f"{stem}.npz") for stem in "ab"]
-    gradients.main([*files, "--out", str(tmp_path / "both.png")])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[2] == ["row", "1", "shortcut"] and len(lines) == 4 + 8
-    assert "b: student, epoch 3, stage 2 - 1.0e-03".split() in lines
-    assert "a: student, epoch 1, stage 1 5.0e-01 -".split() in lines
-    (tmp_path / "a.npz").write_bytes((tmp_path / "b.npz").read_bytes()[:-30])  # torn
-    np.savez(tmp_path / "b.npz", **{"student/epochs": [1], "student/layers": ["1.1"]})
-    for path in (*files, str(tmp_path / "none.npz")):
-        assert "no file of --grad-heatmap" in refused(gradients.main, [path])
+def test_the_heat_map_of_all_nets_is_written_with_the_command_that_draws_it(tmp_path, capsys):
+    path = tmp_path / "out.npz"
+    flags = "--method tf-kd-self --model wrn-10-1 --teacher-epochs 1"
+    run(tmp_path / "runs", f"{flags} --grad-heatmap {path}")
+    assert f"python benchmark/plots.py gradients {path}" in capsys.readouterr().out
+    with np.load(path) as file:
+        means = file["student (tf-kd-self)/means"]
+        assert means.shape == (2, 8) and (means > 0).all()
+        assert file["student (tf-kd-self)/epochs"].tolist() == [1, 2]
+        assert file["student (tf-kd-self)/layers"].tolist()[-1] == "3.shortcut"
+        assert file["teacher (plain)/epochs"].tolist() == [1]
+
+
+def test_own_and_cross_entropy_gradients_differ_and_train_the_same_net(tmp_path):
+    flags = "--method tf-kd-reg --reg-form repo --alpha 0.9 --model mlp-8 --grad-epochs 2"
+    means = {}
+    for kind in ("own", "ce"):
+        path = tmp_path / f"{kind}.npz"
+        run(tmp_path / kind, f"{flags} --grad-loss {kind} --grad-heatmap {path}")
+        means[kind] = np.load(path)["student (tf-kd-reg)/means"]
+    # own weighs the labels with 0.1
+    assert means["own"].shape == (1, 2) and (means["own"] < 0.7 * means["ce"]).all()
+    assert same_weights(file_of(tmp_path / "own"), file_of(tmp_path / "ce"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.mark.parametrize("method", [name for name in tf.METHODS if name != "self-distillation"])
+def test_each_method_runs_and_ends_in_a_table(method, tmp_path):
+    flags = f"--method {method} --model mlp-8"
+    if method in tf.ALSO_TRAINED_ALONE:
+        flags += " --teacher-model mlp-12"
+    rows = run(tmp_path, flags)
+    student = rows[f"student ({method})"]
+    assert 0 <= student["clean_acc"] <= 1 and "pgd2_acc" in student
+    attacked = method.startswith("at")
+    if tf.METHODS[method].teacher_sees:
+        assert f"teacher ({'at' if attacked else 'plain'})" in rows
+    assert ("student-alone (plain)" in rows) == (method in ("vanilla", "re-kd"))
+    log = file_of(tmp_path, "log.jsonl").read_text()
+    assert ("val_pgd2_acc" in log) == attacked
+
+
+SHOWN = {  # method -> what the student, what the teacher is shown
+    "tf-kd-self": ("x", "x"),
+    "at": ("x_adv", None),
+    "at-kd": ("x_adv", "x_adv"),
+    "at-tf-kd-self": ("x_adv", "x"),
+    "at-tf-kd-reg": ("x_adv", None),
+}
+
+
+@pytest.mark.parametrize("method", SHOWN)
+def test_student_and_teacher_are_shown_what_the_paper_says(method, tmp_path, monkeypatch):
+    forwards, attacks, pgd = [], [], common.pgd
+
+    class Spied(nn.Module):
+        def __init__(self, role):
+            super().__init__()
+            self.net, self.role = common.build_model("mlp-8"), role
+            self.arch = self.net.arch
+
+        def forward(self, x):
+            forwards.append((self.role, self.training, x.detach().clone()))
+            return self.net(x)
+
+    def attack(model, x, labels, *settings):
+        x_adv = pgd(model, x, labels, *settings)
+        attacks.append((model.training, settings, {"x": x, "x_adv": x_adv}))
+        forwards.clear()  # the passes of the attack itself
+        return x_adv
+
+    args = parse(f"--method {method} --model mlp-8 --epochs 1 --eps 8/255")
+    data = common.load_data("shapes", train_subset=16, val_size=0)
+    student, teacher = Spied("student"), Spied("teacher").eval().requires_grad_(False)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    monkeypatch.setattr(common, "pgd", attack)
+    monkeypatch.setattr(common, "new_model", lambda *settings: student)
+    monkeypatch.setattr(common, "load_model", lambda *settings: (None, {}))
+    tf.train(tf.student_recipe(args, method), data, tmp_path, "student", args, teacher)
+    student_sees, teacher_sees = SHOWN[method]
+    images = {"x": forwards[0][2]}
+    assert len(attacks) == (student_sees == "x_adv")
+    if attacks:
+        attack_mode, settings, images = attacks[0]
+        assert not attack_mode and settings == (args.eps, args.step_size, 2)
+        x_adv = images["x_adv"]
+        assert 0 < (x_adv - images["x"]).abs().max() <= args.eps + 1e-6
+        assert x_adv.min() >= 0 and x_adv.max() <= 1
+    seen = {role: (mode, x) for role, mode, x in forwards}
+    assert len(forwards) == len(seen)  # one pass each
+    mode, x = seen["student"]
+    assert mode and torch.equal(x, images[student_sees])
+    assert ("teacher" in seen) == (teacher_sees is not None)
+    if teacher_sees:
+        mode, x = seen["teacher"]
+        assert not mode and torch.equal(x, images[teacher_sees])
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_the_student_alone_starts_from_the_weights_of_the_student(tmp_path, monkeypatch):
+    starts, new_model = [], common.new_model
+
+    def spied(*settings):
+        model = new_model(*settings)
+        starts.append({key: value.clone() for key, value in model.state_dict().items()})
+        return model
+
+    monkeypatch.setattr(common, "new_model", spied)
+    run(tmp_path, "--method vanilla --model mlp-8 --teacher-model mlp-8 --eval-attack clean")
+    teacher, alone, student = starts
+    assert all(torch.equal(value, student[key]) for key, value in alone.items())
+    assert not torch.equal(teacher["layers.2.weight"], student["layers.2.weight"])
+
+
+def test_attack_bn_train_attacks_in_train_mode(tmp_path, monkeypatch):
+    modes, pgd = [], common.pgd
+
+    def attack(model, *settings):
+        modes.append(model.training)
+        return pgd(model, *settings)
+
+    monkeypatch.setattr(common, "pgd", attack)
+    run(tmp_path, "--method at --model mlp-8 --attack-bn train --epochs 1 --eval-attack clean")
+    assert modes == [True, True, True, False]  # three batches, then the held-out images
+
+
+def factors(flags, steps_per_epoch=10):
+    """The factor on the student's learning rate as a function of the epoch."""
+    args = tf.parse_args(flags.split())
+    recipe = tf.student_recipe(args, args.method)
+    return lambda epoch: tf.lr_factor(recipe, round(epoch * steps_per_epoch), steps_per_epoch)
+
+
+def test_learning_rates_follow_the_recipes():
+    clean = factors("--method tf-kd-self")  # x 0.2 at 60, 120, 160 of 200, a warm-up of an epoch
+    at_epochs = [clean(epoch) for epoch in (0, 0.5, 1, 59.9, 60, 120, 160)]
+    assert at_epochs == pytest.approx([0.1, 0.6, 1, 1, 0.2, 0.04, 0.008])
+    at = factors("--method at")
+    assert 0.1 * at(49.9) == pytest.approx(5.7e-4, rel=0.01) and at(0) == 1 and at(1) == 0.9
+    digits = factors("--method vanilla")
+    assert [digits(epoch) for epoch in (0, 10, 20)] == pytest.approx([1, 0.5, 0])
+    short = factors("--method plain --epochs 10 --milestones 2 4 --gamma 0.1 --warmup 0")
+    assert [short(epoch) for epoch in (1.9, 2, 4)] == pytest.approx([1, 0.1, 0.01])
+
+
+def test_a_teachers_milestones_are_in_proportion_and_its_stop_does_not_shorten_the_schedule():
+    args = parse("--method re-kd --epochs 10 --milestones 2 5 --teacher-epochs 20 --teacher-es 7")
+    recipe = tf.teacher_recipe(args)
+    assert recipe.epochs == 7 and recipe.schedule_epochs == 20
+    assert [tf.lr_factor(recipe, epoch, 1) for epoch in (3, 4, 9, 10)] == pytest.approx(
+        [1, 0.2, 0.2, 0.04]
+    )
+
+
+def test_a_teacher_is_shared_by_all_runs_with_its_recipe_and_by_no_other(tmp_path, capsys):
+    flags = "--model mlp-8 --epochs 1 --eval-attack clean --teacher-epochs 2 "
+    run(tmp_path, f"{flags} --method tf-kd-self")
+    run(tmp_path, f"{flags} --method tf-kd-self --alpha 0.5")
+    assert len(list(tmp_path.glob("teachers/*/teacher.pt"))) == 1
+    for change in ("--teacher-es 1", "--teacher-lr 0.05", "--seed 1", "--gamma 0.5"):
+        run(tmp_path, f"{flags} --method tf-kd-self {change}")
+    assert len(list(tmp_path.glob("teachers/*/teacher.pt"))) == 5
+    # what has no effect on this teacher is not in its recipe
+    clean, attacked = (
+        tf.teacher_recipe(parse(f"--method {method} --eps 4/255 --alpha 0.5"))
+        for method in ("tf-kd-self", "at-kd")
+    )
+    assert (clean.method, clean.eps, clean.attack_bn) == ("plain", None, None)
+    assert (attacked.method, attacked.eps, attacked.attack_bn) == ("at", 4 / 255, "eval")
+
+
+def test_seeds_share_no_numbers_and_end_in_their_mean(tmp_path, capsys):
+    flags = "--method tf-kd-self --teacher-epochs 1 --model mlp-8 --seeds 0 1 --eval-attack clean"
+    heatmap = tmp_path / "a.npz"
+    tf.main(f"{TINY} {flags} --grad-heatmap {heatmap} --runs {tmp_path}".split())
+    assert "mean +- std of seeds 0 1" in capsys.readouterr().out
+    for pattern in ("*/*/student.pt", "teachers/*/teacher.pt"):
+        first, second = (common.load(path)["weights"] for path in tmp_path.glob(pattern))
+        assert not torch.equal(first["layers.2.weight"], second["layers.2.weight"])
+    assert sorted(path.name for path in tmp_path.glob("*.npz")) == ["a-s0.npz", "a-s1.npz"]
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, stop_at):
+    flags = (
+        f"{TINY} --method self-distillation --model wrn-10-1 --epochs 3 "
+        f"--grad-heatmap {tmp_path}/a.npz --runs {tmp_path}"
+    )
+    tf.main(f"{flags}/whole".split())
+    stop_at(tf, f"{flags}/resumed", "student", 2)
+    tf.main(f"{flags}/resumed".split())
+    paths = [file_of(tmp_path / folder) for folder in ("whole", "resumed")]
+    assert same_weights(*paths)
+    first, second = (common.load(path)["meta"] for path in paths)
+    assert all(torch.equal(value, second["exits"][key]) for key, value in first["exits"].items())
+    assert first["gradients"] == second["gradients"]
+    rows = [json.loads((path.parent / "summary.json").read_text()) for path in paths]
+    for row in rows[0] + rows[1]:
+        row.pop("seconds", None)
+    assert rows[0] == rows[1]
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+
+BAD_FLAGS = {
+    "--method kd": "--method",
+    "--omit-digit 10": "--omit-digit",
+    "--omit-digit -1": "--omit-digit",
+    "--omit-digit 3": "--omit-digit: goes with --data mnist, not shapes",
+    "--bias-correction": "--bias-correction",
+    "--method tf-kd-reg --delta 0.1": "--delta",
+    "--method tf-kd-reg --delta 1.01": "--delta",
+    "--method tf-kd-reg --reg-form yuan": "--reg-form",
+    "--method plain --alpha 0.3": "--alpha: has no effect with --method plain",
+    "--method at --no-tau2": "--no-tau2: has no effect with --method at",
+    "--method tf-kd-self --byot-alpha 1": "--byot-alpha",
+    "--method plain --teacher-ckpt x.pt": "--teacher-ckpt",
+    "--method tf-kd-self --teacher-model mlp-4": "--teacher-model",
+    "--method tf-kd-self --teacher-ckpt none.pt": "none.pt",
+    "--method self-distillation": "--model: self-distillation needs",
+    "--method self-distillation --model resnet18 --width 1/3": "--width",
+    "--model wrn-9-1": "--model",
+    "--method re-kd --teacher-model resnet19": "--teacher-model",
+    "--teacher-es 9": "--teacher-es 9: --teacher-epochs is only 2",
+    "--grad-epochs 3": "--grad-epochs 3: --epochs is only 2",
+    "--grad-heatmap out.txt": "--grad-heatmap",
+    "--grad-heatmap /no/such/out.npz": "--grad-heatmap",
+    "--grad-heatmap out.npz --graph": "--grad-heatmap",
+    "--eval-attack fgsm": "--eval-attack",
+    "--eval-attack clean calibration": "--eval-attack",
+    "--eps 8//255": "--eps",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_flags_are_one_line_and_write_nothing(flags, tmp_path, refused):
+    argv = [*TINY.split(), "--model", "mlp-8", *flags.split(), "--runs", str(tmp_path / "runs")]
+    assert BAD_FLAGS[flags] in refused(tf.main, argv)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_flag_of_a_loss_names_methods_that_there_are():
+    for methods in tf.FLAG_METHODS.values():
+        assert methods and methods <= tf.METHODS.keys()
+    for name, method in tf.METHODS.items():
+        for flag, default in (("--alpha", method.alpha), ("--temperature", method.temperature)):
+            assert (name in tf.FLAG_METHODS[flag]) == (default is not None)
+
+
+def test_a_teacher_of_another_architecture_is_refused_where_it_must_be_the_same(tmp_path, refused):
+    path = tmp_path / "teacher.pt"
+    for name, width in (("preact-resnet18", 1 / 16), ("resnet18", 1 / 32)):
+        common.save_model(path, common.build_model(name, 10, width), training="at")
+        for method in ("tf-kd-self", "at-tf-kd-self"):
+            flags = f"--method {method} --model resnet18 --width 1/16 --teacher-ckpt {path}"
+            assert str(path) in refused(run, tmp_path / "runs", flags)
+    assert not (tmp_path / "runs").exists()
+    # vanilla takes any
+    rows = run(tmp_path, f"--method vanilla --model mlp-8 --teacher-ckpt {path}")
+    assert "teacher (at)" in rows
+
+
+def test_defaults_follow_the_method_and_the_data():
+    def given(flags):
+        return tf.parse_args(flags.split())
+
+    table_1 = given("--method vanilla")
+    assert (table_1.data, table_1.model) == ("mnist", "mlp-400")
+    assert table_1.teacher_model == "mlp-1200-1200"
+    assert (table_1.alpha, table_1.temperature, table_1.lr) == (1.0, 10.0, 0.02)
+    alone = given("--method plain --data mnist --model mlp-400")
+    assert (alone.epochs, alone.lr, alone.schedule) == (table_1.epochs, table_1.lr, "cosine")
+    re_kd = given("--method re-kd")
+    assert (re_kd.data, re_kd.model, re_kd.teacher_model) == ("cifar10", "resnet50", "resnet18")
+    at = given("--method at-tf-kd-self")
+    assert (at.epochs, at.lr, at.gamma, at.steps, at.eps) == (50, 0.1, 0.9, 7, 8 / 255)
+    assert at.eval_attack == ["clean", "pgd20", "aa"] and re_kd.eval_attack == ["clean"]
+    assert given("--method tf-kd-self --no-tau2").tau2 is False
+    demo = given("--demo")
+    assert (demo.data, demo.model, demo.eval_attack) == ("shapes", "wrn-10-1", ["clean", "pgd20"])
+
+
+def test_the_help_shows_the_defaults_of_the_method_that_is_given(capsys):
+    with pytest.raises(SystemExit):
+        tf.parse_args(["--method", "vanilla", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("net of the teacher", "epochs of the student's training"):
+        assert words in text
+    assert "(default: mlp-1200-1200)" in text and "(default: 20)" in text

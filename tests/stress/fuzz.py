@@ -9,18 +9,17 @@ import importlib
 import io
 import json
 import re
-import shlex
 import sys
+import types
 from pathlib import Path
 
 import hypothesis
 import numpy as np
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
-import images
-import plumbing
+import eval_robustness
 
 SCRIPTS = ["robust_kd", "fickle_teacher", "soft_randomization", "messy_collab", "teacher_free_kd"]
 SCRIPTS += ["eval_robustness"]
@@ -34,7 +33,11 @@ def ends_well(function):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
         try:
             return function()
-        except SystemExit as stop:
+        except common.UserError as error:
+            with contextlib.suppress(SystemExit):
+                common.exit_with_error(str(error))
+            status = 2
+        except SystemExit as stop:  # after --help
             status = stop.code
     text = errors.getvalue()
     assert status == 0 or (status == 2 and text.startswith("error: ")), (status, text)
@@ -104,7 +107,7 @@ def changed(content):
 def checkpoints(folder, examples, seed=None):
     """A good checkpoint with changed bytes: it is refused, or the weights are what they were."""
     path, model = folder / "fuzz.pt", common.build_model("mlp-2", 3, size=4)
-    common.save_model(path, model, {"epoch": 1})
+    common.save_model(path, model, epoch=1)
     good = {key: value.clone() for key, value in model.state_dict().items()}
 
     def check(content):
@@ -123,7 +126,9 @@ def data_bytes(folder, examples, seed=None):
     def check(content):
         path.write_bytes(content)
         ends_well(lambda: common.load_data(str(path)))
-        ends_well(lambda: images.load_ood(path, ["a", "b", "c", "d"], size=(4, 4)))
+        ends_well(
+            lambda: eval_robustness.load_other_images(path, ["a", "b", "c", "d"], size=(4, 4))
+        )
 
     return tried(changed(path.read_bytes()), examples, check, seed)
 
@@ -159,7 +164,7 @@ JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["flags", "stage", "epoch", "summary", "files", "model", "rows"]), inner
+            st.sampled_from(["flags", "fingerprint", "stage", "epoch", "rows", "state"]), inner
         )
     ),
     max_leaves=8,
@@ -167,20 +172,18 @@ JSON = st.recursive(
 
 
 def records(folder, examples, seed=None):
-    """Logs and configurations that are JSON, but not ours."""
-    flags = "--data shapes --model mlp-2 --loss st --device cpu --name x --train-subset 4"
-    args = importlib.import_module("robust_kd").parse_args(
-        [*shlex.split(flags), "--runs", str(folder / "runs")]
-    )
-    run = plumbing.Run("robust_kd", args, None)
-    run.dir.mkdir(parents=True, exist_ok=True)
+    """Logs, configurations and checkpoints whose content is not ours."""
+    data, model = types.SimpleNamespace(fingerprint=1), common.build_model("mlp-2", 3, size=4)
 
     def check(value):
         text = json.dumps(value)
-        run.log.write_text(text)
-        ends_well(lambda: plumbing._finished(run))
-        (run.dir / "config.json").write_text(text)
-        plumbing.find_model(run, "teacher.pt", lambda flags: flags["model"])
+        (folder / "log.jsonl").write_text(text)
+        ends_well(lambda: common.write_log(folder, "student", []))
+        ends_well(lambda: common.check_same_run(folder, json.loads(text), {"model": "x"}, data))
+        for record in (value, {"rows": value}, {"rows": [value], "state": value}):
+            if isinstance(record, dict):
+                common.save(common.checkpoint_file(folder, "student", 1), record)
+                ends_well(lambda: common.resume(folder, "student", {"model": model}))
 
     return tried(JSON, examples, check, seed)
 

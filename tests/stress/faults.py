@@ -11,7 +11,6 @@ import errno
 import functools
 import gc
 import importlib
-import io
 import itertools
 import json
 import os
@@ -25,22 +24,26 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
-import images
 
-TINY = "--data shapes --model mlp-4 --teacher-model mlp-4 --device cpu --train-subset 48"
-TINY += " --test-subset 10 --val-size 10 --batch-size 16 --teacher-epochs 3 --epochs 4"
-MORE = " --eval-steps 1 --restarts 1 --teacher-table no"
-EVALUATION = "--data shapes --device cpu --n 6 --batch-size 3 --attack clean pgd2 aa corruptions"
-EVALUATION += " --eps 1/5 --steps 3 --queries 8 --targets 2"
+TINY = (
+    "--data shapes --model mlp-4 --teacher-model mlp-4 --device cpu --train-subset 48 "
+    "--test-subset 10 --val-size 10 --batch-size 16 --teacher-epochs 3 --epochs 4 "
+)
+PGD = "--eval-steps 1 --restarts 1 "
 JOBS = {  # script: its flags
-    "robust_kd": TINY + " --teacher-batch-size 16 --loss rslad+ --steps 1 --eval-steps 1",
-    "fickle_teacher": TINY + MORE + " --method fickle --dropout 0.2",
-    "soft_randomization": TINY + MORE + " --method soft-randomization",
-    "messy_collab": TINY + MORE + " --method flc-ts",
-    "teacher_free_kd": TINY + " --method at-tf-kd-self --steps 1 --eval-attack clean",
-    "eval_robustness": EVALUATION,
+    "robust_kd": TINY
+    + PGD
+    + "--teacher-batch-size 16 --loss rslad+ --steps 1 --teacher-save-every 1",
+    "fickle_teacher": TINY + PGD + "--method fickle --dropout 0.2",
+    "soft_randomization": TINY + PGD + "--method soft-randomization",
+    "messy_collab": TINY + PGD + "--method flc-ts",
+    "teacher_free_kd": TINY + "--method at-tf-kd-self --steps 1 --eval-attack clean",
+    "eval_robustness": (
+        "--data shapes --device cpu --n 6 --batch-size 3 --attack clean pgd2 aa corruptions "
+        "--eps 1/5 --steps 3 --queries 8 --targets 2"
+    ),
 }
 LIMIT = 120  # seconds for a command; one that hangs is a failure
 
@@ -48,9 +51,9 @@ LIMIT = 120  # seconds for a command; one that hangs is a failure
 @functools.cache
 def prepared():
     """-> (the data of all jobs, a net that is right on some): what takes longer than a job."""
-    arrays, model = images.make_shapes(80, 20), common.build_model("mlp-4")
+    arrays, model = common.make_shapes(80, 20), common.build_model("mlp-4")
     x, labels = (torch.from_numpy(arrays[k]) for k in ("x_train", "y_train"))
-    optimizer = common.sgd(model, 0.1, 0.9, 0)  # its first step imports for a second
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)  # its first step imports for a second
     for _ in range(40):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(common.to_float(x)), labels).backward()
@@ -64,7 +67,7 @@ def start(job, folder, prepare=lambda: None):
     module, argv, (drawn, model) = importlib.import_module(job), JOBS[job].split(), prepared()
     if job == "eval_robustness":
         if not (folder / "net.pt").exists():
-            common.save_model(folder / "net.pt", model, {})
+            common.save_model(folder / "net.pt", model)
         argv = [str(folder / "net.pt"), *argv, "--json", str(folder / "out.json")]
     else:
         argv += ["--runs", str(folder), "--name", "x"]
@@ -72,14 +75,16 @@ def start(job, folder, prepare=lambda: None):
         (folder / name).unlink(missing_ok=True)
     if pid := os.fork():
         return pid
-    status, images.make_shapes = 1, lambda: drawn
+    status = 1
+    common.make_shapes = lambda: drawn
     gc.callbacks.clear()  # of hypothesis: Python drops a signal that comes in one
     try:
         sys.stdout, sys.stderr = open(folder / "stdout", "w"), open(folder / "stderr", "w")  # noqa: SIM115
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.argv = [f"{job}.py", *argv]
         prepare()
-        module.main(argv)
+        common.start(lambda: module.main(argv))
         status = 0
     except SystemExit as stop:
         status = stop.code
@@ -122,38 +127,55 @@ def without_times(value):
 
 
 def result(job, folder):
-    """All that must be equal: bytes of every weight of every model, rows of the log, numbers."""
+    """All that must be equal: bytes of every weight of every model, rows of the logs, numbers."""
     if job == "eval_robustness":
         return without_times(json.loads((folder / "out.json").read_text())["rows"])
-    run = folder / job / "x-s0"
-    found = {"log": [without_times(json.loads(r)) for r in (run / "log.jsonl").open()]}
-    for path in sorted(run.glob("*.pt")):
+    assert (folder / job / "x-s0" / "summary.json").exists()
+    return contents(folder)
+
+
+def contents(runs):
+    """{file below a --runs folder: its weights as bytes, or its rows}, of runs and of teachers."""
+    found = {}
+    for path in runs.rglob("*.pt"):
         record = common.load(path)
         tensors = record["weights"] if "weights" in record else {"": record["labels"]}
-        found[path.name] = {k: v.numpy().tobytes() for k, v in tensors.items()}
-    return found
+        found[path] = {key: value.numpy().tobytes() for key, value in tensors.items()}
+    for path in runs.rglob("log.jsonl"):
+        found[path] = without_times([json.loads(row) for row in path.open()])
+    for path in runs.rglob("summary.json"):
+        found[path] = without_times(json.loads(path.read_text()))
+    return {str(path.relative_to(runs)): value for path, value in found.items()}
 
 
 def leftovers(folder):
     """Temporary files and states that a finished job should have removed."""
-    return [p for kind in (".*.tmp", "last*.pt", "*.state") for p in folder.rglob(kind)]
+    kinds = (".*.tmp", "*.checkpoint*", "*.state")
+    return [path for kind in kinds for path in folder.rglob(kind)]
 
 
-def last_file(job, folder):
-    """The file from which the job goes on."""
-    return folder / ("out.json.state" if job == "eval_robustness" else f"{job}/x-s0/last.pt")
+def last_file(folder):
+    """The newest file from which the job can go on; None if there is none yet."""
+    files = [*folder.rglob("*.checkpoint?.pt"), *folder.glob("out.json.state/state.pt")]
+    return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
-def finished_epochs(job, folder):
-    """The (stage, epoch) that the log names last, if that stage is not over yet; else None."""
-    rows, run = [], folder / job / "x-s0"
-    with contextlib.suppress(OSError):
-        for line in (run / "log.jsonl").read_text().splitlines():
-            with contextlib.suppress(ValueError):
+def open_log(folder):
+    """-> (the log of the stage that is not over yet, its last row); None if there is no such."""
+    for log in folder.rglob("log.jsonl"):
+        rows = []
+        for line in log.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # it was torn
                 rows.append(json.loads(line))
-    if not rows or "stage" not in rows[-1] or (run / f"{rows[-1]['stage']}.pt").exists():
-        return None
-    return rows[-1]["stage"], rows[-1]["epoch"]
+        if rows and not (log.parent / f"{rows[-1]['stage']}.pt").exists():
+            return log, rows[-1]
+    return None
+
+
+def finished_epochs(folder):
+    """The (stage, epoch) that the log names last, if that stage is not over yet; else None."""
+    found = open_log(folder)
+    return found and (found[1]["stage"], found[1]["epoch"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -256,8 +278,9 @@ def full(job, folder, rng, seconds):
 def damaged(damage, job, folder, rng, seconds):
     """Stop it so that there is a checkpoint, if by chance there is one, and damage that."""
     done = inside(lambda at: lambda: at_call("replace", at, die), job, folder, rng, seconds)
-    with contextlib.suppress(FileNotFoundError):
-        damage(last_file(job, folder), rng)
+    path = last_file(folder)
+    if path is not None:
+        damage(path, rng)
     return done
 
 
@@ -273,22 +296,21 @@ def flip(path, rng):
 
 
 def torn_log(job, folder, rng, seconds):
-    """Killed, and what a kill may tear is torn: the row of the epoch in the checkpoint."""
+    """Killed, and the last row of the log is torn, as by a disk that lost the end of the file."""
     done = signalled(signal.SIGKILL, job, folder, rng, seconds)
-    last, log = last_file(job, folder), folder / job / "x-s0" / "log.jsonl"
-    if last.exists() and (stage := finished_epochs(job, folder)):
-        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
-            record, content = common.load(last), log.read_bytes()
-            if stage == (record["stage"], record["epochs"]) and content.endswith(b"}\n"):
-                log.write_bytes(content[: -rng.randint(1, len(content.splitlines()[-1]))])
+    found = open_log(folder)
+    if found is not None:
+        content = found[0].read_bytes()
+        found[0].write_bytes(content[: -rng.randint(1, len(content.splitlines()[-1]))])
     return done
 
 
 def moved_clock(job, folder, rng, seconds):
-    """Killed; its files are from the future, and then the clock is years behind."""
+    """Killed; its files are of the far future, and then the clock is years behind."""
     signalled(signal.SIGKILL, job, folder, rng, seconds)
     for path in folder.rglob("*"):
-        os.utime(path, (4e9, 4e9))
+        seconds_then = path.stat().st_mtime + 2e9
+        os.utime(path, (seconds_then, seconds_then))
     at = rng.randint(1, 8)
 
     def prepare():
@@ -299,16 +321,18 @@ def moved_clock(job, folder, rng, seconds):
 
 
 def twice(job, folder, rng, seconds):
-    """A second process on the same folder is refused, with the number of the first."""
+    """A second process on the same files is refused while the first one lives."""
     pid = start(job, folder)
-    lock = folder / job / "x-s0" / "lock"
+    lock, refusal = folder / job / "x-s0" / "lock", f"in use by process {pid};"
+    if job == "eval_robustness":
+        lock, refusal = folder / "out.json.state" / "lock", "another evaluation is writing it"
     while not (lock.exists() and lock.read_text() == str(pid)):
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):  # was finished before
             return wait(pid, folder)
         time.sleep(0.001)
     os.kill(pid, signal.SIGSTOP)
     status, _, err = wait(start(job, folder), folder)
-    assert (status, f"in use by process {pid};" in err) == (2, True), (status, err)
+    assert status == 2 and refusal in err, (status, err)
     os.kill(pid, signal.SIGKILL)  # the next takes over
     return wait(pid, folder)
 
@@ -382,8 +406,8 @@ def trial(job, names, seed, folder, reference):
         if status == 2:
             assert err.startswith("error: ") and err.count("\n") == 1, what
         if status in (130, 143) and err:
-            assert "go on with:" in err and job in err.splitlines()[-1], what
-        counts["fallbacks"] += "the one before it is taken" in out
+            assert "goes on:" in err and job in err.splitlines()[-1], what
+        counts["fallbacks"] += "the checkpoint before it is taken" in out and "goes on after" in out
         # a stage that had epochs when the command was repeated must go on after them
         if before and f"{before[0]}: goes on after epoch" in out:
             went_on = int(out.split(f"{before[0]}: goes on after epoch ")[1].split()[0])
@@ -392,7 +416,7 @@ def trial(job, names, seed, folder, reference):
             counts["lost"] += max(before[1] - again, 0)
         if name is not None:
             counts["faults"] += status != 0
-            now = finished_epochs(job, folder)  # the same: damage of before may not be met yet
+            now = finished_epochs(folder)  # the same: damage of before may not be met yet
             again, before = max(again * (now == before), FAULTS[name].again), now
     assert leftovers(folder) == [], what
     counts["equal"] += result(job, folder) == expected

@@ -4,11 +4,13 @@
 `wrong` says which did not end in one line and exit status 2, in bounded time and memory.
 """
 
+import dataclasses
 import io
 import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -21,7 +23,6 @@ import torch
 
 import common
 import eval_robustness
-import images
 import messy_collab
 import robust_kd
 
@@ -39,8 +40,11 @@ TEXTS = {  # of JSON files
     "nested flags": '{"flags": ' + "[" * 50_000,
     "no text": "\udcff\udcfe{",
 }
-TINY = "--data shapes --model mlp-4 --loss at --steps 1 --eval-steps 1 --epochs 2 --name x"
-TINY += " --train-subset 16 --test-subset 4 --val-size 4 --batch-size 16 --device cpu --runs"
+TINY = (
+    "--data shapes --model mlp-4 --loss akd --steps 1 --eval-steps 1 --epochs 2 --name x "
+    "--train-subset 16 --test-subset 4 --val-size 4 --batch-size 16 --device cpu "
+    "--teacher-epochs 1 --teacher-batch-size 16 --runs"
+)
 
 
 def runs(folder):
@@ -48,13 +52,15 @@ def runs(folder):
     found, good = {}, folder / "good"
     robust_kd.main([*TINY.split(), str(good)])
     record = common.load(good / "robust_kd" / "x-s0" / "student.pt")
+    (teacher,) = good.glob("teachers/*/teacher.pt")
     row = {"stage": "student", "epoch": 1, "loss": 1.0, "seconds": 1.0}
-    last = {"stage": "student", "epochs": 1, "row": row, "best": {}, "parts": {}}
+    checkpoint = {"rows": [row], "state": {}}
 
     def changed(name, status, file, content):
         run = folder / name / "robust_kd" / "x-s0"
         run.mkdir(parents=True)
         (run / "config.json").write_text((good / "robust_kd/x-s0/config.json").read_text())
+        shutil.copytree(good / "teachers", folder / name / "teachers")
         if isinstance(content, dict):
             hostile.saved(run / file, content)
         else:
@@ -64,41 +70,58 @@ def runs(folder):
     for name, text in TEXTS.items():
         changed(f"config: {name}", 2, "config.json", text)
         changed(f"log: {name}", 0, "log.jsonl", text)  # such rows are left out
-    changed("log: summary", 0, "log.jsonl", '{"summary": [1], "files": 2}')
+        changed(f"summary: {name}", 2, "summary.json", text)
     for name, change in {
-        "no parts": {},
-        "epochs": {"epochs": "a"},
-        "row": {"row": [1]},
-        "row of bombs": {"row": {"a": {"b": {"c": {"d": {}}}}}},
-        "model": {"parts": {"model": record["weights"] | {"x": torch.ones(1)}}},
-        "parts": {"parts": {k: {} for k in ("model", "optimizer", "schedule")}},
+        "no state": {},
+        "epoch": {"rows": [row | {"epoch": "a"}]},
+        "rows": {"rows": [1]},
+        "no rows": {"rows": []},
+        "other rows": {"rows": [row, row]},
+        "row of bombs": {"rows": [row | {"a": {"b": {"c": {"d": {"e": {"f": {}}}}}}}]},
+        "row that swells": {"rows": [row | {"a": torch.ones(1).expand(10**12)}]},
+        "model": {"state": {"model": record["weights"] | {"x": torch.ones(1)}}},
+        "state": {"state": {key: {} for key in ("model", "optimizer", "schedule")}},
     }.items():
-        changed(f"last: {name}", 2, "last.pt", last | change)
-    changed("last: exec", 0, "last.pt", {"row": hostile.Runs(folder)})  # begins again
-    changed("student: exec", 2, "student.pt", {"meta": hostile.Runs(folder)})
-    changed("student: labels", 2, "student.pt", {"labels": torch.zeros(3)})
+        changed(f"checkpoint: {name}", 2, "student.checkpoint1.pt", checkpoint | change)
+    bomb = hostile.Runs(folder)
+    changed("checkpoint: exec", 0, "student.checkpoint1.pt", {"rows": bomb})  # begins again
+    changed("student: exec", 0, "student.pt", {"meta": bomb})  # is not read, but made again
+    changed("student: labels", 0, "student.pt", {"labels": torch.zeros(3)})
+    in_teacher = Path("../..") / teacher.relative_to(good)
+    changed("teacher: exec", 2, in_teacher, {"meta": bomb})
+    changed("teacher: labels", 2, in_teacher, {"labels": torch.zeros(3)})
+    changed("recipe: exec", 0, in_teacher.with_name("recipe.json"), "[" * 100_000)
     return found
 
 
 def evaluations(folder):
     """{name: (argv of eval_robustness.py, exit status)} with a JSON, state or weights of others."""
-    common.save_model(folder / "net.pt", common.build_model("mlp-4"), {})
+    common.save_model(folder / "net.pt", common.build_model("mlp-4"))
     argv = [str(folder / "net.pt"), *"--data shapes --n 4 --attack clean pgd1 --device cpu".split()]
     found = {}
     for i, (name, text) in enumerate(TEXTS.items()):
         (folder / f"{i}.json").write_text(text, errors="surrogateescape")
         found[f"json: {name}"] = [*argv, "--json", str(folder / f"{i}.json")], (2,)
-    entry = eval_robustness.NEW | {"place": 0}
-    for name, entries in {
-        "a list": [1],
-        "a number": {"x": 1},
-        "no tensor": {"x": entry | {"broken": [1]}},
-        "a place of text": {"x": entry | {"place": "a"}},
-        "exec": {"x": hostile.Runs(folder)},
+    progress = dataclasses.asdict(eval_robustness.Progress(torch.zeros(4, dtype=torch.int16)))
+    swollen = torch.zeros(1, dtype=torch.int16).expand(10**12)
+    empty = {"flags": {}, "attacks": {}, "corruptions": {}}
+    for name, change in {
+        "other flags": {},
+        "no flags": {"flags": 1},
+        "a list": {"attacks": [1]},
+        "a number": {"attacks": {"x": 1}},
+        "no tensor": {"attacks": {"x": progress | {"broken_by": [1]}}},
+        "a tensor that swells": {"attacks": {"x": progress | {"broken_by": swollen}}},
+        "a place of text": {"attacks": {"x": progress | {"images_done": "a"}}},
+        "corruptions of text": {"corruptions": {"x": {"fog": "a"}}},
+        "exec": {"attacks": {"x": hostile.Runs(folder)}},
     }.items():
-        hostile.saved(folder / f"{name}.json.state", {"flags": {}, "entries": entries, "bytes": 0})
-        argv_of_state = [*argv, "--json", str(folder / f"{name}.json")]
-        found[f"state: {name}"] = argv_of_state, (0,) if name == "exec" else (2,)
+        state = folder / f"{name}.json.state"
+        state.mkdir()
+        hostile.saved(state / "state.pt", empty | change)
+        found[f"state: {name}"] = [*argv, "--json", str(folder / f"{name}.json")], (2,)
+    (folder / "a file.json.state").write_text("")
+    found["state: a file"] = [*argv, "--json", str(folder / "a file.json")], (2,)
     (folder / "foreign.pt").write_bytes(pickle.dumps(hostile.Runs(folder)))
     hostile.saved(folder / "weights.pt", {"state_dict": [1]})
     for name in ("foreign", "weights"):
@@ -156,16 +179,29 @@ def cases(folder):
     add("checkpoints", hostile.checkpoints, common.load_model)
     add("npz", hostile.data_files, lambda path: common.load_data(str(path)))
     names = {"classes": ["a", "b", "c"], "size": (8, 8)}  # of what x_test is fine in some
-    add("ood", hostile.data_files, lambda path: images.load_ood(path, **names), (0, 2))
+    add(
+        "ood",
+        hostile.data_files,
+        lambda path: eval_robustness.load_other_images(path, **names),
+        (0, 2),
+    )
     add("folders", hostile.folders, lambda path: common.load_data(str(path)))
     part = {"classes": ["a", "b"], "size": (8, 8)}
-    add("class folders", hostile.folders, lambda path: images.load_ood(path / "train", **part))
-    add("cinic", hostile.folders, lambda path: images.load_ood(path, ["a", "b"], cinic=True))
-    add("corruptions", hostile.corruptions, images.read_corruptions)
+    add(
+        "class folders",
+        hostile.folders,
+        lambda path: eval_robustness.load_other_images(path / "train", **part),
+    )
+    add(
+        "cinic",
+        hostile.folders,
+        lambda path: eval_robustness.load_other_images(path, ["a", "b"], cinic=True),
+    )
+    add("corruptions", hostile.corruptions, eval_robustness.read_corruptions)
     add("runs", runs, robust_kd.main)
     add("evaluations", evaluations, eval_robustness.main)
     data = common.load_data("shapes", train_subset=16)
-    add("extra", hostile.extra_files, lambda path: common.load_extra(path, data))
+    add("extra", hostile.extra_files, lambda path: robust_kd.load_extra(path, data))
     add("labels", labels, lambda path: messy_collab.read_labels(path, data))
     add("torchvision", torchvision_files, lambda pair: common.load_data(*pair))
     return found
@@ -187,7 +223,7 @@ def attempt(calls, folder):
                 sys.stdout, sys.stderr, status = io.StringIO(), errors, 0
                 signal.alarm(SECONDS)
                 try:
-                    function()
+                    common.start(function)
                 except SystemExit as stop:
                     status = stop.code
                 except BaseException:

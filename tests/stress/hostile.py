@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
-import images
+import eval_robustness
 
 BOMB = 17 << 24  # bytes, of zeros
 
@@ -265,7 +265,7 @@ def folders(folder):
 def corruption_folder(path, **changes):
     """The files of CIFAR-10-C for two images; changes: {name: array, or bytes of the file}."""
     path.mkdir()
-    files = {name: np.zeros((10, 32, 32, 3), np.uint8) for name in images.CORRUPTIONS}
+    files = {name: np.zeros((10, 32, 32, 3), np.uint8) for name in eval_robustness.CORRUPTIONS}
     for name, content in (files | {"labels": np.tile([0, 1], 5)} | changes).items():
         if isinstance(content, bytes):
             (path / f"{name}.npy").write_bytes(content)

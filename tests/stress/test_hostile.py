@@ -5,12 +5,12 @@ import signal
 
 import hostile_runs
 
-import images
+import common
 
 
 def test_hostile_files_are_one_line_in_bounded_time_and_memory(tmp_path, monkeypatch):
-    few = images.make_shapes(80, 20)
-    monkeypatch.setattr(images, "make_shapes", lambda *sizes: few)
+    few = common.make_shapes(80, 20)
+    monkeypatch.setattr(common, "make_shapes", lambda *sizes: few)
     cases = hostile_runs.cases(tmp_path)
     calls = {name: function for name, (function, _) in cases.items()}
     found = hostile_runs.attempt(calls, tmp_path)

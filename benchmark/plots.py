@@ -1,0 +1,606 @@
+"""All figures: learning curves of runs, gradients, trajectories, sweeps, the papers' results.
+
+Usage    python benchmark/plots.py curves RUN RUN ... --labels AT AT AKD --out curves.png
+         python benchmark/plots.py curves AT=runs/robust_kd/at-s0 AKD=runs/robust_kd/akd-s0
+         python teacher_free_kd.py --method tf-kd-self --grad-heatmap a.npz
+         python benchmark/plots.py gradients a.npz b.npz --out both.png
+         python robust_kd.py --loss akd --trajectories --data data/planes-cars.npz --name a
+         python benchmark/plots.py trajectories runs/robust_kd/a-s0
+         python benchmark/plots.py trajectories RUN RUN --labels A B --out FOLDER
+         python benchmark/plots.py sweep runs/robust_kd/sweep-0123456789.json
+         python benchmark/plots.py results                  # docs/results*.png, as report.py does
+Curves   held-out clean and PGD accuracy after each epoch of the student. Runs with the same label
+         are one line, their mean, with a band of one standard deviation; a star marks the best
+         epoch (the largest sum of both accuracies, on the mean).
+Gradients  a cell is |dL/dW| of a convolution or linear layer: the mean over its elements and over
+         the minibatches of an epoch (Figure 1 of the adversarial-context paper). Layer "2.1" is
+         layer 1 of stage 2, "2.shortcut" that of its shortcut. The numbers are printed too.
+Trajectories  Figures 5 to 17 of paper 2; numbers in trajectories.json, the figures run-LABEL.png
+         (6, 7, 10, 13 to 15), comparison.png (5, 11, 12, 16, 17) and images.png (8, 9: a run of
+         --loss st). The two classes of the paper: python benchmark/run.py --prepare.
+         The paper does not say which p_T a student of an early-stopped teacher is compared with.
+         Here: that of its own teacher, as it was stopped, and the cosine is over the epochs that
+         both have, the first ones of the student. With --teacher FILE it is that model's for all:
+         what the text says of Figure 11 fits a teacher that was not stopped.
+Style    Okabe-Ito colours, which the colour-blind can tell apart. Needs matplotlib; without it the
+         numbers of gradients and trajectories are printed and written all the same.
+"""
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+from benchmark import records, tables, trajectories
+from benchmark.commands import add_command, add_commands
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe-Ito
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "errorbar.capsize": 2,
+    "savefig.dpi": 110,
+}
+NO_MATPLOTLIB = "no figure: matplotlib is not installed; pip install matplotlib"
+IMAGE_COLUMNS, IMAGE_CLASSES = 8, 10  # of images.png: images beside each other, classes at most
+RANK = "test images, easiest to hardest"  # of the horizontal axes
+
+
+def parse_args(argv=None):
+    """The figure and its flags as a namespace; raises UserError."""
+    parser = common.Parser(__doc__)
+    figures = add_commands(parser, "figure")
+    add = add_command(figures, "curves", "learning curves of several runs")
+    add("runs", nargs="+", metavar="[LABEL=]RUN", help="folder of a run, perhaps with its label")
+    add("--labels", nargs="+", metavar="LABEL", help="one label for each RUN, some may be equal")
+    add("--out", default="curves.png", metavar="FILE.png", help="file of the figure")
+    add = add_command(figures, "gradients", "heat map of the mean gradient of each layer")
+    add("files", nargs="+", metavar="FILE.npz", help="file written by --grad-heatmap")
+    add("--out", metavar="FILE.png", help="file of the figure (default: beside the first FILE)")
+    add = add_command(figures, "trajectories", "what each epoch made of each image")
+    add("runs", nargs="+", metavar="RUN", help="folder of a run with --trajectories")
+    add("--labels", nargs="+", metavar="LABEL", help="one for each RUN (default: folder names)")
+    add("--teacher", metavar="FILE", help="model to compare with (default: the run's own teacher)")
+    add("--difficulty-of", metavar="FILE", help="model that ranks the images (default: teacher)")
+    add("--window", type="count", help="images in the running mean (default: a twentieth of all)")
+    add("--images", type="count0", default=32, help="images to show of each class, at each end")
+    add("--data-root", default="data", help="folder with the data set of the runs, for --images")
+    add("--out", metavar="FOLDER", help="output folder (default: trajectories in the first RUN)")
+    add = add_command(figures, "sweep", "accuracies of a sweep by benchmark/sweep.py")
+    add("file", metavar="FILE.json", help="file written by benchmark/sweep.py")
+    add("--out", metavar="FILE.png", help="file of the figure (default: beside FILE)")
+    add = add_command(figures, "results", "the papers' numbers and ours")
+    add("--results", default=str(records.ROOT / "benchmark/results"), help="folder of the results")
+    add("--out", default=str(records.ROOT / "docs"), metavar="FOLDER", help="folder of the figures")
+
+    args = parser.parse_args(argv)
+    is_file = args.figure in ("curves", "gradients", "sweep")
+    if is_file and args.out and Path(args.out).suffix != ".png":
+        parser.error(f"--out: expected FILE.png, got {args.out}")
+    if args.figure == "curves":
+        set_labels(args, parser.error)
+    if args.figure == "trajectories":
+        args.labels = args.labels or [Path(run).resolve().name for run in args.runs]
+        if len(args.labels) != len(args.runs) or len(set(args.labels)) < len(args.labels):
+            parser.error("--labels: expected one for each RUN, all different")
+    return args
+
+
+def set_labels(args, error):
+    """args.runs and args.labels of `curves`, from [LABEL=]RUN and --labels.
+
+    The name of a run may hold "=" too: the text after the label must be a folder.
+    """
+    labels, runs = [], []
+    for text in args.runs:
+        label, run = re.sub(r"-s\d+$", "", Path(text).resolve().name), text
+        for place in [match.start() for match in re.finditer("=", text)]:
+            if not Path(text).is_dir() and Path(text[place + 1 :]).is_dir():
+                label, run = text[:place], text[place + 1 :]
+                break
+        labels.append(label)
+        runs.append(run)
+    if args.labels and len(args.labels) != len(runs):
+        error(f"--labels: expected {len(runs)}, one for each RUN, got {len(args.labels)}")
+    args.labels, args.runs = args.labels or labels, runs
+
+
+# ------------------------------------------------------------------------------------------------
+# The style of all figures
+
+
+def new_figure(width, height):
+    """An empty figure of so many inches in our style; None without matplotlib."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    matplotlib.rcParams.update(STYLE)
+    matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLOURS)
+    return Figure((width, height), layout="constrained")
+
+
+def save_figure(figure, path):
+    """Write a figure as PNG, whole or not at all."""
+    common.write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Learning curves
+
+
+def read_curves(folder):
+    """{val_...: accuracies after each epoch of the student} from log.jsonl; raises UserError."""
+    log = Path(folder) / "log.jsonl"
+    try:
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        rows = [row for row in rows if row["stage"] == "student"]
+        names = [name for name in rows[0] if name.startswith("val_")] if rows else []
+        accuracies = {name: [float(row[name]) for row in rows] for name in names}
+    except FileNotFoundError:
+        raise common.UserError(f"{log}: no such file; give the folder of a run") from None
+    except (ValueError, KeyError, TypeError):
+        raise common.UserError(f"{log}: not the log of a run") from None
+    if not accuracies:
+        missing = "no held-out accuracies of a student; train one with --val-size above 0"
+        raise common.UserError(f"{log}: {missing}")
+    return accuracies
+
+
+def group_curves(folders, labels):
+    """{label: {val_...: accuracies (runs, epochs)}}, over the epochs that all its runs have."""
+    runs_of = {}
+    for label, folder in zip(labels, folders):
+        runs_of.setdefault(label, []).append(read_curves(folder))
+    groups = {}
+    for label, runs in runs_of.items():
+        groups[label] = {}
+        for name in runs[0]:
+            if all(name in run for run in runs):
+                epochs = min(len(run[name]) for run in runs)
+                groups[label][name] = np.array([run[name][:epochs] for run in runs])
+    return groups
+
+
+def best_epoch(curves):
+    """The first epoch (from 0) with the largest sum of the mean held-out accuracies."""
+    return int(np.argmax(sum(values.mean(0) for values in curves.values())))
+
+
+def draw_curves(path, groups):
+    """Write the learning curves of `group_curves`; False without matplotlib."""
+    panels = {"clean": {}, "under PGD": {}}  # title -> {label: name of the metric}
+    for label, curves in groups.items():
+        for name in curves:
+            title = "clean" if name == "val_clean_acc" else "under PGD"
+            panels[title][label] = name
+    panels = {title: names for title, names in panels.items() if names}
+    figure = new_figure(4 * len(panels), 3.4)
+    if figure is None:
+        return False
+    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(groups)}
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, names) in zip(axes, panels.items()):
+        for label, name in names.items():
+            values = 100 * groups[label][name]
+            middle, spread = values.mean(0), values.std(0, ddof=1 if len(values) > 1 else 0)
+            epochs = np.arange(1, len(middle) + 1)
+            colour, best = colours[label], best_epoch(groups[label])
+            text = label if len(values) == 1 else f"{label} ({len(values)} runs)"
+            axis.plot(epochs, middle, color=colour, label=text)
+            if len(values) > 1:
+                axis.fill_between(
+                    epochs, middle - spread, middle + spread, color=colour, alpha=0.2, linewidth=0
+                )
+            axis.plot(epochs[best], middle[best], "*", color=colour, markersize=12)
+        axis.set(xlabel="epoch", ylabel="held-out accuracy, %", title=title)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].legend(title="star: best epoch", title_fontsize=8)
+    save_figure(figure, path)
+    return True
+
+
+def plot_curves(args):
+    """The sub-command `curves`."""
+    groups = group_curves(args.runs, args.labels)
+    rows = []
+    for label, curves in groups.items():
+        best = best_epoch(curves)
+        row = {"label": label, "runs": len(next(iter(curves.values()))), "best epoch": best + 1}
+        for name, values in curves.items():
+            row[f"{name}, best"] = values.mean(0)[best]
+            row[f"{name}, last"] = values.mean(0)[-1]
+        rows.append(row)
+    print(common.table(rows))
+    drawn = draw_curves(Path(args.out), groups)
+    print(f"written: {args.out}" if drawn else NO_MATPLOTLIB)
+
+
+# ------------------------------------------------------------------------------------------------
+# Gradients: Figure 1 of the adversarial-context paper
+
+
+def read_gradients(path):
+    """{net: {epochs: (E,), layers: (L,), means: (E, L)}} of a file of --grad-heatmap."""
+    gradients = {}
+    try:
+        common.check_zip(path)
+        with np.load(path) as file:
+            for key in file:
+                net, _, part = key.rpartition("/")
+                gradients.setdefault(net, {})[part] = file[key].tolist()
+        for parts in gradients.values():
+            shape = len(parts["epochs"]), len(parts["layers"])
+            if np.array(parts["means"], float).shape != shape:
+                raise ValueError(f"means that are not of {shape[0]} epochs, {shape[1]} layers")
+            parts["layers"] = [str(layer) for layer in parts["layers"]]
+    except Exception as error:  # numpy and zipfile raise half a dozen types for a damaged file
+        raise common.UserError(f"{path}: no file of --grad-heatmap ({error!r:.200})") from None
+    return gradients
+
+
+def gradient_lines(gradients):
+    """{"net, epoch e, stage s": {layer of the stage: mean |gradient|}}, a line of the heat map."""
+    lines = {}
+    for net, parts in gradients.items():
+        for epoch, means in zip(parts["epochs"], parts["means"]):
+            for layer, mean in zip(parts["layers"], means):
+                stage, name = layer[0], layer[2:]
+                lines.setdefault(f"{net}, epoch {epoch}, stage {stage}", {})[name] = mean
+    return lines
+
+
+def draw_gradients(path, lines):
+    """Write the heat map of `gradient_lines`; False without matplotlib."""
+    names = {name for line in lines.values() for name in line}
+    columns = sorted(names, key=lambda name: (len(name), name))  # 1, ..., 10, ..., shortcut
+    figure = new_figure(4 + 0.6 * len(columns), 1.2 + 0.2 * len(lines))
+    if figure is None:
+        return False
+    cells = [[line.get(column, math.nan) for column in columns] for line in lines.values()]
+    axis = figure.subplots()
+    image = axis.imshow(cells, norm="log", aspect="auto")
+    figure.colorbar(image, label="mean |dL/dW|")
+    axis.grid(False)
+    axis.set(xlabel="layer of the stage", xticks=range(len(columns)), xticklabels=columns)
+    axis.set(yticks=range(len(lines)), yticklabels=lines)
+    save_figure(figure, path)
+    return True
+
+
+def plot_gradients(args):
+    """The sub-command `gradients`: several files make one table and one figure."""
+    gradients = {}
+    for path in args.files:
+        for net, parts in read_gradients(path).items():
+            name = f"{Path(path).stem}: {net}" if len(args.files) > 1 else net
+            gradients[name] = parts
+    lines = gradient_lines(gradients)
+    rows = []
+    for name, line in lines.items():
+        rows.append({"row": name} | {layer: f"{mean:.1e}" for layer, mean in line.items()})
+    print(f"\nmean |gradient|\n{common.table(rows)}", flush=True)
+    path = Path(args.out or args.files[0]).with_suffix(".png")
+    drawn = draw_gradients(path, lines)
+    print(f"written: {path}" if drawn else NO_MATPLOTLIB)
+
+
+# ------------------------------------------------------------------------------------------------
+# Trajectories: Figures 5 to 17 of paper 2
+
+
+def draw_trajectories_of_run(figure, label, numbers, window):
+    """Figures 6, 7, 10 (13 to 15): cosine, p_T and p_S - p_T of each image, by difficulty."""
+    titles = {
+        "cosine": "cosine of $p_S(x)$ and $p_T(x)$",
+        "teacher": "$p_{T,K}(x)$ of the teacher",
+        "change": "$p_{S,K}(x) - p_{T,K}(x)$",
+    }
+    axes = figure.subplots(len(numbers), len(titles), sharex=True, sharey="col")
+    for line, (kind, values) in zip(axes, numbers.items()):
+        order = trajectories.easiest_first(values["difficulty"])
+        rank = np.arange(1, len(order) + 1)
+        for axis, (key, title) in zip(line, titles.items()):
+            y = values[key][order]
+            axis.plot(rank, y, ".", color=COLOURS[5], markersize=2, alpha=0.5)
+            axis.plot(rank, trajectories.smooth(y, window), color=COLOURS[1], linewidth=2)
+            if line is axes[0]:
+                axis.set_title(title)
+            if line is axes[-1]:
+                axis.set_xlabel(RANK)
+        line[0].set_ylabel(f"{kind} images")
+        line[-1].axhline(0, color="black", linewidth=0.6)
+    note = f"dots: test images; line: running mean of {window} of them"
+    figure.suptitle(f"{label} ({note})", fontsize=11)
+
+
+def draw_entropies(axis, runs):
+    """Figure 5: the mean entropy after each epoch, of a teacher that several runs share once."""
+    drawn = []
+    for i, run in enumerate(runs):
+        for role, style in (("student", "o-"), ("teacher", "s--")):
+            entropy = run[role]["entropy"].tolist() if run[role] else None
+            if entropy is None or (role, entropy) in drawn:
+                continue
+            drawn.append((role, entropy))
+            colour = COLOURS[i % len(COLOURS)]
+            label = f"{run['label']}, {role}"
+            axis.plot(range(1, len(entropy) + 1), entropy, style, color=colour, label=label)
+    axis.set(xlabel="epoch", ylabel="nats", title="mean entropy on the training images")
+    axis.set_ylim(bottom=0)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend()
+
+
+def draw_changes(axis, runs, kind, window):
+    """Figures 11, 12, 16, 17: the smoothed p_S - p_T of all runs that have a teacher."""
+    for i, run in enumerate(runs):
+        if run["teacher"]:
+            values = run["numbers"][kind]
+            order = trajectories.easiest_first(values["difficulty"])
+            y = trajectories.smooth(values["change"][order], window)
+            colour = COLOURS[i % len(COLOURS)]
+            axis.plot(range(1, len(y) + 1), y, color=colour, label=run["label"])
+    axis.axhline(0, color="black", linewidth=0.6)
+    axis.set(title=f"$p_{{S,K}} - p_{{T,K}}$, {kind} images", xlabel=RANK)
+    axis.legend()
+
+
+def draw_extreme_images(figure, data, extreme_images):
+    """Figures 8, 9: sheets of the easiest and hardest training images of each class."""
+    axes = figure.subplots(len(extreme_images), 2, squeeze=False)
+    for line, ends, name in zip(axes, extreme_images, data.classes):
+        for axis, (end, indices) in zip(line, ends.items()):
+            axis.imshow(sheet(data.x_train.numpy()[indices]), interpolation="nearest")
+            axis.set_title(f"{name}: {end} to learn")
+            axis.set_axis_off()
+
+
+def sheet(x):
+    """uint8 (N, H, W, C) -> one image (rows H', columns W', 3), white lines between them."""
+    missing = -len(x) % IMAGE_COLUMNS
+    x = np.pad(x, ((0, missing), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    if len(x) == 0:
+        return np.full((1, 1, 3), 255, np.uint8)
+    _, height, width, channels = x.shape
+    x = x.reshape(-1, IMAGE_COLUMNS, height, width, channels).swapaxes(1, 2)
+    x = np.broadcast_to(x, (*x.shape[:4], 3))  # grey images have one channel
+    return x.reshape(-1, IMAGE_COLUMNS * width, 3)
+
+
+def draw_trajectories(folder, runs, window, data, extreme_images):
+    """Write the figures of trajectories; -> their paths, [] without matplotlib."""
+    if new_figure(1, 1) is None:
+        print(NO_MATPLOTLIB)
+        return []
+    figures = {}
+    pairs = [run for run in runs if run["teacher"]]
+    for run in pairs:
+        figure = new_figure(12, 6.5)
+        draw_trajectories_of_run(figure, run["label"], run["numbers"], window)
+        figures["run-" + re.sub(r"[^\w.=+-]+", "-", run["label"]) + ".png"] = figure
+    figures["comparison.png"] = figure = new_figure(13 if pairs else 5, 4)
+    if pairs:
+        axes = figure.subplots(1, 1 + len(trajectories.KINDS))
+        for axis, kind in zip(axes[1:], trajectories.KINDS):
+            draw_changes(axis, runs, kind, window)
+        draw_entropies(axes[0], runs)
+    else:
+        draw_entropies(figure.subplots(), runs)
+    if extreme_images:
+        shown = extreme_images[:IMAGE_CLASSES]
+        most = max(len(indices) for ends in shown for indices in ends.values())
+        height = 0.3 + len(shown) * (0.3 + 0.6 * math.ceil(most / IMAGE_COLUMNS))
+        figures["images.png"] = figure = new_figure(10, height)
+        draw_extreme_images(figure, data, shown)
+        figure.suptitle(f"training images by difficulty for {runs[0]['ranked_by']}", fontsize=11)
+    for name, figure in figures.items():
+        save_figure(figure, folder / name)
+    return [folder / name for name in figures]
+
+
+def plot_trajectories(args):
+    """The sub-command `trajectories`: tables, trajectories.json and the figures."""
+    runs = []
+    for label, folder in zip(args.labels, args.runs):
+        runs.append(trajectories.read_run(folder, label, args.teacher, args.difficulty_of))
+    trajectories.check_same_images(runs)
+    data, extreme_images = None, []
+    if args.images:
+        data = trajectories.read_images(runs[0], args.data_root)
+        score = trajectories.difficulty(runs[0]["ranking"]["train"])
+        extreme_images = trajectories.extremes(score, data.y_train.numpy(), args.images)
+    window = args.window or max(runs[0]["student"]["test"].shape[1] // 20, 1)
+    trajectories.show(runs)
+    folder = Path(args.out or runs[0]["folder"] / "trajectories")
+    path = folder / "trajectories.json"
+    common.write_json(
+        path,
+        trajectories.to_record(runs, window, extreme_images, args.difficulty_of, args.teacher),
+    )
+    print("\nwritten:", path, *draw_trajectories(folder, runs, window, data, extreme_images))
+
+
+# ------------------------------------------------------------------------------------------------
+# Sweeps
+
+
+def pareto_front(points):
+    """Indices of the (x, y) that no other point beats in one and equals in the other."""
+    front = []
+    for i, (x, y) in enumerate(points):
+        if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in points):
+            front.append(i)
+    return front
+
+
+def draw_one_flag(axis, lines, robust):
+    """Clean and robust accuracy against the one flag that the lines of a sweep vary."""
+    (flag,) = lines[0]["values"]
+    names = [line["values"][flag] for line in lines]
+    numeric = all(re.fullmatch(r"[\d.]+", name) for name in names)
+    places = [float(name) for name in names] if numeric else range(len(names))
+    for metric in ("clean_acc", robust):
+        middle = [100 * line[metric][0] for line in lines]
+        spread = [100 * line[metric][1] for line in lines]
+        axis.errorbar(places, middle, spread, marker="o", label=records.metric_title(metric))
+    axis.set(xlabel=f"--{flag}", ylabel="test accuracy, %", xticks=places)
+    axis.set_xticklabels(names)
+
+
+def draw_plane(axis, lines, robust, baseline):
+    """Robust against clean accuracy of all lines of a sweep, with the Pareto front."""
+    first, *others = lines[0]["values"]
+    points = [(100 * line["clean_acc"][0], 100 * line[robust][0]) for line in lines]
+    spreads = [(100 * line["clean_acc"][1], 100 * line[robust][1]) for line in lines]
+    for value in dict.fromkeys(line["values"][first] for line in lines):  # a colour for each
+        index = [i for i, line in enumerate(lines) if line["values"][first] == value]
+        x, y = zip(*(points[i] for i in index))
+        x_spread, y_spread = zip(*(spreads[i] for i in index))
+        axis.errorbar(x, y, y_spread, x_spread, "o", label=f"{first} {value}")
+    front = sorted(points[i] for i in pareto_front(points))
+    axis.plot(
+        *zip(*front),
+        color="black",
+        linewidth=1,
+        marker="o",
+        markersize=10,
+        markerfacecolor="none",
+        label="Pareto front",
+    )
+    for line, point in zip(lines, points):
+        text = ", ".join(line["values"][flag] for flag in others)
+        axis.annotate(text, point, xytext=(6, 3), textcoords="offset points", fontsize=7)
+    if robust in baseline:
+        x, y = 100 * baseline["clean_acc"][0], 100 * baseline[robust][0]
+        axis.plot(x, y, "k*", markersize=9, label="baseline")
+    axis.set(xlabel="clean test accuracy, %", ylabel=f"{records.metric_title(robust)} accuracy, %")
+    axis.set_title(f"next to each point: {', '.join(others)}")
+    axis.margins(0.1)
+
+
+def draw_sweep(path, record):
+    """Write the figure of a sweep's record; False if it has no numbers, or without matplotlib."""
+    robust = record["robust"]
+    lines = [line for line in record["lines"] if robust in line and "clean_acc" in line]
+    figure = new_figure(5.5, 4.5)
+    if figure is None or not lines:
+        return False
+    axis = figure.subplots()
+    if len(lines[0]["values"]) == 1:
+        draw_one_flag(axis, lines, robust)
+    else:
+        draw_plane(axis, lines, robust, record["baseline"])
+    axis.legend()
+    save_figure(figure, path)
+    return True
+
+
+def plot_sweep(args):
+    """The sub-command `sweep`."""
+    path = Path(args.out or Path(args.file).with_suffix(".png"))
+    record = common.read_json(Path(args.file))
+    try:
+        drawn = draw_sweep(path, record)
+    except (KeyError, TypeError, ValueError):
+        raise common.UserError(f"{args.file}: no file of benchmark/sweep.py") from None
+    print(f"written: {path}" if drawn else f"no figure of {args.file}: no numbers or no matplotlib")
+
+
+# ------------------------------------------------------------------------------------------------
+# The papers' numbers and ours
+
+
+def draw_printed_against_ours(axis, points_by_paper):
+    """All printed accuracies against ours, with the standard deviations of both."""
+    lowest = min(min(point[:2]) for points in points_by_paper.values() for point in points)
+    axis.plot([lowest, 100], [lowest, 100], color="gray", linewidth=0.5)
+    for paper, points in points_by_paper.items():
+        printed, ours, printed_std, our_std = zip(*points)
+        label = f"{paper[:5]} {paper[5]}"
+        axis.errorbar(printed, ours, our_std, printed_std, fmt="o", label=label)
+    axis.set(xlabel="accuracy printed in the paper, %", ylabel="accuracy here, %")
+    axis.legend()
+
+
+def draw_probabilities(axis, shares):
+    """{line: share of the softmax probabilities, of all classes, in each of equal bins}.
+
+    Figure 8 of the noisy collaboration paper.
+    """
+    for name, share in shares.items():
+        axis.stairs(share, np.linspace(0, 1, len(share) + 1), label=name)
+    axis.set(xlabel="softmax probabilities of all classes", yscale="log", ylabel="share")
+    axis.legend()
+
+
+def draw_results(done, folder):
+    """Write the figures of the records {(run, seed): record}; -> paths, [] without matplotlib."""
+    if new_figure(1, 1) is None:
+        return []
+    figures = {}
+    points = records.points_by_paper(done)
+    if points:
+        figures["results.png"] = figure = new_figure(5, 4.6)
+        draw_printed_against_ours(figure.subplots(), points)
+    for table in dict.fromkeys(row.table for row in tables.ROWS):
+        curves = records.curves([row for row in tables.ROWS if row.table == table], done)
+        metrics = list(dict.fromkeys(metric for metric, _ in curves))
+        if not metrics:
+            continue
+        figures[f"results-{table}.png"] = figure = new_figure(4.5 * len(metrics), 3.5)
+        axes = figure.subplots(1, len(metrics), squeeze=False)[0]
+        for axis, metric in zip(axes, metrics):
+            for (metric_of_line, line), line_points in curves.items():
+                if metric_of_line == metric:
+                    x, middle, spread = zip(*line_points)
+                    axis.errorbar(x, middle, spread, marker="o", label=line)
+            title = f"{table[:5]} {table[5]}, {records.table_title(table)}"
+            axis.set(ylabel=f"{records.metric_title(metric)}, %", title=title)
+            axis.legend()
+    shares = records.probability_shares(done)
+    if shares:
+        figures["results-paper1-figure8.png"] = figure = new_figure(5.5, 4)
+        draw_probabilities(figure.subplots(), shares)
+    for name, figure in figures.items():
+        save_figure(figure, Path(folder) / name)
+    return [Path(folder) / name for name in figures]
+
+
+def plot_results(args):
+    """The sub-command `results`."""
+    done = records.read_records(args.results)
+    done = {key: record for key, record in done.items() if record.get("scale") == "full"}
+    print("written:", *draw_results(done, args.out))
+
+
+def main(argv=None):
+    """Draw the figure that is asked for."""
+    args = parse_args(argv)
+    figures = {
+        "curves": plot_curves,
+        "gradients": plot_gradients,
+        "trajectories": plot_trajectories,
+        "sweep": plot_sweep,
+        "results": plot_results,
+    }
+    figures[args.figure](args)
+
+
+if __name__ == "__main__":
+    common.start(main, stopped="nothing is half written; the same command begins again:")

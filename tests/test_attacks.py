@@ -1,0 +1,158 @@
+"""Attacks and evaluation: against closed forms."""
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+
+
+class Linear(nn.Module):
+    """Two classes, logits (0, w.x): every attack has a closed form on it."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.w = nn.Parameter(w)
+
+    def forward(self, x):
+        score = (x * self.w).flatten(1).sum(1)
+        return torch.stack([torch.zeros_like(score), score], 1)
+
+
+def test_pgd_stays_in_the_ball_and_in_the_image_range():
+    model = common.build_model("mlp-16", 10, size=8).eval()
+    x = torch.rand(20, 3, 8, 8).round(decimals=1)  # many pixels at 0 and 1
+    with pytest.raises(ValueError, match="unifrom"):
+        common.pgd(model, x, torch.arange(20) % 10, 0.1, 0.07, 5, "unifrom")
+    for start in ("uniform", "gaussian", "none"):
+        x_adv = common.pgd(model, x, torch.arange(20) % 10, 0.1, 0.07, 5, start)
+        assert (x_adv - x).abs().max() <= 0.1 + 1e-6
+        assert x_adv.min() >= 0 and x_adv.max() <= 1 and not x_adv.requires_grad
+
+
+@pytest.mark.parametrize("name", ["preact-resnet18", "resnet18", "wrn-10-1"])
+def test_the_attacked_net_is_the_net_of_now_without_its_batchnorm(name):
+    width = 1 if "wrn" in name else 1 / 16
+    model, x = common.build_model(name, width=width), torch.rand(8, 3, 32, 32)
+    optimizer, keys = torch.optim.SGD(model.parameters(), 0.1), [*model.state_dict()]
+    for _ in range(3):  # weights and statistics change
+        attacked = common.attacked(model, "eval")
+        assert not model.training and not attacked.training and attacked is not model
+        torch.testing.assert_close(attacked(x), model(x))
+        assert not attacked(x).requires_grad
+        optimizer.zero_grad()
+        F.cross_entropy(model.train()(x), torch.arange(8)).backward()
+        optimizer.step()
+    assert common.attacked(model, "eval") is attacked  # kept, but no part of what is saved
+    assert [*model.state_dict()] == keys and attacked not in model.modules()
+    assert common.attacked(model, "train") is model and model.training
+
+
+def test_pgd_solves_the_linear_model_exactly():
+    model, eps = Linear(torch.randn(3, 4, 4)), 0.1
+    x, labels = torch.full((6, 3, 4, 4), 0.5), torch.arange(6) % 2
+    x_adv = common.pgd(model, x, labels, eps, 0.05, 5)  # 5 steps of eps / 2 cross the ball
+    gain = (model(x_adv) - model(x))[:, 1]
+    bound = eps * model.w.abs().sum()
+    torch.testing.assert_close(gain, torch.where(labels == 0, bound, -bound))
+
+
+def test_pgd_computes_no_weight_gradient_and_keeps_the_mode():
+    model = common.build_model("wrn-10-1", 10).train()
+    x = torch.rand(2, 3, 32, 32)
+    before = [p.clone() for p in model.parameters()]
+    with torch.no_grad():  # works inside no_grad as well
+        common.pgd(model, x, torch.tensor([1, 2]), 8 / 255, 2 / 255, 2)
+    assert model.training and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_pgd_in_eval_mode_leaves_the_batchnorm_statistics():
+    model = common.build_model("wrn-10-1", 10).eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    common.pgd(model, torch.rand(4, 3, 32, 32), torch.arange(4), 8 / 255, 2 / 255, 2)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_pgd_with_probabilities_follows_the_gradient_of_the_kl():
+    model = common.build_model("mlp-16", 5, size=4).eval()
+    x = torch.rand(3, 3, 4, 4)
+    targets = torch.randn(3, 5).softmax(1)
+    x_adv = common.pgd(model, x, targets, 0.1, 0.02, 1, "none")
+    leaf = x.clone().requires_grad_()
+    F.kl_div(model(leaf).log_softmax(1), targets, reduction="batchmean").backward()
+    torch.testing.assert_close(x_adv, (x + 0.02 * leaf.grad.sign()).clamp(0, 1))
+
+
+def test_ffgsm_is_one_projected_step_of_its_own_size():
+    model = Linear(torch.randn(3, 4, 4))
+    x, labels = torch.full((50, 3, 4, 4), 0.5), torch.zeros(50, dtype=torch.long)
+    delta = common.pgd(model, x, labels, 0.08, 0.1, steps=1) - x
+    assert delta.abs().max() <= 0.08 + 1e-6
+    # start u ~ U(-eps, eps), step 1.25 eps along the sign, projected: > 0.02 in the right direction
+    assert ((delta * model.w.sign()).amin() > 0.02 - 1e-6) and (delta.abs() < 0.08 - 1e-4).any()
+
+
+def test_a_zero_radius_changes_nothing():
+    x = torch.rand(2, 3, 4, 4)
+    model = Linear(torch.randn(3, 4, 4))
+    assert torch.equal(common.pgd(model, x, torch.zeros(2).long(), 0.0, 0.0, 3), x)
+
+
+def test_a_given_start_is_taken():
+    model, x = Linear(torch.randn(3, 4, 4)), torch.full((2, 3, 4, 4), 0.5)
+    start = torch.full_like(x, 0.05)
+    start[1] = 7.0  # outside of the ball
+    x_adv = common.pgd(model, x, torch.zeros(2).long(), 0.1, 0.0, 1, start)
+    torch.testing.assert_close(x_adv[0], x[0] + 0.05)
+    torch.testing.assert_close(x_adv[1], x[1] + 0.1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def test_predictions_are_those_of_the_net_in_eval_mode_in_any_batches():
+    model, x = common.build_model("wrn-10-1", dropout=0.5).train(), torch.rand(7, 3, 32, 32)
+    model(x)  # moves the running statistics
+    found = common.predict(model, x, batch_size=3)
+    assert model.training and not found.requires_grad and found.shape == (7, 10)
+    torch.testing.assert_close(found, model.eval()(x))
+    pixels = (x * 255).byte().permute(0, 2, 3, 1)
+    torch.testing.assert_close(common.predict(model, pixels), model(common.to_float(pixels)))
+
+
+def test_attacked_predictions_are_those_on_attacked_images():
+    model, x = Linear(torch.randn(3, 4, 4)), torch.full((6, 3, 4, 4), 0.5)
+    labels = torch.arange(6) % 2
+    found = common.predict(model, x, labels, (0.1, 0.05, 5), batch_size=4)
+    gain = (found - model(x))[:, 1]
+    bound = 0.1 * model.w.abs().sum()
+    torch.testing.assert_close(gain, torch.where(labels == 0, bound, -bound))
+
+
+def test_accuracy_is_the_share_of_rows_with_the_largest_logit_at_the_label():
+    logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0], [0.0, 1.0]])
+    assert common.accuracy(logits, torch.tensor([0, 0, 0, 1])) == 0.75
+
+
+def test_evaluating_puts_everything_back():
+    model = common.build_model("mlp-4", size=4).train()
+    next(model.parameters()).requires_grad_(False)
+    with common.evaluating(model):
+        assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert model.training
+    assert [p.requires_grad for p in model.parameters()] == [False, True, True, True]
+
+
+def test_evaluating_is_in_strict_float32_and_puts_the_precision_back():
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn.allow_tf32, matmul.allow_tf32 = True, True
+    try:
+        with common.evaluating(common.build_model("mlp-4", size=4)):
+            assert (cudnn.conv.fp32_precision, matmul.fp32_precision) == ("ieee", "ieee")
+            assert not cudnn.benchmark
+        assert (cudnn.conv.fp32_precision, matmul.fp32_precision) == ("tf32", "tf32")
+    finally:
+        matmul.allow_tf32 = False  # PyTorch's default

@@ -1,0 +1,605 @@
+"""The evaluation around the attacks: its state on the disk, warnings, models, the command."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Made, linear_problem
+
+import common
+import eval_robustness as ev
+
+# ------------------------------------------------------------------------------------------------
+# What is kept on the disk
+
+
+def without_seconds(value):
+    """A record without what differs from run to run."""
+    if isinstance(value, dict):
+        kept = {key: without_seconds(v) for key, v in value.items()}
+        return {key: v for key, v in kept.items() if key not in ("seconds", "command")}
+    if isinstance(value, list):
+        return [without_seconds(v) for v in value]
+    return value
+
+
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_numbers(small, tmp_path, monkeypatch):
+    model, x, labels = small
+    settings = ev.Settings(steps=4, queries=20, batch_size=16)
+
+    def run(state):
+        return ev.evaluate_model(model, x, labels, ["pgd2", "aa"], settings, state=state)
+
+    expected = without_seconds(run(ev.State()))
+    save, saved, kills = ev.State.save, [], 0
+
+    def die_at_every_seventh(state):
+        save(state)
+        saved.append(1)
+        if len(saved) % 7 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ev.State, "save", die_at_every_seventh)
+    while True:
+        try:
+            found = run(ev.State(tmp_path, {}))
+            break
+        except KeyboardInterrupt:
+            kills += 1
+    assert kills > 2 and without_seconds(found) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]  # and no examples
+    assert (tmp_path / "state.pt").stat().st_size < 20_000
+
+
+def test_corruptions_go_on_where_they_were_killed(shapes, tmp_path):
+    x, labels = shapes[0][:4], shapes[1][:4]
+    torch.manual_seed(0)
+    model = common.build_model("mlp-4").eval()
+    state = ev.State(tmp_path, {})
+    state.corruptions["net"] = counts = {}
+
+    def die_after_the_ninth():
+        state.save()
+        if len(counts) == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ev.corruption_accuracy(model, x, labels, counts=counts, save=die_after_the_ninth)
+    goes_on = ev.State(tmp_path, {}).corruptions["net"]
+    assert list(goes_on) == list(ev.CORRUPTIONS)[:9]
+    whole = ev.corruption_accuracy(model, x, labels)
+    assert ev.corruption_accuracy(model, x, labels, counts=goes_on) == whole
+
+
+def test_a_state_of_other_flags_a_damaged_or_a_foreign_one_is_refused(tmp_path, refused):
+    ev.State(tmp_path, {"--eps": 0.1}).save()
+    assert ev.State(tmp_path, {"--eps": 0.1}).attacks == {}
+    assert "--eps: " in refused(ev.State, tmp_path, {"--eps": 0.2})
+    good = {"broken_by": torch.zeros(3).short()}
+    for fields in (
+        {"broken_by": [1]},
+        {"broken_by": torch.zeros(3)},
+        {"broken_by": torch.zeros(1).short().expand(10**12)},
+        good | {"images_done": -1},
+        good | {"seconds": {"pgd1": "a"}},
+        good | {"another": 1},
+    ):
+        record = {"flags": {"--eps": 0.1}, "attacks": {"net pgd1": fields}, "corruptions": {}}
+        common.save(tmp_path / "state.pt", record)
+        assert "not the state" in refused(ev.State, tmp_path, {"--eps": 0.1})
+    for corruptions in (
+        {"net": {"rain": [[0, 0]] * 5}},
+        {"net": {"fog": [[0, 0]] * 4}},
+        {"net": 1},
+    ):
+        record = {"flags": {"--eps": 0.1}, "attacks": {}, "corruptions": corruptions}
+        common.save(tmp_path / "state.pt", record)
+        assert "not the state" in refused(ev.State, tmp_path, {"--eps": 0.1})
+    path = tmp_path / "state.pt"
+    path.write_bytes(path.read_bytes()[:200])
+    message = refused(ev.State, tmp_path, {"--eps": 0.1})
+    assert "damaged" in message and "delete it" in message
+
+
+def test_a_state_of_another_number_of_images_is_refused(small, refused):
+    model, x, labels = small
+    images = ev.Images(x, labels, model(common.to_float(x)))
+    state = ev.State()
+    state.attacks["net pgd1"] = ev.Progress(torch.zeros(3).short())
+    run = (model, images, "pgd1", ev.Settings(), state, "net")
+    assert "these images" in refused(ev.run_attack, *run)
+
+
+def test_examples_are_read_as_they_were_written_or_not_at_all(tmp_path, refused):
+    state = ev.State(tmp_path, {}, keep_examples=True)
+    progress, ones = ev.Progress(torch.zeros(5).short()), torch.ones(1, 3, 4, 4)
+    for _ in range(2):  # the second time a batch is done again after a kill
+        state.write_examples(progress, torch.tensor([2]), ones)
+    read = (progress, torch.tensor([2]), (3, 4, 4))
+    assert state.read_examples(*read).equal(ones)
+    path = tmp_path / "examples"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert "was changed" in refused(state.read_examples, *read)
+    path.write_bytes(b"short")
+    assert "delete" in refused(state.read_examples, *read)
+
+
+def test_only_what_the_model_itself_gets_wrong_counts_as_broken(small, monkeypatch):
+    model, x, labels = small
+    images = ev.Images(x, labels, model(common.to_float(x)))
+    correct = (images.logits.argmax(1) == labels).nonzero()[:, 0]
+    (_, batch) = next(ev.batches(images, correct, ev.Settings(steps=20), "apgd-ce"))
+    x_adv, broken = ev.search(model, model, batch)
+    assert broken.any() and torch.equal(broken, model(x_adv).argmax(1) != batch.labels)
+    for result, broken_by_it in (
+        (x_adv, broken),
+        (batch.x, torch.zeros_like(broken)),  # the clean image
+        (batch.x + 0.1 * (x_adv - batch.x).sign(), torch.zeros_like(broken)),  # too far away
+        (torch.full_like(batch.x, 2.0), torch.zeros_like(broken)),  # not an image
+    ):
+        monkeypatch.setitem(ev.ATTACKS, "apgd-ce", lambda model, b, result=result: result.clone())
+        assert torch.equal(ev.search(model, model, batch)[1], broken_by_it)
+
+
+def hold(path, ready, go_on):
+    """Keep the state folder of a result until told to end."""
+    with ev.state_folder(path):
+        ready.set()
+        go_on.wait(60)
+
+
+def test_a_second_evaluation_of_the_same_file_is_refused(tmp_path, refused):
+    path, context = tmp_path / "out.json", multiprocessing.get_context("fork")
+    ready, go_on = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(path, ready, go_on))
+    process.start()
+    assert ready.wait(60)
+    with_json = ["net0.pt", "--attack", "pgd1", "--json", path]
+    message = refused(main, *with_json)
+    assert message.startswith("--json: ") and str(path) in message
+    assert f"process {process.pid}" in message
+    go_on.set()
+    process.join()
+    main(*with_json)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Warnings
+
+
+def warnings_with(model, x, labels, attacks=("apgd-ce",), **options):
+    settings = ev.Settings(**{"steps": 5, "queries": 200} | options)
+    return " ".join(ev.evaluate_model(model, x, labels, list(attacks), settings)["warnings"])
+
+
+def test_a_sound_model_gets_no_warning(small):
+    assert warnings_with(*small, attacks=["aa"], steps=20) == ""
+
+
+def test_a_randomised_model_is_warned_of(small):
+    model, x, labels = small
+    noisy = Made(model, lambda z: z + 0.1 * torch.randn_like(z))
+    assert "randomised" in warnings_with(noisy, x, labels)
+    assert "randomised" not in warnings_with(noisy, x, labels, ["aa-rand"], eps=0.01)
+
+
+def test_gradients_of_aa_rand_are_averaged_over_twenty_passes(small, monkeypatch):
+    model, x, labels = small
+    monkeypatch.setattr(common, "Folded", lambda model: model)  # a copy would count elsewhere
+    passes = []
+    counted = Made(model, lambda z: passes.append(z.requires_grad) or z)
+    ev.evaluate(counted, x[:1], labels[:1], ["aa-rand"], eps=1e-6, steps=3)
+    assert sum(passes) == 2 * 20 * 4
+
+
+def test_probabilities_are_warned_of(small):
+    model, x, labels = small
+    softmax = Made(model, lambda z: z.softmax(1))
+    assert "probabilities" in warnings_with(softmax, x, labels)
+
+
+def test_vanishing_gradients_and_a_stronger_square_are_warned_of(small):
+    model, x, labels = small
+    flat = Made(model, lambda z: (8 * z).round())  # no gradient, but Square sees the logits
+    found = warnings_with(flat, x, labels, ["apgd-t+square"], eps=0.1)
+    assert "zero gradient at " in found and "Square goes from" in found
+
+
+def test_masked_gradients_are_warned_of_when_pgd_is_far_above_autoattack(small):
+    model, x, labels = small
+    steep = Made(model, lambda z: 1e4 * z)  # the cross-entropy saturates, DLR does not
+    assert "gradients may be masked" in warnings_with(steep, x, labels, ["pgd20", "aa"], eps=0.06)
+
+
+def test_dlr_of_few_classes_is_told():
+    for classes, told in ((2, ["apgd-dlr", "apgd-t"]), (3, ["apgd-t"]), (4, [])):
+        model, x, labels = linear_problem(classes)
+        found = warnings_with(model, x, labels, ["apgd-ce+apgd-dlr+apgd-t"])
+        assert [name for name in ("apgd-dlr", "apgd-t") if f"{name}: DLR needs" in found] == told
+        assert "DLR" not in warnings_with(model, x, labels, ["apgd-ce"])
+
+
+def test_logits_that_are_not_finite_are_no_success_and_are_told(small):
+    class Hole(Made):
+        def forward(self, x):
+            bright = (x.amax((1, 2, 3)) > edge)[:, None]
+            return self.model(x) + torch.where(bright, math.nan, 0.0)
+
+    model, x, labels = small
+    edge = common.to_float(x).amax() + 0.1
+    settings = ev.Settings(eps=0.9, steps=3)
+    row = ev.evaluate_model(Hole(model, None), x, labels, ["clean", "apgd-ce"], settings)
+    assert "not finite" in " ".join(row["warnings"])
+    assert row["apgd_ce_acc"] == row["clean_acc"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Models and calibration
+
+
+def test_the_ensemble_returns_the_logarithm_of_the_averaged_probabilities(small):
+    model, x, _ = small
+    other = Made(model, lambda z: -0.5 * z)
+    x = common.to_float(x)
+    expected = (model(x).softmax(1) + other(x).softmax(1)) / 2
+    np.testing.assert_allclose(ev.Ensemble([model, other])(x).exp(), expected, atol=1e-6)
+
+
+def test_calibration_equals_a_loop_over_images():
+    torch.manual_seed(0)
+    logits, labels = 3 * torch.randn(200, 5), torch.randint(0, 5, (200,))
+    found = ev.calibration(logits, labels)
+    bins, nll, entropy = [[] for _ in range(15)], 0.0, 0.0
+    for z, y in zip(logits.double(), labels.tolist()):
+        p = z.softmax(0)
+        nll -= math.log(p[y])
+        entropy -= sum(q * math.log(q) for q in p.tolist())
+        number = next(i for i in range(15) if p.max() <= (i + 1) / 15)
+        bins[number].append((p.max().item(), float(p.argmax() == y)))
+    gaps = [abs(sum(c for c, _ in part) - sum(r for _, r in part)) for part in bins]
+    assert found["ece"] == pytest.approx(sum(gaps) / 200)
+    assert found["nll"] == pytest.approx(nll / 200)
+    assert found["entropy"] == pytest.approx(entropy / 200)
+    assert found["confidence"] == pytest.approx([len(part) / 200 for part in bins])
+    counts = np.zeros(15)
+    for p in logits.double().softmax(1).flatten().tolist():
+        counts[max(math.ceil(p * 15), 1) - 1] += 1
+    assert found["probabilities"] == pytest.approx(counts / counts.sum())
+
+
+def test_calibration_of_certain_and_uniform_models():
+    labels = torch.tensor([0, 1])
+    sure = ev.calibration(1e4 * torch.eye(2), labels)
+    assert sure["nll"] == sure["ece"] == sure["entropy"] == 0 and sure["confidence"][-1] == 1
+    flat = ev.calibration(torch.zeros(2, 2), labels)
+    assert flat["nll"] == pytest.approx(math.log(2)) == flat["entropy"] and flat["ece"] == 0
+
+
+def test_float_images_outside_of_the_box_are_refused(small, refused):
+    model, x, labels = small
+    assert "[0, 1]" in refused(ev.evaluate, model, 2 * common.to_float(x), labels, [])
+    inside = ev.evaluate(model, common.to_float(x), labels, ["clean", "apgd-ce"], steps=3)
+    assert inside == ev.evaluate(model, x, labels, ["clean", "apgd-ce"], steps=3)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, small):
+    """A folder with data.npz of 8x8 images, two checkpoints, and a module of a foreign net."""
+    folder = tmp_path_factory.mktemp("files")
+    model, x, labels = small
+    np.savez(folder / "data.npz", x_train=x, y_train=labels, x_test=x, y_test=labels)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        common.save_model(folder / f"net{seed}.pt", common.build_model("mlp-16", size=8))
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state}, folder / "weights")
+    (folder / "foreign.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    first = [nn.Conv2d(3, 12, 3, 2, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten()]\n"
+        "    return nn.Sequential(*first, nn.Linear(192, 10))\n"
+        "def coarse():\n"
+        "    import torch\n"
+        "    torch.backends.fp32_precision = 'tf32'\n"
+        "    return net()\n"
+        "def soft():\n"
+        "    return nn.Sequential(net(), nn.Softmax(1))\n"
+        "def broken():\n"
+        "    return nn.Sequential(net(), nn.Threshold(1e9, float('nan')))\n"
+        "def seven():\n"
+        "    return nn.Sequential(net(), nn.Linear(10, 7))\n"
+        "def large():\n"
+        "    return nn.Linear(5, 10)\n"
+    )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_folder(files, monkeypatch):
+    monkeypatch.chdir(files)
+    monkeypatch.syspath_prepend(str(files))
+
+
+QUICK = ["--steps", "3", "--queries", "10", "--data", "data.npz", "--device", "cpu"]
+FOREIGN = ["--model", "foreign:net", "--weights", "weights"]
+
+
+def main(*argv):
+    ev.main([*map(str, argv), *QUICK])
+
+
+def test_every_checkpoint_gets_a_row_and_the_json_holds_all(tmp_path, capsys, refused):
+    out = tmp_path / "out.json"
+    argv = ["net0.pt", "net1.pt", "--attack", "clean", "pgd2", "aa", "calibration", "--json", out]
+    main(*argv)
+    text, record = capsys.readouterr().out, json.loads(out.read_text())
+    assert [row["model"] for row in record["rows"]] == ["net0.pt", "net1.pt"]
+    assert record["eps"] == 8 / 255 and record["step_size"] == 2 / 255 and record["n"] == 80
+    for row in record["rows"]:
+        assert f"{row['aa_acc']:.4f}" in text and set(row["calibration"]) == {"clean", "pgd20"}
+    assert "8/255" in text and [*tmp_path.iterdir()] == [out]
+    before = out.read_bytes()
+    main(*argv)
+    assert "is finished" in capsys.readouterr().out
+    others = ["net0.pt", "--attack", "clean", "--eps", "4/255", "--json", out]
+    assert out.name in refused(main, *others)
+    assert "--plot: " in refused(main, *argv, "--plot", tmp_path / "p.png")  # not left out
+    for text in ("[]", '{"flags": {}}', "{", "[" * 100_000):
+        (tmp_path / "other.json").write_text(text)
+        assert "other.json" in refused(main, "net0.pt", "--json", tmp_path / "other.json")
+    assert out.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.json", "out.json"]
+
+
+def test_another_file_of_data_or_weights_is_refused_and_the_labels_count(tmp_path, refused, small):
+    _, x, labels = small
+    arrays = {"x_train": x, "y_train": labels, "x_test": x, "y_test": labels}
+    np.savez("own.npz", **arrays)
+    common.save_model(Path("own.pt"), common.build_model("mlp-4", size=8))
+    argv = ["own.pt", "--attack", "clean", "--json", str(tmp_path / "out.json")]
+    ev.main([*argv, "--data", "own.npz"])
+    relabelled = labels.clone()
+    relabelled[0] = (labels[0] + 1) % 10
+    np.savez("own.npz", **arrays | {"y_test": relabelled})
+    assert "--data" in refused(ev.main, [*argv, "--data", "own.npz"])
+    np.savez("own.npz", **arrays)
+    common.save_model(Path("own.pt"), common.build_model("mlp-4", size=8))
+    assert "own.pt" in refused(ev.main, [*argv, "--data", "own.npz"])
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_says_how_to_go_on_and_the_same_command_does(
+    number, code, tmp_path, capsys, monkeypatch, ended
+):
+    argv = ["net0.pt", "--attack", "aa", "--batch-size", "20", "--json", tmp_path / "out.json"]
+    save, calls = ev.State.save, []
+
+    def stopped_at_the_fifth(state):
+        save(state)
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(ev.State, "save", stopped_at_the_fifth)
+    status, message = ended(lambda: main(*argv))
+    assert status == code and "stopped; " in message
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["lock", "out.json.state", "state.pt"]
+    capsys.readouterr()
+    main(*argv)
+    assert "goes on from" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_the_program_ends_with_one_line_or_with_its_table(files):
+    program = [sys.executable, str(ROOT / "eval_robustness.py"), *QUICK]
+    options = {"capture_output": True, "text": True, "timeout": 100, "cwd": files}
+    done = subprocess.run([*program, "net0.pt", "--attack", "clean", "pgd1"], **options)
+    assert done.returncode == 0 and "pgd1_acc" in done.stdout and done.stderr == ""
+    done = subprocess.run([*program, "nowhere.pt"], **options)
+    assert (done.returncode, done.stderr) == (2, "error: nowhere.pt: no such checkpoint\n")
+
+
+def test_an_ensemble_is_one_row_and_says_what_the_attacks_get(tmp_path, capsys):
+    main("net0.pt", "net1.pt", "--ensemble", "--json", tmp_path / "e.json")
+    assert "logarithm of the averaged probabilities" in capsys.readouterr().out
+    record = json.loads((tmp_path / "e.json").read_text())
+    assert [row["model"] for row in record["rows"]] == ["ensemble of 2"]
+
+
+def test_a_foreign_model_is_evaluated_with_its_weights(small, tmp_path):
+    main(*FOREIGN, "--json", tmp_path / "f.json")
+    (row,) = json.loads((tmp_path / "f.json").read_text())["rows"]
+    model, x, labels = small
+    assert row["clean_acc"] == pytest.approx(ev.evaluate(model, x, labels, ["clean"])["clean_acc"])
+
+
+def test_a_precision_of_the_search_without_effect_on_a_cpu_is_named(capsys):
+    main("net0.pt", "--attack", "clean")
+    assert "no effect" not in capsys.readouterr().out
+    main("net0.pt", "--attack", "clean", "--search", "fp32")
+    assert "--search fp32: no effect" in capsys.readouterr().out
+
+
+def test_a_foreign_model_that_asks_for_tf32_is_judged_without(small, monkeypatch):
+    monkeypatch.setattr(torch.backends, "fp32_precision", "none")  # put back afterwards
+    logits, found = ev.clean_logits, []
+
+    def watched(*args, **options):
+        found.append(torch.backends.cudnn.conv.fp32_precision)
+        return logits(*args, **options)
+
+    monkeypatch.setattr(ev, "clean_logits", watched)
+    main("--model", "foreign:coarse", "--weights", "weights", "--attack", "clean", "pgd1")
+    assert set(found) == {"ieee"}
+
+
+def test_saved_examples_are_those_that_broke_the_images_also_after_a_kill(
+    small, tmp_path, monkeypatch
+):
+    model, x, labels = small
+    # calibration perturbs nothing that is kept
+    argv = [*FOREIGN, "--attack", "apgd-ce", "calibration", "--batch-size", 20, "--save-examples"]
+    main(*argv, tmp_path / "whole.npz")
+    with np.load(tmp_path / "whole.npz") as file:
+        whole = {name: torch.from_numpy(file[name]) for name in file.files}
+    x_adv, broken, clean = whole["x_adv"].permute(0, 3, 1, 2), whole["broken"], common.to_float(x)
+    assert 0 < broken.sum() < len(x) and torch.equal(whole["labels"], labels)
+    assert (model(x_adv).argmax(1) != labels)[broken].all()
+    assert torch.equal(x_adv[~broken], clean[~broken])
+    assert 0.9 * 8 / 255 < (x_adv - clean).abs().max() <= 8 / 255 + 1e-6
+    save = ev.State.save
+
+    def die(state):
+        save(state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ev.State, "save", die)
+        main(*argv, tmp_path / "killed.npz")
+    main(*argv, tmp_path / "killed.npz")
+    with np.load(tmp_path / "killed.npz") as file:
+        assert all(torch.equal(torch.from_numpy(file[name]), whole[name]) for name in whole)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed.npz", "whole.npz"]
+
+
+def test_a_plot_is_drawn_and_the_curve_falls_to_zero(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "p.json"
+    png = tmp_path / "p.png"
+    main("net0.pt", "--attack", "clean", "calibration", "--plot", png, "--json", out)
+    curve = json.loads(out.read_text())["rows"][0]["curve"]
+    assert png.stat().st_size > 1000 and curve[0][0] == 0 and curve[-1][1] == 0
+    assert all(a[0] < b[0] and a[1] >= b[1] for a, b in pairwise(curve))
+
+
+def test_a_plot_shows_both_histograms_and_the_corruptions(monkeypatch, tmp_path):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, file, **options: drawn.append(self))
+    row = {
+        "model": "net.pt",
+        "curve": [(0, 1), (0.1, 0)],
+        "calibration": {"clean": {"confidence": [0.2, 0.8], "probabilities": [0.9, 0.1]}},
+        "corruptions": {"corruptions_acc": {name: [0.5] * 5 for name in ev.CORRUPTIONS}},
+    }
+    ev.plot(tmp_path / "p.png", {"norm": "linf", "rows": [row]})
+    panels = {axis.get_xlabel(): axis for axis in drawn[0].axes}
+    # the second histogram is Figure 8 of the paper
+    for label, values in (
+        ("largest probability of an image", [0.2, 0.8]),
+        ("probability of any class", [0.9, 0.1]),
+    ):
+        assert list(panels[label].patches[0].get_data().values) == values
+    names = [text.get_text() for text in panels["severity"].get_yticklabels()]
+    assert names == list(ev.CORRUPTIONS)
+
+
+def test_a_plot_without_matplotlib_names_the_package(monkeypatch, tmp_path, refused):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in refused(main, "net0.pt", "--plot", tmp_path / "p.png")
+
+
+BAD = {
+    "probabilities": (["--model", "foreign:soft"], "returns probabilities"),
+    "nan logits": (["--model", "foreign:broken"], "not finite"),
+    "wrong classes": (["--model", "foreign:seven"], "returns 7 logits, the data has 10"),
+    "wrong shape": (["--model", "foreign:large"], "does not take images"),
+    "no such function": (["--model", "foreign:nothing"], "--model foreign:nothing"),
+    "no such module": (["--model", "nowhere:net"], "--model nowhere:net"),
+    "no such weights": (["--model", "foreign:net", "--weights", "nowhere"], "--weights nowhere"),
+    "damaged weights": (["--model", "foreign:net", "--weights", "short"], "--weights short"),
+    "damaged checkpoint": (["short"], "short: damaged"),
+    "no checkpoint": ([], "expected CKPT"),
+    "too many images": (["net0.pt", "--n", "81"], "--n: too large; data.npz has 80 "),
+    "unknown attack": (["net0.pt", "--attack", "aa-fast"], "'aa-fast'"),
+    "pgd in L2": (["net0.pt", "--norm", "l2"], "--norm l2"),
+    "eps above 1": (["net0.pt", "--eps", "8"], "--eps"),
+    "examples of two": (["net0.pt", "--attack", "aa", "pgd2", "--save-examples", "e"], "--save-"),
+    "no folder": (["net0.pt", "--json", "nowhere/out.json"], "expected a file, in a folder"),
+    "a folder": (["net0.pt", "--json", "."], ".: expected a file"),
+    "no cinic": (["net0.pt", "--attack", "cinic"], "--attack cinic"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_and_nothing_is_written(case, files, refused):
+    (files / "short").write_bytes((files / "net0.pt").read_bytes()[:500])
+    before = {p.name for p in files.iterdir()} - {"__pycache__"}
+    argv, message = BAD[case]
+    assert message in refused(main, *argv)
+    assert {p.name for p in files.iterdir()} - {"__pycache__"} == before
+
+
+# ------------------------------------------------------------------------------------------------
+# What the training scripts call
+
+
+def test_saved_models_are_evaluated_by_name_and_once(files, tmp_path, capsys):
+    parser = common.Parser("")
+    ev.add_evaluation_flags(parser)
+    args = parser.parse_args(["--eval-steps", "2", "--restarts", "1", "--eps", "0.02"])
+    vars(args).update(seed=3, data="data.npz", data_root="data", device="cpu", test_subset=30)
+    names = {"teacher": files / "net0.pt", "student": files / "net1.pt", "same": files / "net0.pt"}
+    rows = ev.evaluate_files(args, names, tmp_path)
+    assert [row["model"] for row in rows] == ["teacher", "student", "same"]
+    data = common.load_data("data.npz", test_subset=30)
+    for row, path in zip(rows, names.values()):
+        net, _ = common.load_model(path)
+        again = ev.evaluate(
+            net, data.x_test, data.y_test, ["clean", "pgd2"], 0.02, args.step_size, seed=3
+        )
+        assert {key: row[key] for key in again} == again
+        assert set(row) == {*again, "model", "pgd2_conditional_acc", "epochs", "seconds", "file"}
+        assert row["file"] == str(path)
+    assert "pgd2" in (tmp_path / "evaluation.txt").read_text()
+    before = (tmp_path / "evaluation.json").read_bytes()
+    capsys.readouterr()
+    assert ev.evaluate_files(args, names, tmp_path) == rows
+    assert "is finished" in capsys.readouterr().out
+    assert (tmp_path / "evaluation.json").read_bytes() == before
+
+
+def test_a_full_evaluation_needs_colour_images_of_32_by_32(refused):
+    args = SimpleNamespace(eval="full", teacher_seeds=1, pick_teacher="val", teacher_ckpt=None)
+    small = SimpleNamespace(x_test=torch.zeros(3, 28, 28, 1), x_val=[], name="mnist")
+    assert "--eval full" in refused(ev.check_evaluation, args, small)
+    args.eval, args.teacher_seeds = "fast", 2
+    assert "--val-size" in refused(ev.check_evaluation, args, small)
+
+
+def test_all_attacks_and_other_images_are_asked_for_with_eval_full(tmp_path, monkeypatch):
+    parser = common.Parser("")
+    ev.add_evaluation_flags(parser)
+    args = parser.parse_args(["--eval", "full", "--ood", str(tmp_path)])
+    vars(args).update(seed=0, data="shapes", data_root="data", device="cpu", test_subset=None)
+    asked = []
+
+    class Enough(Exception):
+        pass
+
+    def record(args):
+        asked.append(args)
+        raise Enough
+
+    monkeypatch.setattr(ev, "evaluate_models", record)
+    with pytest.raises(Enough):
+        ev.evaluate_files(args, {"net": Path("net0.pt")}, tmp_path)
+    (found,) = asked
+    expected = "clean pgd20 pgd10 pgd15 corruptions calibration ood"
+    assert found.attack == expected.split() and found.ood == str(tmp_path)
+    assert (found.eps, found.step_size, found.restarts, found.n) == (0.031, 0.003, 5, None)

@@ -1,0 +1,117 @@
+"""Flags: numbers, names of runs, presets, refusals; seeds that are derived from words."""
+
+import argparse
+
+import pytest
+
+import common
+
+DOC = "A program for the tests."
+
+
+@pytest.mark.parametrize(
+    "kind, good, bad",
+    [
+        (
+            "fraction",
+            {"8/255": 8 / 255, "0.03": 0.03, "0": 0.0, "7": 7.0},
+            ("8//255", "-1", "nan", "inf", "1/0", "", "eight", "1e999", "9" * 5000),
+        ),
+        ("probability", {"5/6": 5 / 6, "1": 1.0}, ("1.5", "-0.1", "nan", "x")),
+        ("rate", {"0": 0.0, "0.995": 0.995}, ("1", "nan", "-1")),
+        ("positive", {"1e-9": 1e-9, "1/4": 0.25}, ("0", "-1", "inf")),
+        ("count", {"1": 1, "200": 200}, ("0", "2.5", "-3", "1e3", "9" * 5000, "")),
+        ("count0", {"0": 0}, ("-1", "0.5")),
+    ],
+)
+def test_numbers_are_read_and_nonsense_is_refused(kind, good, bad):
+    convert = common.FLAG_TYPES[kind]
+    for text, value in good.items():
+        assert convert(text) == value and type(convert(text)) is type(value)
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match=r"expected a .*, got"):
+            convert(text)
+
+
+def test_the_error_of_a_flag_names_it_and_no_flag_is_abbreviated(refused):
+    parser = common.Parser(DOC)
+    parser.add_argument("--eps", type="probability", default="8/255")
+    parser.add_argument("--loss", choices=["at", "st"])
+    assert parser.parse_args([]).eps == 8 / 255
+    message = refused(parser.parse_args, ["--eps", "8//255"])
+    assert message == "--eps: expected a number or a fraction between 0 and 1, got '8//255'"
+    assert refused(parser.parse_args, ["--loss", "ta"]).startswith("--loss: invalid choice: 'ta'")
+    assert "--los" in refused(parser.parse_args, ["--los", "at"])
+    assert "--no-such-flag" in refused(parser.parse_args, ["--no-such-flag", "1"])
+
+
+def run_args(*argv, presets=None):
+    """The namespace of a script with three flags of its own."""
+    parser = common.RunParser(DOC)
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--teacher-model")
+    parser.add_argument("--width", type="positive", default=1.0)
+    parser.add_argument("--loss", choices=["at", "st"], default="at")
+    parser.add_argument("--eps", type="probability", default="8/255")
+    parser.add_argument("--epochs", type="count", default=100)
+    parser.add_run_flags()
+    return parser.parse_run(list(argv), presets or {})
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("--model resnet19", "--model: expected resnet18"),
+        ("--teacher-model wrn-12-1", "--teacher-model: the depth"),
+        ("--model wrn-16-2 --width 1/4", "--model wrn-16-2: --width"),
+        ("--name ../up", "--name: "),
+        ("--name", "--name: expected one argument"),
+        ("--seeds 1 1", "--seeds: each seed once, got 1 1"),
+        ("--seed -1", "--seed: "),
+        ("--epochs 1.5", "--epochs: "),
+        ("--augment cutmix", "--augment: "),
+        ("--precision fp16", "--precision: "),
+    ],
+)
+def test_flags_of_all_scripts_are_checked(argv, message, refused):
+    assert refused(run_args, *argv.split()).startswith(message)
+
+
+def test_a_run_is_named_by_its_flags_that_are_not_at_their_default():
+    assert run_args().name == "cifar10-resnet18-at"
+    assert run_args("--loss", "st", "--eps", "4/255").name == "cifar10-resnet18-st,eps=0.01569"
+    assert run_args("--data", "a/my set.npz").name == "my-set-resnet18-at"
+    # what changes no weight is not in the name
+    free = "--seed 3 --seeds 1 2 --device cpu --runs here --graph --compile --tensorboard"
+    assert run_args(*free.split()).name == "cifar10-resnet18-at"
+    long = run_args("--data-root", "x", "--teacher-model", "mlp" + "-1000" * 8, "--epochs", "7")
+    assert len(long.name) == 64
+    assert long.name != run_args("--teacher-model", "mlp" + "-1000" * 8, "--epochs", "8").name
+    assert run_args("--name", "own").name == "own"
+
+
+def test_presets_set_defaults_and_flags_that_are_given_win(capsys):
+    presets = {"--demo": {"epochs": 5, "model": "mlp-8"}, "--loss st": {"eps": "1/255"}}
+    args = run_args("--demo", "--model=mlp-4", presets=presets)
+    assert capsys.readouterr().out == "--demo sets --epochs 5\n"
+    assert (args.epochs, args.model, args.eps) == (5, "mlp-4", 8 / 255)
+    assert args.given == {"--demo", "--model"}
+    args = run_args("--loss=st", presets=presets)
+    assert capsys.readouterr().out == "--loss st sets --eps 1/255\n" and args.eps == 1 / 255
+    run_args(presets=presets)
+    assert capsys.readouterr().out == ""
+
+
+def test_help_shows_the_docstring_and_the_defaults_but_not_none(capsys):
+    with pytest.raises(SystemExit) as end:
+        run_args("--demo", "--help", presets={"--demo": {"epochs": 5}})
+    out = capsys.readouterr().out
+    assert (
+        end.value.code == 0 and DOC in out and "None" not in out and "(default: False)" not in out
+    )
+    assert "data set: cifar10" in out and "(default: cifar10)" in " ".join(out.split())
+
+
+def test_derived_seeds_differ():
+    seeds = {common.derive_seed(s, stage, e) for s in range(9) for stage in "ab" for e in range(99)}
+    assert len(seeds) == 9 * 2 * 99 and all(0 <= seed < 2**63 for seed in seeds)

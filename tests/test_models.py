@@ -1,0 +1,97 @@
+"""Models: sizes against the published ones, modes, names; the net that attacks differentiate."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+
+PUBLISHED = {  # name, classes, width -> parameters (He et al.; Zagoruyko and Komodakis; 3x3 stems)
+    ("resnet18", 10, 1.0): 11_173_962,
+    ("resnet50", 10, 1.0): 23_520_842,
+    ("preact-resnet18", 10, 1.0): 11_172_170,  # with the last BatchNorm of He et al. 2016
+    ("wrn-16-2", 100, 1.0): 703_284,
+    ("wrn-40-2", 100, 1.0): 2_255_156,
+    ("wrn-16-2", 10, 1.0): 691_674,
+    ("wrn-28-10", 10, 1.0): 36_479_194,
+    ("wrn-28-10-silu", 100, 1.0): 36_536_884,
+}
+
+
+@pytest.mark.parametrize("case", PUBLISHED, ids=lambda case: "-".join(map(str, case)))
+def test_parameter_counts_are_the_published_ones(case):
+    with torch.device("meta"):
+        model = common.build_model(*case)
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[case]
+
+
+def test_the_mlp_of_paper_three_has_2_4_million_parameters():
+    model = common.build_model("mlp-1200-1200", channels=1, size=28)
+    assert sum(p.numel() for p in model.parameters()) == 2_395_210
+
+
+def test_width_scales_the_channels_and_dropout_is_active_in_train_mode_only():
+    assert common.build_model("resnet18", width=1 / 16).fc.in_features == 32
+    model, x = common.build_model("wrn-10-1", dropout=0.5), torch.rand(2, 3, 32, 32)
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "preact-resnet18-silu", "wrn-10-1", "mlp-9-8"]
+)
+def test_predictions_do_not_depend_on_the_other_images_of_the_batch(name):
+    width = 1 / 16 if "resnet" in name else 1
+    model = common.build_model(name, 7, width, mean=[0.5] * 3, std=[0.2] * 3)
+    x = torch.rand(5, 3, 32, 32)
+    model(x)  # moves the running statistics away from 0 and 1
+    model.eval()
+    together = model(x)
+    assert together.shape == (5, 7) and together.dtype == torch.float32
+    alone = torch.cat([model(x[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
+
+
+def test_the_narrow_strided_shortcut_is_a_strided_convolution():
+    narrow = common.conv(4, 8, 1, 2)
+    x = torch.rand(2, 4, 8, 8)
+    torch.testing.assert_close(narrow(x), F.conv2d(x, narrow[1].weight, stride=2))
+
+
+def test_models_normalise_inside():
+    model = common.build_model("mlp-4", 3, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7], size=4)
+    x = torch.rand(2, 3, 4, 4)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
+    plain = ((x - mean.view(3, 1, 1)) / std.view(3, 1, 1)).flatten(1)
+    torch.testing.assert_close(model(x), model.layers[2:](plain))
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet19", "wrn-17-2", "wrn-16", "mlp", "mlp-0", "wrn-16-2-gelu", ""]
+)
+def test_unknown_models_are_refused_by_the_name_of_the_flag(name, refused):
+    message = refused(common.check_model, "--teacher-model", name)
+    assert message.startswith("--teacher-model: ") and repr(name) in message
+
+
+def test_width_and_dropout_only_where_they_mean_something(refused):
+    assert "--width" in refused(common.check_model, "--model", "wrn-16-2", 0.5)
+    assert "dropout" in refused(common.check_model, "--model", "resnet18", 1.0, 0.1)
+
+
+def test_a_new_model_fits_the_data_and_is_drawn_from_seed_and_stage():
+    data = common.load_data("shapes", train_subset=10)
+    first = common.new_model(data, "mlp-4", 0, "student")
+    torch.rand(3)  # the global generator does not matter
+    again = common.new_model(data, "mlp-4", 0, "student")
+    others = [
+        common.new_model(data, "mlp-4", 1, "student"),
+        common.new_model(data, "mlp-4", 0, "t"),
+    ]
+    weights = [net.layers[2].weight for net in (first, again, *others)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2]) and not torch.equal(weights[0], weights[3])
+    assert first(common.to_float(data.x_train)).shape == (10, 10)
+    assert first.layers[0].mean.flatten().tolist() == pytest.approx(data.mean)

@@ -1,0 +1,615 @@
+"""A run: its folder, its checkpoints, teachers that runs share, and how programs end."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from conftest import ROOT, same_weights
+
+import common
+import eval_robustness
+import robust_kd
+
+# with convolutions, BatchNorm and two passes of the student: all that a resumed run must restore
+TINY = (
+    "--data shapes --model wrn-10-1 --device cpu --train-subset 32 --test-subset 10 --val-size 10 "
+    "--batch-size 16 --teacher-batch-size 16 --teacher-epochs 3 --epochs 3 --steps 1 "
+    "--eval-steps 2 --loss rslad+ --name x"
+)
+SMALL = (
+    "--data shapes --model mlp-8 --device cpu --train-subset 32 --test-subset 20 --val-size 20 "
+    "--batch-size 16 --teacher-batch-size 16 --teacher-epochs 1 --epochs 1 --steps 1 "
+    "--eval-steps 1 --name x"
+)
+
+
+def run_in(runs, flags=TINY):
+    robust_kd.main([*flags.split(), "--runs", str(runs)])
+    return runs / "robust_kd" / "x-s0"
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_run(runs, other):
+    """All weights and numbers below two --runs folders are equal."""
+    files = [path.relative_to(runs) for path in sorted(runs.rglob("*.pt"))]
+    assert files == [path.relative_to(other) for path in sorted(other.rglob("*.pt"))] and files
+    for file in files:
+        assert same_weights(runs / file, other / file), file
+    for log in runs.rglob("log.jsonl"):
+        folder = log.parent
+        rows = without_times(log_of(other / folder.relative_to(runs)))
+        assert without_times(log_of(folder)) == rows, folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The --runs folder of a run that nothing interrupted."""
+    runs = tmp_path_factory.mktemp("whole")
+    run_in(runs)
+    return runs
+
+
+# ------------------------------------------------------------------------------------------------
+# The folder
+
+
+def test_the_run_folder_holds_what_the_design_says(whole):
+    folder = whole / "robust_kd" / "x-s0"
+    names = {"config.json", "lock", "log.jsonl", "student.pt", "student_best.pt", "summary.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    config = json.loads((folder / "config.json").read_text())
+    assert config["flags"]["alpha"] == 0.8 and config["torch"] == torch.__version__
+    assert [(row["stage"], row["epoch"]) for row in log_of(folder)] == [
+        ("student", epoch) for epoch in (1, 2, 3)
+    ]
+    wanted = {"loss", "train_acc", "images_per_second", "seconds", "val_clean_acc", "val_pgd1_acc"}
+    assert wanted | {"stage", "epoch"} == log_of(folder)[0].keys()
+    rows = json.loads((folder / "summary.json").read_text())
+    assert [row["model"] for row in rows[:2]] == ["teacher (at)", "student (rslad+)"]
+    assert rows[0].keys() == {"model", "clean_acc", "pgd2_acc", "epochs", "seconds", "file"}
+    (teacher,) = (whole / "teachers").iterdir()
+    files = [folder / row["file"] for row in rows]
+    own = [folder / "student.pt", folder / "student_best.pt"]
+    assert [file.resolve() for file in files] == [teacher / "teacher.pt", *own]
+    names = {"recipe.json", "lock", "log.jsonl", "teacher.pt", "teacher_best.pt"}
+    assert {path.name for path in teacher.iterdir()} == names
+    assert json.loads((teacher / "recipe.json").read_text())["training"] == "at"
+
+
+def test_the_meta_of_a_model_says_how_long_it_was_trained(whole):
+    _, meta = common.load_model(whole / "robust_kd" / "x-s0" / "student.pt")
+    rows = log_of(whole / "robust_kd" / "x-s0")
+    assert meta["epoch"] == 3 and meta["training"] == "rslad+"
+    assert meta["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
+    assert meta["best"] == common.best_row(rows)
+
+
+def test_a_finished_run_shows_its_summary_and_does_nothing(whole, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != "lock"}
+    run_in(whole)
+    out = capsys.readouterr().out
+    assert "student (rslad+)" in out and "is finished" in out and "student 1/3" not in out
+    assert before == {
+        path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != "lock"
+    }
+
+
+def test_the_evaluation_of_a_file_gives_the_numbers_of_the_run(whole, tmp_path):
+    folder = whole / "robust_kd" / "x-s0"
+    files = [str(*whole.glob("teachers/*/teacher.pt")), str(folder / "student.pt")]
+    flags = "--data shapes --n 10 --attack clean pgd2 --device cpu --json"
+    eval_robustness.main([*files, *flags.split(), str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text())["rows"]
+    summary = json.loads((folder / "summary.json").read_text())
+    for row, expected in zip(found, summary[:2], strict=True):
+        for key in ("clean_acc", "pgd2_acc"):
+            assert row[key] == expected[key], (expected["model"], key)
+
+
+def test_a_folder_of_other_flags_is_refused_by_the_name_of_the_flag(tmp_path, refused):
+    run_in(tmp_path, f"{SMALL} --loss st")
+    before = contents(tmp_path)
+    message = refused(run_in, tmp_path, f"{SMALL} --loss st --eps 4/255")
+    assert message.startswith("--eps: ") and "--name" in message
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("part", ["x_train", "y_train", "x_test", "y_test"])
+def test_other_images_or_labels_under_the_same_name_are_refused(part, tmp_path, refused):
+    arrays = common.make_shapes(80, 40)
+    np.savez(tmp_path / "own.npz", **arrays)
+    flags = f"{SMALL} --runs {tmp_path}/runs --loss st --data {tmp_path}/own.npz".split()
+    robust_kd.main(flags)
+    changed = arrays[part].copy()
+    changed[0] = (changed[0] + 1) % 10
+    np.savez(tmp_path / "own.npz", **(arrays | {part: changed}))
+    message = refused(robust_kd.main, flags)
+    assert message.startswith("--data: ") and "--name" in message
+
+
+def test_a_damaged_config_or_summary_is_one_line(tmp_path, refused):
+    folder = run_in(tmp_path, f"{SMALL} --loss st")
+    for name in ("summary.json", "config.json"):
+        (folder / name).write_text('{"flags": ')
+        assert name in refused(run_in, tmp_path, f"{SMALL} --loss st")
+    (folder / "config.json").write_text('{"flags": 3}')
+    assert "config.json: damaged" in refused(run_in, tmp_path, f"{SMALL} --loss st")
+
+
+def test_a_folder_in_use_is_refused_and_taken_over_after_the_end(tmp_path, refused):
+    fcntl = pytest.importorskip("fcntl")
+    folder = tmp_path / "robust_kd" / "x-s0"
+    folder.mkdir(parents=True)
+    with open(folder / "lock", "w") as other:
+        other.write("4711")
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "in use by process 4711" in refused(run_in, tmp_path, f"{SMALL} --loss st")
+        assert [path.name for path in folder.iterdir()] == ["lock"]
+    run_in(tmp_path, f"{SMALL} --loss st")  # the other has ended
+    assert (folder / "summary.json").exists()
+
+
+@pytest.mark.parametrize("runs", ["/proc/runs", "a file/runs"])
+def test_a_folder_that_cannot_be_written_is_one_line(runs, tmp_path, ended):
+    if not os.path.isdir("/proc/1"):
+        pytest.skip("needs a folder that not even root can fill")
+    (tmp_path / "a file").write_text("")
+    argv = [
+        *SMALL.split(),
+        "--loss",
+        "st",
+        "--runs",
+        str(tmp_path / runs),
+    ]  # /proc/runs is absolute
+    status, error = ended(lambda: robust_kd.main(argv))
+    assert status == 2 and error.startswith("error: /") and error.count("\n") == 1
+
+
+def test_several_seeds_end_in_mean_and_standard_deviation(tmp_path, capsys):
+    flags = f"{SMALL} --loss st --seeds 3 1 --runs {tmp_path}"
+    summaries = robust_kd.main(flags.split())
+    values = [rows[0]["clean_acc"] for rows in summaries]
+    expected = f"{np.mean(values):.4f} +- {np.std(values, ddof=1):.4f}"
+    assert expected in capsys.readouterr().out.split("mean +- std of seeds 3 1")[1]
+    folders = sorted(path.name for path in tmp_path.glob("robust_kd/*"))
+    assert folders == ["x-s1", "x-s3"]
+
+
+def test_a_value_or_a_row_that_a_seed_lacks_has_no_mean():
+    first = [{"model": "student", "clean_acc": 0.5, "ood_auroc": 0.7}]
+    second = [{"model": "student", "clean_acc": 0.6, "ood_auroc": None}]
+    best = {"model": "student, best on held-out images", "clean_acc": 0.6}
+    for summaries in ([first, [*second, best]], [[*second, best], first]):
+        (row,) = common.mean_and_std(summaries)
+        assert row == {"model": "student", "clean_acc": "0.5500 +- 0.0707", "ood_auroc": None}
+
+
+# ------------------------------------------------------------------------------------------------
+# Going on
+
+
+@pytest.mark.parametrize("stage, epoch", [("teacher", 1), ("teacher", 3), ("student", 2)])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
+    stage, epoch, whole, tmp_path, stop_at, capsys
+):
+    stop_at(robust_kd, f"{TINY} --runs {tmp_path}", stage, epoch)
+    stopped = tmp_path.rglob(f"{stage}.checkpoint{epoch % 2}.pt")
+    assert len(list(stopped)) == 1 and not list(tmp_path.rglob("student.pt"))
+    capsys.readouterr()
+    run_in(tmp_path)
+    out = capsys.readouterr().out
+    assert f"{stage}: goes on after epoch {epoch}" in out and f"{stage} {epoch}/3" not in out
+    assert_same_run(whole, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory):
+    """The --runs folder of a run that was stopped after the second epoch of its student."""
+    runs, save_epoch = tmp_path_factory.mktemp("stopped"), common.save_epoch
+
+    def save_and_stop(folder, stage, model, state, rows, *more):
+        save_epoch(folder, stage, model, state, rows, *more)
+        if (stage, len(rows)) == ("student", 2):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "save_epoch", save_and_stop)
+        run_in(runs)
+    return runs
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    """(runs folder, newest checkpoint, the one before) of such a run."""
+    runs = tmp_path / "runs"
+    shutil.copytree(stopped_once, runs)
+    folder = runs / "robust_kd" / "x-s0"
+    return runs, folder / "student.checkpoint0.pt", folder / "student.checkpoint1.pt"
+
+
+def test_the_log_is_made_again_from_the_checkpoint(stopped, whole):
+    runs, newest, _ = stopped
+    log = newest.parent / "log.jsonl"
+    log.write_text(log.read_text()[:-40] + "\n[]\nno json\n" + "[" * 10**5)
+    run_in(runs)
+    assert_same_run(whole, runs)
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(stopped, whole, capsys):
+    runs, newest, _ = stopped
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    run_in(runs)
+    out = capsys.readouterr().out
+    assert f"{newest}: damaged" in out and "checksum" in out
+    assert "student: goes on after epoch 1" in out
+    assert_same_run(whole, runs)
+
+
+def test_without_a_readable_checkpoint_the_stage_begins_again(stopped, whole, capsys):
+    runs, newest, before = stopped
+    newest.write_bytes(newest.read_bytes()[:5000])
+    before.write_bytes(b"")
+    run_in(runs)
+    out = capsys.readouterr().out
+    assert f"{newest}: damaged" in out and f"{before}: damaged" in out
+    assert "goes on after" not in out and "student 1/3" in out
+    assert_same_run(whole, runs)
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_line(stopped, refused):
+    runs, newest, before = stopped
+    record = common.load(newest)
+    before.unlink()
+    rows, state = record["rows"], record["state"]
+    for changed in (
+        {"rows": [], "state": state},
+        {"rows": rows[:1] * 2, "state": state},
+        {"rows": [row | {"stage": "teacher"} for row in rows], "state": state},
+        {"rows": rows, "state": {}},
+        {"rows": rows, "state": state | {"model": {}}},
+        {"rows": rows, "state": state | {"optimizer": {}}},
+    ):
+        common.save(newest, changed)
+        message = refused(run_in, runs)
+        assert "x-s0: not of a run with these flags" in message and "delete" in message
+
+
+def test_a_run_that_is_stopped_in_its_evaluation_makes_a_damaged_model_again(
+    stopped, whole, monkeypatch, capsys
+):
+    runs, newest, _ = stopped
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(robust_kd.eval_robustness, "evaluate", stop)
+        run_in(runs)
+    student = newest.parent / "student.pt"
+    student.write_bytes(student.read_bytes()[:500])
+    capsys.readouterr()
+    run_in(runs)
+    assert "student: goes on after epoch 3" in capsys.readouterr().out
+    assert_same_run(whole, runs)
+
+
+def test_a_stage_of_more_than_a_thousand_epochs_goes_on(tmp_path):
+    net = nn.Linear(1, 1)
+    rows = [
+        {"stage": "student", "epoch": epoch, "loss": 0.0, "images_per_second": 1.0, "seconds": 1.0}
+        for epoch in range(1, 1200)
+    ]
+    common.save_epoch(tmp_path, "student", net, {"model": net}, rows, 1200)
+    assert common.resume(tmp_path, "student", {"model": nn.Linear(1, 1)}) == rows
+
+
+def test_the_best_epoch_is_the_first_with_the_highest_sum():
+    rows = []
+    for clean, pgd in ((0.5, 0.25), (0.75, 0.125), (0.625, 0.25), (0.25, 0.5)):
+        rows.append({"val_clean_acc": clean, "val_pgd2_acc": pgd})
+    assert common.best_row(rows) is rows[1]
+    assert common.best_row([]) == common.best_row([{"loss": 1.0}]) == {}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path, refused):
+    message = refused(run_in, tmp_path, f"{SMALL} --loss st --lr 1e30")
+    assert "student, epoch 1, step 2" in message and "try a lower --lr" in message
+    run_in(tmp_path / "advice", f"{SMALL} --loss st --lr 0.01")
+
+
+def test_weights_that_are_not_finite_stop_the_run_before_the_checkpoint(
+    tmp_path, refused, monkeypatch
+):
+    make_optimizer = robust_kd.make_optimizer
+
+    def breaking(model, *rest):
+        optimizer, schedule = make_optimizer(model, *rest)
+        steps = []
+
+        def after(*_):
+            steps.append(1)
+            if len(steps) == 4:  # the last step of the second epoch: no loss sees it
+                next(model.parameters()).data.fill_(float("nan"))
+
+        optimizer.register_step_post_hook(after)
+        return optimizer, schedule
+
+    monkeypatch.setattr(robust_kd, "make_optimizer", breaking)
+    assert "student, epoch 2" in refused(run_in, tmp_path, f"{SMALL} --loss st --epochs 3")
+    (path,) = tmp_path.rglob("*.checkpoint?.pt")
+    record = common.load(path)
+    assert len(record["rows"]) == 1
+    assert all(value.isfinite().all() for value in record["state"]["model"].values())
+
+
+def test_metrics_are_sums_over_the_batch():
+    logits, labels = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), torch.tensor([0, 0, 0])
+    for given in (labels, nn.functional.one_hot(labels, 2).float()):
+        assert common.metrics(torch.tensor(0.5), logits, given).tolist() == [1.5, 2.0, 3.0]
+
+
+def test_tensorboard_gets_every_number_of_an_epoch(tmp_path, monkeypatch, refused):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        flags = f"{SMALL} --loss st --tensorboard"
+        assert "pip install tensorboard" in refused(run_in, tmp_path, flags)
+        assert list(tmp_path.iterdir()) == []
+    scalars = []
+
+    class SummaryWriter:
+        def __init__(self, folder, filename_suffix):
+            self.add_scalar = lambda name, value, epoch: scalars.append((name, epoch))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            scalars.append("closed")
+
+    fake = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    run_in(tmp_path, f"{SMALL} --loss st --tensorboard")
+    names = {name.removeprefix("student/") for name, epoch in scalars[:-1]}
+    assert {"loss", "train_acc", "val_clean_acc", "val_pgd1_acc", "images_per_second"} <= names
+    assert scalars[-1] == "closed"
+
+
+# ------------------------------------------------------------------------------------------------
+# Teachers
+
+
+def test_runs_of_one_recipe_share_the_teacher_and_the_path_is_printed(whole, tmp_path, capsys):
+    shutil.copytree(whole / "teachers", tmp_path / "teachers")
+    before = contents(tmp_path)
+    run_in(tmp_path, f"{TINY} --alpha 0.4 --trades-beta 1 --name other")
+    out = capsys.readouterr().out
+    (path,) = tmp_path.glob("teachers/*/teacher.pt")
+    assert f"teacher: {path}" in out and "teacher 1/3" not in out
+    assert contents(tmp_path / "teachers") == before
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_teacher_of_other_labels_is_not_taken_for_this_one(part, tmp_path):
+    arrays = common.make_shapes(80, 40)
+    for change in (0, 1):
+        arrays[f"y_{part}"] = arrays[f"y_{part}"].copy()
+        arrays[f"y_{part}"][0] += change
+        np.savez(tmp_path / "own.npz", **arrays)
+        run_in(tmp_path, f"{SMALL} --loss akd --data {tmp_path}/own.npz --name run{change}")
+    assert len(list(tmp_path.glob("teachers/*/teacher.pt"))) == 2
+
+
+def test_a_damaged_teacher_is_one_line_and_made_again_once_deleted(tmp_path, refused):
+    run_in(tmp_path, f"{SMALL} --loss akd")
+    (path,) = tmp_path.glob("teachers/*/teacher.pt")
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    other = f"{SMALL} --loss akd+ --name other"
+    message = refused(run_in, tmp_path, other)
+    assert str(path) in message and "delete it" in message
+    path.unlink()
+    run_in(tmp_path, other)
+    assert same_weights(path, path.with_name("teacher_best.pt"))  # of its only epoch
+
+
+def test_while_another_run_trains_a_teacher_this_one_waits_for_it(tmp_path, capsys):
+    run_in(tmp_path, f"{SMALL} --loss akd")
+    (path,) = tmp_path.glob("teachers/*/teacher.pt")
+    path.rename(tmp_path / "later.pt")
+
+    def train_elsewhere():
+        with common.locked(path.parent):
+            started.set()
+            time.sleep(0.5)
+            (tmp_path / "later.pt").rename(path)
+
+    started, other = threading.Event(), threading.Thread(target=train_elsewhere)
+    other.start()
+    started.wait()
+    capsys.readouterr()
+    run_in(tmp_path, f"{SMALL} --loss akd+ --name other")
+    other.join()
+    out = capsys.readouterr().out
+    assert f"{path.parent}: waiting for process" in out and "teacher 1/1" not in out
+
+
+# ------------------------------------------------------------------------------------------------
+# How programs end
+
+
+def prints_into(stdout, text="a line"):
+    """(exit status, stderr) of a program that prints a line; stdout: a file."""
+    code = f"import common; common.start(lambda: print({text!r}))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=100
+    )
+    return done.returncode, done.stderr
+
+
+def test_a_killed_run_goes_on_by_the_command_that_it_prints(whole, tmp_path):
+    command = [sys.executable, "robust_kd.py", *TINY.split(), "--runs", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.rglob("teacher.checkpoint?.pt")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=100)[1]
+    assert process.returncode == 143 and "Traceback" not in error
+    *_, stopped, printed = error.splitlines()
+    assert stopped == "stopped; finished epochs are kept; the same command goes on:"
+    done = subprocess.run(printed, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "teacher: goes on after epoch" in done.stdout
+    assert_same_run(whole, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "stop, status, message",
+    [
+        (KeyboardInterrupt(), 130, "stopped; finished epochs are kept; the same command goes on:"),
+        (KeyboardInterrupt("SIGTERM"), 143, "stopped; finished epochs are kept"),
+        (common.UserError("--eps: two\nlines \x1b[2J"), 2, "error: --eps: two lines ?[2J\n"),
+        (OSError(28, "No space left on device", "a.pt"), 2, "error: a.pt: No space left on"),
+        (torch.OutOfMemoryError("CUDA"), 2, "take a smaller --batch-size"),
+        (RuntimeError("[gloo] Connection closed by peer"), 2, "another process has ended"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line(stop, status, message, ended):
+    def main():
+        raise stop
+
+    found, error = ended(main)
+    assert found == status and message in error
+    if status == 2:
+        assert error.startswith("error: ") and error.count("\n") == 1
+    else:
+        assert error.splitlines()[-1] == common.command_line()
+
+
+def test_an_error_of_the_program_itself_keeps_its_traceback(ended):
+    def main():
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        ended(main)
+
+
+def test_ctrl_c_while_the_data_are_loaded_writes_nothing(tmp_path, monkeypatch, ended):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "load_data", interrupted)
+    argv = [*SMALL.split(), "--runs", str(tmp_path / "runs")]
+    assert ended(lambda: robust_kd.main(argv))[0] == 130 and list(tmp_path.iterdir()) == []
+
+
+def test_a_program_without_a_reader_of_its_output_ends_without_a_word():
+    read, write = os.pipe()
+    os.close(read)  # as after `| head`
+    assert prints_into(write) == (141, "")
+    os.close(write)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, as on Linux")
+def test_an_output_that_cannot_be_written_is_one_line():
+    with open("/dev/full", "w") as full:
+        status, error = prints_into(full)
+    assert status == 2 and error.startswith("error: standard output: No space left on device")
+    assert error.count("\n") == 1
+
+
+def test_bad_flags_write_nothing(tmp_path, ended):
+    argv = [*SMALL.split(), "--eps", "8//255", "--runs", str(tmp_path / "runs")]
+    status, error = ended(lambda: robust_kd.main(argv))
+    assert (status, error.count("\n")) == (2, 1) and error.startswith("error: --eps: expected")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_live_line_fits_the_terminal_and_is_printed_over(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "20")
+    common.print_line("student, epoch 1: 50% of them", live=True)
+    common.print_line("student, epoch 1: all of it is done")
+    lines = screen.getvalue().split("\r\x1b[2K")
+    assert lines == ["", "student, epoch 1: 5", "student, epoch 1: all of it is done\n"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Ctrl-C while torch is imported
+
+PROGRAMS = (
+    "fickle_teacher",
+    "soft_randomization",
+    "messy_collab",
+    "robust_kd",
+    "teacher_free_kd",
+    "eval_robustness",
+)
+SLOW_TORCH = """
+import time
+print("importing torch", flush=True)
+time.sleep({seconds})
+print("imported", flush=True)
+raise SystemExit(0)
+"""
+
+
+def importing(program, folder, seconds, **options):
+    """The program while it imports torch, which takes so long."""
+    (folder / "torch.py").write_text(SLOW_TORCH.format(seconds=seconds))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / f"{program}.py")],
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        **pipes,
+        **options,
+    )
+    assert process.stdout.readline() == "importing torch\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_that_is_stopped_while_it_imports_torch_ends_without_a_word(
+    program, number, tmp_path
+):
+    process = importing(program, tmp_path, 60)
+    process.send_signal(number)
+    assert process.communicate(timeout=50) == ("", "")
+    assert process.returncode in (-number, 128 + number)  # a shell says 130 or 143 to both
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_in_the_background_of_a_script_goes_on_ignoring_ctrl_c(program, tmp_path):
+    def ignore():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    process = importing(program, tmp_path, 0.2, preexec_fn=ignore)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=50) == ("imported\n", "") and process.returncode == 0
