@@ -1,4 +1,4 @@
-# make demo | make test | make soak | make lint: each sets up .venv first, if it is not there yet.
+# make demo | make test | make claims | make soak | make lint: each sets up .venv first, if it is not there yet.
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -10,6 +10,10 @@ test: .venv/dev
 
 soak: .venv/dev
 	$(BIN)/python tests/stress/soak.py --minutes 10
+
+claims: .venv/dev
+	$(BIN)/python benchmark/run.py --prepare
+	$(BIN)/python benchmark/claims.py all
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -25,4 +29,4 @@ lint: .venv/dev
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test soak lint
+.PHONY: demo test claims soak lint

@@ -1609,26 +1609,50 @@ class Progress:
         )
 
 
+def state_files(folder):
+    """The files in which the progress of an evaluation is kept, as far as they are there."""
+    return [path for path in (folder / "state0.pt", folder / "state1.pt") if path.exists()]
+
+
+def read_state(path):
+    """The record in a file of a State; None, and a line on the terminal, if it is damaged."""
+    try:
+        record = common.load(path)
+    except common.UserError as error:
+        print(f"{error}; the checkpoint before it is taken, if there is one", flush=True)
+        return None
+    if not isinstance(record.get("saves"), int):
+        wrong = "not the state of an evaluation; delete it to begin again"
+        raise common.UserError(f"{path}: {wrong}")
+    return record
+
+
 class State:
     """How far an evaluation has come: with a folder it is kept there, and a killed one goes on.
 
-    <folder>/state.pt holds the flags and the progress; it is replaced after each batch. With
-    keep_examples <folder>/examples holds the examples, float32 (C, H, W), image i at place i.
+    <folder>/state0.pt and state1.pt take turns after each batch: the flags and the progress. If the
+    newer one is damaged, the one before it is taken. With keep_examples <folder>/examples holds the
+    examples, float32 (C, H, W), image i at place i.
     """
 
     def __init__(self, folder=None, flags=None, keep_examples=False):
         self.folder, self.flags, self.keep_examples = folder, flags, keep_examples
         self.attacks = {}  # {name of the row and of the attack: Progress}
         self.corruptions = {}  # {name of the row: counts of corruption_accuracy}
-        if folder is not None and (folder / "state.pt").exists():
-            self.load()
+        self.saves = 0  # how often it was saved: the larger number is the newer file
+        newest = None
+        for path in state_files(folder) if folder is not None else []:
+            record = read_state(path)
+            if record is not None and (newest is None or record["saves"] > newest["saves"]):
+                newest = record
+        if newest is not None:
+            self.take(newest)
             print(f"goes on from {folder}", flush=True)
 
-    def load(self):
-        """Take what the file says; a UserError if it is damaged or of other flags."""
-        path = self.folder / "state.pt"
-        record = common.load(path)
+    def take(self, record):
+        """Go on from what a file says; a UserError if it is malformed or of other flags."""
         try:
+            self.saves = record["saves"]
             flags, corruptions = dict(record["flags"]), dict(record["corruptions"])
             attacks = {key: Progress(**fields) for key, fields in record["attacks"].items()}
             valid = all(progress.is_valid() for progress in attacks.values())
@@ -1640,7 +1664,7 @@ class State:
                 raise ValueError
         except common.MALFORMED:
             wrong = "not the state of an evaluation; delete it to begin again"
-            raise common.UserError(f"{path}: {wrong}") from None
+            raise common.UserError(f"{self.folder}: {wrong}") from None
         compare_flags(self.folder, flags, self.flags)
         self.attacks, self.corruptions = attacks, corruptions
 
@@ -1648,8 +1672,14 @@ class State:
         """Put the state on the disk, atomically."""
         if self.folder is not None:
             attacks = {key: dataclasses.asdict(p) for key, p in self.attacks.items()}
-            record = {"flags": self.flags, "attacks": attacks, "corruptions": self.corruptions}
-            common.save(self.folder / "state.pt", record)
+            self.saves += 1
+            record = {
+                "saves": self.saves,
+                "flags": self.flags,
+                "attacks": attacks,
+                "corruptions": self.corruptions,
+            }
+            common.save(self.folder / f"state{self.saves % 2}.pt", record)
 
     def write_examples(self, progress, index, x_adv):
         """Keep the examples (B, C, H, W) of the images `index` (B,); call `save` after it."""
@@ -1694,7 +1724,7 @@ def compare_flags(path, old, new):
 def state_folder(result, flag="--json"):
     """Yield the folder <result>.state, which no other evaluation can use meanwhile.
 
-    It is removed afterwards unless it holds a state.pt.
+    It is removed afterwards unless it holds the progress of an evaluation that was stopped.
     """
     folder = Path(f"{result}.state")
     if folder.exists() and not folder.is_dir():
@@ -1712,7 +1742,7 @@ def state_folder(result, flag="--json"):
         try:
             yield folder
         finally:
-            if not (folder / "state.pt").exists():
+            if not state_files(folder):
                 for name in ("examples", "lock"):
                     (folder / name).unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # it holds something of the user's
@@ -2122,7 +2152,8 @@ def evaluate_models(args):
                 save_examples(args.save_examples, data, state)
             if args.json:
                 common.write_json(Path(args.json), record)
-        (folder / "state.pt").unlink(missing_ok=True)
+        for path in state_files(folder):
+            path.unlink()
     return record
 
 

@@ -582,6 +582,37 @@ def draw_results(done, folder):
     return [Path(folder) / name for name in figures]
 
 
+def draw_forest(path, lines):
+    """Write a forest plot of (label, effect, bound, verdict) of benchmark/claims.py, in points.
+
+    False without matplotlib.
+    """
+    figure = new_figure(9, 0.8 + 0.26 * len(lines))
+    if figure is None:
+        return False
+    colours = {"holds": COLOURS[2], "contradicted": COLOURS[1]}
+    axis = figure.subplots()
+    axis.axvline(0, color="black", linewidth=0.8)
+    for place, (_, effect, bound, verdict) in enumerate(lines):
+        colour = colours.get(verdict, "gray")
+        low, middle, high = 100 * effect.low, 100 * effect.mean, 100 * effect.high
+        axis.plot([low, high], [place, place], color=colour, linewidth=2)
+        axis.plot(middle, place, "o", color=colour, markersize=5)
+        if bound:
+            axis.plot(100 * bound, place, "|", color="black", markersize=9)
+    axis.set_yticks(range(len(lines)), [line[0] for line in lines], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xscale("symlog", linthresh=5)
+    ticks = [-50, -20, -5, -2, 0, 2, 5, 20, 50]
+    axis.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
+    axis.set_xlabel("difference in points, 95 % interval; tick: the bound where it is not 0")
+    for verdict, colour in (*colours.items(), ("undecided or regime absent", "gray")):
+        axis.plot([], [], "o-", color=colour, label=verdict)
+    figure.legend(loc="outside lower right", ncols=3)
+    save_figure(figure, path)
+    return True
+
+
 def plot_results(args):
     """The sub-command `results`."""
     done = records.read_records(args.results)

@@ -57,8 +57,9 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_numbers(small, tmp_p
         except KeyboardInterrupt:
             kills += 1
     assert kills > 2 and without_seconds(found) == expected
-    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]  # and no examples
-    assert (tmp_path / "state.pt").stat().st_size < 20_000
+    files = sorted(tmp_path.iterdir())
+    assert [path.name for path in files] == ["state0.pt", "state1.pt"]  # and no examples
+    assert all(path.stat().st_size < 20_000 for path in files)
 
 
 def test_corruptions_go_on_where_they_were_killed(shapes, tmp_path):
@@ -94,21 +95,51 @@ def test_a_state_of_other_flags_a_damaged_or_a_foreign_one_is_refused(tmp_path, 
         good | {"seconds": {"pgd1": "a"}},
         good | {"another": 1},
     ):
-        record = {"flags": {"--eps": 0.1}, "attacks": {"net pgd1": fields}, "corruptions": {}}
-        common.save(tmp_path / "state.pt", record)
+        record = {"saves": 2, "flags": {"--eps": 0.1}}
+        record |= {"attacks": {"net pgd1": fields}, "corruptions": {}}
+        common.save(tmp_path / "state0.pt", record)
         assert "not the state" in refused(ev.State, tmp_path, {"--eps": 0.1})
     for corruptions in (
         {"net": {"rain": [[0, 0]] * 5}},
         {"net": {"fog": [[0, 0]] * 4}},
         {"net": 1},
     ):
-        record = {"flags": {"--eps": 0.1}, "attacks": {}, "corruptions": corruptions}
-        common.save(tmp_path / "state.pt", record)
+        record = {"saves": 2, "flags": {"--eps": 0.1}}
+        record |= {"attacks": {}, "corruptions": corruptions}
+        common.save(tmp_path / "state0.pt", record)
         assert "not the state" in refused(ev.State, tmp_path, {"--eps": 0.1})
-    path = tmp_path / "state.pt"
-    path.write_bytes(path.read_bytes()[:200])
-    message = refused(ev.State, tmp_path, {"--eps": 0.1})
-    assert "damaged" in message and "delete it" in message
+    common.save(tmp_path / "state0.pt", {"another": 1})
+    assert "not the state" in refused(ev.State, tmp_path, {"--eps": 0.1})
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_of_a_damaged_state_the_one_before_is_taken(small, tmp_path, monkeypatch, capsys, both):
+    model, x, labels = small
+    settings = ev.Settings(steps=4, queries=20, batch_size=16)
+    expected = ev.evaluate_model(model, x, labels, ["pgd2", "aa"], settings)
+
+    def die_after_the_fourth(state):
+        save(state)
+        if state.saves == 4:
+            raise KeyboardInterrupt
+
+    save = ev.State.save
+    with monkeypatch.context() as patch:
+        patch.setattr(ev.State, "save", die_after_the_fourth)
+        with pytest.raises(KeyboardInterrupt):
+            state = ev.State(tmp_path, {})
+            ev.evaluate_model(model, x, labels, ["pgd2", "aa"], settings, state=state)
+    for name in ["state0.pt", "state1.pt"][: 2 if both else 1]:  # the fourth one is state0.pt
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:-100])
+    capsys.readouterr()
+    state = ev.State(tmp_path, {})
+    assert state.saves == (0 if both else 3)
+    out = capsys.readouterr().out
+    assert out.count(": damaged") == (2 if both else 1)
+    assert ("goes on from" in out) != both and "the checkpoint before it is taken" in out
+    found = ev.evaluate_model(model, x, labels, ["pgd2", "aa"], settings, state=state)
+    assert without_seconds(found) == without_seconds(expected)
 
 
 def test_a_state_of_another_number_of_images_is_refused(small, refused):
@@ -398,7 +429,12 @@ def test_a_signal_says_how_to_go_on_and_the_same_command_does(
     monkeypatch.setattr(ev.State, "save", stopped_at_the_fifth)
     status, message = ended(lambda: main(*argv))
     assert status == code and "stopped; " in message
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["lock", "out.json.state", "state.pt"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [
+        "lock",
+        "out.json.state",
+        "state0.pt",
+        "state1.pt",
+    ]
     capsys.readouterr()
     main(*argv)
     assert "goes on from" in capsys.readouterr().out

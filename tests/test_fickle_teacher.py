@@ -580,7 +580,7 @@ def test_a_run_killed_in_its_evaluation_goes_on_from_a_damaged_checkpoint(tmp_pa
         with pytest.raises(KeyboardInterrupt):
             run("fickle_teacher", tmp_path / "killed", "--method hinton")
     folder = tmp_path / "killed" / "fickle_teacher" / "x-s0"
-    assert (folder / "evaluation.json.state" / "state.pt").exists()
+    assert (folder / "evaluation.json.state" / "state1.pt").exists()
     newest = folder / "student.checkpoint1.pt"  # after 3 epochs
     newest.write_bytes(newest.read_bytes()[:-100])
     (found,) = run("fickle_teacher", tmp_path / "killed", "--method hinton")

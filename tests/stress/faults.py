@@ -156,7 +156,7 @@ def leftovers(folder):
 
 def last_file(folder):
     """The newest file from which the job can go on; None if there is none yet."""
-    files = [*folder.rglob("*.checkpoint?.pt"), *folder.glob("out.json.state/state.pt")]
+    files = [*folder.rglob("*.checkpoint?.pt"), *folder.glob("out.json.state/state?.pt")]
     return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 

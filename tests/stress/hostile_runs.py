@@ -104,7 +104,7 @@ def evaluations(folder):
         found[f"json: {name}"] = [*argv, "--json", str(folder / f"{i}.json")], (2,)
     progress = dataclasses.asdict(eval_robustness.Progress(torch.zeros(4, dtype=torch.int16)))
     swollen = torch.zeros(1, dtype=torch.int16).expand(10**12)
-    empty = {"flags": {}, "attacks": {}, "corruptions": {}}
+    empty = {"saves": 1, "flags": {}, "attacks": {}, "corruptions": {}}
     for name, change in {
         "other flags": {},
         "no flags": {"flags": 1},
@@ -118,8 +118,9 @@ def evaluations(folder):
     }.items():
         state = folder / f"{name}.json.state"
         state.mkdir()
-        hostile.saved(state / "state.pt", empty | change)
-        found[f"state: {name}"] = [*argv, "--json", str(folder / f"{name}.json")], (2,)
+        hostile.saved(state / "state1.pt", empty | change)
+        statuses = (0,) if name == "exec" else (2,)  # 0: damaged, the evaluation begins again
+        found[f"state: {name}"] = [*argv, "--json", str(folder / f"{name}.json")], statuses
     (folder / "a file.json.state").write_text("")
     found["state: a file"] = [*argv, "--json", str(folder / "a file.json")], (2,)
     (folder / "foreign.pt").write_bytes(pickle.dumps(hostile.Runs(folder)))

@@ -1,0 +1,501 @@
+"""The claims of the three papers that small nets can test: data for benchmark/claims.py.
+
+Arms     One command of our scripts each, without --seed and --name. `arm` stands for the student
+         after its last epoch, `arm@best` for its best epoch on held-out images, `arm@teacher` and
+         `arm@alone` for the other nets of the same run.
+Rules    A rule says that a metric of one arm is larger than that of another one by more than
+         `above`. Its mean must reach `smallest`, the smallest effect that counts. All rules and
+         settings were fixed before the runs of the seeds that decide.
+Gates    Rules that show that the mechanism of the claim acts at all. They look at the mean alone;
+         where one fails the verdict is "regime absent".
+Rivals   Rules that a reader would ask for. They are shown, and do not decide.
+"""
+
+from typing import NamedTuple
+
+# Seeds 0 to 9 were used to find the settings: verdicts come from later ones
+FIRST_SEED = 10
+
+
+class Rule(NamedTuple):
+    """metric(arm) - metric(rival) > above, with a mean of at least `smallest`."""
+
+    metric: str  # clean_acc, pgd20_acc, aa_acc (AutoAttack on 1,000 images), entropy (nats)
+    arm: str
+    rival: str
+    above: float = 0.0
+    smallest: float = 0.005  # half a point
+
+
+class Claim(NamedTuple):
+    """What a paper says, and how it is tested."""
+
+    title: str
+    paper: int  # 1: noisy collaboration, 2: robust distillation, 3: adversarial context
+    quote: str
+    source: str
+    printed: str  # the numbers of the paper, in percent
+    mechanism: str
+    rules: tuple  # all must hold
+    gates: tuple = ()
+    rivals: tuple = ()
+    smoothing_suffices: bool = False  # a mere smoothing of the labels would pass the rules too
+    seeds: int = 5
+    remark: str = ""  # why it comes out as it does; written after the run
+
+
+# ------------------------------------------------------------------------------------------------
+# Regimes: data, net and optimisation, in which the mechanism of a claim can be seen
+
+# An MLP on 2,000 images without augmentation, adversarially trained: it overfits robustly
+MLP = (
+    "--data data/cifar10-16.npz --augment none --train-subset 2000 --val-size 1000 "
+    "--test-subset 4000 --model mlp-512-512 --batch-size 64 --lr 0.05"
+)
+MLP_STUDENT = f"{MLP} --epochs 30"
+MLP_TEACHER = (
+    "--teacher-batch-size 64 --teacher-lr 0.05 --teacher-gamma 0.95 --teacher-epochs 30 "
+    "--teacher-save-every 10"
+)
+AT = f"robust_kd.py --loss at {MLP_STUDENT}"
+RKD = f"robust_kd.py {MLP_STUDENT} {MLP_TEACHER}"
+
+# A narrow ResNet-18 on the same images: the same mechanism in a convolutional net with BatchNorm
+CONV = (
+    "--data data/cifar10-16.npz --augment none --train-subset 2000 --val-size 500 "
+    "--test-subset 2000 --model resnet18 --width 1/8 --batch-size 64 --lr 0.1 --epochs 20 "
+    "--steps 3 --step-size 4/255"
+)
+CONV_TEACHER = (
+    "--teacher-batch-size 64 --teacher-lr 0.05 --teacher-gamma 0.95 --teacher-epochs 20 "
+    "--teacher-es 8"
+)
+
+# MNIST with half of the labels wrong: an MLP learns the wrong labels by heart
+NOISY_LABELS = (
+    "--data mnist --train-subset 5000 --val-size 500 --model mlp-100-100 "
+    "--teacher-model mlp-400-400 --epochs 40 --teacher-epochs 40 --milestones 12 24 32 "
+    "--teacher-milestones 12 24 32 --lr 0.05 --batch-size 64 --corruption-rate 0.5 "
+    "--restarts 1 --eval-steps 1"
+)
+
+# Small WRNs on 4,000 images of 16x16 with crops and flips, trained on clean images
+WRN = (
+    "--data data/cifar10-16.npz --train-subset 4000 --val-size 1000 --test-subset 10000 "
+    "--model wrn-10-1 --teacher-model wrn-16-2 --epochs 30 --teacher-epochs 30 --batch-size 64 "
+    "--lr 0.05 --restarts 1"
+)
+
+# Adversarial training by the recipe of the third paper, with the MLP of the first regime
+PAPER3 = f"teacher_free_kd.py {MLP_STUDENT} --gamma 0.95 --eval-attack clean pgd20"
+
+ARMS = {
+    # robust distillation, MLP
+    "at": AT,
+    "at-long": f"robust_kd.py --loss at {MLP} --epochs 40",
+    "at-smooth-0.5": f"{AT} --label-smoothing 0.5",
+    "at-smooth-0.8": f"{AT} --label-smoothing 0.8",
+    "at-ema": f"{AT} --ema 0.995",
+    "akd+0.8": f"{RKD} --loss akd+ --alpha 0.8 --teacher-es 10",
+    "akd+0.3": f"{RKD} --loss akd+ --alpha 0.3 --teacher-es 10",
+    "akd": f"{RKD} --loss akd --teacher-es 10",
+    "akd+0.8-late": f"{RKD} --loss akd+ --alpha 0.8 --teacher-es 30",
+    "ard+0.8": f"{RKD} --loss ard+ --alpha 0.8 --teacher-es 10",
+    "rslad+0.8": f"{RKD} --loss rslad+ --alpha 0.8 --teacher-es 10",
+    "ckd": f"{RKD} --loss ckd --teacher-es 10",
+    "standard-1.0": f"{RKD} --loss akd+ --alpha 1 --teacher-training st --teacher-es 10",
+    "standard-0.3": f"{RKD} --loss akd+ --alpha 0.3 --teacher-training st --teacher-es 10",
+    "weak-0.3": f"{RKD} --loss akd+ --alpha 0.3 --teacher-eps 2/255 --teacher-es 10",
+    "ensemble": f"{RKD} --loss akd+ --alpha 0.8 --teachers 4 --teacher-es 10",
+    "at-narrow": f"{AT} --model mlp-32-32",
+    "akd+0.8-narrow": f"{RKD} --loss akd+ --alpha 0.8 --teacher-es 10 --model mlp-32-32",
+    "at-8000": f"{AT} --train-subset 8000",
+    "akd+0.8-8000": f"{RKD} --loss akd+ --alpha 0.8 --teacher-es 10 --train-subset 8000",
+    # robust distillation, narrow ResNet-18
+    "conv-at": f"robust_kd.py --loss at {CONV}",
+    "conv-at-smooth-0.5": f"robust_kd.py --loss at --label-smoothing 0.5 {CONV}",
+    "conv-akd+0.8": f"robust_kd.py --loss akd+ --alpha 0.8 {CONV} {CONV_TEACHER}",
+    # wrong labels
+    "wrong-alone": f"messy_collab.py --method student {NOISY_LABELS}",
+    "wrong-hinton": f"messy_collab.py --method hinton {NOISY_LABELS}",
+    "wrong-mc-s": f"messy_collab.py --method mc-s --noise-rate 0.5 {NOISY_LABELS}",
+    # noisy collaboration
+    "alone": f"fickle_teacher.py --method student {WRN}",
+    "hinton": f"fickle_teacher.py --method hinton {WRN}",
+    "hinton-dropout": f"fickle_teacher.py --method hinton --dropout 0.4 {WRN}",
+    "fickle": f"fickle_teacher.py --method fickle --dropout 0.4 {WRN}",
+    "gaussian": f"soft_randomization.py --method gaussian --sigma 0.05 {WRN}",
+    "soft-randomization": f"soft_randomization.py --sigma 0.05 {WRN}",
+    "mc-s": f"messy_collab.py --method mc-s --noise-rate 0.3 {WRN}",
+    "mc-ts": f"messy_collab.py --method mc-ts --noise-rate 0.3 {WRN}",
+    "flc-ts": f"messy_collab.py --method flc-ts --corruption-rate 0.25 {WRN}",
+    # the third paper
+    "at-3": f"{PAPER3} --method at",
+    "at-kd": f"{PAPER3} --method at-kd",
+    "at-tf-kd-self": f"{PAPER3} --method at-tf-kd-self",
+    "at-tf-kd-reg": f"{PAPER3} --method at-tf-kd-reg",
+    "mnist": "teacher_free_kd.py --method vanilla",
+    "mnist-without-1": "teacher_free_kd.py --method vanilla --omit-digit 1",
+}
+
+# ------------------------------------------------------------------------------------------------
+# Claims
+
+OVERFITTING = Rule("pgd20_acc", "at@best", "at", above=0.03)
+CONV_OVERFITTING = Rule("pgd20_acc", "conv-at@best", "conv-at", above=0.03)
+KD_HELPS = Rule("clean_acc", "hinton", "alone", above=-0.005)
+MEMORISED = Rule("clean_acc", "wrong-alone@best", "wrong-alone", above=0.03)
+
+CLAIMS = {
+    "robust-distillation": Claim(
+        title="AKD+ with an early-stopped teacher is more robust than adversarial training",
+        paper=2,
+        quote="RKD can be used to boost the performance of adversarially trained robust models as "
+        "a simple plugin method to improve robustness and/or clean accuracy",
+        source="section 1; Tables 1 to 3",
+        printed="AutoAttack 46.33 -> 48.08, clean 85.54 -> 84.02 (Table 3)",
+        mechanism="Adversarial training learns its training images by heart and loses robustness; "
+        "a teacher that was stopped before that gives softer targets.",
+        rules=(Rule("aa_acc", "akd+0.8", "at"),),
+        gates=(OVERFITTING,),
+        rivals=(
+            Rule("clean_acc", "akd+0.8", "at"),
+            Rule("pgd20_acc", "akd+0.8", "at"),
+            Rule("aa_acc", "akd+0.8", "at@best"),
+            Rule("clean_acc", "akd+0.8", "at@best"),
+            Rule("aa_acc", "akd+0.8", "at-smooth-0.5"),
+            Rule("clean_acc", "akd+0.8", "at-smooth-0.5"),
+            Rule("aa_acc", "akd+0.8", "at-long"),
+            Rule("aa_acc", "akd+0.8", "at-ema"),
+        ),
+        smoothing_suffices=True,
+        seeds=10,
+    ),
+    "early-stopping": Claim(
+        title="A teacher stopped early makes a more robust student than one trained to the end",
+        paper=2,
+        quote="Early-stopped teachers increase robustness on the student model.",
+        source="section 1 and 3.2; Figure 1",
+        printed="shown in Figure 1",
+        mechanism="A teacher that has learned its images by heart gives targets like the labels.",
+        rules=(Rule("aa_acc", "akd+0.8", "akd+0.8-late"),),
+        gates=(OVERFITTING,),
+        rivals=(Rule("clean_acc", "akd+0.8", "akd+0.8-late"),),
+        seeds=10,
+    ),
+    "convolutional": Claim(
+        title="The same in a convolutional net: AKD+ is more robust than adversarial training",
+        paper=2,
+        quote="Linearly mixing clean labels with the adversarial outputs of a pretrained teacher "
+        "improves performance",
+        source="section 1; Table 2",
+        printed="AutoAttack 46.33 -> 48.40, clean 85.54 -> 84.10 (RSLAD+ in Table 2)",
+        mechanism="As for the MLP; here with BatchNorm and shared filters.",
+        rules=(Rule("aa_acc", "conv-akd+0.8", "conv-at"),),
+        gates=(CONV_OVERFITTING,),
+        rivals=(
+            Rule("clean_acc", "conv-akd+0.8", "conv-at"),
+            Rule("pgd20_acc", "conv-akd+0.8", "conv-at"),
+            Rule("aa_acc", "conv-akd+0.8", "conv-at@best"),
+            Rule("clean_acc", "conv-akd+0.8", "conv-at@best"),
+            Rule("aa_acc", "conv-akd+0.8", "conv-at-smooth-0.5"),
+            Rule("clean_acc", "conv-akd+0.8", "conv-at-smooth-0.5"),
+        ),
+        smoothing_suffices=True,
+    ),
+    "student-beats-teacher": Claim(
+        title="A student is no less robust than its robust teacher, and more accurate",
+        paper=2,
+        quote="it still remains an open question to know if RKD can be used between teacher and "
+        "student models of the same capacity",
+        source="section 1, answered by Tables 1 to 3",
+        printed="AutoAttack 46.33 (teacher) -> 48.08 (student)",
+        mechanism="The student takes the teacher's soft answers and trains on with the labels.",
+        rules=(
+            Rule("clean_acc", "akd+0.8", "akd+0.8@teacher"),
+            Rule("aa_acc", "akd+0.8", "akd+0.8@teacher", above=-0.01, smallest=-0.01),
+        ),
+        gates=(OVERFITTING,),
+        seeds=10,
+    ),
+    "dark-knowledge": Claim(
+        title="A teacher is worth more than smoothing of the same strength",
+        paper=2,
+        quote="Label mixing allows the student model to compensate for the variable quality of "
+        "the distilled labels during training.",
+        source="section 3.1; a test of ours",
+        printed="no number",
+        mechanism="What the teacher knows of the classes helps accuracy, the smoothing alone does "
+        "not: alpha 0.8 of a teacher against 0.8 of the uniform distribution.",
+        rules=(
+            Rule("clean_acc", "akd+0.8", "at-smooth-0.8"),
+            Rule("aa_acc", "akd+0.8", "at-smooth-0.8", above=-0.01, smallest=-0.01),
+        ),
+    ),
+    "label-mixing": Claim(
+        title="Little of a robust teacher costs no accuracy and still adds robustness",
+        paper=2,
+        quote="Linearly mixing clean labels with the adversarial outputs of a pretrained teacher "
+        "improves performance by leveraging our trust in the teacher predictions",
+        source="section 1 and 3.1; Figure 1",
+        printed="clean 85.54 -> 87.40, AutoAttack 46.33 -> 47.16 (alpha 0.2 in Table 2)",
+        mechanism="alpha weighs the teacher against the labels.",
+        rules=(
+            Rule("aa_acc", "akd+0.3", "at"),
+            Rule("clean_acc", "akd+0.3", "at", above=-0.01, smallest=-0.01),
+        ),
+        gates=(OVERFITTING,),
+        smoothing_suffices=True,
+    ),
+    "standard-teacher-alone": Claim(
+        title="A standard teacher without labels (alpha 1) makes a student that is not robust",
+        paper=2,
+        quote="if the teacher is not robust enough, matching its outputs by distillation will "
+        "result in the student model being weakly robust as well",
+        source="section 3.4",
+        printed="shown in Figure 1",
+        mechanism="The targets on x' are what the teacher says of an image that may fool it.",
+        rules=(Rule("aa_acc", "at", "standard-1.0", above=0.02),),
+    ),
+    "clean-distillation": Claim(
+        title="Distillation on clean images does not transfer robustness",
+        paper=2,
+        quote="While the loss function in Equation 1 is effective in transferring clean "
+        "performance, it does not seem to be able to transfer robustness",
+        source="section 2",
+        printed="no number",
+        mechanism="The student matches the teacher on clean images, and is free elsewhere.",
+        rules=(
+            Rule("aa_acc", "ckd@teacher", "ckd", above=0.02),
+            Rule("aa_acc", "akd+0.8", "ckd", above=0.02),
+        ),
+    ),
+    "standard-teacher": Claim(
+        title="A standard teacher makes the student more accurate than a robust one does",
+        paper=2,
+        quote="standardly trained teachers tend to boost the clean performance of the student "
+        "while preserving robustness",
+        source="section 3.4; Table 3",
+        printed="clean 87.21 (standard) against 84.02 (PGD-7); AutoAttack 45.17 against 48.08",
+        mechanism="The teacher is right more often on clean images, but not on attacked ones.",
+        rules=(
+            Rule("clean_acc", "standard-0.3", "akd+0.3"),
+            Rule("aa_acc", "akd+0.3", "standard-0.3"),
+        ),
+    ),
+    "weak-teacher": Claim(
+        title="A weakly robust teacher (2/255) makes a student that is no less accurate and more "
+        "robust than a standard one does",
+        paper=2,
+        quote="a small epsilon value results in higher accuracy and robustness compared to "
+        "standard training",
+        source="section 3.5; Table 4",
+        printed="clean 87.21 -> 87.37, AutoAttack 45.17 -> 46.71",
+        mechanism="Training with small perturbations regularises, and transfers some robustness.",
+        rules=(
+            Rule("aa_acc", "weak-0.3", "standard-0.3"),
+            Rule("clean_acc", "weak-0.3", "standard-0.3", above=-0.01, smallest=-0.01),
+        ),
+    ),
+    "ensemble": Claim(
+        title="Four teachers make a more robust student than one",
+        paper=2,
+        quote="Distilling knowledge from an ensemble of models can further improve performance",
+        source="section 1 and 3.6; Table 5",
+        printed="AutoAttack 48.08 -> 49.33, clean 84.02 -> 83.03",
+        mechanism="The mean of several nets makes fewer errors than each of them.",
+        rules=(Rule("aa_acc", "ensemble", "akd+0.8"),),
+        gates=(OVERFITTING,),
+        rivals=(Rule("clean_acc", "ensemble", "akd+0.8"),),
+    ),
+    "capacity": Claim(
+        title="A narrow net gains less robustness from its teacher than a wide one",
+        paper=2,
+        quote="they are only effective in transferring robustness when the models have high "
+        "enough capacity",
+        source="section 3.3; Table 2",
+        printed="AutoAttack +2.07 at full width, +0.21 at 1/16",
+        mechanism="A net that cannot fit its images does not overfit either.",
+        rules=(Rule("gain of aa_acc", "akd+0.8 - at", "akd+0.8-narrow - at-narrow"),),
+        gates=(OVERFITTING,),
+    ),
+    "more-data": Claim(
+        title="The gain shrinks as the training data grow",
+        paper=2,
+        quote="the main achievable performance benefits still depend on the quantity and quality "
+        "of the training data used",
+        source="abstract; Tables 6 and 7",
+        printed="AutoAttack +2.02 with DDPM images, +0.39 with the better EDM images",
+        mechanism="With more images there is less to learn by heart.",
+        rules=(Rule("gain of aa_acc", "akd+0.8 - at", "akd+0.8-8000 - at-8000"),),
+        gates=(OVERFITTING,),
+    ),
+    "entropy": Claim(
+        title="A distilled student is less sure of itself than an adversarially trained net",
+        paper=2,
+        quote="the label mixing used in Equation 5 and 6 penalizes model over-confidence",
+        source="section 3.1; Figure 5",
+        printed="shown in Figure 5",
+        mechanism="Its targets are no one-hot vectors.",
+        rules=(Rule("entropy", "akd+0.8", "at", smallest=0.05),),
+        smoothing_suffices=True,
+    ),
+    "losses": Claim(
+        title="ARD+ and RSLAD+ are more robust than adversarial training too",
+        paper=2,
+        quote="we will compare the clean and robust performance obtained by optimizing the RSLAD, "
+        "ARD and AKD losses",
+        source="section 3; Tables 2 and 3",
+        printed="AutoAttack 46.33 -> 47.16 (ARD+, alpha 0.2), 48.40 (RSLAD+, alpha 0.8)",
+        mechanism="As for AKD+; the teacher sees clean images.",
+        rules=(Rule("aa_acc", "ard+0.8", "at"), Rule("aa_acc", "rslad+0.8", "at")),
+        gates=(OVERFITTING,),
+        rivals=(
+            Rule("aa_acc", "rslad+0.8", "akd+0.8"),
+            Rule("clean_acc", "rslad+0.8", "akd+0.8"),
+            Rule("aa_acc", "akd+0.8", "akd"),
+        ),
+        smoothing_suffices=True,
+    ),
+    "wrong-labels": Claim(
+        title="Under wrong labels the distilled student beats its teacher and the same net alone",
+        paper=1,
+        quote="For label corruption rate 0.1 and higher, knowledge distillation improves the "
+        "generalization performance significantly and even outperforms the teacher.",
+        source="section 4.3.1; Figures 9 and 10",
+        printed="at rate 0.5: teacher 55.53, alone 56.61, Hinton 67.97",
+        mechanism="The teacher's soft answers repeat only a part of what it learned by heart.",
+        rules=(
+            Rule("clean_acc", "wrong-hinton", "wrong-hinton@teacher"),
+            Rule("clean_acc", "wrong-hinton", "wrong-alone"),
+        ),
+        gates=(MEMORISED,),
+        rivals=(Rule("clean_acc", "wrong-hinton", "wrong-alone@best"),),
+        seeds=10,
+    ),
+    "target-variability": Claim(
+        title="Labels that vary in each batch improve the student further",
+        paper=1,
+        quote="at a higher noise rate of 0.5, messy-collaboration improves the generalization over "
+        "Hinton for all corruption rates",
+        source="section 4.3.1; Figure 10",
+        printed="at corruption rate 0.5: 67.97 -> 68.54",
+        mechanism="Labels that change from batch to batch cannot be learned by heart.",
+        rules=(Rule("clean_acc", "wrong-mc-s", "wrong-hinton"),),
+        gates=(MEMORISED,),
+        seeds=10,
+    ),
+    "soft-randomization": Claim(
+        title="Soft randomization beats Gaussian augmentation in accuracy and under PGD-20",
+        paper=1,
+        quote="soft-randomization consistently achieves both higher adversarial robustness and "
+        "generalization for all sigma values compared to Gaussian augmentation",
+        source="section 4.2; Figure 4",
+        printed="clean 92.14 -> 92.57, PGD-20 0.41 -> 16.75",
+        mechanism="The teacher's answers to clean images are better targets for noisy ones.",
+        rules=(
+            Rule("clean_acc", "soft-randomization", "gaussian"),
+            Rule("pgd20_acc", "soft-randomization", "gaussian"),
+        ),
+        gates=(KD_HELPS,),
+        rivals=(Rule("aa_acc", "soft-randomization", "gaussian"),),
+    ),
+    "fickle-teacher": Claim(
+        title="A fickle teacher makes a more accurate student than Hinton's distillation",
+        paper=1,
+        quote="fickle teacher significantly improves both in-distribution and out-of-distribution "
+        "generalization of the student compared to Hinton method",
+        source="section 4.1; Figure 1",
+        printed="clean 94.28 -> 94.67",
+        mechanism="The student sees how sure the teacher is.",
+        rules=(Rule("clean_acc", "fickle", "hinton"),),
+        gates=(KD_HELPS,),
+        rivals=(Rule("clean_acc", "fickle", "hinton-dropout"),),
+    ),
+    "messy-robustness": Claim(
+        title="Varying labels for teacher and student raise the robustness to PGD-20",
+        paper=1,
+        quote="target variability has the remarkable effect on increasing the adversarial "
+        "robustness",
+        source="section 4.3; Figure 7",
+        printed="PGD-20 0.15 -> 11.41, clean 94.28 -> 93.96",
+        mechanism="Nets that are less sure have smaller gradients; AutoAttack tells whether they "
+        "are only hidden.",
+        rules=(Rule("pgd20_acc", "mc-ts", "hinton"),),
+        gates=(KD_HELPS,),
+        rivals=(Rule("aa_acc", "mc-ts", "hinton"), Rule("clean_acc", "mc-ts", "hinton")),
+        smoothing_suffices=True,
+    ),
+    "messy-accuracy": Claim(
+        title="Varying labels for the student alone improve its accuracy over Hinton's",
+        paper=1,
+        quote="When target variability is introduced only during knowledge distillation to "
+        "student (MC-S), the generalization increases over Hinton method.",
+        source="section 4.3; Figure 6",
+        printed="shown in Figure 6",
+        mechanism="Wrong labels in the cross-entropy regularise the student.",
+        rules=(Rule("clean_acc", "mc-s", "hinton"),),
+        gates=(KD_HELPS,),
+    ),
+    "less-confident": Claim(
+        title="Messy collaboration makes a student that is less sure of itself",
+        paper=1,
+        quote="it not only leads to a smoother output distribution, but also shifts the "
+        "distribution from overconfident softmax probabilities to lower probabilities",
+        source="section 4.3; Figure 8",
+        printed="shown in Figure 8",
+        mechanism="Labels that vary cannot be predicted with certainty.",
+        rules=(Rule("entropy", "mc-ts", "hinton", smallest=0.05),),
+        smoothing_suffices=True,
+    ),
+    "fixed-wrong-labels": Claim(
+        title="Varying wrong labels leave a student more accurate than fixed ones",
+        paper=1,
+        quote="target variability in messy-collaboration makes the model more tolerant to label "
+        "noise",
+        source="section 4.3 and Figure 17",
+        printed="shown in Figures 6 and 17",
+        mechanism="Fixed wrong labels can be learned by heart, varying ones cannot.",
+        rules=(Rule("clean_acc", "mc-ts", "flc-ts"),),
+    ),
+    "teacher-free-adversarial": Claim(
+        title="AT Tf-KD self and reg are more robust than adversarial training, and less accurate",
+        paper=3,
+        quote="AT Tf KD-self and AT Tf KD-reg both drove improvements in AutoAttack accuracy, with "
+        "degradations in clean accuracy",
+        source="section 4.4; Table 5",
+        printed="AutoAttack 46.99 -> 48.28 (reg), 48.83 (self); clean 84.22 -> 82.02, 81.53",
+        mechanism="Label smoothing, says the paper: soft targets on adversarial examples.",
+        rules=(
+            Rule("aa_acc", "at-tf-kd-reg", "at-3"),
+            Rule("aa_acc", "at-tf-kd-self", "at-3"),
+            Rule("clean_acc", "at-3", "at-tf-kd-reg"),
+            Rule("clean_acc", "at-3", "at-tf-kd-self"),
+        ),
+        rivals=(
+            Rule("aa_acc", "at-tf-kd-self", "at-kd"),
+            Rule("aa_acc", "at-tf-kd-reg", "at-kd"),
+        ),
+        smoothing_suffices=True,
+    ),
+    "small-student": Claim(
+        title="A small net learns more from a large one than from the labels alone",
+        paper=3,
+        quote="the soft labels generated by the large model do help to improve the accuracy of the "
+        "smaller model (from 98.06% to 98.73%)",
+        source="section 4.1; Table 1",
+        printed="98.06 -> 98.73",
+        mechanism="Soft targets at temperature 10 say which digits look alike.",
+        rules=(Rule("clean_acc", "mnist", "mnist@alone", smallest=0.001),),
+        smoothing_suffices=True,
+    ),
+    "omitted-digit": Claim(
+        title="A student knows a digit that it has never seen, from its teacher",
+        paper=3,
+        quote="it transfers the knowledge of digits that the student model has never seen before",
+        source="section 4.1; Table 2",
+        printed="accuracy on ones 0.00 -> 98.50",
+        mechanism="The teacher gives ones a probability on images of other digits.",
+        rules=(Rule("only_1_acc", "mnist-without-1", "mnist-without-1@alone", above=0.5),),
+    ),
+}

@@ -1,0 +1,629 @@
+"""What the three papers claim, tested with small nets on a CPU: runs, intervals, verdicts, a page.
+
+Usage    python benchmark/claims.py --list                # claims, minutes left, verdicts
+         python benchmark/claims.py early-stopping        # runs one claim and shows it
+         python benchmark/claims.py all --workers 2       # make claims
+         python benchmark/claims.py --page                # docs/CLAIMS.md of the results, no run
+Runs     Each arm of a claim (benchmark/claim_list.py) is one command of our scripts, run for each
+         seed from 10 on, in a process with one thread, --workers at a time. What is finished is
+         kept in benchmark/claims/ARM.json, and the same command goes on with the rest.
+Numbers  Accuracies after the last epoch on the test images of the run, PGD-20 with one start;
+         where a claim speaks of robustness, the standard AutoAttack on 1,000 of them.
+Rule     For each rule of a claim the differences of two arms with the same seed, their mean and
+         its 95 % t interval. A rule holds if the interval lies above its bound and the mean
+         reaches the smallest effect that counts; it is contradicted if the interval lies below the
+         bound. A claim holds if all its rules hold; it is contradicted if one of them is; else it
+         is undecided at this scale. A gate that fails: regime absent. No verdict before all seeds
+         have run.
+Holm     A claim's p-value is the largest of its rules (two-sided t tests). Claims that hold also
+         after Holm's correction for all claims of their paper are marked; claims that have not
+         run count with p = 1.
+"""
+
+import concurrent.futures
+import contextlib
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+from benchmark import plots
+from benchmark.claim_list import ARMS, CLAIMS, FIRST_SEED
+from benchmark.records import ROOT
+
+PAPERS = {
+    1: "noisy collaboration",
+    2: "robust distillation",
+    3: "distillation in an adversarial context",
+}
+NETS = {  # name after the @ of an arm -> how its row in the summary of a run begins
+    "student": "student (",
+    "best": "student, best",
+    "teacher": "teacher",
+    "alone": "student-alone",
+}
+VERDICTS = ("holds", "contradicted", "undecided", "regime absent", "not run")
+AUTOATTACK_IMAGES = 1000
+
+
+def parse_args(argv=None):
+    """The flags as a namespace, with `claims`: the ids of those that are asked for."""
+    parser = common.Parser(__doc__)
+    add = parser.add_argument
+    add("claims", nargs="*", metavar="CLAIM", help="claims to run by their names, or the word all")
+    add("--list", action="store_true", help="show all claims with their state and run nothing")
+    add("--page", action="store_true", help="write the page of the results and run nothing")
+    add("--workers", type="count", default=2, help="number of runs at the same time")
+    add("--runs", default="runs/claims", help="folder in which the runs are kept")
+    add("--results", default=str(ROOT / "benchmark/claims"), help="folder of the results")
+    add("--docs", default=str(ROOT / "docs"), help="folder of CLAIMS.md and claims.png")
+    args = parser.parse_args(argv)
+    if "all" in args.claims:
+        args.claims = list(CLAIMS)
+    unknown = [name for name in args.claims if name not in CLAIMS]
+    if unknown:
+        parser.error(f"CLAIM: expected all or one of {', '.join(CLAIMS)}, got {unknown[0]}")
+    if not (args.claims or args.list or args.page):
+        parser.error("CLAIM: name one, or all, or take --list")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def t_distribution(freedom):
+    """(t, P(T <= t)) on a fine grid, for Student's distribution with so many degrees of freedom.
+
+    With t = sqrt(freedom) tan(angle) the density of the angle is proportional to
+    cos(angle)^(freedom - 1).
+    """
+    angle = np.linspace(-math.pi / 2, math.pi / 2, 200_001)[1:-1]
+    density = np.cos(angle) ** (freedom - 1)
+    probability = np.cumsum(density) - density / 2
+    return math.sqrt(freedom) * np.tan(angle), probability / density.sum()
+
+
+class Effect(NamedTuple):
+    """The paired differences of a rule: their mean, 95 % interval, and p-value against `above`."""
+
+    differences: list
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def effect_of(differences, above=0.0):
+    """The Effect of two or more paired differences."""
+    middle = mean(differences)
+    error = stdev(differences) / math.sqrt(len(differences))
+    t, probability = t_distribution(len(differences) - 1)
+    half_width = error * float(np.interp(0.975, probability, t))
+    if error == 0:
+        p = 1.0 if middle == above else 0.0
+    else:
+        p = 2 * (1 - float(np.interp(abs(middle - above) / error, t, probability)))
+    return Effect(list(differences), middle, middle - half_width, middle + half_width, p)
+
+
+def rule_verdict(rule, effect):
+    """holds, contradicted or undecided."""
+    if effect.low > rule.above and effect.mean >= rule.smallest:
+        return "holds"
+    if effect.high < rule.above:
+        return "contradicted"
+    return "undecided"
+
+
+def holm(p_values):
+    """{name: p} -> the names that are significant at 5 % after Holm's correction."""
+    accepted = set()
+    for rank, name in enumerate(sorted(p_values, key=p_values.get)):
+        if p_values[name] > 0.05 / (len(p_values) - rank):
+            break
+        accepted.add(name)
+    return accepted
+
+
+# ------------------------------------------------------------------------------------------------
+# Results
+
+
+def split(name):
+    """ "arm@net" -> (arm, net); the net is the student if none is named."""
+    arm, _, net = name.partition("@")
+    return arm, net or "student"
+
+
+def rules_of(claim):
+    """All rules of a claim: those that decide, its gates and its rivals."""
+    return [*claim.rules, *claim.gates, *claim.rivals]
+
+
+def names_in(rule):
+    """All "arm@net" of a rule, also those of the difference `arm - rival` of a gain."""
+    return [name for side in (rule.arm, rule.rival) for name in side.split(" - ")]
+
+
+def arms_of(rules):
+    """The arms of some rules, each once, in their order."""
+    names = [split(name)[0] for rule in rules for name in names_in(rule)]
+    return list(dict.fromkeys(names))
+
+
+def nets_compared_by(arm, *metrics):
+    """The nets of an arm that some rule compares by one of the metrics."""
+    nets = []
+    for claim in CLAIMS.values():
+        for rule in rules_of(claim):
+            if rule.metric.removeprefix("gain of ") in metrics:
+                nets += [net for own, net in map(split, names_in(rule)) if own == arm]
+    return list(dict.fromkeys(nets))
+
+
+def read_results(folder):
+    """{arm: {seed: result of a run}}; a result of another command than today's is left out."""
+    results = {}
+    for arm, command in ARMS.items():
+        record = common.read_json(Path(folder) / f"{arm}.json")
+        same = record is not None and record["command"] == command
+        results[arm] = {int(s): run for s, run in record["runs"].items()} if same else {}
+    return results
+
+
+def value(results, name, metric, seed):
+    """A number of "arm@net" for a seed; None if the run or the number is not there."""
+    arm, net = split(name)
+    run = results[arm].get(seed)
+    if run is None:
+        return None
+    if net == "best" and "best" not in run["nets"]:
+        net = "student"  # its last epoch was the best one
+    return run["nets"].get(net, {}).get(metric)
+
+
+def difference(results, rule, seed):
+    """arm - rival for a seed; None without both. A gain is a difference of two arms itself."""
+    metric = rule.metric.removeprefix("gain of ")
+    sides = []
+    for side in (rule.arm, rule.rival):
+        numbers = [value(results, name, metric, seed) for name in side.split(" - ")]
+        if None in numbers:
+            return None
+        sides.append(numbers[0] - sum(numbers[1:]))
+    return sides[0] - sides[1]
+
+
+def seeds_of(claim):
+    """The seeds that decide a claim."""
+    return range(FIRST_SEED, FIRST_SEED + claim.seeds)
+
+
+def measure(results, rule, claim):
+    """The Effect of a rule over the claim's seeds; None if one of them is missing."""
+    differences = [difference(results, rule, seed) for seed in seeds_of(claim)]
+    if None in differences:
+        return None
+    return effect_of(differences, rule.above)
+
+
+def judge(results, claim):
+    """-> (verdict of a claim, its p-value)."""
+    effects = [measure(results, rule, claim) for rule in (*claim.rules, *claim.gates)]
+    if None in effects:
+        return "not run", 1.0
+    effects = effects[: len(claim.rules)]
+    for gate in claim.gates:
+        if measure(results, gate, claim).mean <= gate.above:
+            return "regime absent", 1.0
+    verdicts = [rule_verdict(rule, effect) for rule, effect in zip(claim.rules, effects)]
+    p = max(effect.p for effect in effects)
+    if "contradicted" in verdicts:
+        return "contradicted", p
+    return ("undecided", p) if "undecided" in verdicts else ("holds", p)
+
+
+def judge_all(results):
+    """{claim: (verdict, whether it holds after Holm's correction within its paper)}."""
+    judged = {name: judge(results, claim) for name, claim in CLAIMS.items()}
+    significant = set()
+    for paper in PAPERS:
+        family = {name: p for name, (_, p) in judged.items() if CLAIMS[name].paper == paper}
+        significant |= holm(family)
+    return {
+        name: (verdict, verdict == "holds" and name in significant)
+        for name, (verdict, _) in judged.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs
+
+
+def missing_runs(results, claims):
+    """The (arm, seed) that the claims still need: those that decide before the rivals."""
+    wanted = []
+    for claim in claims:
+        for rules in ((*claim.rules, *claim.gates), claim.rivals):
+            wanted += [(arm, seed) for seed in seeds_of(claim) for arm in arms_of(rules)]
+    return [job for job in dict.fromkeys(wanted) if job[1] not in results[job[0]]]
+
+
+def call(script, flags, log_file):
+    """Run a script in a process of one thread; a UserError with its last line if it fails."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(log_file, "a") as log:
+        print(f"\n$ python {script} {shlex.join(flags)}", file=log, flush=True)
+        command = [sys.executable, str(ROOT / script), *flags]
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    if done.returncode:
+        lines = log_file.read_text().strip().splitlines()
+        raise common.UserError(f"{script}: {lines[-1]} (status {done.returncode}; {log_file})")
+
+
+def run_arm(arm, seed, args):
+    """Train and evaluate an arm with a seed -> what its results keep of the run."""
+    began = time.monotonic()
+    script, *flags = shlex.split(ARMS[arm])
+    runs = Path(args.runs).resolve()
+    log_file = runs / "logs" / f"{arm}-s{seed}.log"
+    name = re.sub(r"[^\w.,=+-]", "-", arm)
+    options = ["--seed", str(seed), "--name", name, "--runs", str(runs), "--device", "cpu"]
+    call(script, [*flags, *options], log_file)
+    folder = runs / script.removesuffix(".py") / f"{name}-s{seed}"
+    rows = common.read_json(folder / "summary.json")
+    config = common.read_json(folder / "config.json")
+    nets, files = {}, {}
+    for net, start in NETS.items():
+        own = [row for row in rows if row["model"].startswith(start) and "bias" not in row["model"]]
+        if own:
+            numbers = {k: v for k, v in own[0].items() if isinstance(v, int | float)}
+            nets[net], files[net] = numbers, folder / own[0]["file"]
+    attacks = ["clean", "calibration"]
+    if nets_compared_by(arm, "aa_acc"):
+        attacks.append("aa")
+    wanted = ["student", *nets_compared_by(arm, "aa_acc", "entropy")]
+    evaluated = [net for net in files if net in wanted]
+    result_file = folder / "claims.json"
+    flags = config["flags"]
+    evaluation = [str(files[net]) for net in evaluated]
+    evaluation += ["--attack", *attacks, "--json", str(result_file), "--n", str(AUTOATTACK_IMAGES)]
+    evaluation += ["--data", flags["data"], "--eps", str(flags["eps"]), "--device", "cpu"]
+    call("eval_robustness.py", evaluation, log_file)
+    for net, row in zip(evaluated, common.read_json(result_file)["rows"], strict=True):
+        nets[net]["entropy"] = row["calibration"]["clean"]["entropy"]
+        if "aa_acc" in row:
+            nets[net]["aa_acc"] = row["aa_acc"]
+    return {
+        "nets": {net: rounded(numbers) for net, numbers in nets.items()},
+        "curve": held_out_curve(folder),
+        "minutes": round((time.monotonic() - began) / 60, 2),
+        "commit": config["commit"],
+        "python": config["python"],
+        "torch": config["torch"],
+    }
+
+
+def rounded(numbers):
+    """The numbers with six digits, which are enough for counts of 10,000 images."""
+    return {key: round(number, 6) for key, number in numbers.items()}
+
+
+def held_out_curve(folder):
+    """{val_...: accuracies after each epoch of the student}; {} without held-out images."""
+    with contextlib.suppress(common.UserError):
+        curves = plots.read_curves(folder)
+        return {name: [round(number, 4) for number in values] for name, values in curves.items()}
+    return {}
+
+
+def keep(folder, arm, seed, run):
+    """Put the result of a run into ARM.json beside those of other seeds."""
+    path = Path(folder) / f"{arm}.json"
+    record = common.read_json(path)
+    if record is None or record["command"] != ARMS[arm]:
+        record = {"arm": arm, "command": ARMS[arm], "runs": {}}
+    record["runs"][str(seed)] = run
+    record["runs"] = dict(sorted(record["runs"].items(), key=lambda item: int(item[0])))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    common.write_json(path, record)
+
+
+def run_claims(claims, args):
+    """Run what is missing, --workers at a time; each finished run is kept at once."""
+    jobs = missing_runs(read_results(args.results), claims)
+    needs_small_images = any("cifar10-16" in ARMS[arm] for arm, _ in jobs)
+    if needs_small_images and not (ROOT / "data/cifar10-16.npz").exists():
+        make = "python benchmark/run.py --prepare"
+        raise common.UserError(f"data/cifar10-16.npz: no such file; {make} makes it")
+    began, done, failures = time.monotonic(), 0, []
+    with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
+        futures = {pool.submit(run_arm, arm, seed, args): (arm, seed) for arm, seed in jobs}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                arm, seed = futures[future]
+                done += 1
+                try:
+                    run = future.result()
+                except common.UserError as error:
+                    failures.append(f"{arm}, seed {seed}: {error}")
+                    print(f"FAILED {failures[-1]}", flush=True)
+                    continue
+                keep(args.results, arm, seed, run)
+                minutes = (time.monotonic() - began) / 60
+                left = minutes / done * (len(jobs) - done)
+                text = f"{done}/{len(jobs)} {arm}, seed {seed}:"
+                for key in ("clean_acc", "pgd20_acc", "aa_acc"):
+                    if key in run["nets"]["student"]:
+                        text += f" {key.removesuffix('_acc')} {run['nets']['student'][key]:.4f},"
+                print(f"{text} {run['minutes']:.1f} min, about {left:.0f} left", flush=True)
+        except BaseException:
+            for future in futures:
+                future.cancel()  # those that have not begun
+            raise
+    if failures:
+        raise common.UserError(f"{len(failures)} runs failed, the first: {failures[0]}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Tables and the page
+
+
+def percent(number, digits=1):
+    """0.1234 -> "12.3"."""
+    return f"{100 * number:.{digits}f}"
+
+
+def rule_text(rule):
+    """A rule in words: "clean: akd+0.8 above at"."""
+    metric = rule.metric.replace("aa_acc", "AutoAttack").replace("pgd20_acc", "PGD-20")
+    metric = metric.replace("clean_acc", "clean").replace("only_1_acc", "accuracy on ones")
+    bound = ""
+    if rule.above:
+        bound = f" by more than {100 * rule.above:g}"
+    return f"{metric}: {rule.arm} above {rule.rival}{bound}"
+
+
+def effect_text(rule, effect):
+    """The mean of a rule's differences and its interval, in points (entropies in nats)."""
+    if effect is None:
+        return "not run"
+    if rule.metric == "entropy":
+        return f"{effect.mean:+.3f} [{effect.low:.3f}, {effect.high:.3f}] nats"
+    low, high = percent(effect.low), percent(effect.high)
+    return f"{100 * effect.mean:+.1f} [{low}, {high}]"
+
+
+def arm_rows(results, claim):
+    """Rows of a table: each arm of a claim, mean and deviation of its numbers over the seeds."""
+    names = [name for rule in rules_of(claim) for name in names_in(rule)]
+    metrics = {rule.metric.removeprefix("gain of ") for rule in rules_of(claim)}
+    metrics |= {"clean_acc", "pgd20_acc"}
+    order = ("clean_acc", "pgd20_acc", "aa_acc", "entropy", "only_1_acc")
+    shown = [metric for metric in order if metric in metrics]
+    rows = []
+    for name in dict.fromkeys(names):
+        row = {"arm": name}
+        for metric in shown:
+            numbers = [value(results, name, metric, seed) for seed in seeds_of(claim)]
+            numbers = [number for number in numbers if number is not None]
+            row[metric] = "-"
+            if numbers:
+                scale, digits = (1, 3) if metric == "entropy" else (100, 1)
+                row[metric] = f"{scale * mean(numbers):.{digits}f}"
+                if len(numbers) > 1:
+                    row[metric] += f" ± {scale * stdev(numbers):.{digits}f}"
+            row["seeds"] = max(row.get("seeds", 0), len(numbers))
+        rows.append(row)
+    return rows
+
+
+def rule_rows(results, claim):
+    """Rows of a table: each rule with its effect and verdict; gates and rivals have their own."""
+    rows = []
+    kinds = {"decides": claim.rules, "gate": claim.gates, "rival": claim.rivals}
+    for kind, rules in kinds.items():
+        for rule in rules:
+            effect = measure(results, rule, claim)
+            verdict = "-"
+            if effect is not None:
+                verdict = rule_verdict(rule, effect)
+                if kind == "gate":
+                    verdict = "open" if effect.mean > rule.above else "closed"
+            rows.append(
+                {
+                    "what": rule_text(rule),
+                    "role": kind,
+                    "points [95 %]": effect_text(rule, effect),
+                    "comes out": verdict,
+                }
+            )
+    return rows
+
+
+def markdown(rows):
+    """Rows as a Markdown table."""
+    keys = list(rows[0])
+    lines = ["| " + " | ".join(keys) + " |", "| " + " | ".join("---" for _ in keys) + " |"]
+    lines += ["| " + " | ".join(str(row[key]) for key in keys) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def list_rows(results):
+    """Rows of --list: all claims, their state, and the minutes of one worker that are left."""
+    rows = []
+    for name, (verdict, corrected) in judge_all(results).items():
+        claim = CLAIMS[name]
+        jobs = missing_runs(results, [claim])
+        minutes = []
+        for arm, _ in jobs:
+            known = [run["minutes"] for run in results[arm].values()]
+            minutes.append(mean(known) if known else None)
+        left = "-"
+        if jobs:
+            left = f"{len(jobs)} runs"
+            if None not in minutes:
+                left += f", {sum(minutes):.0f} min"
+        rows.append(
+            {
+                "claim": name,
+                "paper": claim.paper,
+                "seeds": claim.seeds,
+                "left": left,
+                "verdict": f"{verdict} (Holm)" if corrected else verdict,
+            }
+        )
+    return rows
+
+
+def show(name, results):
+    """Print one claim: the paper's words, its arms, its rules, its verdict."""
+    claim = CLAIMS[name]
+    verdict, corrected = judge_all(results)[name]
+    print(f'\n{name}: {claim.title}\n"{claim.quote}" (paper {claim.paper}, {claim.source})')
+    print(common.table(arm_rows(results, claim)))
+    print()
+    print(common.table(rule_rows(results, claim)))
+    holm_text = ", also after Holm's correction" if corrected else ""
+    print(f"\n{name}: {verdict}{holm_text}", flush=True)
+
+
+def counts_text(judged):
+    """ "6 hold, 1 is contradicted, ..." of the verdicts."""
+    counts = {verdict: 0 for verdict in VERDICTS}
+    for verdict, _ in judged.values():
+        counts[verdict] += 1
+    corrected = sum(also for _, also in judged.values())
+    parts = [f"{count} {verdict}" for verdict, count in counts.items() if count]
+    return f"{len(judged)} claims: {', '.join(parts)} ({corrected} hold after Holm's correction)"
+
+
+def claim_section(name, results, judged):
+    """The part of the page that is about one claim."""
+    claim = CLAIMS[name]
+    verdict, corrected = judged[name]
+    lines = [f"### {claim.title}", ""]
+    lines.append(f"**{verdict}**" + (", also after Holm's correction." if corrected else "."))
+    if claim.remark:
+        lines.append(claim.remark)
+    lines += ["", f"> {claim.quote}", f"> (paper {claim.paper}, {claim.source})", ""]
+    lines.append(f"Printed there: {claim.printed}. Mechanism: {claim.mechanism}")
+    if claim.smoothing_suffices:
+        lines.append("A mere smoothing of the labels would pass these rules too.")
+    lines += ["", f"`python benchmark/claims.py {name}`, {claim.seeds} seeds:", ""]
+    lines += [markdown(rule_rows(results, claim)), "", markdown(arm_rows(results, claim)), ""]
+    return "\n".join(lines)
+
+
+PAGE = """# What the papers claim, tested with small nets
+
+{counts}. One command tests one claim on a laptop, and `make claims` all of them:
+
+```
+python benchmark/run.py --prepare                # makes data/cifar10-16.npz from CIFAR-10
+python benchmark/claims.py --list
+python benchmark/claims.py early-stopping
+```
+
+Written by `benchmark/claims.py` from `benchmark/claims/*.json`. A verdict says whether the
+direction of a claim appears where its mechanism is present. It reproduces no number of a paper,
+whose nets and data are larger. Rules, gates and settings (`benchmark/claim_list.py`) were fixed
+before the runs.
+
+{figure}## Rules
+
+- An arm is a command; all arms have the seeds 10, 11, ... (smaller seeds were used to find the
+  settings). Numbers come from the last epoch, those of `@best` from the best epoch on held-out
+  images, those of `@teacher` and `@alone` from the other nets of the same run.
+- A rule compares two arms: differences with the same seed, their mean and 95 % t interval, in
+  points. It **holds** if the interval lies above its bound (0 if nothing else is said) and the
+  mean reaches the smallest effect that counts (half a point if nothing else is said). It is
+  **contradicted** if the interval lies below the bound, otherwise **undecided**. A claim holds if
+  all its rules hold.
+- **Regime absent**: a gate is closed, so the mechanism of the claim does not act here.
+- Holm's correction covers all claims of a paper; a claim that has not run counts with p = 1.
+- AutoAttack is the standard version on 1,000 test images, the same for all arms, in float32, at
+  the radius of the training (8/255; 0.031 in the first paper). PGD-20: one start, all test images.
+- The training images are one fixed choice, and in the first paper all students have one teacher:
+  the intervals cover what the seed draws, not other data.
+
+## Regimes
+
+- An MLP (512, 512) on 2,000 images of CIFAR-10 at 16x16 without augmentation, PGD-7 at 8/255: it
+  overfits robustly within 30 epochs.
+- ResNet-18 at 1/8 of its width on the same images, PGD-3, 20 epochs (arms `conv-`).
+- MLPs on 5,000 digits of MNIST, half of them with wrong labels (arms `wrong-`).
+- WRN-16-2 teaches WRN-10-1 on 4,000 images of 16x16 with crops and flips (other claims of paper 1).
+- MNIST with the nets of the third paper.
+
+## All claims
+
+{table}
+
+{sections}"""
+
+
+def write_page(args, results):
+    """Write docs/CLAIMS.md, its figure, and the count of verdicts in the README."""
+    judged = judge_all(results)
+    docs = Path(args.docs)
+    points = []
+    for name, claim in CLAIMS.items():
+        for rule in claim.rules:
+            effect = measure(results, rule, claim)
+            if effect is not None and rule.metric != "entropy":
+                label = f"{name}: {rule_text(rule)}"
+                points.append((label, effect, rule.above, judged[name][0]))
+    drawn = bool(points) and plots.draw_forest(docs / "claims.png", points)
+    figure = "![Differences with their intervals, rule by rule](claims.png)\n\n" if drawn else ""
+    table = []
+    for name, (verdict, corrected) in judged.items():
+        claim = CLAIMS[name]
+        verdict = f"{verdict} (Holm)" if corrected else verdict
+        table.append({"claim": claim.title, "paper": PAPERS[claim.paper], "verdict": verdict})
+    sections = []
+    for paper, title in PAPERS.items():
+        sections.append(f"## Paper {paper}: {title}\n")
+        own = [name for name, claim in CLAIMS.items() if claim.paper == paper]
+        sections += [claim_section(name, results, judged) for name in own]
+    text = PAGE.format(
+        counts=counts_text(judged),
+        figure=figure,
+        table=markdown(table),
+        sections="\n".join(sections),
+    )
+    text = text.rstrip() + "\n"
+    common.write_atomically(docs / "CLAIMS.md", lambda file: file.write(text.encode()))
+    print(f"written: {docs / 'CLAIMS.md'}", flush=True)
+
+
+def main(argv=None):
+    """Run the claims that are asked for, show them, write the page."""
+    args = parse_args(argv)
+    if args.list:
+        print(common.table(list_rows(read_results(args.results))))
+        return
+    chosen = [CLAIMS[name] for name in args.claims]
+    try:
+        run_claims(chosen, args)
+    finally:
+        results = read_results(args.results)
+        for name in args.claims:
+            show(name, results)
+        write_page(args, results)
+
+
+if __name__ == "__main__":
+    common.start(main, stopped="finished runs are kept; the same command goes on:")

@@ -1,0 +1,272 @@
+"""Claims: the statistics against tables and by hand, the runs, the verdicts, the page."""
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import common
+from benchmark import claim_list, claims
+from benchmark.claim_list import Claim, Rule
+
+TINY = (
+    "--data shapes --model mlp-8 --train-subset 60 --test-subset 20 --val-size 20 --epochs 2 "
+    "--batch-size 20 --steps 1 --eval-steps 20"
+)
+SMALL_ARMS = {
+    "at": f"robust_kd.py --loss at {TINY}",
+    "akd": f"robust_kd.py --loss akd {TINY} --teacher-epochs 1 --teacher-batch-size 20",
+}
+
+
+def make_claim(*rules, seeds=3, **fields):
+    texts = {key: key for key in ("title", "quote", "source", "printed", "mechanism")}
+    return Claim(**texts, paper=2, rules=rules, seeds=seeds, **fields)
+
+
+@pytest.fixture
+def only(monkeypatch):
+    """A function that puts other claims, and the small arms, in the place of the real ones."""
+
+    def replace(found, arms=SMALL_ARMS):
+        for module in (claims, claim_list):
+            monkeypatch.setattr(module, "CLAIMS", found)
+            monkeypatch.setattr(module, "ARMS", arms)
+        return found
+
+    return replace
+
+
+def results_of(**accuracies):
+    """Results as if the arms had these clean accuracies for the seeds from the first one on."""
+    results = {}
+    for arm, numbers in accuracies.items():
+        runs = {}
+        for seed, number in enumerate(numbers, claims.FIRST_SEED):
+            runs[seed] = {"nets": {"student": {"clean_acc": number}}, "minutes": 2.0}
+        results[arm] = runs
+    return results
+
+
+# ------------------------------------------------------------------------------------------------
+# Statistics
+
+
+@pytest.mark.parametrize(
+    "freedom, quantile", [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (19, 2.093)]
+)
+def test_the_t_distribution_has_the_quantiles_of_the_tables(freedom, quantile):
+    effect = claims.effect_of([0.0, 2.0] if freedom == 1 else [*range(freedom + 1)])
+    half_width = effect.high - effect.mean
+    n = freedom + 1
+    squares = sum((x - effect.mean) ** 2 for x in effect.differences)
+    assert half_width == pytest.approx(quantile * (squares / freedom / n) ** 0.5, rel=1e-3)
+
+
+def test_an_interval_and_a_p_value_agree():
+    effect = claims.effect_of([0.01, 0.02, 0.03])  # mean 0.02, error 0.00577, t 3.464
+    assert (effect.mean, effect.low) == pytest.approx((0.02, 0.02 - 4.303 * 0.0057735), abs=1e-5)
+    assert effect.p == pytest.approx(0.0742, abs=1e-3)
+    assert claims.effect_of([0.01, 0.02, 0.03], above=effect.low).p == pytest.approx(0.05, abs=1e-4)
+    assert claims.effect_of([0.01, 0.01]).p == 0.0
+    assert claims.effect_of([0.0, 0.0]).p == 1.0
+
+
+def test_holm_stops_at_the_first_that_is_not_significant():
+    assert claims.holm({"a": 0.01, "b": 0.02, "c": 0.04}) == {"a", "b", "c"}
+    assert claims.holm({"a": 0.01, "b": 0.03, "c": 0.04}) == {"a"}
+    assert claims.holm({"a": 0.02, "b": 0.021, "c": 0.022}) == set()
+
+
+def test_a_rule_needs_its_interval_and_the_smallest_effect():
+    rule = Rule("clean_acc", "a", "b", smallest=0.01)
+    verdicts = {
+        (0.02, 0.021, 0.022): "holds",
+        (0.001, 0.0011, 0.0012): "undecided",  # larger than 0, too small to count
+        (-0.02, 0.02, 0.04): "undecided",
+        (-0.02, -0.021, -0.022): "contradicted",
+    }
+    for differences, expected in verdicts.items():
+        assert claims.rule_verdict(rule, claims.effect_of(differences)) == expected
+    no_loss = Rule("clean_acc", "a", "b", above=-0.01, smallest=-0.01)
+    assert claims.rule_verdict(no_loss, claims.effect_of([-0.001, 0.0, 0.001], -0.01)) == "holds"
+
+
+# ------------------------------------------------------------------------------------------------
+# Verdicts
+
+
+def test_a_claim_holds_with_all_its_rules_and_is_contradicted_by_one():
+    good, bad = Rule("clean_acc", "a", "b"), Rule("clean_acc", "c", "b")
+    results = results_of(a=[0.5, 0.51, 0.52], b=[0.4, 0.41, 0.43], c=[0.3, 0.31, 0.32])
+    assert claims.judge(results, make_claim(good))[0] == "holds"
+    assert claims.judge(results, make_claim(good, bad))[0] == "contradicted"
+    assert claims.judge(results, make_claim(good, seeds=4)) == ("not run", 1.0)
+    level = Rule("clean_acc", "a", "a")
+    assert claims.judge(results, make_claim(good, level))[0] == "undecided"
+
+
+def test_a_closed_gate_is_no_verdict_and_a_rival_does_not_decide():
+    rule = Rule("clean_acc", "a", "b")
+    results = results_of(a=[0.5, 0.51, 0.52], b=[0.4, 0.41, 0.43], c=[0.9, 0.9, 0.91])
+    closed = make_claim(rule, gates=(Rule("clean_acc", "a", "b", above=0.2),))
+    assert claims.judge(results, closed)[0] == "regime absent"
+    lost = make_claim(rule, rivals=(Rule("clean_acc", "a", "c"),))
+    assert claims.judge(results, lost)[0] == "holds"
+
+
+def test_a_gain_is_a_difference_of_differences():
+    results = results_of(a=[0.5], b=[0.4], c=[0.35], d=[0.31])
+    rule = Rule("gain of clean_acc", "a - b", "c - d")
+    assert claims.difference(results, rule, claims.FIRST_SEED) == pytest.approx(0.06)
+
+
+def test_the_best_epoch_is_the_last_one_where_no_other_was_better():
+    results = results_of(a=[0.5, 0.6])
+    results["a"][11]["nets"]["best"] = {"clean_acc": 0.7}
+    assert claims.value(results, "a@best", "clean_acc", 10) == 0.5
+    assert claims.value(results, "a@best", "clean_acc", 11) == 0.7
+    assert claims.value(results, "a@teacher", "clean_acc", 11) is None
+
+
+def test_claims_that_have_not_run_count_in_the_correction(only):
+    rule = Rule("clean_acc", "a", "b")
+    found = {"run": make_claim(rule)}
+    arms = {"a": "", "b": "", "c": ""}
+    results = results_of(a=[0.5, 0.51, 0.53], b=[0.44, 0.44, 0.45], c=[])
+    only(found, arms)
+    assert claims.judge_all(results) == {"run": ("holds", True)}
+    other = {f"other {i}": make_claim(Rule("clean_acc", "c", "b")) for i in range(9)}
+    only(found | other, arms)
+    assert claims.judge_all(results)["run"] == ("holds", False)
+
+
+# ------------------------------------------------------------------------------------------------
+# The list
+
+
+def test_every_arm_is_a_command_of_a_script_and_belongs_to_a_claim():
+    for arm, command in claim_list.ARMS.items():
+        script, *flags = shlex.split(command)
+        args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+        assert not {"--seed", "--seeds", "--name", "--runs"} & args.given, arm
+    rules = [rule for claim in claim_list.CLAIMS.values() for rule in claims.rules_of(claim)]
+    used = set(claims.arms_of(rules))
+    assert used == claim_list.ARMS.keys()
+
+
+def test_claims_name_nets_metrics_and_papers_that_there_are():
+    assert 18 <= len(claim_list.CLAIMS) <= 30
+    assert {claim.paper for claim in claim_list.CLAIMS.values()} == set(claims.PAPERS)
+    for claim in claim_list.CLAIMS.values():
+        assert claim.rules and claim.seeds in (5, 10)
+        assert not re.search(r"[^\x00-\x7f]", claim.quote)
+        for rule in claims.rules_of(claim):
+            metric = rule.metric.removeprefix("gain of ")
+            assert metric in {"clean_acc", "pgd20_acc", "aa_acc", "entropy", "only_1_acc"}
+            for name in claims.names_in(rule):
+                arm, net = claims.split(name)
+                assert arm in claim_list.ARMS and net in claims.NETS
+
+
+# ------------------------------------------------------------------------------------------------
+# From runs to the page
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Scripts are called in the process of the tests, and AutoAttack is replaced by PGD-2."""
+    called = []
+
+    def call(script, flags, log_file):
+        called.append((script, flags))
+        if script == "eval_robustness.py" and "aa" in flags:
+            flags = ["pgd2" if word == "aa" else word for word in flags]
+        importlib.import_module(script.removesuffix(".py")).main(flags)
+        if "pgd2" in flags:
+            path = Path(flags[flags.index("--json") + 1])
+            path.write_text(path.read_text().replace("pgd2_acc", "aa_acc"))
+
+    monkeypatch.setattr(claims, "call", call)
+    return called
+
+
+def test_a_claim_is_run_kept_shown_and_not_run_again(only, in_process, tmp_path, capsys):
+    gate = Rule("pgd20_acc", "at@best", "at", above=-1.0)
+    rules = (Rule("aa_acc", "akd", "at"), Rule("entropy", "akd", "akd@teacher"))
+    only({"small": make_claim(*rules, gates=(gate,), seeds=2)})
+    flags = ["small", "--workers", "1"]
+    for name in ("runs", "results", "docs"):
+        (tmp_path / name).mkdir()
+        flags += [f"--{name}", str(tmp_path / name)]
+    claims.main(flags)
+    out = capsys.readouterr().out
+    assert "4/4" in out and "aa 0." in out and re.search(r"small: (holds|contra|undec)", out)
+    record = json.loads((tmp_path / "results" / "akd.json").read_text())
+    assert record["command"] == SMALL_ARMS["akd"] and list(record["runs"]) == ["10", "11"]
+    run = record["runs"]["10"]
+    assert {"student", "teacher"} <= run["nets"].keys() and run["torch"]
+    assert {"clean_acc", "pgd20_acc", "aa_acc", "entropy"} <= run["nets"]["student"].keys()
+    summary = common.read_json(tmp_path / "runs/robust_kd/akd-s10/summary.json")
+    assert run["nets"]["teacher"]["clean_acc"] == pytest.approx(summary[0]["clean_acc"], abs=1e-6)
+    assert len(run["curve"]["val_clean_acc"]) == 2
+    page = (tmp_path / "docs/CLAIMS.md").read_text()
+    assert "1 claims: 1 " in page and "AutoAttack: akd above at" in page and "> quote" in page
+    assert (tmp_path / "docs/claims.png").stat().st_size > 5000
+    before = len(in_process)
+    claims.main(flags)
+    assert len(in_process) == before
+    only(
+        {"small": make_claim(*rules, gates=(gate,), seeds=2)}, SMALL_ARMS | {"akd": "robust_kd.py"}
+    )
+    results = claims.read_results(tmp_path / "results")
+    assert results["akd"] == {} and len(results["at"]) == 2  # another command is another arm
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(only, monkeypatch, tmp_path, refused):
+    only({"small": make_claim(Rule("clean_acc", "akd", "at"), seeds=2)})
+    ran = []
+
+    def run_arm(arm, seed, args):
+        ran.append((arm, seed))
+        if (arm, seed) == ("akd", 10):
+            raise common.UserError("robust_kd.py: error: no disk")
+        return {"nets": {"student": {"clean_acc": 0.5}}, "minutes": 1.0}
+
+    monkeypatch.setattr(claims, "run_arm", run_arm)
+    flags = ["small", "--results", str(tmp_path), "--docs", str(tmp_path)]
+    message = refused(claims.main, flags)
+    assert "1 runs failed" in message and "akd, seed 10" in message and "no disk" in message
+    assert len(ran) == 4 and sorted(claims.read_results(tmp_path)["at"]) == [10, 11]
+
+
+def test_a_script_that_ends_with_an_error_is_one_line(tmp_path, refused):
+    log = tmp_path / "logs" / "a.log"
+    message = refused(claims.call, "robust_kd.py", ["--alpha", "2"], log)
+    assert "robust_kd.py: error: argument --alpha" in message or "--alpha" in message
+    assert "status 2" in message and str(log) in message
+
+
+def test_the_list_says_what_is_left(only, tmp_path, capsys):
+    only({"small": make_claim(Rule("clean_acc", "akd", "at"), seeds=2)})
+    claims.main(["--list", "--results", str(tmp_path)])
+    assert "4 runs" in capsys.readouterr().out
+    run = {"nets": {"student": {"clean_acc": 0.5}}, "minutes": 2.0}
+    for arm in ("akd", "at"):
+        claims.keep(tmp_path, arm, 10, run)
+    claims.main(["--list", "--results", str(tmp_path)])
+    assert "2 runs, 4 min" in capsys.readouterr().out
+
+
+def test_unknown_claims_and_none_are_refused(refused):
+    assert "got nothing-such" in refused(claims.main, ["nothing-such"])
+    assert "CLAIM: name one" in refused(claims.main, [])
+
+
+def test_missing_images_are_named_before_anything_runs(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    message = refused(claims.main, ["early-stopping", "--results", str(tmp_path)])
+    assert "cifar10-16.npz" in message and "--prepare" in message
