@@ -252,12 +252,13 @@ def judge_all(results):
 
 
 def missing_runs(results, claims):
-    """The (arm, seed) that the claims still need: those that decide before the rivals."""
-    wanted = []
+    """The (arm, seed) that the claims still need: all that decide, then the rivals."""
+    deciding, rivals = [], []
     for claim in claims:
-        for rules in ((*claim.rules, *claim.gates), claim.rivals):
-            wanted += [(arm, seed) for seed in seeds_of(claim) for arm in arms_of(rules)]
-    return [job for job in dict.fromkeys(wanted) if job[1] not in results[job[0]]]
+        for seed in seeds_of(claim):
+            deciding += [(arm, seed) for arm in arms_of((*claim.rules, *claim.gates))]
+            rivals += [(arm, seed) for arm in arms_of(claim.rivals)]
+    return [job for job in dict.fromkeys(deciding + rivals) if job[1] not in results[job[0]]]
 
 
 def call(script, flags, log_file):
