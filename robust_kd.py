@@ -29,10 +29,11 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
             and of the first author, not the CE of the text (--attack-loss ce: the text).
          3. KL is the true KL averaged over the batch; the author's code also averages over the
             classes, K times less (--kl-reduction mean).
-         4. The paper gives no lam: 5/6 (RSLAD). It has no temperature: 1; another one softens both
-            sides and multiplies the term by its square (Hinton et al. 2015).
-         5. Nor does it give momentum 0.9, weight decay 5e-4, step eps/4, uniform start, BatchNorm
-            in eval mode in the attack: all from the first author's published code.
+         4. The paper gives no lam; we take 5/6, as RSLAD does. It has no temperature: the default
+            is 1; another one softens teacher and student, and multiplies the term by its square.
+         5. Step eps/4, uniform start, BatchNorm in eval mode during the attack, weight decay 5e-4
+            and the teacher's momentum 0.9 are not in the paper; they come from the first author's
+            code. OneCycle cycles the student's momentum (--cycle-momentum no: constant).
          6. Training on CUDA, the attack included, is in bf16 (--precision fp32: strict float32).
          7. AT+: docs/robust_kd.md says which settings of Rebuffi et al. and Wang et al. it takes.
 """
@@ -48,6 +49,7 @@ import math
 import shutil
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -154,28 +156,39 @@ def parse_args(argv=None):
     add(
         "--teacher-save-every",
         type="count",
-        help="while the teacher trains, also keep it after every so many epochs: runs with such a "
-        "--teacher-es need no training of it",
+        metavar="N",
+        help="also save the teacher every N epochs; a run with --teacher-es at such an epoch then "
+        "trains no teacher",
     )
     add("--teacher-ckpt", help="file of a finished teacher; no teacher is trained")
     add("--teacher-model", help="net of the teacher (default: same as --model)")
     add("--teacher-width", type="positive", help="width of the teacher (default: same as --width)")
     add("--teacher-lr", type="positive", default=0.1, help="learning rate the teacher starts with")
     add(
-        "--teacher-gamma", type="positive", default=0.9, help="factor on that rate after each epoch"
+        "--teacher-gamma",
+        type="positive",
+        default=0.9,
+        help="factor on the teacher's learning rate after each epoch (no effect with --schedule "
+        "cosine)",
     )
     add("--teacher-batch-size", type="count", default=128, help="images per step of the teacher")
     add("--trades-beta", type="fraction", default=6.0, help="weight of the robust term of TRADES")
     add("--ffgsm-step", type="fraction", default=1.25, help="step of ffgsm, in units of the radius")
     add = parser.add_argument_group("attack").add_argument
-    add("--eps", type="probability", default="8/255", help="radius, in training and evaluation")
+    add(
+        "--eps",
+        type="probability",
+        default="8/255",
+        help="radius of the attacks in training and evaluation, in pixel units",
+    )
     add("--steps", type="count", default=7, help="number of PGD steps in training")
     add("--step-size", type="fraction", help="PGD step in training (default: a quarter of --eps)")
     add(
         "--attack-loss",
         choices=["ce", "kl-teacher"],
         help="what the student's attack maximises: cross-entropy with the labels, or KL from the "
-        "teacher's clean output (default: kl-teacher for rslad, otherwise ce)",
+        "teacher's clean output (default: kl-teacher for rslad and rslad+, for trades KL from the "
+        "student's own clean output, otherwise ce)",
     )
     add(
         "--attack-bn",
@@ -187,7 +200,7 @@ def parse_args(argv=None):
     add("--restarts", type="count", default=1, help="random starts of PGD in the evaluation")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type="count", default=100, help="epochs of the student's training")
-    add("--lr", type="positive", default=0.21, help="peak learning rate of the student's OneCycle")
+    add("--lr", type="positive", default=0.21, help="peak learning rate of the student")
     add(
         "--cycle-momentum",
         choices=["yes", "no"],
@@ -195,7 +208,12 @@ def parse_args(argv=None):
         help="let OneCycle move the momentum from 0.95 to 0.85 and back",
     )
     add("--batch-size", type="count", default=256, help="images per step of the student")
-    add("--momentum", type="probability", default=0.9, help="momentum of SGD for both nets")
+    add(
+        "--momentum",
+        type="probability",
+        default=0.9,
+        help="momentum of SGD; OneCycle with --cycle-momentum yes replaces it for the student",
+    )
     add("--weight-decay", type="fraction", default=5e-4, help="weight decay of SGD for both nets")
     add("--nesterov", choices=["yes", "no"], default="no", help="use Nesterov's momentum in SGD")
     add(
@@ -215,7 +233,8 @@ def parse_args(argv=None):
         "--label-smoothing",
         type="rate",
         default=0.0,
-        help="mass spread over all classes; with --extra-data, only of the generated images",
+        help="label smoothing: probability spread evenly over all classes; with --extra-data only "
+        "the labels of generated images are smoothed",
     )
     add("--extra-data", metavar="FILE", help=".npz file of generated images: image, label")
     add("--extra-fraction", type="rate", default=0.7, help="share of generated images in a batch")
@@ -236,13 +255,16 @@ def check_flags(args, error):
         error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {args.teacher_epochs}")
     trainings = teacher_trainings(args)
     if args.teachers not in (1, len(trainings)):
-        error(f"--teachers {args.teachers}: but --teacher-training has {len(trainings)} words")
+        words = f"--teacher-training names {len(trainings)} teachers"
+        error(f"--teachers {args.teachers}: {words}; leave out --teachers")
     if args.teacher_ckpt and len(trainings) > 1:
-        error("--teacher-ckpt: is one teacher; leave out --teachers")
+        remedy = "leave out --teachers, and all but one word of --teacher-training"
+        error(f"--teacher-ckpt: gives one teacher; {remedy}")
     if "none" in trainings and len(trainings) > 1:
         error("--teacher-training none: cannot be part of an ensemble")
     if "none" in trainings and needs_teacher(args) and not args.teacher_ckpt:
-        error(f"--teacher-training none: --loss {args.loss} needs a teacher; give --teacher-ckpt")
+        cause = f"--loss {args.loss}" if args.loss in TAUGHT else "--attack-loss kl-teacher"
+        error(f"--teacher-training none: {cause} needs a teacher; give --teacher-ckpt")
     try:
         ensemble_weights(args.beta, trainings)
     except ValueError as wrong:
@@ -252,6 +274,8 @@ def check_flags(args, error):
             error(f"{flag}: has no effect with --loss {args.loss}; leave it out")
     if "--extra-fraction" in args.given and not args.extra_data:
         error("--extra-fraction: has no effect without --extra-data")
+    if args.nesterov == "yes" and args.momentum == 0:
+        error("--nesterov yes: needs a momentum above 0, got --momentum 0")
     if args.attack_loss and args.loss not in ATTACKED:
         error(f"--attack-loss: --loss {args.loss} has no attack; leave it out")
 
@@ -422,9 +446,11 @@ class Ensemble(nn.Module):
 
 @dataclasses.dataclass
 class Recipe:
-    """Everything that decides how a net is trained. None: has no effect on this net.
+    """How a net is trained. None: a setting without effect on this net.
 
-    A teacher is kept under the digest of its recipe, so two runs with the same one share it.
+    Of a teacher it is all that decides its weights: the teacher is kept under the digest of its
+    recipe, and two runs with the same recipe share it. A student also depends on --alpha, --lam and
+    the other flags of its loss.
     """
 
     training: str  # st, at, ffgsm, trades, or the student's loss
@@ -445,6 +471,7 @@ class Recipe:
     attack_loss: str | None = None  # ce, kl-teacher or, for TRADES, kl-self
     attack_bn: str | None = None
     trades_beta: float | None = None
+    validation_attack: tuple | None = None  # ffgsm: eps, step size, steps of PGD in collapsed()
 
 
 def shared_flags(args):
@@ -472,7 +499,9 @@ def step_size(args, eps):
     """PGD step in training for a radius: a quarter of it, or --step-size in proportion to --eps."""
     if args.step_size is None:
         return eps / 4
-    return args.step_size * eps / args.eps if args.eps else args.step_size
+    if args.eps == 0:
+        return args.step_size
+    return args.step_size * eps / args.eps
 
 
 def student_recipe(args):
@@ -538,7 +567,13 @@ def teacher_recipe(args, training, number=0, epochs=None):
         attack_bn=args.attack_bn,
     )
     if training == "ffgsm":  # one long step from a uniform start (Wong et al. 2020)
-        recipe = dataclasses.replace(recipe, steps=1, step_size=args.ffgsm_step * eps)
+        recipe = dataclasses.replace(
+            recipe,
+            steps=1,
+            step_size=args.ffgsm_step * eps,
+            # held-out accuracy under this attack decides when the training stops
+            validation_attack=(args.eps, step_size(args, args.eps), args.steps),
+        )
     if training == "trades":
         recipe = dataclasses.replace(recipe, attack_loss="kl-self", trades_beta=args.trades_beta)
     return recipe
@@ -554,7 +589,9 @@ def ensemble_weights(betas, trainings):
         standard_weight = (1 - betas[0]) / (len(trainings) - sum(robust))
         return [robust_weight if is_robust else standard_weight for is_robust in robust]
     if len(betas) != len(trainings) or abs(sum(betas) - 1) > 1e-6:
-        wanted = f"{len(trainings)} values that sum to 1, or one if standard and others are mixed"
+        wanted = f"{len(trainings)} values that sum to 1"
+        if any(robust) and not all(robust):
+            wanted += ", or one value, which the robust teachers share"
         raise ValueError(f"expected {wanted}, got {' '.join(map(str, betas))}")
     return betas
 
@@ -571,14 +608,25 @@ def needs_teacher(args):
 def train(recipe, data, folder, stage, args, teacher=None):
     """Train a net by its recipe and write it to folder/<stage>.pt -> (the net in eval mode, meta).
 
-    teacher: in eval mode with frozen weights, or None. After an interruption the call goes on.
+    teacher: in eval mode with frozen weights, or None. After an interruption the same call goes on
+    after the last finished epoch.
     """
     model = common.new_model(data, recipe.model, recipe.seed, stage, recipe.width)
     steps_per_epoch = math.ceil(len(data.x_train) / recipe.batch_size)
     optimizer, schedule = make_optimizer(model, recipe, args, steps_per_epoch)
-    average = WeightAverage(model, args.ema) if args.ema else None
-    trained = average.module if average else model  # what is validated and kept
-    attack = (recipe.eps, recipe.step_size, recipe.steps)
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    average, kept_model = None, model  # kept_model is validated and saved
+    if args.ema:
+        average = WeightAverage(model, args.ema)
+        kept_model = average.module
+        state["average"] = average
+    trajectories = None
+    if args.trajectories:
+        trajectories = Trajectories(data, recipe.epochs)
+        state["trajectories"] = trajectories
+    rows = common.resume(folder, stage, state)
+    training_attack = (recipe.eps, recipe.step_size, recipe.steps)
+    validation_attack = (args.eps, step_size(args, args.eps), args.steps)
     lam, alpha, temperature = args.lam, args.alpha, args.temperature
     kl_options = (temperature, args.kl_reduction)
 
@@ -586,23 +634,28 @@ def train(recipe, data, folder, stage, args, teacher=None):
         """One batch up to the gradients of the weights -> metrics."""
         # The cache is off: weights first cast under no_grad (in TRADES) would get no gradient.
         with torch.autocast("cuda", torch.bfloat16, args.autocast, cache_enabled=False):
-            # What the teacher says of the clean images. Its weights are frozen: no gradient there.
+            # The teacher's logits of the clean images; the teacher is frozen, x needs no gradient.
             if recipe.loss in TAUGHT_ON_CLEAN_IMAGES or recipe.attack_loss == "kl-teacher":
                 teacher_logits = teacher(x)
 
-            # The attack: away from the labels, the teacher's output, or (TRADES) the net's own.
+            # The attack makes x'. It maximises the cross-entropy with the labels, or the KL from
+            # the teacher's or (TRADES) the student's own output for the clean images.
             if recipe.loss in ATTACKED:
-                target = common.attacked(model, recipe.attack_bn)  # differs: 5
+                attacked_model = common.attacked(model, recipe.attack_bn)  # differs: 5
                 if recipe.attack_loss == "ce":
-                    x_adv = common.pgd(target, x, labels, *attack)
+                    x_adv = common.pgd(attacked_model, x, labels, *training_attack)
                 elif recipe.attack_loss == "kl-teacher":  # differs: 2
-                    x_adv = common.pgd(target, x, teacher_logits.softmax(1), *attack, "gaussian")
-                else:
+                    teacher_probs = teacher_logits.softmax(1)
+                    x_adv = common.pgd(
+                        attacked_model, x, teacher_probs, *training_attack, "gaussian"
+                    )
+                else:  # kl-self
                     with torch.no_grad():
-                        own_probs = target(x).softmax(1)
-                    x_adv = common.pgd(target, x, own_probs, *attack, "gaussian")
+                        clean_probs = attacked_model(x).softmax(1)
+                    x_adv = common.pgd(attacked_model, x, clean_probs, *training_attack, "gaussian")
 
-            # The student sees x' (st and ckd: x); some losses also compare what it says of x.
+            # st and ckd train on x, all others on x'; some losses compare the output for x too.
+            # The training accuracy is that on the images that are trained on.
             model.train()
             logits = model(x_adv if recipe.loss in ATTACKED else x)
             match recipe.loss:
@@ -621,27 +674,21 @@ def train(recipe, data, folder, stage, args, teacher=None):
                 case "akd":
                     loss = akd_loss(logits, teacher(x_adv), temperature)
                 case "ard+":
-                    given = (model(x), logits, teacher_logits, labels)
-                    loss = ard_plus_loss(*given, lam, alpha, *kl_options)
+                    loss = ard_plus_loss(
+                        model(x), logits, teacher_logits, labels, lam, alpha, *kl_options
+                    )
                 case "rslad+":
-                    given = (model(x), logits, teacher_logits, labels)
-                    loss = rslad_plus_loss(*given, lam, alpha, *kl_options)
+                    loss = rslad_plus_loss(
+                        model(x), logits, teacher_logits, labels, lam, alpha, *kl_options
+                    )
                 case "akd+":
                     loss = akd_plus_loss(logits, teacher(x_adv), labels, alpha, temperature)
         loss.backward()
         return common.metrics(loss, logits, labels)
 
     step = common.speed_up(step, model, args)
-    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    if average:
-        state["average"] = average
-    trajectories = Trajectories(data, recipe.epochs) if args.trajectories else None
-    if trajectories:
-        state["trajectories"] = trajectories
-    test_attack = (args.eps, step_size(args, args.eps), args.steps)  # of the held-out images
-    rows = common.resume(folder, stage, state)
     for epoch in range(len(rows), recipe.epochs):
-        if collapsed(recipe, rows):
+        if collapsed(recipe, rows):  # here, not below: a resumed run may have collapsed before
             break
         common.seed_epoch(recipe.seed, stage, epoch)
         began, history = time.monotonic(), []
@@ -655,23 +702,24 @@ def train(recipe, data, folder, stage, args, teacher=None):
             if average:
                 average.update(model)
         row = common.epoch_row(stage, epoch, model, history, began)
-        rows.append(row | common.validate(trained, data, test_attack))
+        rows.append(row | common.validate(kept_model, data, validation_attack))
         if trajectories:
-            trajectories.record(epoch, trained, data, test_attack)
+            trajectories.record(epoch, kept_model, data, validation_attack)
         every = args.teacher_save_every
         if stage == "teacher" and every and len(rows) % every == 0:
-            keep_early_stop(recipe, data, args, trained, rows, trajectories)
-        common.save_epoch(folder, stage, trained, state, rows, recipe.epochs, args.tensorboard)
+            # before the checkpoint: a run that is killed in between repeats the epoch and this
+            keep_early_stop(recipe, data, args, kept_model, rows, trajectories)
+        common.save_epoch(folder, stage, kept_model, state, rows, recipe.epochs, args.tensorboard)
 
     meta = {"training": recipe.training}
     if collapsed(recipe, rows):
         best, best_meta = common.load_model(folder / f"{stage}_best.pt", data.x_train.device)
-        trained.load_state_dict(best.state_dict())
+        kept_model.load_state_dict(best.state_dict())
         meta["epoch"] = best_meta["epoch"]
         print(f"{stage}: PGD accuracy fell by over 20 points; epoch {meta['epoch']} is kept")
     if trajectories:
         meta["trajectories"] = trajectories.until(len(rows))
-    common.save_model(folder / f"{stage}.pt", trained, rows, **meta)
+    common.save_model(folder / f"{stage}.pt", kept_model, rows, **meta)
     return common.load_model(folder / f"{stage}.pt", data.x_train.device)
 
 
@@ -724,15 +772,17 @@ def collapsed(recipe, rows):
     return any(max(row[key] for row in rows) - rows[-1][key] > 0.2 for key in keys)
 
 
-def keep_early_stop(recipe, data, args, trained, rows, trajectories):
-    """Keep the teacher as it is now where a run with this --teacher-es looks for its teacher."""
-    if len(rows) == recipe.epochs or collapsed(recipe, rows):
-        return  # the first is kept anyway; of the other, the best epoch before would be
+def keep_early_stop(recipe, data, args, kept_model, rows, trajectories):
+    """Save the unfinished teacher where a run with --teacher-es len(rows) looks for it."""
+    if len(rows) == recipe.epochs:
+        return  # train() saves the last epoch itself
+    if collapsed(recipe, rows):
+        return  # a run with this --teacher-es would keep its best epoch, not this one
     early_stop = dataclasses.asdict(dataclasses.replace(recipe, epochs=len(rows)))
     meta = {"training": recipe.training}
     if trajectories:
         meta["trajectories"] = trajectories.until(len(rows))
-    common.keep_teacher(args, data, early_stop, trained, rows, **meta)
+    common.keep_teacher(args, data, early_stop, kept_model, rows, **meta)
 
 
 class Trajectories:
@@ -914,8 +964,8 @@ def load_extra(path, data):
         if (x.dtype, x.shape) != (np.uint8, (count, *shape)):
             raise ValueError(f"{unpacked.name} holds something else; delete it")
     except OSError as error:
-        if not isinstance(error, zipfile.BadZipFile) and error.errno is not None:
-            raise  # of the disk
+        if error.errno is not None:
+            raise  # an error of the disk, which common.start reports
         raise common.UserError(f"--extra-data: {path}: {error}") from None
     except Exception as error:  # numpy and zipfile raise a dozen types for a damaged file
         expected = "expected an .npz file with image and label"
@@ -940,6 +990,10 @@ def prepare(args, data):
         common.load_model(args.teacher_ckpt, "cpu", data, name)
     if args.extra_data:
         data.extra = load_extra(args.extra_data, data)
+        # other generated images are other data: another teacher, and another run
+        with zipfile.ZipFile(args.extra_data) as archive:
+            checksums = [archive.getinfo(name).CRC for name in ("image.npy", "label.npy")]
+        data.fingerprint = zlib.crc32(repr(checksums).encode(), data.fingerprint)
 
 
 def train_and_evaluate(args, data, folder):
@@ -962,9 +1016,10 @@ def train_and_evaluate(args, data, folder):
             nets[f"ensemble of {len(teachers)} teachers"] = teacher, {}
     student, meta = train(student_recipe(args), data, folder, "student", args, teacher)
     nets[f"student ({args.loss})"] = student, meta
-    if meta["best"].get("epoch", meta["epoch"]) != meta["epoch"]:
-        best = common.load_model(folder / "student_best.pt", data.x_test.device)
-        nets["student, best on held-out images"] = best
+    best_epoch = meta["best"].get("epoch")  # None: no images were held out
+    if best_epoch is not None and best_epoch != meta["epoch"]:
+        best, best_meta = common.load_model(folder / "student_best.pt", data.x_test.device)
+        nets["student, best on held-out images"] = best, best_meta
 
     rows = []
     for name, (net, meta) in nets.items():

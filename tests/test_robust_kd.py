@@ -251,6 +251,8 @@ def test_teachers_of_an_ensemble_differ_by_seed_and_training_alone():
         ("", "--attack-bn train", False),
         ("", "--seed 1", False),
         ("", "--steps 1", False),
+        ("--teacher-training ffgsm", "--teacher-training ffgsm --steps 9", False),  # of the guard
+        ("--teacher-training ffgsm", "--teacher-training ffgsm --loss rslad", True),
         ("", "--teacher-es 1", False),
         ("", "--trajectories", False),
         ("--teacher-training st --steps 3", "--teacher-training st --trajectories", False),
@@ -309,6 +311,7 @@ def test_a_preset_says_what_it_sets_and_flags_that_are_given_win(capsys):
         "--loss rslad --alpha 0.3": "--alpha: has no effect with --loss rslad",
         "--loss akd+ --kl-reduction=mean": "--kl-reduction: has no effect with --loss akd+",
         "--extra-fraction 0.5": "--extra-fraction: has no effect without --extra-data",
+        "--nesterov yes --momentum 0": "--nesterov yes: needs a momentum above 0",
     }.items(),
 )
 def test_flags_that_make_no_sense_are_refused_by_name(flags, message, refused):
@@ -787,3 +790,16 @@ def test_a_run_with_everything_goes_on_with_the_same_bits_and_keeps_trajectories
     log_probs = common.predict(net, data.x_train).log_softmax(1)
     entropy = -(log_probs.exp() * log_probs).sum(1).mean()
     torch.testing.assert_close(kept["entropy"][-1], entropy, atol=1e-4, rtol=0)
+
+
+def test_other_extra_images_under_the_same_name_are_other_data(tmp_path, refused):
+    flags = (
+        f"{TINY} --loss akd --steps 1 --extra-data {tmp_path}/e.npz --name run --runs {tmp_path}"
+    )
+    arrays = save_extra(tmp_path / "e.npz")
+    robust_kd.main(flags.split())
+    (teacher,) = tmp_path.glob("teachers/*/teacher.pt")
+    save_extra(tmp_path / "e.npz", label=(arrays["label"] + 1) % 10)
+    assert "--data: " in refused(robust_kd.main, flags.split())
+    robust_kd.main([*flags.split(), "--name", "other"])
+    assert len(list(tmp_path.glob("teachers/*/teacher.pt"))) == 2 and teacher.exists()
