@@ -1580,7 +1580,9 @@ def epoch_row(stage: str, epoch: int, model: nn.Module, history: list, began: fl
     weights_finite = torch.stack([v.isfinite().all() for v in model.state_dict().values()]).all()
     if not all(finite) or not weights_finite:
         step = finite.index(False) + 1 if not all(finite) else len(steps)
-        flag = "--lr" if stage.startswith("student") else "--teacher-lr (or --lr)"
+        flag = (
+            "--lr" if stage.startswith("student") else "--teacher-lr (--lr in scripts without it)"
+        )
         where = f"{stage}, epoch {epoch + 1}, step {step}"
         raise UserError(f"{where}: loss or weights are not finite; try a lower {flag}")
     loss, correct, images = steps.sum(0).tolist()
@@ -1605,11 +1607,15 @@ def validate(model: nn.Module, data: Data, attack=None) -> dict:
         if attack is not None:
             logits = predict(model, data.x_val, data.y_val, attack)
             row[f"val_pgd{attack[2]}_acc"] = accuracy(logits, data.y_val)
+    return from_first_process(row)
+
+
+def from_first_process(value):
+    """The value that the first process has, in every process; value: a plain Python object."""
+    values = [value]
     if world() > 1:
-        rows = [row]
-        dist.broadcast_object_list(rows)
-        row = rows[0]
-    return row
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def best_row(rows: list[dict]) -> dict:

@@ -7,21 +7,26 @@ Loss     (1-alpha) CE(S(x), y) + alpha tau^2 KL(T(x) || S(x))                 <-
 Methods  fickle   dropout stays active in the teacher while it teaches          <- make_fickle
          signal   z (1 + sigma N(0, 1)) instead of the teacher's logits z      <- signal_noise Eq. 5
          swap     close neighbours among the teacher's logits change places     <- swap_logits
-         teacher, student: the net of --seed alone, from labels; hinton: nothing varies
+         hinton   the teacher's answers do not vary
+         student  no teacher, labels alone
+         teacher  the teacher of --seed is trained and evaluated, no student
 Usage    python fickle_teacher.py --dropout 0.4                      # 350 epochs, by A.3
          python fickle_teacher.py --method signal --sigma 0.1
          python fickle_teacher.py --method swap --swap top2 --swap-probability 0.3
          python fickle_teacher.py --method hinton --dropout 0.4      # dropout off to teach
          python fickle_teacher.py --seeds 0 1 2 3 4 --teacher-seeds 5 --eval full
-         python fickle_teacher.py --demo                             # a minute or two on a CPU
+         python fickle_teacher.py --demo        # hinton, then fickle; 1 to 2 CPU minutes
 Expect   CIFAR-10, WRN-40-2 and WRN-16-2: not measured. Small nets: docs/noisy_collaboration.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); logits (B, K)
-Differs  1. Momentum 0.9, weight decay 5e-4, PGD steps of 0.003: from later code of the authors. The
-            paper has 0.99, which would be a typing error, no weight decay, and 0.03.
-         2. 1,024 training images are held out (--val-size 0: none); they choose the best of
-            --teacher-seeds. The paper takes the test images (--pick-teacher test).
-         3. KL(T || S), as everywhere; Eq. 2 is written the other way round. bf16 on CUDA
-            (--precision fp32). PGD: no start may break an image; paper: the worst of five runs.
+Differs  1. Momentum 0.9, weight decay 5e-4 and PGD steps of 0.003 come from later code of the
+            authors. The paper prints momentum 0.99 (we take it for a typing error), PGD steps of
+            0.03, and no weight decay.
+         2. 1,024 training images are held out (--val-size 0: none). They choose the teacher among
+            --teacher-seeds and the student's best epoch. The paper chooses the teacher on the test
+            images (--pick-teacher test).
+         3. The KL is KL(T || S), as in Hinton's loss; Eq. 2 prints S first. Training on CUDA is in
+            bf16 (--precision fp32: float32). An image is robust if no start of PGD breaks it; the
+            paper reports the lowest accuracy of five runs of PGD.
          4. Dropout alone is active in a teaching teacher, BatchNorm stays in eval mode; the paper
             does not say (--teacher-mode train: batch statistics, the running ones untouched).
          5. Noise is drawn for each logit; Eq. 5 may mean one draw an image (--noise-per image).
@@ -57,6 +62,10 @@ FLAG_METHODS = {
     "--swap-probability": ["swap"],
     "--swap-threshold": ["swap"],
     "--swap-gap": ["swap"],
+    "--alpha": TAUGHT,
+    "--temperature": TAUGHT,
+    "--teacher-seeds": [*TAUGHT, "teacher"],
+    "--pick-teacher": TAUGHT,
 }
 
 # Epochs, and the epochs after which the learning rate drops: section A.1
@@ -102,7 +111,12 @@ def parse_args(argv=None):
         help="what is in training mode while a fickle teacher teaches: its dropout alone, or its "
         "BatchNorm too",
     )
-    add("--sigma", type="fraction", default=0.1, help="deviation of signal's relative noise")
+    add(
+        "--sigma",
+        type="fraction",
+        default=0.1,
+        help="standard deviation of the noise of signal, relative to the logit",
+    )
     add(
         "--noise-per",
         choices=["logit", "image"],
@@ -132,7 +146,8 @@ def parse_args(argv=None):
         "--teacher-seeds",
         type="count",
         default=1,
-        help="number of teachers to train (seeds 0 to N-1); the most accurate one teaches",
+        help="number of teachers to train, with seeds 0 to N-1 whatever --seed is; the most "
+        "accurate one teaches",
     )
     add(
         "--pick-teacher",
@@ -141,13 +156,18 @@ def parse_args(argv=None):
         help="images on which the best teacher is chosen: held-out ones, or test images as in "
         "the paper",
     )
-    add("--teacher-epochs", type="count", default=200, help="epochs of the teacher's training")
+    add(
+        "--teacher-epochs",
+        type="count",
+        default=STANDARD_EPOCHS,
+        help="epochs of the teacher's training",
+    )
     add(
         "--teacher-milestones",
         type="count",
         nargs="+",
-        help="epochs at which the teacher's learning rate drops (default: 60 120 150 of 200, "
-        "stretched to --teacher-epochs)",
+        help="numbers of finished epochs after which the teacher's learning rate is multiplied by "
+        "--gamma (default: 60 120 150 for 200 epochs, in proportion for other --teacher-epochs)",
     )
     add("--teacher-ckpt", help="file of a finished teacher; no teacher is trained")
     add = parser.add_argument_group("optimisation").add_argument
@@ -160,8 +180,9 @@ def parse_args(argv=None):
         "--milestones",
         type="count",
         nargs="+",
-        help="epochs at which the student's learning rate drops (default: 60 120 150 of 200, or "
-        "those of section A.3, stretched to --epochs)",
+        help="numbers of finished epochs after which the student's learning rate is multiplied by "
+        "--gamma (default: 60 120 150 for 200 epochs, or those of section A.3; in proportion for "
+        "other --epochs)",
     )
     add("--gamma", type="positive", default=0.2, help="factor on the learning rate at milestones")
     add("--lr", type="positive", default=0.1, help="learning rate that both nets start with")
@@ -176,7 +197,10 @@ def parse_args(argv=None):
             parser.error(f"{flag}: has no effect with --method {args.method}; leave it out")
     common.check_model("--teacher-model", args.teacher_model, dropout=teacher_dropout(args))
     if args.teacher_seeds > 1 and args.method == "teacher":
-        parser.error("--teacher-seeds: --method teacher trains one, that of --seed; leave it out")
+        remedy = "--method teacher trains the teacher of --seed alone; --seeds trains several"
+        parser.error(f"--teacher-seeds {args.teacher_seeds}: {remedy}")
+    if "--pick-teacher" in args.given and args.teacher_seeds == 1:
+        parser.error("--pick-teacher: there is one teacher; give --teacher-seeds above 1")
     if args.teacher_seeds > 1 and args.teacher_ckpt:
         parser.error("--teacher-seeds: has no effect with --teacher-ckpt; leave it out")
     return args
@@ -233,21 +257,24 @@ def signal_noise(teacher_logits, sigma, noise_per="logit"):
 def swap_logits(teacher_logits, temperature, swap, probability, threshold, gap="relative"):
     """Swap neighbours in the order of a row whose gap is below `threshold`: (B, K) -> (B, K).
 
-    The gap of softened probabilities p >= q is (p - q) / p, or p - q. With `probability`, the first
-    pair swaps (`top2`), or each, one after the other from the top: logits may travel (`all`).
+    The gap of softened probabilities p >= q is (p - q) / p, or p - q, before any swap. With
+    `probability` the first pair swaps (`top2`), or each pair, one after the other from the top
+    (`all`): a class may fall several ranks.
     """
     z, order = teacher_logits.sort(1, descending=True)  # (B, K)
     probs = (z / temperature).softmax(1)
     gaps = probs[:, :-1] - probs[:, 1:]  # (B, K-1)
-    gaps = gaps / probs[:, :-1] if gap == "relative" else gaps
+    if gap == "relative":
+        gaps = gaps / probs[:, :-1]
     swaps = (gaps < threshold) & (torch.rand_like(gaps) < probability)
-    swaps[:, 1:] &= swap == "all"
-    # A logit that swaps moves down to the class of the next rank. Where it leaves, the logit comes
-    # in that an unbroken row of swaps has carried down: the one with which that row began.
-    rank = torch.arange(z.shape[1], device=z.device)
-    begin = torch.where(F.pad(swaps, (1, 0)), 0, rank).cummax(1).values
-    to = torch.where(F.pad(swaps, (0, 1)), rank + 1, begin)  # (B, K): the rank whose class it gets
-    return torch.empty_like(z).scatter(1, order.gather(1, to), z)
+    classes = (
+        order.clone()
+    )  # (B, K): the class that gets the largest, the second largest, ... logit
+    pairs = 1 if swap == "top2" else z.shape[1] - 1
+    for i in range(pairs):
+        pair = classes[:, i : i + 2]
+        classes[:, i : i + 2] = torch.where(swaps[:, i : i + 1], pair.flip(1), pair)
+    return torch.empty_like(z).scatter(1, classes, z)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -255,7 +282,7 @@ def swap_logits(teacher_logits, temperature, swap, probability, threshold, gap="
 
 
 def stretch(milestones, standard_epochs, epochs):
-    """The milestones of a schedule of `standard_epochs`, moved to one of `epochs`."""
+    """Milestones of a schedule of `standard_epochs`, in proportion for `epochs`, rounded up."""
     return [math.ceil(milestone * epochs / standard_epochs) for milestone in milestones]
 
 
@@ -282,16 +309,18 @@ def train(model, data, folder, stage, args, seed, epochs, milestones, teacher=No
         fused=True,
     )
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, args.gamma)
+    if teacher is not None and args.method == "fickle":
+        make_fickle(teacher, args.teacher_mode)
 
     def step(x, labels):
-        """One batch up to the gradients of the weights -> metrics."""
+        """The loss of a batch and the gradients of the weights -> common.metrics."""
+        # args.autocast is True for bf16 on CUDA (--precision). The cache of cast weights is off: a
+        # CUDA graph (--graph) must cast the weights of each step.
         with torch.autocast("cuda", torch.bfloat16, args.autocast, cache_enabled=False):
             student_logits = model(x)
             if teacher is None:
                 loss = F.cross_entropy(student_logits, labels)
             else:
-                if args.method == "fickle":
-                    make_fickle(teacher, args.teacher_mode)
                 teacher_logits = teacher(x)
                 if args.method == "signal":
                     teacher_logits = signal_noise(teacher_logits, args.sigma, args.noise_per)
@@ -310,16 +339,18 @@ def train(model, data, folder, stage, args, seed, epochs, milestones, teacher=No
         loss.backward()
         return common.metrics(loss, student_logits, labels)
 
-    step = common.speed_up(step, model, args)
+    step = common.speed_up(step, model, args)  # for --compile and --graph
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
     rows = common.resume(folder, stage, state)
     for epoch in range(len(rows), epochs):
         common.seed_epoch(seed, stage, epoch)
-        began, history = time.monotonic(), []
+        model.train()
+        began = time.monotonic()
+        history = []  # the metrics of each step stay on the device: reading them would make it wait
         for x, labels in common.batches(data, args.batch_size, seed, stage, epoch):
             optimizer.zero_grad()
             history.append(step(x, labels))
-            common.average_gradients(model, len(labels))
+            common.average_gradients(model, len(labels))  # under torchrun, otherwise nothing
             optimizer.step()
         schedule.step()  # per epoch
         row = common.epoch_row(stage, epoch, model, history, began)
@@ -333,7 +364,10 @@ def train(model, data, folder, stage, args, seed, epochs, milestones, teacher=No
 
 
 def teacher_recipe(args, seed):
-    """What the weights of a teacher depend on: equal recipes, also of other scripts, share one."""
+    """All that the teacher's weights depend on.
+
+    Runs with equal recipes share one teacher file, whichever of the scripts has trained it.
+    """
     milestones = args.teacher_milestones
     if milestones is None:
         milestones = stretch(STANDARD_MILESTONES, STANDARD_EPOCHS, args.teacher_epochs)
@@ -371,9 +405,11 @@ def get_teacher(args, data, seed):
 
 
 def choose_teacher(args, data):
-    """-> (the most accurate of the teachers of seeds 0 to --teacher-seeds - 1; its file).
+    """-> (the teacher in eval mode, its file).
 
-    By --pick-teacher; the same one for all students. --method teacher is about that of --seed.
+    --method teacher: the teacher of --seed. Otherwise all students have the same one, whatever
+    --seed is: that of seed 0 or, with --teacher-seeds N, the most accurate of seeds 0 to N-1 on the
+    images of --pick-teacher.
     """
     if args.method == "teacher":
         return get_teacher(args, data, args.seed)
@@ -382,14 +418,15 @@ def choose_teacher(args, data):
     x, labels = data.x_val, data.y_val
     if args.pick_teacher == "test":
         x, labels = data.x_test, data.y_test
-    best, best_accuracy = None, -1.0
+    best_teacher, best_path, best_accuracy = None, None, -1.0
     for seed in range(args.teacher_seeds):
         teacher, path = get_teacher(args, data, seed)
         accuracy = eval_robustness.evaluate(teacher, x, labels, ["clean"])["clean_acc"]
+        accuracy = common.from_first_process(accuracy)  # all must choose the same teacher
         print(f"teacher of seed {seed}: {args.pick_teacher} accuracy {accuracy:.4f}", flush=True)
         if accuracy > best_accuracy:
-            best, best_accuracy = (teacher, path), accuracy
-    return best
+            best_teacher, best_path, best_accuracy = teacher, path, accuracy
+    return best_teacher, best_path
 
 
 def main(argv=None):
@@ -397,12 +434,15 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     if args.demo and args.method not in ("hinton", "teacher", "student"):
-        main([*argv, "--method", "hinton"])  # to compare
+        baseline = [*argv, "--method", "hinton"]  # the demo compares its method with this one
+        if "--name" in args.given:
+            baseline += ["--name", f"{args.name}-hinton"]  # each run needs a folder of its own
+        main(baseline)
     return common.run_seeds("fickle_teacher", args, train_and_evaluate, prepare)
 
 
 def prepare(args, data):
-    """A UserError, before anything is written, for what cannot be done with these data."""
+    """Check flags and files against the data before anything is written; raises UserError."""
     eval_robustness.check_evaluation(args, data)
     if args.teacher_ckpt and args.method == "fickle":
         teacher, _ = common.load_model(args.teacher_ckpt, "cpu", data)
@@ -413,8 +453,9 @@ def prepare(args, data):
 
 
 def train_and_evaluate(args, data, folder):
-    """One seed: train what is missing, evaluate both nets -> the rows of the summary."""
-    files, teacher = {}, None
+    """Train the nets of one seed unless they are finished, and evaluate them -> summary rows."""
+    files = {}  # row of the summary -> file of the model
+    teacher = None
     if args.method in TAUGHT or args.method == "teacher":
         teacher, files["teacher"] = choose_teacher(args, data)
     if args.method != "teacher":

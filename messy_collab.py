@@ -8,27 +8,31 @@ Loss     (1-alpha) CE(S(x), y') + alpha tau^2 KL(T(x) || S(x))                <-
 Methods  mc-t, mc-s, mc-ts      drawn anew for each batch, at --noise-rate    <- vary_labels
          flc-t, flc-s, flc-ts   drawn once, at --corruption-rate, kept        <- corrupt_labels
                                 in the labels of teacher, student or both
-         teacher, student       the net of --seed alone, from labels
-         hinton                 y' = y
+         hinton                 y' = y: distillation with the labels as they are
+         student                no teacher, labels alone
+         teacher                the teacher of --seed is trained and evaluated, no student
 Usage    python messy_collab.py --noise-rate 0.5                     # mc-ts
          python messy_collab.py --method flc-ts --corruption-rate 0.25
          python messy_collab.py --method mc-s --noise-rate 0.1 --corruption-rate 0.25   # Figure 10
-         python messy_collab.py --method student --corruption-rate 0.25                 # its row
+         python messy_collab.py --method student --corruption-rate 0.25      # without a teacher
          python messy_collab.py --seeds 0 1 2 3 4 --teacher-seeds 5 --eval full
-         python messy_collab.py --demo                               # a minute or two on a CPU
+         python messy_collab.py --demo          # hinton, then mc-ts; 1 to 2 CPU minutes
 Expect   CIFAR-10, WRN-40-2 and WRN-16-2: not measured. Small nets: docs/noisy_collaboration.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); logits (B, K)
-Differs  1. Momentum 0.9, weight decay 5e-4, PGD steps of 0.003: from later code of the authors. The
-            paper has 0.99, which would be a typing error, no weight decay, and 0.03.
-         2. 1,024 training images are held out (--val-size 0: none); they choose the best of
-            --teacher-seeds. The paper takes the test images (--pick-teacher test).
-         3. KL(T || S), as everywhere; Eq. 2 is written the other way round. bf16 on CUDA
-            (--precision fp32). PGD: no start may break an image; paper: the worst of five runs.
+Differs  1. Momentum 0.9, weight decay 5e-4 and PGD steps of 0.003 come from later code of the
+            authors. The paper prints momentum 0.99 (we take it for a typing error), PGD steps of
+            0.03, and no weight decay.
+         2. 1,024 training images are held out (--val-size 0: none). They choose the teacher among
+            --teacher-seeds and the student's best epoch. The paper chooses the teacher on the test
+            images (--pick-teacher test).
+         3. The KL is KL(T || S), as in Hinton's loss; Eq. 2 prints S first. Training on CUDA is in
+            bf16 (--precision fp32: float32). An image is robust if no start of PGD breaks it; the
+            paper reports the lowest accuracy of five runs of PGD.
          4. A wrong label is uniform over the wrong classes, as in the paper's words; in later code
             of the authors the true class may be drawn too (--label-draw inclusive).
          5. Only the cross-entropy sees wrong labels. In Figure 10 both nets have the corrupted ones
             and the student's vary at --noise-rate on top: the paper does not say who sees what.
-         6. Held-out and test images keep their labels. Exactly round(rate N) labels are corrupted.
+         6. Held-out and test images keep their labels. Exactly round(rate N) are replaced.
 """
 
 import signal
@@ -51,15 +55,23 @@ import eval_robustness
 METHODS = ["mc-ts", "mc-t", "mc-s", "flc-ts", "flc-t", "flc-s", "hinton", "teacher", "student"]
 TAUGHT = ["mc-ts", "mc-t", "mc-s", "flc-ts", "flc-t", "flc-s", "hinton"]  # there is a teacher
 
-# Methods in which labels of a net vary from batch to batch ...
+# The methods in which the labels of a net are drawn anew for each batch, at --noise-rate
 VARIED = {
     "teacher": ["mc-t", "mc-ts", "teacher"],
     "student": ["mc-s", "mc-ts", "student"],
 }
-# ... or, with a corruption rate, are wrong once and for all: all methods but these
-NOT_CORRUPTED = {
-    "teacher": ["flc-s"],
-    "student": ["flc-t"],
+# The methods in which the labels of a net may be corrupted once, at --corruption-rate
+CORRUPTED = {
+    "teacher": [method for method in METHODS if method != "flc-s"],
+    "student": [method for method in METHODS if method != "flc-t"],
+}
+# The methods that a flag has an effect on
+FLAG_METHODS = {
+    "--noise-rate": VARIED["teacher"] + VARIED["student"],
+    "--alpha": TAUGHT,
+    "--temperature": TAUGHT,
+    "--teacher-seeds": [*TAUGHT, "teacher"],
+    "--pick-teacher": TAUGHT,
 }
 
 # Epochs, and the epochs after which the learning rate drops: section A.1
@@ -90,8 +102,16 @@ def parse_args(argv=None):
         default="mc-ts",
         help="training method, see Methods above",
     )
-    add("--noise-rate", type="rate", help="share of labels drawn anew per batch (mc-*: 0.25)")
-    add("--corruption-rate", type="rate", help="share of labels wrong for good (flc-*: 0.25)")
+    add(
+        "--noise-rate",
+        type="rate",
+        help="probability that a label is replaced in a batch (default: 0.25 for mc-*, else 0)",
+    )
+    add(
+        "--corruption-rate",
+        type="rate",
+        help="share of labels that are replaced once (default: 0.25 for flc-*, else 0)",
+    )
     add(
         "--corruption-seed",
         type="count0",
@@ -114,7 +134,8 @@ def parse_args(argv=None):
         "--teacher-seeds",
         type="count",
         default=1,
-        help="number of teachers to train (seeds 0 to N-1); the most accurate one teaches",
+        help="number of teachers to train, with seeds 0 to N-1 whatever --seed is; the most "
+        "accurate one teaches",
     )
     add(
         "--pick-teacher",
@@ -123,23 +144,33 @@ def parse_args(argv=None):
         help="images on which the best teacher is chosen: held-out ones, or test images as in "
         "the paper",
     )
-    add("--teacher-epochs", type="count", default=200, help="epochs of the teacher's training")
+    add(
+        "--teacher-epochs",
+        type="count",
+        default=STANDARD_EPOCHS,
+        help="epochs of the teacher's training",
+    )
     add(
         "--teacher-milestones",
         type="count",
         nargs="+",
-        help="epochs at which the teacher's learning rate drops (default: 60 120 150 of 200, "
-        "stretched to --teacher-epochs)",
+        help="numbers of finished epochs after which the teacher's learning rate is multiplied by "
+        "--gamma (default: 60 120 150 for 200 epochs, in proportion for other --teacher-epochs)",
     )
     add("--teacher-ckpt", help="file of a finished teacher; no teacher is trained")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type="count", default=200, help="epochs of the student's training")
+    add(
+        "--epochs",
+        type="count",
+        default=STANDARD_EPOCHS,
+        help="epochs of the student's training",
+    )
     add(
         "--milestones",
         type="count",
         nargs="+",
-        help="epochs at which the student's learning rate drops (default: 60 120 150 of 200, "
-        "stretched to --epochs)",
+        help="numbers of finished epochs after which the student's learning rate is multiplied by "
+        "--gamma (default: 60 120 150 for 200 epochs, in proportion for other --epochs)",
     )
     add("--gamma", type="positive", default=0.2, help="factor on the learning rate at milestones")
     add("--lr", type="positive", default=0.1, help="learning rate that both nets start with")
@@ -149,13 +180,17 @@ def parse_args(argv=None):
     eval_robustness.add_evaluation_flags(parser)
     parser.add_run_flags()
     args = parser.parse_run(argv, {"--demo": DEMO})
-    varied = VARIED["teacher"] + VARIED["student"]
-    if "--noise-rate" in args.given and args.method not in varied and not args.demo:
-        parser.error(f"--noise-rate: has no effect with --method {args.method}; leave it out")
+    for flag, methods in FLAG_METHODS.items():
+        if flag in args.given and args.method not in methods and not args.demo:
+            parser.error(f"{flag}: has no effect with --method {args.method}; leave it out")
     if args.labels_file and args.corruption_rate is not None:
-        parser.error("--corruption-rate: the labels of --labels-file are drawn; leave it out")
+        remedy = "--labels-file holds corrupted labels already; leave one of the two out"
+        parser.error(f"--corruption-rate {args.corruption_rate:g}: {remedy}")
     if args.teacher_seeds > 1 and args.method == "teacher":
-        parser.error("--teacher-seeds: --method teacher trains one, that of --seed; leave it out")
+        remedy = "--method teacher trains the teacher of --seed alone; --seeds trains several"
+        parser.error(f"--teacher-seeds {args.teacher_seeds}: {remedy}")
+    if "--pick-teacher" in args.given and args.teacher_seeds == 1:
+        parser.error("--pick-teacher: there is one teacher; give --teacher-seeds above 1")
     if args.teacher_seeds > 1 and args.teacher_ckpt:
         parser.error("--teacher-seeds: has no effect with --teacher-ckpt; leave it out")
     return args
@@ -182,25 +217,25 @@ def hinton_loss(student_logits, teacher_logits, labels, alpha, temperature):
 # The wrong labels
 
 
-def draw_wrong(labels, classes, draw="exclusive", generator=None):
-    """Another class for each label, uniform over the wrong ones (inclusive: over all): (B,)."""
+def draw_labels(labels, classes, draw="exclusive", generator=None):
+    """A class for each label, uniform over the wrong classes or (inclusive) over all: (B,)."""
     first = 1 if draw == "exclusive" else 0
-    moves = torch.randint(first, classes, labels.shape, generator=generator, device=labels.device)
-    return (labels + moves) % classes
+    shifts = torch.randint(first, classes, labels.shape, generator=generator, device=labels.device)
+    return (labels + shifts) % classes
 
 
 def vary_labels(labels, rate, classes, draw="exclusive"):
-    """Target variability: each label is wrong with probability `rate`: (B,) -> (B,)."""
-    wrong = draw_wrong(labels, classes, draw)
-    return torch.where(torch.rand(labels.shape, device=labels.device) < rate, wrong, labels)
+    """Target variability: with probability `rate` draw_labels replaces a label: (B,) -> (B,)."""
+    drawn = draw_labels(labels, classes, draw)
+    return torch.where(torch.rand(labels.shape, device=labels.device) < rate, drawn, labels)
 
 
 def corrupt_labels(labels, rate, classes, seed, draw="exclusive"):
-    """Fixed corruption: round(rate N) labels are wrong, by (seed, rate) alone: (N,) -> (N,)."""
+    """Fixed corruption: round(rate N) labels are replaced, by (seed, rate) alone: (N,) -> (N,)."""
     generator = torch.Generator().manual_seed(common.derive_seed("corruption", seed, rate))
     corrupted = labels.cpu().clone()
     chosen = torch.randperm(len(labels), generator=generator)[: round(rate * len(labels))]
-    corrupted[chosen] = draw_wrong(corrupted[chosen], classes, draw, generator)
+    corrupted[chosen] = draw_labels(corrupted[chosen], classes, draw, generator)
     return corrupted.to(labels.device)
 
 
@@ -215,7 +250,7 @@ def noise_rate(args, role):
 
 def corruption_rate(args, role):
     """The share of the labels of role ("teacher", "student") that is wrong for good."""
-    if args.method in NOT_CORRUPTED[role]:
+    if args.method not in CORRUPTED[role]:
         return 0.0
     if args.corruption_rate is None:
         return 0.25 if args.method.startswith("flc-") else 0.0
@@ -224,7 +259,7 @@ def corruption_rate(args, role):
 
 def labels_of(args, data, role):
     """The training labels (N,) that teacher or student learns from, as they are or corrupted."""
-    if args.labels_file and args.method not in NOT_CORRUPTED[role]:
+    if args.labels_file and args.method in CORRUPTED[role]:
         return read_labels(args.labels_file, data)
     rate = corruption_rate(args, role)
     if rate == 0:
@@ -254,9 +289,8 @@ def keep_labels(args, data, folder):
 
     A UserError if the file is there and holds other labels than this command has.
     """
-    labels = labels_of(args, data, "teacher")
-    if args.method in NOT_CORRUPTED["teacher"]:
-        labels = labels_of(args, data, "student")
+    role = "teacher" if args.method in CORRUPTED["teacher"] else "student"
+    labels = labels_of(args, data, role)
     if labels is data.y_train:
         return
     file = folder / "labels.pt"
@@ -273,7 +307,7 @@ def keep_labels(args, data, folder):
 
 # Copied from fickle_teacher.stretch
 def stretch(milestones, standard_epochs, epochs):
-    """The milestones of a schedule of `standard_epochs`, moved to one of `epochs`."""
+    """Milestones of a schedule of `standard_epochs`, in proportion for `epochs`, rounded up."""
     return [math.ceil(milestone * epochs / standard_epochs) for milestone in milestones]
 
 
@@ -295,9 +329,11 @@ def train(model, data, folder, stage, args, seed, epochs, milestones, teacher=No
     rate = noise_rate(args, stage)
 
     def step(x, labels):
-        """One batch up to the gradients of the weights -> metrics."""
+        """The loss of a batch and the gradients of the weights -> common.metrics."""
         if rate > 0:
             labels = vary_labels(labels, rate, len(data.classes), args.label_draw)
+        # args.autocast is True for bf16 on CUDA (--precision). The cache of cast weights is off: a
+        # CUDA graph (--graph) must cast the weights of each step.
         with torch.autocast("cuda", torch.bfloat16, args.autocast, cache_enabled=False):
             student_logits = model(x)
             if teacher is None:
@@ -310,16 +346,18 @@ def train(model, data, folder, stage, args, seed, epochs, milestones, teacher=No
         loss.backward()
         return common.metrics(loss, student_logits, labels)
 
-    step = common.speed_up(step, model, args)
+    step = common.speed_up(step, model, args)  # for --compile and --graph
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
     rows = common.resume(folder, stage, state)
     for epoch in range(len(rows), epochs):
         common.seed_epoch(seed, stage, epoch)
-        began, history = time.monotonic(), []
+        model.train()
+        began = time.monotonic()
+        history = []  # the metrics of each step stay on the device: reading them would make it wait
         for x, labels in common.batches(data, args.batch_size, seed, stage, epoch):
             optimizer.zero_grad()
             history.append(step(x, labels))
-            common.average_gradients(model, len(labels))
+            common.average_gradients(model, len(labels))  # under torchrun, otherwise nothing
             optimizer.step()
         schedule.step()  # per epoch
         row = common.epoch_row(stage, epoch, model, history, began)
@@ -333,7 +371,10 @@ def train(model, data, folder, stage, args, seed, epochs, milestones, teacher=No
 
 
 def teacher_recipe(args, data, seed):
-    """What the weights of a teacher depend on: equal recipes, also of other scripts, share one."""
+    """All that the teacher's weights depend on.
+
+    Runs with equal recipes share one teacher file, whichever of the scripts has trained it.
+    """
     milestones = args.teacher_milestones
     if milestones is None:
         milestones = stretch(STANDARD_MILESTONES, STANDARD_EPOCHS, args.teacher_epochs)
@@ -374,9 +415,11 @@ def get_teacher(args, data, seed):
 
 
 def choose_teacher(args, data):
-    """-> (the most accurate of the teachers of seeds 0 to --teacher-seeds - 1; its file).
+    """-> (the teacher in eval mode, its file).
 
-    By --pick-teacher; the same one for all students. --method teacher is about that of --seed.
+    --method teacher: the teacher of --seed. Otherwise all students have the same one, whatever
+    --seed is: that of seed 0 or, with --teacher-seeds N, the most accurate of seeds 0 to N-1 on the
+    images of --pick-teacher.
     """
     if args.method == "teacher":
         return get_teacher(args, data, args.seed)
@@ -385,14 +428,15 @@ def choose_teacher(args, data):
     x, labels = data.x_val, data.y_val
     if args.pick_teacher == "test":
         x, labels = data.x_test, data.y_test
-    best, best_accuracy = None, -1.0
+    best_teacher, best_path, best_accuracy = None, None, -1.0
     for seed in range(args.teacher_seeds):
         teacher, path = get_teacher(args, data, seed)
         accuracy = eval_robustness.evaluate(teacher, x, labels, ["clean"])["clean_acc"]
+        accuracy = common.from_first_process(accuracy)  # all must choose the same teacher
         print(f"teacher of seed {seed}: {args.pick_teacher} accuracy {accuracy:.4f}", flush=True)
         if accuracy > best_accuracy:
-            best, best_accuracy = (teacher, path), accuracy
-    return best
+            best_teacher, best_path, best_accuracy = teacher, path, accuracy
+    return best_teacher, best_path
 
 
 def main(argv=None):
@@ -400,20 +444,24 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     if args.demo and args.method not in ("hinton", "teacher", "student"):
-        main([*argv, "--method", "hinton"])  # to compare
+        baseline = [*argv, "--method", "hinton"]  # the demo compares its method with this one
+        if "--name" in args.given:
+            baseline += ["--name", f"{args.name}-hinton"]  # each run needs a folder of its own
+        main(baseline)
     return common.run_seeds("messy_collab", args, train_and_evaluate, prepare)
 
 
 def prepare(args, data):
-    """A UserError, before anything is written, for what cannot be done with these data."""
+    """Check flags and files against the data before anything is written; raises UserError."""
     eval_robustness.check_evaluation(args, data)
     if args.labels_file:
         read_labels(args.labels_file, data)
 
 
 def train_and_evaluate(args, data, folder):
-    """One seed: train what is missing, evaluate both nets -> the rows of the summary."""
-    files, teacher = {}, None
+    """Train the nets of one seed unless they are finished, and evaluate them -> summary rows."""
+    files = {}  # row of the summary -> file of the model
+    teacher = None
     keep_labels(args, data, folder)
     if args.method in TAUGHT or args.method == "teacher":
         teacher, files["teacher"] = choose_teacher(args, data)

@@ -3,25 +3,30 @@
 Paper    "Improving generalization and robustness with noisy collaboration in knowledge
          distillation", Arani, Sarfraz, Zonooz, arXiv 1910.05057v1 (2019): section 4.2.
 Loss     (1-alpha) CE(S(x'), y) + alpha tau^2 KL(T(x) || S(x'))               <- hinton_loss Eq. 1
-Methods  soft-randomization   x' = x + sigma N(0, 1) for the student          <- add_noise
-         gaussian             CE(S(x'), y): the student alone, with the same noise
-         teacher, student     the net of --seed alone, from labels
-         hinton               x' = x (Eq. 2)
+         S, T: softmax of student and teacher; in the KL their logits are divided by tau
+Methods  soft-randomization   x' = x + sigma N(0, 1): noise for the student   <- add_noise
+         gaussian             CE(S(x'), y): no teacher, the same noise
+         hinton               x' = x: distillation without noise (Eq. 2)
+         student              CE(S(x), y): no teacher, no noise
+         teacher              the teacher of --seed is trained and evaluated, no student
 Usage    python soft_randomization.py --sigma 0.05
          python soft_randomization.py --method gaussian --sigma 0.05
-         python soft_randomization.py --method hinton                # sigma 0
+         python soft_randomization.py --method hinton                # the baseline without noise
          python soft_randomization.py --seeds 0 1 2 3 4 --teacher-seeds 5 --eval full
-         python soft_randomization.py --demo                         # a minute or two on a CPU
+         python soft_randomization.py --demo    # hinton, then soft-randomization; 2 CPU minutes
 Expect   CIFAR-10, WRN-40-2 and WRN-16-2: not measured. Small nets: docs/noisy_collaboration.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); logits (B, K)
-Differs  1. Momentum 0.9, weight decay 5e-4, PGD steps of 0.003: from later code of the authors. The
-            paper has 0.99, which would be a typing error, no weight decay, and 0.03.
-         2. 1,024 training images are held out (--val-size 0: none); they choose the best of
-            --teacher-seeds. The paper takes the test images (--pick-teacher test).
-         3. KL(T || S), as everywhere; Eq. 1 is written the other way round. bf16 on CUDA
-            (--precision fp32). PGD: no start may break an image; paper: the worst of five runs.
-         4. Noise is drawn for each pixel and channel of a batch, after crop and flip; x' may leave
-            [0, 1], as in Eq. 1 (--clip: it may not). The teacher sees the same crop and flip.
+Differs  1. Momentum 0.9, weight decay 5e-4 and PGD steps of 0.003 come from later code of the
+            authors. The paper prints momentum 0.99 (we take it for a typing error), PGD steps of
+            0.03, and no weight decay.
+         2. 1,024 training images are held out (--val-size 0: none). They choose the teacher among
+            --teacher-seeds and the student's best epoch. The paper chooses the teacher on the test
+            images (--pick-teacher test).
+         3. The KL is KL(T || S), as in Hinton's loss; Eq. 1 prints S first. Training on CUDA is in
+            bf16 (--precision fp32: float32). An image is robust if no start of PGD breaks it; the
+            paper reports the lowest accuracy of five runs of PGD.
+         4. Noise is drawn for each pixel and channel, after crop and flip. x' may leave [0, 1], as
+            in Eq. 1 (--clip: it is clipped). The teacher sees the same crop and flip without noise.
 """
 
 import signal
@@ -42,6 +47,15 @@ import eval_robustness
 METHODS = ["soft-randomization", "gaussian", "hinton", "teacher", "student"]
 NOISY = ["soft-randomization", "gaussian"]  # the student sees noisy images
 TAUGHT = ["soft-randomization", "hinton"]  # the student has a teacher
+# The methods that a flag has an effect on
+FLAG_METHODS = {
+    "--sigma": NOISY,
+    "--clip": NOISY,
+    "--alpha": TAUGHT,
+    "--temperature": TAUGHT,
+    "--teacher-seeds": [*TAUGHT, "teacher"],
+    "--pick-teacher": TAUGHT,
+}
 
 # Epochs, and the epochs after which the learning rate drops: section A.1
 STANDARD_EPOCHS = 200
@@ -71,7 +85,12 @@ def parse_args(argv=None):
         default="soft-randomization",
         help="training method, see Methods above",
     )
-    add("--sigma", type="fraction", default=0.05, help="deviation of the noise, in pixel units")
+    add(
+        "--sigma",
+        type="fraction",
+        default=0.05,
+        help="standard deviation of the noise, pixels in [0, 1]",
+    )
     add("--clip", action="store_true", help="clip the noisy images to [0, 1]")
     add("--alpha", type="probability", default=0.9, help="weight of the distillation term")
     add("--temperature", type="positive", default=4.0, help="temperature of both softmaxes")
@@ -82,7 +101,8 @@ def parse_args(argv=None):
         "--teacher-seeds",
         type="count",
         default=1,
-        help="number of teachers to train (seeds 0 to N-1); the most accurate one teaches",
+        help="number of teachers to train, with seeds 0 to N-1 whatever --seed is; the most "
+        "accurate one teaches",
     )
     add(
         "--pick-teacher",
@@ -91,23 +111,33 @@ def parse_args(argv=None):
         help="images on which the best teacher is chosen: held-out ones, or test images as in "
         "the paper",
     )
-    add("--teacher-epochs", type="count", default=200, help="epochs of the teacher's training")
+    add(
+        "--teacher-epochs",
+        type="count",
+        default=STANDARD_EPOCHS,
+        help="epochs of the teacher's training",
+    )
     add(
         "--teacher-milestones",
         type="count",
         nargs="+",
-        help="epochs at which the teacher's learning rate drops (default: 60 120 150 of 200, "
-        "stretched to --teacher-epochs)",
+        help="numbers of finished epochs after which the teacher's learning rate is multiplied by "
+        "--gamma (default: 60 120 150 for 200 epochs, in proportion for other --teacher-epochs)",
     )
     add("--teacher-ckpt", help="file of a finished teacher; no teacher is trained")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type="count", default=200, help="epochs of the student's training")
+    add(
+        "--epochs",
+        type="count",
+        default=STANDARD_EPOCHS,
+        help="epochs of the student's training",
+    )
     add(
         "--milestones",
         type="count",
         nargs="+",
-        help="epochs at which the student's learning rate drops (default: 60 120 150 of 200, "
-        "stretched to --epochs)",
+        help="numbers of finished epochs after which the student's learning rate is multiplied by "
+        "--gamma (default: 60 120 150 for 200 epochs, in proportion for other --epochs)",
     )
     add("--gamma", type="positive", default=0.2, help="factor on the learning rate at milestones")
     add("--lr", type="positive", default=0.1, help="learning rate that both nets start with")
@@ -117,11 +147,14 @@ def parse_args(argv=None):
     eval_robustness.add_evaluation_flags(parser)
     parser.add_run_flags()
     args = parser.parse_run(argv, {"--demo": DEMO})
-    for flag in ("--sigma", "--clip"):
-        if flag in args.given and args.method not in NOISY and not args.demo:
+    for flag, methods in FLAG_METHODS.items():
+        if flag in args.given and args.method not in methods and not args.demo:
             parser.error(f"{flag}: has no effect with --method {args.method}; leave it out")
     if args.teacher_seeds > 1 and args.method == "teacher":
-        parser.error("--teacher-seeds: --method teacher trains one, that of --seed; leave it out")
+        remedy = "--method teacher trains the teacher of --seed alone; --seeds trains several"
+        parser.error(f"--teacher-seeds {args.teacher_seeds}: {remedy}")
+    if "--pick-teacher" in args.given and args.teacher_seeds == 1:
+        parser.error("--pick-teacher: there is one teacher; give --teacher-seeds above 1")
     if args.teacher_seeds > 1 and args.teacher_ckpt:
         parser.error("--teacher-seeds: has no effect with --teacher-ckpt; leave it out")
     return args
@@ -149,7 +182,10 @@ def hinton_loss(student_logits, teacher_logits, labels, alpha, temperature):
 
 
 def add_noise(x, sigma, clip=False):
-    """Eq. (1): x + delta, delta ~ N(0, sigma^2): images (B, C, H, W) in [0, 1] -> the same."""
+    """Eq. (1): x + delta, delta ~ N(0, sigma^2) for each pixel and channel: (B, C, H, W) -> same.
+
+    x in [0, 1]; the result may leave [0, 1] unless `clip` is set.
+    """
     noisy = x + sigma * torch.randn_like(x)
     return noisy.clamp(0, 1) if clip else noisy
 
@@ -160,7 +196,7 @@ def add_noise(x, sigma, clip=False):
 
 # Copied from fickle_teacher.stretch
 def stretch(milestones, standard_epochs, epochs):
-    """The milestones of a schedule of `standard_epochs`, moved to one of `epochs`."""
+    """Milestones of a schedule of `standard_epochs`, in proportion for `epochs`, rounded up."""
     return [math.ceil(milestone * epochs / standard_epochs) for milestone in milestones]
 
 
@@ -181,29 +217,36 @@ def train(model, data, folder, stage, args, seed, epochs, milestones, teacher=No
     noisy = stage == "student" and args.method in NOISY
 
     def step(x, labels):
-        """One batch up to the gradients of the weights -> metrics."""
+        """The loss of a batch and the gradients of the weights -> common.metrics."""
+        # args.autocast is True for bf16 on CUDA (--precision). The cache of cast weights is off: a
+        # CUDA graph (--graph) must cast the weights of each step.
         with torch.autocast("cuda", torch.bfloat16, args.autocast, cache_enabled=False):
-            student_logits = model(add_noise(x, args.sigma, args.clip) if noisy else x)
+            student_x = x
+            if noisy:
+                student_x = add_noise(x, args.sigma, args.clip)
+            student_logits = model(student_x)
             if teacher is None:
                 loss = F.cross_entropy(student_logits, labels)
             else:
-                teacher_logits = teacher(x)
+                teacher_logits = teacher(x)  # the images without noise
                 loss = hinton_loss(
                     student_logits, teacher_logits, labels, args.alpha, args.temperature
                 )
         loss.backward()
         return common.metrics(loss, student_logits, labels)
 
-    step = common.speed_up(step, model, args)
+    step = common.speed_up(step, model, args)  # for --compile and --graph
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
     rows = common.resume(folder, stage, state)
     for epoch in range(len(rows), epochs):
         common.seed_epoch(seed, stage, epoch)
-        began, history = time.monotonic(), []
+        model.train()
+        began = time.monotonic()
+        history = []  # the metrics of each step stay on the device: reading them would make it wait
         for x, labels in common.batches(data, args.batch_size, seed, stage, epoch):
             optimizer.zero_grad()
             history.append(step(x, labels))
-            common.average_gradients(model, len(labels))
+            common.average_gradients(model, len(labels))  # under torchrun, otherwise nothing
             optimizer.step()
         schedule.step()  # per epoch
         row = common.epoch_row(stage, epoch, model, history, began)
@@ -217,7 +260,10 @@ def train(model, data, folder, stage, args, seed, epochs, milestones, teacher=No
 
 
 def teacher_recipe(args, seed):
-    """What the weights of a teacher depend on: equal recipes, also of other scripts, share one."""
+    """All that the teacher's weights depend on.
+
+    Runs with equal recipes share one teacher file, whichever of the scripts has trained it.
+    """
     milestones = args.teacher_milestones
     if milestones is None:
         milestones = stretch(STANDARD_MILESTONES, STANDARD_EPOCHS, args.teacher_epochs)
@@ -251,9 +297,11 @@ def get_teacher(args, data, seed):
 
 
 def choose_teacher(args, data):
-    """-> (the most accurate of the teachers of seeds 0 to --teacher-seeds - 1; its file).
+    """-> (the teacher in eval mode, its file).
 
-    By --pick-teacher; the same one for all students. --method teacher is about that of --seed.
+    --method teacher: the teacher of --seed. Otherwise all students have the same one, whatever
+    --seed is: that of seed 0 or, with --teacher-seeds N, the most accurate of seeds 0 to N-1 on the
+    images of --pick-teacher.
     """
     if args.method == "teacher":
         return get_teacher(args, data, args.seed)
@@ -262,14 +310,15 @@ def choose_teacher(args, data):
     x, labels = data.x_val, data.y_val
     if args.pick_teacher == "test":
         x, labels = data.x_test, data.y_test
-    best, best_accuracy = None, -1.0
+    best_teacher, best_path, best_accuracy = None, None, -1.0
     for seed in range(args.teacher_seeds):
         teacher, path = get_teacher(args, data, seed)
         accuracy = eval_robustness.evaluate(teacher, x, labels, ["clean"])["clean_acc"]
+        accuracy = common.from_first_process(accuracy)  # all must choose the same teacher
         print(f"teacher of seed {seed}: {args.pick_teacher} accuracy {accuracy:.4f}", flush=True)
         if accuracy > best_accuracy:
-            best, best_accuracy = (teacher, path), accuracy
-    return best
+            best_teacher, best_path, best_accuracy = teacher, path, accuracy
+    return best_teacher, best_path
 
 
 def main(argv=None):
@@ -277,18 +326,22 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     if args.demo and args.method not in ("hinton", "teacher", "student"):
-        main([*argv, "--method", "hinton"])  # to compare
+        baseline = [*argv, "--method", "hinton"]  # the demo compares its method with this one
+        if "--name" in args.given:
+            baseline += ["--name", f"{args.name}-hinton"]  # each run needs a folder of its own
+        main(baseline)
     return common.run_seeds("soft_randomization", args, train_and_evaluate, prepare)
 
 
 def prepare(args, data):
-    """A UserError, before anything is written, for what cannot be done with these data."""
+    """Check flags and files against the data before anything is written; raises UserError."""
     eval_robustness.check_evaluation(args, data)
 
 
 def train_and_evaluate(args, data, folder):
-    """One seed: train what is missing, evaluate both nets -> the rows of the summary."""
-    files, teacher = {}, None
+    """Train the nets of one seed unless they are finished, and evaluate them -> summary rows."""
+    files = {}  # row of the summary -> file of the model
+    teacher = None
     if args.method in TAUGHT or args.method == "teacher":
         teacher, files["teacher"] = choose_teacher(args, data)
     if args.method != "teacher":

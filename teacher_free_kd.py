@@ -252,7 +252,12 @@ def parse_args(argv=None):
     )
     add("--eval-attack", nargs="+", type=attack_name, help="what is evaluated: clean pgd20 aa ...")
     add = parser.add_argument_group("gradients (Figure 1)").add_argument
-    add("--grad-heatmap", metavar="FILE.npz", help="write the mean |gradient| of each layer there")
+    add(
+        "--grad-heatmap",
+        metavar="FILE.npz",
+        help="write the mean |gradient| of each layer there; under torchrun that of the first "
+        "process's images",
+    )
     add(
         "--grad-epochs",
         type="count",

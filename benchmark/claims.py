@@ -347,8 +347,7 @@ def run_claims(claims, args):
     jobs = missing_runs(read_results(args.results), claims)
     needs_small_images = any("cifar10-16" in ARMS[arm] for arm, _ in jobs)
     if needs_small_images and not (ROOT / "data/cifar10-16.npz").exists():
-        make = "python benchmark/run.py --prepare"
-        raise common.UserError(f"data/cifar10-16.npz: no such file; {make} makes it")
+        raise common.UserError("data/cifar10-16.npz: no such file; run.py --prepare makes it")
     began, done, failures = time.monotonic(), 0, []
     with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
         futures = {pool.submit(run_arm, arm, seed, args): (arm, seed) for arm, seed in jobs}

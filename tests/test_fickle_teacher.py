@@ -251,6 +251,9 @@ def test_the_demo_shows_hinton_and_then_its_method(script, tmp_path, capsys):
     assert printed.index("\nstudent (hinton)") < printed.index(f"\nstudent ({method})")
     folders = [path.name for path in tmp_path.glob(f"{script}/*")]
     assert len(folders) == 2 and all(name.startswith("demo-shapes") for name in folders)
+    for _ in range(2):  # with a name too, and once it is finished
+        SCRIPTS[script].main([*flags, "--name", "own", "--runs", str(tmp_path)])
+    assert {path.name for path in tmp_path.glob(f"{script}/own*")} == {"own-s0", "own-hinton-s0"}
 
 
 LIMITS = [
@@ -537,8 +540,11 @@ BAD_FLAGS = [
     ("--cinic none", "--cinic: expected a file or a folder"),
     ("--corruptions none", "--corruptions: expected a file or a folder"),
     ("--teacher-seeds 2 --val-size 0", "--pick-teacher val: needs held-out images"),
-    ("--method teacher --teacher-seeds 2", "--teacher-seeds: --method teacher trains one"),
+    ("--method teacher --teacher-seeds 2", "--teacher-seeds 2: --method teacher trains the"),
     ("--teacher-ckpt a.pt --teacher-seeds 2", "--teacher-seeds: has no effect"),
+    ("--method student --alpha 0.5", "--alpha: has no effect with --method student"),
+    ("--method student --teacher-seeds 2", "--teacher-seeds: has no effect with --method student"),
+    ("--pick-teacher test", "--pick-teacher: there is one teacher"),
     ("--milestones 0", "--milestones: expected a whole number of at least 1"),
 ]
 
