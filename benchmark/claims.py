@@ -261,6 +261,9 @@ def missing_runs(results, claims):
     return [job for job in dict.fromkeys(deciding + rivals) if job[1] not in results[job[0]]]
 
 
+RUNNING = set()  # the processes of `call`, to be stopped with this program
+
+
 def call(script, flags, log_file):
     """Run a script in a process of one thread; a UserError with its last line if it fails."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -268,10 +271,13 @@ def call(script, flags, log_file):
     with open(log_file, "a") as log:
         print(f"\n$ python {script} {shlex.join(flags)}", file=log, flush=True)
         command = [sys.executable, str(ROOT / script), *flags]
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-    if done.returncode:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        RUNNING.add(process)
+        status = process.wait()
+        RUNNING.discard(process)
+    if status:
         lines = log_file.read_text().strip().splitlines()
-        raise common.UserError(f"{script}: {lines[-1]} (status {done.returncode}; {log_file})")
+        raise common.UserError(f"{script}: {lines[-1]} (status {status}; {log_file})")
 
 
 def run_arm(arm, seed, args):
@@ -372,6 +378,8 @@ def run_claims(claims, args):
         except BaseException:
             for future in futures:
                 future.cancel()  # those that have not begun
+            for process in list(RUNNING):
+                process.terminate()  # they go on where they are the next time
             raise
     if failures:
         raise common.UserError(f"{len(failures)} runs failed, the first: {failures[0]}")
@@ -501,13 +509,14 @@ def show(name, results):
 
 
 def counts_text(judged):
-    """ "6 hold, 1 is contradicted, ..." of the verdicts."""
+    """How many claims have which verdict, without a full stop."""
     counts = {verdict: 0 for verdict in VERDICTS}
     for verdict, _ in judged.values():
         counts[verdict] += 1
-    corrected = sum(also for _, also in judged.values())
     parts = [f"{count} {verdict}" for verdict, count in counts.items() if count]
-    return f"{len(judged)} claims: {', '.join(parts)} ({corrected} hold after Holm's correction)"
+    text = f"Verdicts on {len(judged)} claims: {', '.join(parts)}"
+    corrected = sum(also for _, also in judged.values())
+    return f"{text}; {corrected} hold after Holm's correction too" if corrected else text
 
 
 def claim_section(name, results, judged):
@@ -523,7 +532,11 @@ def claim_section(name, results, judged):
     if claim.smoothing_suffices:
         lines.append("A mere smoothing of the labels would pass these rules too.")
     lines += ["", f"`python benchmark/claims.py {name}`, {claim.seeds} seeds:", ""]
-    lines += [markdown(rule_rows(results, claim)), "", markdown(arm_rows(results, claim)), ""]
+    arms = arm_rows(results, claim)
+    if any(row["seeds"] for row in arms):
+        lines += [markdown(rule_rows(results, claim)), "", markdown(arms), ""]
+    else:
+        lines += [f"- {rule_text(rule)}" for rule in claim.rules] + [""]
     return "\n".join(lines)
 
 
@@ -616,13 +629,11 @@ def main(argv=None):
         print(common.table(list_rows(read_results(args.results))))
         return
     chosen = [CLAIMS[name] for name in args.claims]
-    try:
-        run_claims(chosen, args)
-    finally:
-        results = read_results(args.results)
-        for name in args.claims:
-            show(name, results)
-        write_page(args, results)
+    run_claims(chosen, args)
+    results = read_results(args.results)
+    for name in args.claims:
+        show(name, results)
+    write_page(args, results)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shlex
+import time
 from pathlib import Path
 
 import pytest
@@ -214,7 +215,11 @@ def test_a_claim_is_run_kept_shown_and_not_run_again(only, in_process, tmp_path,
     assert run["nets"]["teacher"]["clean_acc"] == pytest.approx(summary[0]["clean_acc"], abs=1e-6)
     assert len(run["curve"]["val_clean_acc"]) == 2
     page = (tmp_path / "docs/CLAIMS.md").read_text()
-    assert "1 claims: 1 " in page and "AutoAttack: akd above at" in page and "> quote" in page
+    assert (
+        "Verdicts on 1 claims: 1 " in page
+        and "AutoAttack: akd above at" in page
+        and "> quote" in page
+    )
     assert (tmp_path / "docs/claims.png").stat().st_size > 5000
     before = len(in_process)
     claims.main(flags)
@@ -270,3 +275,20 @@ def test_missing_images_are_named_before_anything_runs(tmp_path, monkeypatch, re
     monkeypatch.setattr(claims, "ROOT", tmp_path)
     message = refused(claims.main, ["early-stopping", "--results", str(tmp_path)])
     assert "cifar10-16.npz" in message and "--prepare" in message
+
+
+def test_a_stopped_program_stops_its_runs_and_keeps_what_is_finished(only, monkeypatch, tmp_path):
+    only({"small": make_claim(Rule("clean_acc", "akd", "at"), seeds=2)})
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    (tmp_path / "robust_kd.py").write_text("import time\ntime.sleep(100)\n")
+    began = time.monotonic()
+
+    def stop_when_two_run(*_):
+        while len(claims.RUNNING) < 2:
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(claims.concurrent.futures, "as_completed", stop_when_two_run)
+    with pytest.raises(KeyboardInterrupt):
+        claims.main(["small", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)])
+    assert time.monotonic() - began < 50 and not claims.RUNNING

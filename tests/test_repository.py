@@ -133,6 +133,20 @@ def test_every_program_is_documented_with_a_command():
     assert programs <= {module for module, _ in commands()}
 
 
+def test_tests_that_the_pages_name_are_there():
+    sources = "".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
+    there = re.findall(r"^def (test_\w+)", sources, re.M)
+    named = set()
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        named |= set(re.findall(r"`(test_[\w.]+)`", page.read_text()))
+    assert len(named) > 3
+    for name in named:
+        if name.endswith("..."):
+            assert any(test.startswith(name[:-3]) for test in there), name
+        else:
+            assert name in there
+
+
 def test_pages_have_no_open_places():
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         assert not re.search(r"@[A-Z]{2,}@", page.read_text()), page.name
