@@ -414,6 +414,7 @@ def get_teacher(args, data, seed):
     return teacher, path
 
 
+# Copied from fickle_teacher.choose_teacher
 def choose_teacher(args, data):
     """-> (the teacher in eval mode, its file).
 
