@@ -1217,6 +1217,44 @@ def table(rows: list[dict]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+# ------------------------------------------------------------------------------------------------
+# Figures, in one style, where matplotlib is installed
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe-Ito
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "errorbar.capsize": 2,
+    "savefig.dpi": 110,
+}
+
+
+def new_figure(width: float, height: float):
+    """An empty figure of so many inches in our style; None without matplotlib."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    matplotlib.rcParams.update(STYLE)
+    matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLOURS)
+    return Figure((width, height), layout="constrained")
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
 # ================================================================================================
 # A run: flags, folders, checkpoints, teachers. Leave this out when you paste a script elsewhere.
 # ================================================================================================
@@ -1362,6 +1400,7 @@ def run_seeds(script: str, args: argparse.Namespace, job, prepare=None) -> list[
                 sync()  # until every process has read what it needs from the folder
                 write_json(folder / "summary.json", rows)
                 delete_checkpoints(folder)
+                draw_run(folder, rows)
             files = " ".join(path.name for path in sorted(folder.glob("*.pt")))
             print(
                 f"\n{table(without_files(rows))}\n\n{folder} is finished: log.jsonl {files}",
@@ -1710,6 +1749,57 @@ def write_log(folder: Path, stage: str, rows: list[dict]) -> None:
     lines += [json.dumps(row) for row in rows]
     text = "\n".join(lines) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_log(folder: Path) -> dict[str, list[dict]]:
+    """{stage: rows of its epochs} in log.jsonl of a folder; {} if there is none."""
+    path, stages = folder / "log.jsonl", {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        row = json.loads(line)
+        stages.setdefault(row["stage"], []).append(row)
+    return stages
+
+
+def draw_run(folder: Path, rows: list[dict]) -> None:
+    """Draw the learning curves of all nets in the summary `rows` of a run: curves.png.
+
+    Accuracy after each epoch on the training images (attacked ones in adversarial training), on
+    clean and on attacked held-out images. A star marks the best epoch, a cross the test accuracy at
+    the end. Without matplotlib there is no figure.
+    """
+    figure = new_figure(11, 3.4) if rank() == 0 else None
+    if figure is None:
+        return
+    axes = dict(zip(("training images", "clean", "under PGD"), figure.subplots(1, 3)))
+    nets = [row for row in rows if row.get("file") and ", best" not in row["model"]]
+    for row, colour in zip(nets, itertools.cycle(COLOURS)):
+        file = folder / row["file"]
+        log = read_log(file.parent).get(file.stem, [])  # a file of --teacher-ckpt may lie alone
+        best = best_row(log).get("epoch")
+        for key in log[0] if log else []:
+            title = "training images" if key == "train_acc" else "under PGD"
+            title = "clean" if key == "val_clean_acc" else title
+            if not key.endswith("_acc"):
+                continue
+            epochs = [line["epoch"] for line in log]
+            accuracies = [100 * line[key] for line in log]
+            axes[title].plot(epochs, accuracies, color=colour, label=row["model"])
+            if best and title != "training images":
+                axes[title].plot(best, accuracies[best - 1], "*", color=colour, markersize=11)
+        for key, number in row.items():
+            if key.endswith("_acc") and (key == "clean_acc" or key.startswith("pgd")) and log:
+                title = "clean" if key == "clean_acc" else "under PGD"
+                if "conditional" not in key:
+                    axes[title].plot(len(log), 100 * number, "x", color=colour, markersize=7)
+    for title, axis in axes.items():
+        held_out = "" if title == "training images" else ", held-out images"
+        axis.set(xlabel="epoch", ylabel="accuracy, %", title=title + held_out)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if not axis.lines:
+            axis.set_visible(False)
+    if axes["training images"].lines:
+        axes["training images"].legend(title="star: best epoch, cross: test", title_fontsize=8)
+        save_figure(figure, folder / "curves.png")
 
 
 def log_to_tensorboard(folder: Path, row: dict) -> None:

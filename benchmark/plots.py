@@ -39,22 +39,6 @@ import common
 from benchmark import records, tables, trajectories
 from benchmark.commands import add_command, add_commands
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe-Ito
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#DDDDDD",
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4,
-    "errorbar.capsize": 2,
-    "savefig.dpi": 110,
-}
 NO_MATPLOTLIB = "no figure: matplotlib is not installed; pip install matplotlib"
 IMAGE_COLUMNS, IMAGE_CLASSES = 8, 10  # of images.png: images beside each other, classes at most
 RANK = "test images, easiest to hardest"  # of the horizontal axes
@@ -120,27 +104,6 @@ def set_labels(args, error):
 
 
 # ------------------------------------------------------------------------------------------------
-# The style of all figures
-
-
-def new_figure(width, height):
-    """An empty figure of so many inches in our style; None without matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    matplotlib.rcParams.update(STYLE)
-    matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLOURS)
-    return Figure((width, height), layout="constrained")
-
-
-def save_figure(figure, path):
-    """Write a figure as PNG, whole or not at all."""
-    common.write_atomically(path, lambda file: figure.savefig(file, format="png"))
-
-
-# ------------------------------------------------------------------------------------------------
 # Learning curves
 
 
@@ -190,10 +153,10 @@ def draw_curves(path, groups):
             title = "clean" if name == "val_clean_acc" else "under PGD"
             panels[title][label] = name
     panels = {title: names for title, names in panels.items() if names}
-    figure = new_figure(4 * len(panels), 3.4)
+    figure = common.new_figure(4 * len(panels), 3.4)
     if figure is None:
         return False
-    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(groups)}
+    colours = {label: common.COLOURS[i % len(common.COLOURS)] for i, label in enumerate(groups)}
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, names) in zip(axes, panels.items()):
         for label, name in names.items():
@@ -211,7 +174,7 @@ def draw_curves(path, groups):
         axis.set(xlabel="epoch", ylabel="held-out accuracy, %", title=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(title="star: best epoch", title_fontsize=8)
-    save_figure(figure, path)
+    common.save_figure(figure, path)
     return True
 
 
@@ -269,7 +232,7 @@ def draw_gradients(path, lines):
     """Write the heat map of `gradient_lines`; False without matplotlib."""
     names = {name for line in lines.values() for name in line}
     columns = sorted(names, key=lambda name: (len(name), name))  # 1, ..., 10, ..., shortcut
-    figure = new_figure(4 + 0.6 * len(columns), 1.2 + 0.2 * len(lines))
+    figure = common.new_figure(4 + 0.6 * len(columns), 1.2 + 0.2 * len(lines))
     if figure is None:
         return False
     cells = [[line.get(column, math.nan) for column in columns] for line in lines.values()]
@@ -279,7 +242,7 @@ def draw_gradients(path, lines):
     axis.grid(False)
     axis.set(xlabel="layer of the stage", xticks=range(len(columns)), xticklabels=columns)
     axis.set(yticks=range(len(lines)), yticklabels=lines)
-    save_figure(figure, path)
+    common.save_figure(figure, path)
     return True
 
 
@@ -317,8 +280,8 @@ def draw_trajectories_of_run(figure, label, numbers, window):
         rank = np.arange(1, len(order) + 1)
         for axis, (key, title) in zip(line, titles.items()):
             y = values[key][order]
-            axis.plot(rank, y, ".", color=COLOURS[5], markersize=2, alpha=0.5)
-            axis.plot(rank, trajectories.smooth(y, window), color=COLOURS[1], linewidth=2)
+            axis.plot(rank, y, ".", color=common.COLOURS[5], markersize=2, alpha=0.5)
+            axis.plot(rank, trajectories.smooth(y, window), color=common.COLOURS[1], linewidth=2)
             if line is axes[0]:
                 axis.set_title(title)
             if line is axes[-1]:
@@ -338,7 +301,7 @@ def draw_entropies(axis, runs):
             if entropy is None or (role, entropy) in drawn:
                 continue
             drawn.append((role, entropy))
-            colour = COLOURS[i % len(COLOURS)]
+            colour = common.COLOURS[i % len(common.COLOURS)]
             label = f"{run['label']}, {role}"
             axis.plot(range(1, len(entropy) + 1), entropy, style, color=colour, label=label)
     axis.set(xlabel="epoch", ylabel="nats", title="mean entropy on the training images")
@@ -354,7 +317,7 @@ def draw_changes(axis, runs, kind, window):
             values = run["numbers"][kind]
             order = trajectories.easiest_first(values["difficulty"])
             y = trajectories.smooth(values["change"][order], window)
-            colour = COLOURS[i % len(COLOURS)]
+            colour = common.COLOURS[i % len(common.COLOURS)]
             axis.plot(range(1, len(y) + 1), y, color=colour, label=run["label"])
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set(title=f"$p_{{S,K}} - p_{{T,K}}$, {kind} images", xlabel=RANK)
@@ -385,16 +348,16 @@ def sheet(x):
 
 def draw_trajectories(folder, runs, window, data, extreme_images):
     """Write the figures of trajectories; -> their paths, [] without matplotlib."""
-    if new_figure(1, 1) is None:
+    if common.new_figure(1, 1) is None:
         print(NO_MATPLOTLIB)
         return []
     figures = {}
     pairs = [run for run in runs if run["teacher"]]
     for run in pairs:
-        figure = new_figure(12, 6.5)
+        figure = common.new_figure(12, 6.5)
         draw_trajectories_of_run(figure, run["label"], run["numbers"], window)
         figures["run-" + re.sub(r"[^\w.=+-]+", "-", run["label"]) + ".png"] = figure
-    figures["comparison.png"] = figure = new_figure(13 if pairs else 5, 4)
+    figures["comparison.png"] = figure = common.new_figure(13 if pairs else 5, 4)
     if pairs:
         axes = figure.subplots(1, 1 + len(trajectories.KINDS))
         for axis, kind in zip(axes[1:], trajectories.KINDS):
@@ -406,11 +369,11 @@ def draw_trajectories(folder, runs, window, data, extreme_images):
         shown = extreme_images[:IMAGE_CLASSES]
         most = max(len(indices) for ends in shown for indices in ends.values())
         height = 0.3 + len(shown) * (0.3 + 0.6 * math.ceil(most / IMAGE_COLUMNS))
-        figures["images.png"] = figure = new_figure(10, height)
+        figures["images.png"] = figure = common.new_figure(10, height)
         draw_extreme_images(figure, data, shown)
         figure.suptitle(f"training images by difficulty for {runs[0]['ranked_by']}", fontsize=11)
     for name, figure in figures.items():
-        save_figure(figure, folder / name)
+        common.save_figure(figure, folder / name)
     return [folder / name for name in figures]
 
 
@@ -498,7 +461,7 @@ def draw_sweep(path, record):
     """Write the figure of a sweep's record; False if it has no numbers, or without matplotlib."""
     robust = record["robust"]
     lines = [line for line in record["lines"] if robust in line and "clean_acc" in line]
-    figure = new_figure(5.5, 4.5)
+    figure = common.new_figure(5.5, 4.5)
     if figure is None or not lines:
         return False
     axis = figure.subplots()
@@ -507,7 +470,7 @@ def draw_sweep(path, record):
     else:
         draw_plane(axis, lines, robust, record["baseline"])
     axis.legend()
-    save_figure(figure, path)
+    common.save_figure(figure, path)
     return True
 
 
@@ -551,19 +514,19 @@ def draw_probabilities(axis, shares):
 
 def draw_results(done, folder):
     """Write the figures of the records {(run, seed): record}; -> paths, [] without matplotlib."""
-    if new_figure(1, 1) is None:
+    if common.new_figure(1, 1) is None:
         return []
     figures = {}
     points = records.points_by_paper(done)
     if points:
-        figures["results.png"] = figure = new_figure(5, 4.6)
+        figures["results.png"] = figure = common.new_figure(5, 4.6)
         draw_printed_against_ours(figure.subplots(), points)
     for table in dict.fromkeys(row.table for row in tables.ROWS):
         curves = records.curves([row for row in tables.ROWS if row.table == table], done)
         metrics = list(dict.fromkeys(metric for metric, _ in curves))
         if not metrics:
             continue
-        figures[f"results-{table}.png"] = figure = new_figure(4.5 * len(metrics), 3.5)
+        figures[f"results-{table}.png"] = figure = common.new_figure(4.5 * len(metrics), 3.5)
         axes = figure.subplots(1, len(metrics), squeeze=False)[0]
         for axis, metric in zip(axes, metrics):
             for (metric_of_line, line), line_points in curves.items():
@@ -575,10 +538,10 @@ def draw_results(done, folder):
             axis.legend()
     shares = records.probability_shares(done)
     if shares:
-        figures["results-paper1-figure8.png"] = figure = new_figure(5.5, 4)
+        figures["results-paper1-figure8.png"] = figure = common.new_figure(5.5, 4)
         draw_probabilities(figure.subplots(), shares)
     for name, figure in figures.items():
-        save_figure(figure, Path(folder) / name)
+        common.save_figure(figure, Path(folder) / name)
     return [Path(folder) / name for name in figures]
 
 
@@ -587,10 +550,10 @@ def draw_forest(path, lines):
 
     False without matplotlib.
     """
-    figure = new_figure(9, 0.8 + 0.26 * len(lines))
+    figure = common.new_figure(9, 0.8 + 0.26 * len(lines))
     if figure is None:
         return False
-    colours = {"holds": COLOURS[2], "contradicted": COLOURS[1]}
+    colours = {"holds": common.COLOURS[2], "contradicted": common.COLOURS[1]}
     axis = figure.subplots()
     axis.axvline(0, color="black", linewidth=0.8)
     for place, (_, effect, bound, verdict) in enumerate(lines):
@@ -609,7 +572,7 @@ def draw_forest(path, lines):
     for verdict, colour in (*colours.items(), ("undecided or regime absent", "gray")):
         axis.plot([], [], "o-", color=colour, label=verdict)
     figure.legend(loc="outside lower right", ncols=3)
-    save_figure(figure, path)
+    common.save_figure(figure, path)
     return True
 
 

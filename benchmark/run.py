@@ -24,7 +24,6 @@ import contextlib
 import functools
 import importlib
 import io
-import json
 import os
 import re
 import shlex
@@ -305,15 +304,6 @@ def missing_pairs(rows, record):
     return {(take, metric) for take, metric in pairs if value(record, take, metric) is None}
 
 
-def read_log(folder):
-    """{stage: rows of its epochs} of a folder's log.jsonl."""
-    stages, log = {}, folder / "log.jsonl"
-    for line in log.read_text().splitlines() if log.exists() else []:
-        row = json.loads(line)
-        stages.setdefault(row["stage"], []).append(row)
-    return stages
-
-
 def teacher_files(folder):
     """The files of a finished run's teachers, by its summary."""
     rows = common.read_json(folder / "summary.json")
@@ -340,9 +330,9 @@ def to_record(folder, run, seed, teachers, args):
     config = common.read_json(folder / "config.json")
     given = {flag[2:].replace("-", "_") for flag in shlex.split(run) if flag.startswith("--")}
     flags = {k: v for k, v in config["flags"].items() if k in given or v is not None}
-    stages = read_log(folder)
+    stages = common.read_log(folder)
     for i, teacher in enumerate(teachers):
-        epochs = read_log(teacher.parent).get("teacher")
+        epochs = common.read_log(teacher.parent).get("teacher")
         if epochs:  # a file given by --teacher-ckpt may lie there alone
             stages["teacher" if i == 0 else f"teacher{i + 1}"] = epochs
     files = {take: folder / f"{take}.pt" for take in ("student", "student-alone")}

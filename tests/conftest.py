@@ -36,6 +36,13 @@ def shapes_once():
 
 
 @pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """Runs draw no curves.png, which would take longer than many a run, without this mark."""
+    if "curves" not in request.keywords:
+        monkeypatch.setattr(common, "draw_run", lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
 def seeded():
     """Every test draws the same numbers, in whatever order the tests run."""
     torch.manual_seed(0)

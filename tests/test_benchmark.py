@@ -718,7 +718,7 @@ def test_a_sweep_refuses_before_any_work(argv, named, refused):
 
 
 def new_figures_are_possible():
-    return plots.new_figure(1, 1) is not None
+    return common.new_figure(1, 1) is not None
 
 
 def test_the_pareto_front():

@@ -78,7 +78,7 @@ def whole(tmp_path_factory):
 def test_the_run_folder_holds_what_the_design_says(whole):
     folder = whole / "robust_kd" / "x-s0"
     names = {"config.json", "lock", "log.jsonl", "student.pt", "student_best.pt", "summary.json"}
-    assert {path.name for path in folder.iterdir()} == names
+    assert {path.name for path in folder.iterdir()} - {"curves.png"} == names
     config = json.loads((folder / "config.json").read_text())
     assert config["flags"]["alpha"] == 0.8 and config["torch"] == torch.__version__
     assert [(row["stage"], row["epoch"]) for row in log_of(folder)] == [
@@ -613,3 +613,49 @@ def test_a_program_in_the_background_of_a_script_goes_on_ignoring_ctrl_c(program
     process = importing(program, tmp_path, 0.2, preexec_fn=ignore)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=50) == ("imported\n", "") and process.returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# curves.png
+
+
+@pytest.mark.curves
+def test_a_finished_run_has_a_figure_of_its_learning_curves(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures, save_figure = [], common.save_figure
+
+    def save_and_keep(figure, path):
+        figures.append(figure)
+        save_figure(figure, path)
+
+    monkeypatch.setattr(common, "save_figure", save_and_keep)
+    run_in(tmp_path)
+    folder = tmp_path / "robust_kd" / "x-s0"
+    assert (folder / "curves.png").stat().st_size > 10_000
+    (figure,) = figures
+    panels = {axis.get_title(): axis for axis in figure.axes}
+    assert list(panels) == [
+        "training images",
+        "clean, held-out images",
+        "under PGD, held-out images",
+    ]
+    names = [text.get_text() for text in panels["training images"].get_legend().get_texts()]
+    assert names == ["teacher (at)", "student (rslad+)"]
+    lines = [line for line in panels["clean, held-out images"].lines if len(line.get_xdata()) > 1]
+    (teacher,) = (tmp_path / "teachers").iterdir()
+    for line, log in zip(lines, (log_of(teacher), log_of(folder)), strict=True):
+        assert line.get_ydata() == pytest.approx([100 * row["val_clean_acc"] for row in log])
+    summary = json.loads((folder / "summary.json").read_text())
+    crosses = [
+        line for line in panels["under PGD, held-out images"].lines if line.get_marker() == "x"
+    ]
+    for cross, row in zip(crosses, summary[:2], strict=True):
+        assert cross.get_ydata() == pytest.approx([100 * row["pgd2_acc"]])
+        assert cross.get_xdata() == [3]
+
+
+@pytest.mark.curves
+def test_a_run_without_matplotlib_has_no_figure(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run_in(tmp_path)
+    assert not list(tmp_path.rglob("*.png")) and list(tmp_path.rglob("summary.json"))

@@ -27,6 +27,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
 
+common.new_figure(1, 1)  # imports matplotlib, if it is there, once for all processes that fork
+
 TINY = (
     "--data shapes --model mlp-4 --teacher-model mlp-4 --device cpu --train-subset 48 "
     "--test-subset 10 --val-size 10 --batch-size 16 --teacher-epochs 3 --epochs 4 "
@@ -407,7 +409,8 @@ def trial(job, names, seed, folder, reference):
             assert err.startswith("error: ") and err.count("\n") == 1, what
         if status in (130, 143) and err:
             assert "goes on:" in err and job in err.splitlines()[-1], what
-        counts["fallbacks"] += "the checkpoint before it is taken" in out and "goes on after" in out
+        went_on = "goes on after" in out or "goes on from" in out  # a training, an evaluation
+        counts["fallbacks"] += "the checkpoint before it is taken" in out and went_on
         # a stage that had epochs when the command was repeated must go on after them
         if before and f"{before[0]}: goes on after epoch" in out:
             went_on = int(out.split(f"{before[0]}: goes on after epoch ")[1].split()[0])
