@@ -165,12 +165,16 @@ def _flag_type(expected, parse, low, high):
 LARGEST = sys.float_info.max
 # Names for `type=` in the scripts: parser.add_argument("--alpha", type="probability")
 FLAG_TYPES = {
-    "fraction": _flag_type("a number of at least 0, or a fraction like 8/255", _number, 0, LARGEST),
+    "nonnegative": _flag_type(
+        "a number of at least 0, or a fraction like 8/255", _number, 0, LARGEST
+    ),
     "probability": _flag_type("a number or a fraction between 0 and 1", _number, 0, 1),
-    "rate": _flag_type("a number of at least 0 and below 1", _number, 0, math.nextafter(1, 0)),
+    "probability below 1": _flag_type(
+        "a number of at least 0 and below 1", _number, 0, math.nextafter(1, 0)
+    ),
     "positive": _flag_type("a number above 0", _number, sys.float_info.min, LARGEST),
-    "count": _flag_type("a whole number of at least 1", _whole, 1, 10**12),
-    "count0": _flag_type("a whole number of at least 0", _whole, 0, 10**12),
+    "positive int": _flag_type("a whole number of at least 1", _whole, 1, 10**12),
+    "nonnegative int": _flag_type("a whole number of at least 0", _whole, 0, 10**12),
 }
 
 
@@ -1273,16 +1277,39 @@ class RunParser(Parser):
         add = self.add_argument_group("data").add_argument
         add("--data", default="cifar10", help=f"data set: {DATA_NAMES}")
         add("--data-root", default="data", help="folder of the data sets; downloads go there")
-        add("--train-subset", type="count", help="train on this many images, the same for any seed")
-        add("--test-subset", type="count", help="test on this many images, the same for any seed")
-        add("--val-size", type="count0", default=1024, help="training images held out to validate")
+        add(
+            "--train-subset",
+            type="positive int",
+            help="train on this many images, the same for any seed",
+        )
+        add(
+            "--test-subset",
+            type="positive int",
+            help="test on this many images, the same for any seed",
+        )
+        add(
+            "--val-size",
+            type="nonnegative int",
+            default=1024,
+            help="training images held out to validate",
+        )
         meaning = "crop: random crops and flips (MNIST: never); none: images as they are"
         if len(augment) > 2:
             meaning += f"; {' and '.join(augment[2:])}: crop with that on top"
         add("--augment", choices=augment, default="crop", help=meaning)
         add = self.add_argument_group("run").add_argument
-        add("--seed", type="count0", default=0, help="seed of the weights, batches and attacks")
-        add("--seeds", type="count0", nargs="+", help="one run per seed, then mean and deviation")
+        add(
+            "--seed",
+            type="nonnegative int",
+            default=0,
+            help="seed of the weights, batches and attacks",
+        )
+        add(
+            "--seeds",
+            type="nonnegative int",
+            nargs="+",
+            help="one run per seed, then mean and deviation",
+        )
         add(
             "--device",
             default="auto",

@@ -95,12 +95,12 @@ def parse_args(argv=None):
         help=f"what is measured: {', '.join(NOT_ATTACKS)}, or attacks, see Attacks above",
     )
     add("--norm", default="linf", choices=["linf", "l2"], help="norm of the perturbations")
-    add("--eps", type="fraction", help="radius of the attacks (default: 8/255, with l2 0.5)")
-    add("--step-size", type="fraction", help="step of PGD (default: a quarter of --eps)")
-    add("--restarts", type="count", default=1, help="random starts of PGD; the worst counts")
-    add("--steps", type="count", default=100, help="number of iterations of APGD and FAB")
-    add("--queries", type="count", default=5000, help="number of queries of Square")
-    add("--targets", type="count", default=9, help="target classes of targeted APGD and FAB")
+    add("--eps", type="nonnegative", help="radius of the attacks (default: 8/255, with l2 0.5)")
+    add("--step-size", type="nonnegative", help="step of PGD (default: a quarter of --eps)")
+    add("--restarts", type="positive int", default=1, help="random starts of PGD; the worst counts")
+    add("--steps", type="positive int", default=100, help="number of iterations of APGD and FAB")
+    add("--queries", type="positive int", default=5000, help="number of queries of Square")
+    add("--targets", type="positive int", default=9, help="target classes of targeted APGD and FAB")
     add(
         "--search",
         choices=["tf32", "fp32"],
@@ -123,16 +123,20 @@ def parse_args(argv=None):
     add("--cinic", metavar="DIR", help="folder of CINIC-10; only its images from ImageNet count")
     add(
         "--cinic-per-class",
-        type="count",
+        type="positive int",
         help="CINIC-10 images of each class, always the same choice (paper: 2100; default: all)",
     )
     add("--ood", metavar="PATH", help=".npz file or folder of class folders for --attack ood")
     add = parser.add_argument_group("run").add_argument
     add("--data", default="cifar10", help=f"data set: {common.DATA_NAMES}")
     add("--data-root", default="data", help="folder of the data sets; downloads go there")
-    add("--n", type="count", help="number of test images, always the same ones (default: all)")
-    add("--batch-size", type="count", default=500, help="images at once; changes no result")
-    add("--seed", type="count0", default=0, help="seed of the attacks and corruptions")
+    add(
+        "--n",
+        type="positive int",
+        help="number of test images, always the same ones (default: all)",
+    )
+    add("--batch-size", type="positive int", default=500, help="images at once; changes no result")
+    add("--seed", type="nonnegative int", default=0, help="seed of the attacks and corruptions")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if present")
     add("--json", metavar="FILE", help="file of all numbers; a killed evaluation goes on")
     add(
@@ -2018,9 +2022,14 @@ def add_evaluation_flags(parser):
         "and the images of --cinic and --ood",
     )
     add("--eps", type="probability", default=0.031, help="radius of PGD in the evaluation")
-    add("--step-size", type="fraction", default=0.003, help="step of PGD in the evaluation")
-    add("--eval-steps", type="count", default=20, help="number of PGD steps in the evaluation")
-    add("--restarts", type="count", default=5, help="random starts of PGD; the worst counts")
+    add("--step-size", type="nonnegative", default=0.003, help="step of PGD in the evaluation")
+    add(
+        "--eval-steps",
+        type="positive int",
+        default=20,
+        help="number of PGD steps in the evaluation",
+    )
+    add("--restarts", type="positive int", default=5, help="random starts of PGD; the worst counts")
     add(
         "--corruptions",
         type=existing_path,
@@ -2034,7 +2043,7 @@ def add_evaluation_flags(parser):
     )
     add(
         "--cinic-per-class",
-        type="count",
+        type="positive int",
         help="CINIC-10 images of each class, always the same choice (paper: 2100; default: all)",
     )
     add("--ood", type=existing_path, help="other images: .npz file or folder of class folders")

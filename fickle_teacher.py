@@ -103,7 +103,11 @@ def parse_args(argv=None):
         default="fickle",
         help="training method, see Methods above",
     )
-    add("--dropout", type="rate", help="dropout rate of the teacher (fickle: 0.4, otherwise: 0)")
+    add(
+        "--dropout",
+        type="probability below 1",
+        help="dropout rate of the teacher (fickle: 0.4, otherwise: 0)",
+    )
     add(
         "--teacher-mode",
         choices=["dropout", "train"],
@@ -113,7 +117,7 @@ def parse_args(argv=None):
     )
     add(
         "--sigma",
-        type="fraction",
+        type="nonnegative",
         default=0.1,
         help="standard deviation of the noise of signal, relative to the logit",
     )
@@ -130,7 +134,9 @@ def parse_args(argv=None):
         help="which neighbours among the sorted logits may swap: the first two, or all",
     )
     add("--swap-probability", type="probability", default=0.3, help="chance that a pair swaps")
-    add("--swap-threshold", type="fraction", default=0.2, help="largest gap of a pair that swaps")
+    add(
+        "--swap-threshold", type="nonnegative", default=0.2, help="largest gap of a pair that swaps"
+    )
     add(
         "--swap-gap",
         choices=["relative", "absolute"],
@@ -144,7 +150,7 @@ def parse_args(argv=None):
     add("--teacher-model", default="wrn-40-2", help="net of the teacher, named as for --model")
     add(
         "--teacher-seeds",
-        type="count",
+        type="positive int",
         default=1,
         help="number of teachers to train, with seeds 0 to N-1 whatever --seed is; the most "
         "accurate one teaches",
@@ -158,13 +164,13 @@ def parse_args(argv=None):
     )
     add(
         "--teacher-epochs",
-        type="count",
+        type="positive int",
         default=STANDARD_EPOCHS,
         help="epochs of the teacher's training",
     )
     add(
         "--teacher-milestones",
-        type="count",
+        type="positive int",
         nargs="+",
         help="numbers of finished epochs after which the teacher's learning rate is multiplied by "
         "--gamma (default: 60 120 150 for 200 epochs, in proportion for other --teacher-epochs)",
@@ -173,12 +179,12 @@ def parse_args(argv=None):
     add = parser.add_argument_group("optimisation").add_argument
     add(
         "--epochs",
-        type="count",
+        type="positive int",
         help="epochs of the student's training (default: 200; fickle: 250 to 350, by --dropout)",
     )
     add(
         "--milestones",
-        type="count",
+        type="positive int",
         nargs="+",
         help="numbers of finished epochs after which the student's learning rate is multiplied by "
         "--gamma (default: 60 120 150 for 200 epochs, or those of section A.3; in proportion for "
@@ -186,9 +192,11 @@ def parse_args(argv=None):
     )
     add("--gamma", type="positive", default=0.2, help="factor on the learning rate at milestones")
     add("--lr", type="positive", default=0.1, help="learning rate that both nets start with")
-    add("--batch-size", type="count", default=128, help="images per step of both nets")
+    add("--batch-size", type="positive int", default=128, help="images per step of both nets")
     add("--momentum", type="probability", default=0.9, help="momentum of SGD for both nets")
-    add("--weight-decay", type="fraction", default=5e-4, help="weight decay of SGD for both nets")
+    add(
+        "--weight-decay", type="nonnegative", default=5e-4, help="weight decay of SGD for both nets"
+    )
     eval_robustness.add_evaluation_flags(parser)
     parser.add_run_flags()
     args = parser.parse_run(argv, {"--demo": DEMO})

@@ -104,17 +104,17 @@ def parse_args(argv=None):
     )
     add(
         "--noise-rate",
-        type="rate",
+        type="probability below 1",
         help="probability that a label is replaced in a batch (default: 0.25 for mc-*, else 0)",
     )
     add(
         "--corruption-rate",
-        type="rate",
+        type="probability below 1",
         help="share of labels that are replaced once (default: 0.25 for flc-*, else 0)",
     )
     add(
         "--corruption-seed",
-        type="count0",
+        type="nonnegative int",
         default=0,
         help="seed of the corrupted labels, which are the same for every --seed",
     )
@@ -132,7 +132,7 @@ def parse_args(argv=None):
     add("--teacher-model", default="wrn-40-2", help="net of the teacher, named as for --model")
     add(
         "--teacher-seeds",
-        type="count",
+        type="positive int",
         default=1,
         help="number of teachers to train, with seeds 0 to N-1 whatever --seed is; the most "
         "accurate one teaches",
@@ -146,13 +146,13 @@ def parse_args(argv=None):
     )
     add(
         "--teacher-epochs",
-        type="count",
+        type="positive int",
         default=STANDARD_EPOCHS,
         help="epochs of the teacher's training",
     )
     add(
         "--teacher-milestones",
-        type="count",
+        type="positive int",
         nargs="+",
         help="numbers of finished epochs after which the teacher's learning rate is multiplied by "
         "--gamma (default: 60 120 150 for 200 epochs, in proportion for other --teacher-epochs)",
@@ -161,22 +161,24 @@ def parse_args(argv=None):
     add = parser.add_argument_group("optimisation").add_argument
     add(
         "--epochs",
-        type="count",
+        type="positive int",
         default=STANDARD_EPOCHS,
         help="epochs of the student's training",
     )
     add(
         "--milestones",
-        type="count",
+        type="positive int",
         nargs="+",
         help="numbers of finished epochs after which the student's learning rate is multiplied by "
         "--gamma (default: 60 120 150 for 200 epochs, in proportion for other --epochs)",
     )
     add("--gamma", type="positive", default=0.2, help="factor on the learning rate at milestones")
     add("--lr", type="positive", default=0.1, help="learning rate that both nets start with")
-    add("--batch-size", type="count", default=128, help="images per step of both nets")
+    add("--batch-size", type="positive int", default=128, help="images per step of both nets")
     add("--momentum", type="probability", default=0.9, help="momentum of SGD for both nets")
-    add("--weight-decay", type="fraction", default=5e-4, help="weight decay of SGD for both nets")
+    add(
+        "--weight-decay", type="nonnegative", default=5e-4, help="weight decay of SGD for both nets"
+    )
     eval_robustness.add_evaluation_flags(parser)
     parser.add_run_flags()
     args = parser.parse_run(argv, {"--demo": DEMO})

@@ -137,7 +137,12 @@ def parse_args(argv=None):
         help="training of the teacher: standard, PGD, single-step or TRADES; several words make an "
         "ensemble; none goes with --teacher-ckpt and with losses that have no teacher",
     )
-    add("--teachers", type="count", default=1, help="number of teachers, averaged as an ensemble")
+    add(
+        "--teachers",
+        type="positive int",
+        default=1,
+        help="number of teachers, averaged as an ensemble",
+    )
     add(
         "--beta",
         type="probability",
@@ -151,11 +156,20 @@ def parse_args(argv=None):
         help="radius of the teacher's attack in pixel units (default: same as --eps; 2/255 gives "
         "the paper's weakly robust LAT teacher)",
     )
-    add("--teacher-epochs", type="count", default=100, help="epochs of the teacher's training")
-    add("--teacher-es", type="count", help="stop the teacher after this epoch (default: no stop)")
+    add(
+        "--teacher-epochs",
+        type="positive int",
+        default=100,
+        help="epochs of the teacher's training",
+    )
+    add(
+        "--teacher-es",
+        type="positive int",
+        help="stop the teacher after this epoch (default: no stop)",
+    )
     add(
         "--teacher-save-every",
-        type="count",
+        type="positive int",
         metavar="N",
         help="also save the teacher every N epochs; a run with --teacher-es at such an epoch then "
         "trains no teacher",
@@ -171,9 +185,21 @@ def parse_args(argv=None):
         help="factor on the teacher's learning rate after each epoch (no effect with --schedule "
         "cosine)",
     )
-    add("--teacher-batch-size", type="count", default=128, help="images per step of the teacher")
-    add("--trades-beta", type="fraction", default=6.0, help="weight of the robust term of TRADES")
-    add("--ffgsm-step", type="fraction", default=1.25, help="step of ffgsm, in units of the radius")
+    add(
+        "--teacher-batch-size",
+        type="positive int",
+        default=128,
+        help="images per step of the teacher",
+    )
+    add(
+        "--trades-beta", type="nonnegative", default=6.0, help="weight of the robust term of TRADES"
+    )
+    add(
+        "--ffgsm-step",
+        type="nonnegative",
+        default=1.25,
+        help="step of ffgsm, in units of the radius",
+    )
     add = parser.add_argument_group("attack").add_argument
     add(
         "--eps",
@@ -181,8 +207,10 @@ def parse_args(argv=None):
         default="8/255",
         help="radius of the attacks in training and evaluation, in pixel units",
     )
-    add("--steps", type="count", default=7, help="number of PGD steps in training")
-    add("--step-size", type="fraction", help="PGD step in training (default: a quarter of --eps)")
+    add("--steps", type="positive int", default=7, help="number of PGD steps in training")
+    add(
+        "--step-size", type="nonnegative", help="PGD step in training (default: a quarter of --eps)"
+    )
     add(
         "--attack-loss",
         choices=["ce", "kl-teacher"],
@@ -196,10 +224,15 @@ def parse_args(argv=None):
         default="eval",
         help="mode of BatchNorm during the attack in training",
     )
-    add("--eval-steps", type="count", default=20, help="number of PGD steps in the evaluation")
-    add("--restarts", type="count", default=1, help="random starts of PGD in the evaluation")
+    add(
+        "--eval-steps",
+        type="positive int",
+        default=20,
+        help="number of PGD steps in the evaluation",
+    )
+    add("--restarts", type="positive int", default=1, help="random starts of PGD in the evaluation")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type="count", default=100, help="epochs of the student's training")
+    add("--epochs", type="positive int", default=100, help="epochs of the student's training")
     add("--lr", type="positive", default=0.21, help="peak learning rate of the student")
     add(
         "--cycle-momentum",
@@ -207,14 +240,16 @@ def parse_args(argv=None):
         default="yes",
         help="let OneCycle move the momentum from 0.95 to 0.85 and back",
     )
-    add("--batch-size", type="count", default=256, help="images per step of the student")
+    add("--batch-size", type="positive int", default=256, help="images per step of the student")
     add(
         "--momentum",
         type="probability",
         default=0.9,
         help="momentum of SGD; OneCycle with --cycle-momentum yes replaces it for the student",
     )
-    add("--weight-decay", type="fraction", default=5e-4, help="weight decay of SGD for both nets")
+    add(
+        "--weight-decay", type="nonnegative", default=5e-4, help="weight decay of SGD for both nets"
+    )
     add("--nesterov", choices=["yes", "no"], default="no", help="use Nesterov's momentum in SGD")
     add(
         "--decay-norms",
@@ -228,16 +263,26 @@ def parse_args(argv=None):
         default="paper",
         help="paper: OneCycle for the student, exponential decay for the teacher; cosine: for both",
     )
-    add("--ema", type="rate", default=0.0, help="decay of the weight average (0: no average)")
+    add(
+        "--ema",
+        type="probability below 1",
+        default=0.0,
+        help="decay of the weight average (0: no average)",
+    )
     add(
         "--label-smoothing",
-        type="rate",
+        type="probability below 1",
         default=0.0,
         help="label smoothing: probability spread evenly over all classes; with --extra-data only "
         "the labels of generated images are smoothed",
     )
     add("--extra-data", metavar="FILE", help=".npz file of generated images: image, label")
-    add("--extra-fraction", type="rate", default=0.7, help="share of generated images in a batch")
+    add(
+        "--extra-fraction",
+        type="probability below 1",
+        default=0.7,
+        help="share of generated images in a batch",
+    )
     add(
         "--trajectories",
         action="store_true",

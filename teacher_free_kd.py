@@ -221,7 +221,7 @@ def parse_args(argv=None):
     )
     add(
         "--byot-lambda",
-        type="fraction",
+        type="nonnegative",
         default=0.03,
         help="self-distillation: weight of the distance between features",
     )
@@ -235,15 +235,23 @@ def parse_args(argv=None):
     add = group.add_argument
     add("--teacher-model", help="net of the teacher: resnet50, wrn-16-2, ...")
     add("--teacher-ckpt", help="file of a finished teacher; no teacher is trained")
-    add("--teacher-epochs", type="count", help="epochs of the teacher's training")
-    add("--teacher-es", type="count", help="stop the teacher after this epoch (default: no stop)")
+    add("--teacher-epochs", type="positive int", help="epochs of the teacher's training")
+    add(
+        "--teacher-es",
+        type="positive int",
+        help="stop the teacher after this epoch (default: no stop)",
+    )
     add("--teacher-lr", type="positive", help="highest learning rate of the teacher")
-    add("--teacher-batch-size", type="count", help="images per step of the teacher")
-    add("--teacher-shift", type="count0", help="random shift of the teacher's images, in pixels")
+    add("--teacher-batch-size", type="positive int", help="images per step of the teacher")
+    add(
+        "--teacher-shift",
+        type="nonnegative int",
+        help="random shift of the teacher's images, in pixels",
+    )
     add = parser.add_argument_group("attack").add_argument
     add("--eps", type="probability", default="8/255", help="radius, in training and evaluation")
-    add("--steps", type="count", default=7, help="number of PGD steps in training")
-    add("--step-size", type="fraction", default="2/255", help="PGD step size in training")
+    add("--steps", type="positive int", default=7, help="number of PGD steps in training")
+    add("--step-size", type="nonnegative", default="2/255", help="PGD step size in training")
     add(
         "--attack-bn",
         choices=["eval", "train"],
@@ -260,7 +268,7 @@ def parse_args(argv=None):
     )
     add(
         "--grad-epochs",
-        type="count",
+        type="positive int",
         nargs="+",
         help="epochs whose gradients are recorded (default: first, middle and last)",
     )
@@ -271,11 +279,11 @@ def parse_args(argv=None):
         help="loss whose gradients are recorded: that of the method, or cross-entropy alone",
     )
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type="count", help="epochs of the student's training")
-    add("--batch-size", type="count", help="images per step of the student")
+    add("--epochs", type="positive int", help="epochs of the student's training")
+    add("--batch-size", type="positive int", help="images per step of the student")
     add("--lr", type="positive", help="highest learning rate of the student")
     add("--momentum", type="probability", default=0.9, help="momentum of SGD for both nets")
-    add("--weight-decay", type="fraction", help="weight decay of SGD for both nets")
+    add("--weight-decay", type="nonnegative", help="weight decay of SGD for both nets")
     add(
         "--schedule",
         choices=["steps", "exponential", "cosine"],
@@ -283,13 +291,13 @@ def parse_args(argv=None):
     )
     add(
         "--milestones",
-        type="count",
+        type="positive int",
         nargs="+",
         help="epochs of the student at which --schedule steps lowers the rate, the teacher in "
         "proportion (default: 30, 60 and 80 %% of the training)",
     )
     add("--gamma", type="positive", help="factor on the rate at a milestone or after an epoch")
-    add("--warmup", type="fraction", help="epochs in which the learning rate rises to --lr")
+    add("--warmup", type="nonnegative", help="epochs in which the learning rate rises to --lr")
     parser.add_run_flags()
     parser.set_defaults(data=None)
     argv = sys.argv[1:] if argv is None else list(argv)

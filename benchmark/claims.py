@@ -63,7 +63,7 @@ def parse_args(argv=None):
     add("claims", nargs="*", metavar="CLAIM", help="claims to run by their names, or the word all")
     add("--list", action="store_true", help="show all claims with their state and run nothing")
     add("--page", action="store_true", help="write the page of the results and run nothing")
-    add("--workers", type="count", default=2, help="number of runs at the same time")
+    add("--workers", type="positive int", default=2, help="number of runs at the same time")
     add("--runs", default="runs/claims", help="folder in which the runs are kept")
     add("--results", default=str(ROOT / "benchmark/claims"), help="folder of the results")
     add("--docs", default=str(ROOT / "docs"), help="folder of CLAIMS.md and claims.png")

@@ -60,8 +60,17 @@ def parse_args(argv=None):
     add("--labels", nargs="+", metavar="LABEL", help="one for each RUN (default: folder names)")
     add("--teacher", metavar="FILE", help="model to compare with (default: the run's own teacher)")
     add("--difficulty-of", metavar="FILE", help="model that ranks the images (default: teacher)")
-    add("--window", type="count", help="images in the running mean (default: a twentieth of all)")
-    add("--images", type="count0", default=32, help="images to show of each class, at each end")
+    add(
+        "--window",
+        type="positive int",
+        help="images in the running mean (default: a twentieth of all)",
+    )
+    add(
+        "--images",
+        type="nonnegative int",
+        default=32,
+        help="images to show of each class, at each end",
+    )
     add("--data-root", default="data", help="folder with the data set of the runs, for --images")
     add("--out", metavar="FOLDER", help="output folder (default: trajectories in the first RUN)")
     add = add_command(figures, "sweep", "accuracies of a sweep by benchmark/sweep.py")

@@ -116,7 +116,11 @@ def parse_args(argv=None):
     add("--list", action="store_true", help="show what is left and what it takes, run nothing")
     add("--prepare", action="store_true", help="make the data sets that are parts of cifar10.npz")
     add("--minutes", type="positive", help="stop after so many minutes (default: when all is done)")
-    add("--seeds", type="count", help="at most so many seeds of a row (default: as in tables.py)")
+    add(
+        "--seeds",
+        type="positive int",
+        help="at most so many seeds of a row (default: as in tables.py)",
+    )
     add("--scale", choices=["full", "tiny"], default="full", help="tiny: test the commands")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if present")
     add("--data", default="data", help="folder with the data sets")

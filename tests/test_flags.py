@@ -18,10 +18,10 @@ DOC = "A program for the tests."
             ("8//255", "-1", "nan", "inf", "1/0", "", "eight", "1e999", "9" * 5000),
         ),
         ("probability", {"5/6": 5 / 6, "1": 1.0}, ("1.5", "-0.1", "nan", "x")),
-        ("rate", {"0": 0.0, "0.995": 0.995}, ("1", "nan", "-1")),
+        ("probability below 1", {"0": 0.0, "0.995": 0.995}, ("1", "nan", "-1")),
         ("positive", {"1e-9": 1e-9, "1/4": 0.25}, ("0", "-1", "inf")),
-        ("count", {"1": 1, "200": 200}, ("0", "2.5", "-3", "1e3", "9" * 5000, "")),
-        ("count0", {"0": 0}, ("-1", "0.5")),
+        ("positive int", {"1": 1, "200": 200}, ("0", "2.5", "-3", "1e3", "9" * 5000, "")),
+        ("nonnegative int", {"0": 0}, ("-1", "0.5")),
     ],
 )
 def test_numbers_are_read_and_nonsense_is_refused(kind, good, bad):
@@ -53,7 +53,7 @@ def run_args(*argv, presets=None):
     parser.add_argument("--width", type="positive", default=1.0)
     parser.add_argument("--loss", choices=["at", "st"], default="at")
     parser.add_argument("--eps", type="probability", default="8/255")
-    parser.add_argument("--epochs", type="count", default=100)
+    parser.add_argument("--epochs", type="positive int", default=100)
     parser.add_run_flags()
     return parser.parse_run(list(argv), presets or {})
 

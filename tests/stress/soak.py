@@ -42,7 +42,9 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--minutes", type="positive", default=10.0, help="minutes for all parts together, about")
     add(
-        "--seed", type="count0", help="seed of the faults and the fuzz (default: drawn and printed)"
+        "--seed",
+        type="nonnegative int",
+        help="seed of the faults and the fuzz (default: drawn and printed)",
     )
     add("--page-only", action="store_true", help="test nothing, only write the page again")
     return parser.parse_args(argv)
