@@ -13,7 +13,7 @@ DOC = "A program for the tests."
     "kind, good, bad",
     [
         (
-            "fraction",
+            "nonnegative",
             {"8/255": 8 / 255, "0.03": 0.03, "0": 0.0, "7": 7.0},
             ("8//255", "-1", "nan", "inf", "1/0", "", "eight", "1e999", "9" * 5000),
         ),
