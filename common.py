@@ -467,10 +467,10 @@ def read_torchvision(name: str, root: Path) -> dict:
     arrays = {}
     try:
         for part in ("train", "test"):
-            found = getattr(datasets, name.upper())(root, train=part == "train", download=True)
-            arrays[f"x_{part}"] = np.asarray(found.data)
-            arrays[f"y_{part}"] = np.array(found.targets)
-            arrays["classes"] = [c.split(" - ")[0] for c in found.classes]  # MNIST has "0 - zero"
+            dataset = getattr(datasets, name.upper())(root, train=part == "train", download=True)
+            arrays[f"x_{part}"] = np.asarray(dataset.data)
+            arrays[f"y_{part}"] = np.array(dataset.targets)
+            arrays["classes"] = [c.split(" - ")[0] for c in dataset.classes]  # MNIST has "0 - zero"
     except Exception as error:  # of the network, or what a damaged file makes torchvision raise
         advice = f"put {name}.npz into {root}, or let torchvision download it"
         raise UserError(f"--data {name}: {advice} ({error})") from None
@@ -482,10 +482,10 @@ def read_folder(folder: Path) -> dict:
     arrays = {}
     test_name = "test" if (folder / "test").is_dir() else "val"
     for part, subfolder in (("train", folder / "train"), ("test", folder / test_name)):
-        found = read_class_folders(subfolder)
-        if arrays.setdefault("classes", found["classes"]) != found["classes"]:
+        arrays_of_part = read_class_folders(subfolder)
+        if arrays.setdefault("classes", arrays_of_part["classes"]) != arrays_of_part["classes"]:
             raise UserError(f"{folder}: train and {test_name} have different class folders")
-        arrays[f"x_{part}"], arrays[f"y_{part}"] = found["x"], found["y"]
+        arrays[f"x_{part}"], arrays[f"y_{part}"] = arrays_of_part["x"], arrays_of_part["y"]
     return arrays
 
 
@@ -500,12 +500,12 @@ def list_class_folders(folder: Path, is_wanted=None):
         links = [path for path in folder.rglob("*") if path.is_symlink()]
         if links:
             raise ValueError(f"{links[0]} is a link")
-        found = ImageFolder(folder, is_valid_file=is_wanted)
+        image_folder = ImageFolder(folder, is_valid_file=is_wanted)
     except (OSError, ValueError) as error:
         expected = "expected class folders with images in each of them"
         raise UserError(f"{folder}: {expected} ({error})") from None
-    files = [Path(file) for file, _ in found.samples]
-    return files, np.array(found.targets), found.classes
+    files = [Path(file) for file, _ in image_folder.samples]
+    return files, np.array(image_folder.targets), image_folder.classes
 
 
 def read_class_folders(folder: Path) -> dict:
@@ -627,11 +627,11 @@ def batches(data: Data, batch_size: int, seed: int, stage: str, epoch: int):
     padded = pad(data.x_train, data.pad)
     for first in range(0, n, batch_size):
         last = min(first + batch_size, n)
-        mine = slice(first + rank(), last, world())
+        share = slice(first + rank(), last, world())  # all of the batch without torchrun
         if last - first < world():  # too few to share: every process gets all of them
-            mine = slice(first, last)
-        index = plan[0, mine]
-        yield crop(padded, *plan[:, mine], height, width), data.y_train[index]
+            share = slice(first, last)
+        index = plan[0, share]
+        yield crop(padded, *plan[:, share], height, width), data.y_train[index]
         print_line(f"{stage}, epoch {epoch + 1}: {last / n:.0%}", live=True)
 
 
@@ -777,8 +777,8 @@ def check_model(flag: str, name: str, width: float = 1.0, dropout: float = 0.0) 
     resnet = re.fullmatch(r"resnet18|resnet50|preact-resnet18(-silu)?", name)
     mlp = re.fullmatch(r"mlp(-[1-9]\d{0,4}){1,8}", name)
     if not (wrn or resnet or mlp):
-        known = "resnet18, resnet50, preact-resnet18, wrn-D-W or mlp-H-...-H"
-        raise UserError(f"{flag}: expected {known} (wrn-28-10-silu, mlp-1200-1200), got {name!r}")
+        names = "resnet18, resnet50, preact-resnet18, wrn-D-W or mlp-H-...-H"
+        raise UserError(f"{flag}: expected {names} (wrn-28-10-silu, mlp-1200-1200), got {name!r}")
     if wrn and int(wrn[1]) % 6 != 4:
         depths = "the depth of a WideResNet is 6n + 4 (10, 16, 22, 28, 34, 40)"
         raise UserError(f"{flag}: {depths}, got {name!r}")
@@ -1591,8 +1591,10 @@ def seed_epoch(seed: int, stage: str, epoch: int) -> None:
 
     Under torchrun each process draws numbers of its own.
     """
-    own = [rank()] if rank() > 0 else []
-    torch.manual_seed(derive_seed("epoch", seed, stage, epoch, *own))
+    parts = ["epoch", seed, stage, epoch]
+    if rank() > 0:
+        parts.append(rank())
+    torch.manual_seed(derive_seed(*parts))
 
 
 def metrics(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:

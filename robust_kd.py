@@ -876,19 +876,19 @@ def augment(x, labels, data, args):
     data.extra: generated images (M, H, W, C) and labels (M,), which replace the last
     --extra-fraction of the batch. Label smoothing and CutMix make labels probabilities (B, K).
     """
-    own = len(x)
+    originals = len(x)  # the first images of the batch are of the training set
     if args.extra_data:
-        own = len(x) - round(args.extra_fraction * len(x))
-        x_extra, labels_extra = draw_extra(data, len(x) - own)
-        x = torch.cat([x[:own], x_extra])
-        labels = torch.cat([labels[:own], labels_extra])
+        originals = len(x) - round(args.extra_fraction * len(x))
+        x_extra, labels_extra = draw_extra(data, len(x) - originals)
+        x = torch.cat([x[:originals], x_extra])
+        labels = torch.cat([labels[:originals], labels_extra])
     if args.augment == "cutout":
         # filled on the device: with a copy from the host each step would wait for the GPU
         fill = torch.stack([torch.full((), mean, device=x.device) for mean in data.mean])
         x = cutout(x, fill)
     if args.augment == "cutmix" or args.label_smoothing:
         labels = F.one_hot(labels, len(data.classes)).float()  # (B, K)
-        first_smoothed = own if args.extra_data else 0
+        first_smoothed = originals if args.extra_data else 0
         uniform = 1 / len(data.classes)
         labels[first_smoothed:] += args.label_smoothing * (uniform - labels[first_smoothed:])
     if args.augment == "cutmix":

@@ -168,7 +168,7 @@ def nets_compared_by(arm, *metrics):
     for claim in CLAIMS.values():
         for rule in rules_of(claim):
             if rule.metric.removeprefix("gain of ") in metrics:
-                nets += [net for own, net in map(split, names_in(rule)) if own == arm]
+                nets += [net for other, net in map(split, names_in(rule)) if other == arm]
     return list(dict.fromkeys(nets))
 
 
@@ -294,10 +294,10 @@ def run_arm(arm, seed, args):
     config = common.read_json(folder / "config.json")
     nets, files = {}, {}
     for net, start in NETS.items():
-        own = [row for row in rows if row["model"].startswith(start) and "bias" not in row["model"]]
-        if own:
-            numbers = {k: v for k, v in own[0].items() if isinstance(v, int | float)}
-            nets[net], files[net] = numbers, folder / own[0]["file"]
+        matching = [row for row in rows if row["model"].startswith(start)]
+        if matching:
+            numbers = {k: v for k, v in matching[0].items() if isinstance(v, int | float)}
+            nets[net], files[net] = numbers, folder / matching[0]["file"]
     attacks = ["clean", "calibration"]
     if nets_compared_by(arm, "aa_acc"):
         attacks.append("aa")
@@ -477,8 +477,8 @@ def list_rows(results):
         jobs = missing_runs(results, [claim])
         minutes = []
         for arm, _ in jobs:
-            known = [run["minutes"] for run in results[arm].values()]
-            minutes.append(mean(known) if known else None)
+            measured = [run["minutes"] for run in results[arm].values()]
+            minutes.append(mean(measured) if measured else None)
         left = "-"
         if jobs:
             left = f"{len(jobs)} runs"
@@ -609,17 +609,29 @@ def write_page(args, results):
     sections = []
     for paper, title in PAPERS.items():
         sections.append(f"## Paper {paper}: {title}\n")
-        own = [name for name, claim in CLAIMS.items() if claim.paper == paper]
-        sections += [claim_section(name, results, judged) for name in own]
+        for name, claim in CLAIMS.items():
+            if claim.paper == paper:
+                sections.append(claim_section(name, results, judged))
     text = PAGE.format(
         counts=counts_text(judged),
         figure=figure,
         table=markdown(table),
         sections="\n".join(sections),
     )
-    text = text.rstrip() + "\n"
-    common.write_atomically(docs / "CLAIMS.md", lambda file: file.write(text.encode()))
+    write_text(docs / "CLAIMS.md", text.rstrip() + "\n")
+    readme = docs.resolve().parent / "README.md"
+    if readme.exists():
+        begin, end = "<!-- claims: begin -->", "<!-- claims: end -->"
+        before, _, rest = readme.read_text().partition(begin)
+        _, _, after = rest.partition(end)
+        if rest:
+            write_text(readme, f"{before}{begin}\n{counts_text(judged)}.\n{end}{after}")
     print(f"written: {docs / 'CLAIMS.md'}", flush=True)
+
+
+def write_text(path, text):
+    """Write a text file, whole or not at all."""
+    common.write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def main(argv=None):

@@ -237,9 +237,9 @@ def section(table: str, rows: list, records: dict) -> str:
         nearest = nearest_choices(rows, records)
         if nearest:
             parts.append("Nearest to the paper:\n\n" + "\n".join(nearest))
-    how = origin([row for row, _ in shown], records)
-    if how:
-        parts.append(how)
+    provenance = origin([row for row, _ in shown], records)
+    if provenance:
+        parts.append(provenance)
     if shown and not is_choices:
         runs = dict.fromkeys(row.run for row in rows if row.run and not is_count(row.run))
         commands = "\n".join(runs)

@@ -327,7 +327,8 @@ def paper2_ensembles():
 
 def paper2_generated():
     """Tables 1 (WideResNets), 6, 7, 8 and 11: AT+ with a million generated images."""
-    more = {"turn": "g", "note": "PGD-7 in App. A, PGD-10 in the recipe of Section 4; EMA, or last"}
+    note = "PGD-7 in App. A, PGD-10 in the recipe of Section 4; EMA, or last"
+    changes = {"turn": "g", "note": note}
     c10, c100 = ("CIFAR-10", "cifar10", ""), ("CIFAR-100", "cifar100", f" {C100}")
     at, akd, plus = ("AT+", "at"), ("AKD, alpha 1", "akd"), ("AKD+, alpha 0.8", "akd+ --alpha 0.8")
     rslad, rslad_plus = ("RSLAD, alpha 1", "rslad"), ("RSLAD+, alpha 0.8", "rslad+ --alpha 0.8")
@@ -366,7 +367,7 @@ def paper2_generated():
             line = first.replace("AT+", name)
             yield Row(f"paper2-{t}", line, printed(m, text),
                       f"{RKD} {loss} {kind.format(file)}{flags}",
-                      baseline="" if line == first else first, **more)
+                      baseline="" if line == first else first, **changes)
     for teachers, flags, texts in [
         ("1 teacher", "", ("88.25 62.55 60.37", "88.35 62.96 60.78")),
         ("4 teachers", " --teachers 4", ("87.99 62.53 60.55", "88.41 63.02 61.07")),
@@ -375,7 +376,7 @@ def paper2_generated():
         for (name, loss), text in zip((first, plus), texts):
             yield Row("paper2-table8", f"{name}, {teachers}", printed(CPA, text),
                       f"{RKD} {loss} {DDPM.format('cifar10')}{flags}",
-                      baseline=f"{name}, 1 teacher" if flags else "", **more)
+                      baseline=f"{name}, 1 teacher" if flags else "", **changes)
     for teacher, flags, texts in [
         ("AT+", "", ("92.84 64.12", "92.48 63.98", "92.67 64.51", "92.51 63.51", "92.76 63.62")),
         ("TRADES+", " --teacher-training trades",
@@ -389,7 +390,7 @@ def paper2_generated():
                       printed("clean_acc pgd20_acc", text),
                       f"{RKD} {loss} {EDM.format('cifar10')}{flags}",
                       take="teacher" if first else "student", baseline="" if first else alone,
-                      **more)
+                      **changes)
 
 
 def paper2_figures():
@@ -548,14 +549,14 @@ def choices(rows):
             run = row.run
             for flag in re.findall(r"--[\w-]+", flags):  # said once, or the run is hard to read
                 run = re.sub(rf" {flag}(?= |$)( (?!--)\S+)*", "", run)
-            more = {
+            changes = {
                 "run": f"{run} {flags}",
                 "name": f"{row.name}: {flags[2:]}",
                 "note": "",
                 "seeds": min(row.seeds, 3) if row.data == "mnist" else 1,
             }
             table = f"{row.table.split('-')[0]}-choices"
-            yield dataclasses.replace(row, table=table, turn="h", baseline="", **more)
+            yield dataclasses.replace(row, table=table, turn="h", baseline="", **changes)
 
 
 PARTS = [paper1_text, paper1_figures, paper1_figure10, paper2_one_teacher, paper2_capacity]

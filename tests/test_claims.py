@@ -200,6 +200,8 @@ def test_a_claim_is_run_kept_shown_and_not_run_again(only, in_process, tmp_path,
     rules = (Rule("aa_acc", "akd", "at"), Rule("entropy", "akd", "akd@teacher"))
     only({"small": make_claim(*rules, gates=(gate,), seeds=2)})
     flags = ["small", "--workers", "1"]
+    markers = "<!-- claims: begin -->\nold\n<!-- claims: end -->"
+    (tmp_path / "README.md").write_text(f"A\n{markers}\nB\n")
     for name in ("runs", "results", "docs"):
         (tmp_path / name).mkdir()
         flags += [f"--{name}", str(tmp_path / name)]
@@ -215,6 +217,9 @@ def test_a_claim_is_run_kept_shown_and_not_run_again(only, in_process, tmp_path,
     assert run["nets"]["teacher"]["clean_acc"] == pytest.approx(summary[0]["clean_acc"], abs=1e-6)
     assert len(run["curve"]["val_clean_acc"]) == 2
     page = (tmp_path / "docs/CLAIMS.md").read_text()
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("A\n<!-- claims: begin -->\nVerdicts on 1 claims: 1 ")
+    assert readme.endswith(".\n<!-- claims: end -->\nB\n")
     assert (
         "Verdicts on 1 claims: 1 " in page
         and "AutoAttack: akd above at" in page
