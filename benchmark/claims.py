@@ -394,14 +394,25 @@ def percent(number, digits=1):
     return f"{100 * number:.{digits}f}"
 
 
+METRIC_TITLES = {
+    "clean_acc": "clean",
+    "pgd20_acc": "PGD-20",
+    "aa_acc": "AutoAttack",
+    "entropy": "entropy",
+    "only_1_acc": "accuracy on ones",
+}
+
+
 def rule_text(rule):
     """A rule in words: "clean: akd+0.8 above at"."""
-    metric = rule.metric.replace("aa_acc", "AutoAttack").replace("pgd20_acc", "PGD-20")
-    metric = metric.replace("clean_acc", "clean").replace("only_1_acc", "accuracy on ones")
-    bound = ""
-    if rule.above:
-        bound = f" by more than {100 * rule.above:g}"
-    return f"{metric}: {rule.arm} above {rule.rival}{bound}"
+    metric = rule.metric.removeprefix("gain of ")
+    title = METRIC_TITLES[metric]
+    if metric != rule.metric:
+        title = f"gain in {title}"
+    if rule.above < 0:
+        return f"{title}: {rule.arm} at most {-100 * rule.above:g} below {rule.rival}"
+    bound = f" by more than {100 * rule.above:g}" if rule.above else ""
+    return f"{title}: {rule.arm} above {rule.rival}{bound}"
 
 
 def effect_text(rule, effect):
@@ -419,23 +430,24 @@ def arm_rows(results, claim):
     names = [name for rule in rules_of(claim) for name in names_in(rule)]
     metrics = {rule.metric.removeprefix("gain of ") for rule in rules_of(claim)}
     metrics |= {"clean_acc", "pgd20_acc"}
-    order = ("clean_acc", "pgd20_acc", "aa_acc", "entropy", "only_1_acc")
-    shown = [metric for metric in order if metric in metrics]
     rows = []
     for name in dict.fromkeys(names):
         row = {"arm": name}
-        for metric in shown:
+        for metric, title in METRIC_TITLES.items():
+            if metric not in metrics:
+                continue
             numbers = [value(results, name, metric, seed) for seed in seeds_of(claim)]
             numbers = [number for number in numbers if number is not None]
-            row[metric] = "-"
+            row[title] = "-"
             if numbers:
                 scale, digits = (1, 3) if metric == "entropy" else (100, 1)
-                row[metric] = f"{scale * mean(numbers):.{digits}f}"
+                row[title] = f"{scale * mean(numbers):.{digits}f}"
                 if len(numbers) > 1:
-                    row[metric] += f" ± {scale * stdev(numbers):.{digits}f}"
-            row["seeds"] = max(row.get("seeds", 0), len(numbers))
+                    row[title] += f" ± {scale * stdev(numbers):.{digits}f}"
+        row["seeds"] = sum(seed in results[split(name)[0]] for seed in seeds_of(claim))
         rows.append(row)
-    return rows
+    empty = {title for title in rows[0] if all(row[title] == "-" for row in rows)}
+    return [{title: row[title] for title in row if title not in empty} for row in rows]
 
 
 def rule_rows(results, claim):
@@ -450,6 +462,9 @@ def rule_rows(results, claim):
                 verdict = rule_verdict(rule, effect)
                 if kind == "gate":
                     verdict = "open" if effect.mean > rule.above else "closed"
+                elif kind == "rival":
+                    words = {"holds": "above", "contradicted": "below"}
+                    verdict = words.get(verdict, "undecided")
             rows.append(
                 {
                     "what": rule_text(rule),
@@ -513,6 +528,7 @@ def counts_text(judged):
     counts = {verdict: 0 for verdict in VERDICTS}
     for verdict, _ in judged.values():
         counts[verdict] += 1
+    counts = {"hold": counts.pop("holds")} | counts
     parts = [f"{count} {verdict}" for verdict, count in counts.items() if count]
     text = f"Verdicts on {len(judged)} claims: {', '.join(parts)}"
     corrected = sum(also for _, also in judged.values())

@@ -575,9 +575,11 @@ def draw_forest(path, lines):
     axis.set_yticks(range(len(lines)), [line[0] for line in lines], fontsize=7)
     axis.invert_yaxis()
     axis.set_xscale("symlog", linthresh=5)
-    ticks = [-50, -20, -5, -2, 0, 2, 5, 20, 50]
+    low, high = axis.get_xlim()
+    ticks = [t for t in (-50, -20, -10, -5, -2, 0, 2, 5, 10, 20, 50, 100) if low <= t <= high]
     axis.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
-    axis.set_xlabel("difference in points, 95 % interval; tick: the bound where it is not 0")
+    axis.minorticks_off()
+    axis.set_xlabel("difference in points, 95 % interval (black tick: bound)")
     for verdict, colour in (*colours.items(), ("undecided or regime absent", "gray")):
         axis.plot([], [], "o-", color=colour, label=verdict)
     figure.legend(loc="outside lower right", ncols=3)
