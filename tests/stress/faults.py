@@ -278,8 +278,9 @@ def full(job, folder, rng, seconds):
 
 
 def damaged(damage, job, folder, rng, seconds):
-    """Stop it so that there is a checkpoint, if by chance there is one, and damage that."""
-    done = inside(lambda at: lambda: at_call("replace", at, die), job, folder, rng, seconds)
+    """Kill it when it has probably written several checkpoints, and damage the newest one."""
+    at = rng.randint(6, 30)
+    done = wait(start(job, folder, lambda: at_call("replace", at, die)), folder)
     path = last_file(folder)
     if path is not None:
         damage(path, rng)
