@@ -2293,13 +2293,11 @@ def plot(path, record):
 
     The histogram of the probabilities of all classes is Figure 8 of the noisy collaboration paper.
     """
-    from matplotlib.figure import Figure
-
     rows = {short_name(row["model"])[-36:]: row for row in record["rows"]}
     calibrated = {name: row["calibration"] for name, row in rows.items() if "calibration" in row}
     corrupted = {name: row["corruptions"] for name, row in rows.items() if "corruptions" in row}
     panels = 1 + (2 if calibrated else 0) + len(corrupted)
-    figure = Figure((5 * panels, 4.5), layout="tight")
+    figure = common.new_figure(5 * panels, 4.5)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     axis = axes.pop(0)
     for name, row in rows.items():
