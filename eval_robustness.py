@@ -2112,7 +2112,7 @@ def evaluate_files(args, files, folder):
         for key, value in row_of[str(path)].items():
             if key.endswith("_acc"):
                 row[key] = value
-        _, meta = common.load_model(path)
+        meta = common.load(path)["meta"] | {"file": str(path)}
         rows.append(row | training_columns(meta))
     return rows
 
