@@ -1400,6 +1400,8 @@ def run_seeds(script: str, args: argparse.Namespace, job, prepare=None) -> list[
     prepare(args, data): checks flags against the data, and changes `data`, before a folder is made.
     -> the rows of each seed; after several seeds their mean and deviation are printed.
     """
+    if args.teacher_ckpt and not os.path.isfile(args.teacher_ckpt):  # before any data are fetched
+        raise UserError(f"--teacher-ckpt {args.teacher_ckpt}: no such checkpoint")
     device = setup_training(args)
     with first_process_first():
         data = load_data(
