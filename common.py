@@ -13,12 +13,15 @@ has its own folders, logs and checkpoints.
 """
 
 import argparse
+import ast
 import atexit
 import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -773,11 +776,16 @@ class MLP(nn.Module):
 
 def check_model(flag: str, name: str, width: float = 1.0, dropout: float = 0.0) -> None:
     """A UserError that names `flag` if build_model(name, width=..., dropout=...) is impossible."""
+    if ":" in name:  # a net of your own; find_function has looked for it
+        if width != 1:
+            advice = "what scales your net is an argument of its function"
+            raise UserError(f"{flag} {name}: a width of {width:g} is for our ResNets; {advice}")
+        return
     wrn = re.fullmatch(r"wrn-([1-9]\d{1,2})-([1-9]\d?)(-silu)?", name)
     resnet = re.fullmatch(r"resnet18|resnet50|preact-resnet18(-silu)?", name)
     mlp = re.fullmatch(r"mlp(-[1-9]\d{0,4}){1,8}", name)
     if not (wrn or resnet or mlp):
-        names = "resnet18, resnet50, preact-resnet18, wrn-D-W or mlp-H-...-H"
+        names = "resnet18, resnet50, preact-resnet18, wrn-D-W, mlp-H-...-H or MODULE:FUNCTION"
         raise UserError(f"{flag}: expected {names} (wrn-28-10-silu, mlp-1200-1200), got {name!r}")
     if wrn and int(wrn[1]) % 6 != 4:
         depths = "the depth of a WideResNet is 6n + 4 (10, 16, 22, 28, 34, 40)"
@@ -791,12 +799,25 @@ def check_model(flag: str, name: str, width: float = 1.0, dropout: float = 0.0) 
 def build_model(name, classes=10, width=1.0, dropout=0.0, channels=3, size=32, mean=None, std=None):
     """A net for images (B, channels, size, size) in [0, 1] that returns logits (B, classes).
 
+    MODULE:FUNCTION: see find_function; the net is told neither classes nor size, mean or std.
     resnet18, resnet50, preact-resnet18 (He et al., CIFAR stem: 3x3, no pooling; `width` scales the
     channels), wrn-D-W (Zagoruyko and Komodakis 2016; `dropout` between the convolutions of a
     block), mlp-H-...-H (`dropout` after each layer); suffix -silu for the pre-activation nets.
     mean, std per channel (None: 0 and 1). `model.arch` keeps what load_model builds it from.
     """
     check_model("--model", name, width, dropout)
+    arch = {
+        "name": name,
+        "classes": classes,
+        "width": width,
+        "dropout": dropout,
+        "channels": channels,
+        "size": size,
+    }
+    if ":" in name:
+        model = call_function(name, dropout)
+        model.arch = arch
+        return model
     mean, std = mean or [0.0] * channels, std or [1.0] * channels
     numbers = [int(n) for n in re.findall(r"-(\d+)", name)]
     act = "silu" if name.endswith("-silu") else "relu"
@@ -821,14 +842,7 @@ def build_model(name, classes=10, width=1.0, dropout=0.0, channels=3, size=32, m
                 PostActBlock, stem, widths, depths, expansion, expansion=expansion
             )
             model = ConvNet(mean, std, stem, stages, norm_act(stem), [], last, classes)
-    model.arch = {
-        "name": name,
-        "classes": classes,
-        "width": width,
-        "dropout": dropout,
-        "channels": channels,
-        "size": size,
-    }
+    model.arch = arch
     return model.to(memory_format=torch.channels_last)
 
 
@@ -858,7 +872,126 @@ def new_model(data: Data, name: str, seed: int, stage: str, width=1.0, dropout=0
     device = data.x_train.device
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{stage}: {name}, {parameters:,} parameters, on {device}", flush=True)
-    return model.to(device)
+    model = model.to(device)
+    if ":" in name and world() > 1:  # a function may draw weights in ways that no seed reaches
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+    return model
+
+
+# ---- nets of your own -------------------------------------------------------------------------
+
+# What builds the nets of MODULE:FUNCTION, by these names. find_function fills it, and load_model
+# builds nothing else: a checkpoint cannot make it import a module.
+FUNCTIONS = {}
+
+
+def find_function(flag: str, text: str) -> str:
+    """Import what `flag` names, MODULE:FUNCTION or MODULE:FUNCTION(argument=value, ...).
+
+    The function returns a torch.nn.Module from images (B, C, H, W) in [0, 1] to logits (B, K). The
+    values are numbers, strings, lists and the like; they are parsed and never evaluated. Modules
+    are looked for in the current folder too. -> the name in one spelling. Raises UserError.
+    """
+    expected = "expected MODULE:FUNCTION or MODULE:FUNCTION(argument=value, ...)"
+    parts = re.fullmatch(r"([\w.]+):(\w+)(\(.*\))?", text)
+    if not parts:
+        raise UserError(f"{flag}: {expected}, got {text!r}")
+    module, function, brackets = parts.groups(default="()")
+    try:
+        call = ast.parse(f"f{brackets}", mode="eval").body
+        if not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError("only arguments with a name")
+        arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+        if None in arguments:
+            raise ValueError("no **")
+    except (SyntaxError, ValueError, AttributeError, TypeError, RecursionError, MemoryError):
+        values = "the values must be plain: numbers, strings, lists, True, None"
+        raise UserError(f"{flag} {text}: {expected}; {values}") from None
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        built_by = getattr(importlib.import_module(module), function)
+    except (Exception, SystemExit) as error:  # whatever the module raises
+        raise UserError(f"{flag} {text}: {one_line(error)}") from None
+    name = f"{module}:{function}"
+    if arguments:
+        values = [f"{key}={value!r}" for key, value in sorted(arguments.items())]
+        name += f"({', '.join(values)})"
+    FUNCTIONS[name] = functools.partial(built_by, **arguments)
+    return name
+
+
+def one_line(error) -> str:
+    """An exception as a part of one line: its type and the beginning of its text."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def call_function(name: str, dropout: float = 0.0) -> nn.Module:
+    """The net of a name of find_function, with its images as contiguous float32 (B, C, H, W).
+
+    dropout: the rate that all its nn.Dropout get; 0 leaves them as they are. Raises UserError.
+    """
+    if name not in FUNCTIONS:
+        advice = "give it as --model, or as --teacher-model if it is the teacher"
+        raise UserError(f"is a net of {name[:200]!r}, which no file can import; {advice}")
+    try:
+        model = FUNCTIONS[name]()
+    except Exception as error:  # whatever the function raises
+        raise UserError(f"{name}: {one_line(error)}") from None
+    if not isinstance(model, nn.Module):
+        returned = f"returned a {type(model).__name__}, not a torch.nn.Module"
+        raise UserError(f"{name}: {returned}")
+    tensors = [*model.state_dict().values()]
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise UserError(f"{name}: its state_dict must hold tensors alone")
+    lazy = nn.parameter.UninitializedTensorMixin
+    if any(tensor.is_meta or isinstance(tensor, lazy) for tensor in tensors):
+        raise UserError(f"{name}: has weights without numbers (lazy layers, or on device meta)")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"{name}: has no weights to train")
+    if dropout > 0:
+        layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+        if not layers:
+            raise UserError(f"{name}: has no nn.Dropout for the dropout rate {dropout:g}")
+        for layer in layers:
+            layer.p = dropout
+    # our batches are channels_last in memory, which code with .view(...) does not expect
+    model.register_forward_pre_hook(lambda module, inputs: inputs[0].contiguous())
+    return model
+
+
+def load_weights(flag: str, path: str | Path, model: nn.Module) -> None:
+    """Load a state_dict from elsewhere, weights only: other pickles are refused, never run.
+
+    It may be below `state_dict`, `model` or `weights`, its names may begin with `module.`. Raises
+    UserError.
+    """
+    if not Path(path).is_file():  # reading a pipe would block
+        raise UserError(f"{flag} {path}: no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of pickles from elsewhere
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        for key in ("state_dict", "model", "weights"):
+            if isinstance(state.get(key), dict):
+                state = state[key]
+        model.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
+    except Exception as error:  # torch raises half a dozen types for a damaged file
+        reason = one_line(error)
+        if isinstance(error, pickle.UnpicklingError):  # torch would explain how to run it
+            reason = "the file contains Python objects; only tensors and plain values are loaded"
+        raise UserError(f"{flag} {path}: {reason}") from None
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise UserError(f"{flag} {path}: weights that are not finite")
+
+
+def initial_digest(name: str, seed: int, dropout: float) -> str:
+    """16 hex digits of the weights that a teacher of MODULE:FUNCTION begins with."""
+    with torch.random.fork_rng(devices=[]):  # a training goes on with the random numbers it has
+        torch.manual_seed(derive_seed("init", seed, "teacher"))
+        return state_digest(call_function(name, dropout).state_dict())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -989,18 +1122,25 @@ def convolutions_before_norms(model: nn.Module) -> dict:
     return pairs
 
 
+def folded(model: nn.Module) -> nn.Module:
+    """A Folded copy of a model with ConvNets of this file; any other model is returned itself."""
+    return Folded(model) if convolutions_before_norms(model) else model
+
+
 def attacked(model: nn.Module, attack_bn: str) -> nn.Module:
     """The net that an attack in training differentiates: BatchNorm in mode "train" or "eval".
 
-    In eval mode it is the Folded copy (on a CPU a PGD-7 training step of WRN-10-1 takes 0.79 of the
-    time, of WRN-16-2 0.95); under torch.compile, which does as well, the net itself.
+    In eval mode it is the Folded copy of a ConvNet (on a CPU a PGD-7 training step of WRN-10-1
+    takes 0.79 of the time, of WRN-16-2 0.95); under torch.compile, which does as well, the net
+    itself.
     """
     model.train(attack_bn == "train")
     if attack_bn == "train" or model._compiled_call_impl is not None:
         return model
     if "folded" not in vars(model):
-        vars(model)["folded"] = Folded(model)  # no submodule: it is neither saved nor trained
-    return vars(model)["folded"].refresh()
+        vars(model)["folded"] = folded(model)  # no submodule: it is neither saved nor trained
+    copy_of_it = vars(model)["folded"]
+    return copy_of_it.refresh() if isinstance(copy_of_it, Folded) else model
 
 
 @contextlib.contextmanager
@@ -1153,6 +1293,15 @@ def load(path: str | Path) -> dict:
     return record
 
 
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether it is a file of `save`, and whole."""
+    try:
+        load(path)
+    except UserError:
+        return False
+    return True
+
+
 def is_plain(value, depth: int = 5) -> bool:
     """Whether it is a number, a short string, None, a tensor, or a small dict or list of such."""
     if isinstance(value, Tensor):  # one that repeats its numbers is larger than its storage
@@ -1169,25 +1318,32 @@ def is_plain(value, depth: int = 5) -> bool:
 def load_model(path, device="cpu", data: Data | None = None, name: str | None = None):
     """-> (model in eval mode, its meta with the path as `file`) from a file of save_model.
 
-    A UserError if the model does not fit `data`, or if it is not a `name`.
+    A UserError if the model does not fit `data`, or if it is not a `name`. A net of MODULE:FUNCTION
+    is built if find_function was asked for it before: nothing is imported here.
     """
     record = load(path)
     try:
         arch, weights, meta = (record[key] for key in ("arch", "weights", "meta"))
         check_model(f"{path}", arch["name"], arch["width"], arch["dropout"])
-        with torch.device("meta"):  # takes no memory, whatever arch asks for
-            wanted = {k: (v.shape, v.dtype) for k, v in build_model(**arch).state_dict().items()}
-        size = sum(v.numel() * v.element_size() for v in weights.values())
+        if ":" not in arch["name"]:
+            with torch.device("meta"):  # takes no memory, whatever arch asks for
+                net = build_model(**arch)
+            size = sum(v.numel() * v.element_size() for v in weights.values())
+            if size > os.path.getsize(path):
+                raise ValueError("the weights are larger than the file")
+        else:  # it may have weights that share their memory
+            net = build_model(**arch)
+        wanted = {k: (v.shape, v.dtype) for k, v in net.state_dict().items()}
         if wanted != {k: (v.shape, v.dtype) for k, v in weights.items()}:
             raise ValueError(f"the weights do not belong to {arch}")
-        if size > os.path.getsize(path):
-            raise ValueError("the weights are larger than the file")
         if not (isinstance(meta, dict) and is_plain(meta)):
             raise ValueError("more than numbers, names and tensors beside the weights")
         if not all(v.isfinite().all() for v in weights.values()):
             raise ValueError("weights that are not finite")
         model = build_model(**arch)
         model.load_state_dict(weights)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except Exception as error:  # whatever a foreign record makes torch raise
         reason = str(error)[:200] or "empty"
         raise UserError(f"{path}: holds no model of these scripts ({reason})") from None
@@ -1351,6 +1507,10 @@ class RunParser(Parser):
             sets = [f"--{k} {value}" for k, value in flags.items() if f"--{k}" not in given]
             print(f"{preset} sets {' '.join(sets) or 'nothing'}")
         args = self.parse_args(argv)
+        for flag in ("model", "teacher_model"):
+            if ":" in (getattr(args, flag) or ""):
+                name = find_function(f"--{flag.replace('_', '-')}", getattr(args, flag))
+                setattr(args, flag, name)
         width = getattr(args, "width", 1.0)
         teacher_width = getattr(args, "teacher_width", None) or width
         check_model("--model", args.model, width)
@@ -1858,7 +2018,11 @@ def save_model(path: Path, model: nn.Module, rows: list[dict] = (), **meta) -> N
 
 def weights_digest(path: Path) -> str:
     """16 hex digits of the weights in a saved model, whatever its meta says."""
-    weights = load(path)["weights"]
+    return state_digest(load(path)["weights"])
+
+
+def state_digest(weights: dict) -> str:
+    """16 hex digits of a state_dict."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(weights[name].cpu().numpy().tobytes())
@@ -1871,9 +2035,13 @@ def weights_digest(path: Path) -> str:
 def teacher_file(args: argparse.Namespace, data: Data, recipe: dict) -> Path:
     """runs/teachers/<digest of recipe and data>/teacher.pt, whether it is there or not.
 
-    recipe: all flags on which the teacher's weights depend.
+    recipe: all flags on which the teacher's weights depend. For a net of your own the weights that
+    it begins with belong to it.
     """
     recipe = json.loads(json.dumps(recipe | {"data": data.fingerprint}))
+    if ":" in recipe["model"]:
+        initial = initial_digest(recipe["model"], recipe["seed"], recipe.get("dropout", 0.0))
+        recipe["initial_weights"] = initial
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     return Path(args.runs) / "teachers" / digest / "teacher.pt"
 
@@ -1900,15 +2068,36 @@ def keep_teacher(args, data: Data, recipe: dict, model: nn.Module, rows: list, *
         sync()  # as at the end of save_model
 
 
+def given_teacher(args: argparse.Namespace, data: Data, name: str, dropout: float = 0.0):
+    """-> (the teacher of --teacher-ckpt on the CPU, its meta as load_model gives it).
+
+    name: the net that a plain state_dict belongs to, a MODULE:FUNCTION; the meta is {} then.
+    """
+    if ":" in name and not is_checkpoint(args.teacher_ckpt):
+        size, channels = data.x_test.shape[2:]
+        model = build_model(name, len(data.classes), 1.0, dropout, channels, size)
+        load_weights("--teacher-ckpt", args.teacher_ckpt, model)
+        return model.eval(), {}
+    asked = args.teacher_model if "--teacher-model" in args.given else None
+    return load_model(args.teacher_ckpt, "cpu", data, asked)
+
+
 def get_teacher(args: argparse.Namespace, data: Data, recipe: dict, train):
     """-> (teacher in eval mode with frozen weights, its meta, its file).
 
-    --teacher-ckpt FILE is taken as it is. Otherwise the file is teacher_file(...): if it is not
-    there, train(folder) must write teacher.pt into the folder. While another process trains the
-    same teacher, this one waits.
+    --teacher-ckpt FILE is taken as it is; if it is a plain state_dict of --teacher-model
+    MODULE:FUNCTION, its weights are kept as a file of save_model. Otherwise the file is
+    teacher_file(...): if it is not there, train(folder) must write teacher.pt into the folder.
+    While another process trains the same teacher, this one waits.
     """
     if args.teacher_ckpt:
+        given, meta = given_teacher(args, data, recipe["model"], recipe.get("dropout", 0.0))
         path = Path(args.teacher_ckpt)
+        if "file" not in meta:
+            folder = f"given-{state_digest(given.state_dict())}"
+            path = Path(args.runs) / "teachers" / folder / "teacher.pt"
+            with locked(path.parent, wait=True):
+                save_model(path, given)
     else:
         path = teacher_file(args, data, recipe)
         with locked(path.parent, wait=True):

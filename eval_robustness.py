@@ -78,7 +78,11 @@ def parse_args(argv=None):
     add(
         "--model",
         metavar="MODULE:FUNCTION",
-        help="function that returns a net of your own, from images in [0, 1] to logits",
+        action="append",
+        default=[],
+        help="function that returns a net of your own, from images in [0, 1] to logits: that of a "
+        "CKPT, or else a net to evaluate; with arguments 'MODULE:FUNCTION(width=2)'; may be "
+        "repeated",
     )
     add("--weights", metavar="FILE", help="state_dict for --model, loaded as weights only")
     add(
@@ -163,7 +167,7 @@ def parse_args(argv=None):
 def check_flags(args, error):
     """Call error(line) for flags that do not go together."""
     attacks = [name for name in args.attack if name not in NOT_ATTACKS]
-    models = len(args.checkpoints) + (1 if args.model else 0)
+    models = len(args.checkpoints) + len(args.model)
     if models == 0 or args.weights and not args.model:
         error("expected CKPT..., or --model MODULE:FUNCTION, perhaps with --weights FILE")
     for name in ("cinic", "ood"):
@@ -1486,7 +1490,7 @@ def clean_logits(model, x, labels, batch_size=500, classes=None, name="the model
             raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             problem = f"{name} does not take images {tuple(part.shape)}"
-            raise common.UserError(f"{problem}: {error}") from None
+            raise common.UserError(f"{problem}: {common.one_line(error)}") from None
         shape = tuple(getattr(logits, "shape", [type(logits).__name__]))
         if len(shape) != 2 or shape[0] != len(part):
             raise common.UserError(f"{name} must return logits ({len(part)}, K), got {shape}")
@@ -1509,55 +1513,58 @@ def is_probabilities(logits):
     return bool(logits.min() > -1e-5 and (logits.sum(1) - 1).abs().max() < 1e-5)
 
 
-def foreign_model(spec, weights, device):
-    """The net of `package.module:function`; weights: None or the file of its state_dict.
+def try_nets(args, data, teacher_dropout=0.0):
+    """Try --model and --teacher-model MODULE:FUNCTION on a batch, before anything is written.
 
-    The state_dict may be below `state_dict`, `model` or `weights`, its names may begin with
-    `module.`. Raises UserError.
+    In eval mode they must return logits, and in training mode a backward pass must work. Raises
+    UserError.
     """
-    module, _, function = spec.partition(":")
-    sys.path.insert(0, "")  # the current folder
-    try:
-        model = getattr(importlib.import_module(module), function)()
-    except Exception as error:  # whatever the module raises
-        expected = f"expected package.module:function ({error!r})"
-        raise common.UserError(f"--model {spec}: {expected}") from None
-    finally:
-        sys.path.remove("")
-    if not isinstance(model, nn.Module):
-        returned = f"returned a {type(model).__name__}, not a torch.nn.Module"
-        raise common.UserError(f"--model {spec}: {returned}")
-    try:
-        if weights:
-            if not Path(weights).is_file():  # reading a pipe would block
-                raise FileNotFoundError("no such file")
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-            for key in ("state_dict", "model", "weights"):
-                if isinstance(state.get(key), dict):
-                    state = state[key]
-            model.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
-    except Exception as error:  # torch raises half a dozen types for a damaged file
-        reason = str(error)[:200] or repr(error)
-        raise common.UserError(f"--weights {weights}: {reason}") from None
-    torch.set_float32_matmul_precision("highest")  # whatever the module has set
-    return model.to(device).eval()
+    size, channels = data.x_train.shape[2:]
+    x, labels = data.x_train[:8], data.y_train[:8]
+    for name, dropout in ((args.model, 0.0), (args.teacher_model, teacher_dropout)):
+        if ":" not in (name or ""):
+            continue
+        model = common.build_model(name, len(data.classes), 1.0, dropout, channels, size)
+        model = model.to(x.device).eval()
+        logits = clean_logits(model, x, labels, classes=len(data.classes), name=name)
+        refuse_probabilities(logits, name)
+        try:
+            F.cross_entropy(model.train()(common.to_float(x)), labels).backward()
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            problem = common.one_line(error)
+            raise common.UserError(f"{name}: cannot be trained ({problem})") from None
+
+
+def refuse_probabilities(logits, name):
+    """A UserError if the logits of the net `name` are probabilities."""
+    if is_probabilities(logits):
+        advice = "hand it over without its softmax"
+        raise common.UserError(f"{name}: returns probabilities; {advice}")
 
 
 def load_models(args, data, device):
     """-> {name of the row: model}, {file: digest of its weights}, from the flags."""
-    models = {}
+    models, functions = {}, [common.find_function("--model", name) for name in args.model]
     for path in args.checkpoints:
         models[path], _ = common.load_model(path, device, data)
         warn_of_other_data(path, args.data)
-    if args.model:
-        models[args.model] = foreign_model(args.model, args.weights, device)
+    of_checkpoints = [model.arch["name"] for model in models.values()]
+    functions = [name for name in functions if name not in of_checkpoints]
+    if args.weights and len(functions) != 1:
+        wanted = "goes with one --model that is not the net of a CKPT"
+        raise common.UserError(f"--weights: {wanted}, got {len(functions)}")
+    for name in functions:
+        models[name] = common.call_function(name)
+        if args.weights:
+            common.load_weights("--weights", args.weights, models[name])
+        models[name].to(device).eval()
+    if functions:
+        torch.set_float32_matmul_precision("highest")  # whatever their modules have set
     for name, model in models.items():
         with common.evaluating(model):
             x, labels = data.x_test[:100], data.y_test[:100]
             logits = clean_logits(model, x, labels, classes=len(data.classes), name=name)
-        if is_probabilities(logits):
-            advice = "hand it over without its softmax"
-            raise common.UserError(f"{name}: returns probabilities; {advice}")
+        refuse_probabilities(logits, name)
     if args.ensemble:
         models = {f"ensemble of {len(models)}": Ensemble([*models.values()]).eval()}
         print("ensemble: the attacks get the logarithm of the averaged probabilities as logits")
@@ -1829,7 +1836,7 @@ def run_attack(model, images, name, settings, state=None, model_name=""):
     if name == "aa-rand":
         settings = dataclasses.replace(settings, eot=20)
     plan, broken_by = passes(name, images.logits.shape[1], settings), progress.broken_by
-    folded = common.Folded(model)
+    folded = common.folded(model)
     for number in range(progress.passes_done + 1, len(plan) + 1):
         attack, repeat = plan[number - 1]
         # the images that were not broken when the pass began
@@ -1986,7 +1993,7 @@ def accuracy_curve(model, x, labels, settings):
     with common.evaluating(model), torch.no_grad():
         images = Images(x, labels, clean_logits(model, x, labels, settings.batch_size))
         robust = (images.logits.argmax(1) == labels).cpu()
-        curve, folded = [(0.0, robust.double().mean().item())], common.Folded(model)
+        curve, folded = [(0.0, robust.double().mean().item())], common.folded(model)
         for factor in factors:
             if not robust.any() or settings.norm == "linf" and curve[-1][0] >= 1:
                 break
@@ -2049,16 +2056,16 @@ def add_evaluation_flags(parser):
     add("--ood", type=existing_path, help="other images: .npz file or folder of class folders")
 
 
-def check_evaluation(args, data):
+def check_evaluation(args, data, teacher_dropout=0.0):
     """A UserError before the training if the files and images do not go with what is asked for."""
     if args.eval == "full" and data.x_test.shape[1:] != (32, 32, 3):
         needs = "needs colour images of 32 x 32"
         raise common.UserError(f"--eval full: {needs}, {data.name} has others; leave it out")
     if args.teacher_seeds > 1 and args.pick_teacher == "val" and not len(data.x_val):
         raise common.UserError("--pick-teacher val: needs held-out images, --val-size above 0")
+    try_nets(args, data, teacher_dropout)
     if args.teacher_ckpt:
-        name = args.teacher_model if "--teacher-model" in args.given else None
-        common.load_model(args.teacher_ckpt, "cpu", data, name)
+        common.given_teacher(args, data, args.teacher_model, teacher_dropout)
 
 
 def best_epoch(folder):

@@ -451,9 +451,9 @@ def main(argv=None):
 
 def prepare(args, data):
     """Check flags and files against the data before anything is written; raises UserError."""
-    eval_robustness.check_evaluation(args, data)
+    eval_robustness.check_evaluation(args, data, teacher_dropout(args))
     if args.teacher_ckpt and args.method == "fickle":
-        teacher, _ = common.load_model(args.teacher_ckpt, "cpu", data)
+        teacher, _ = common.given_teacher(args, data, args.teacher_model, teacher_dropout(args))
         learned, asked = teacher.arch["dropout"], teacher_dropout(args)
         if learned != asked:
             wrong = f"learned with dropout {learned:g}, not --dropout {asked:g}"

@@ -1029,10 +1029,10 @@ def main(argv=None):
 
 
 def prepare(args, data):
-    """Check the files that are given against the data, before anything is written."""
+    """Check the nets and files that are given against the data, before anything is written."""
+    eval_robustness.try_nets(args, data)
     if args.teacher_ckpt:
-        name = args.teacher_model if "--teacher-model" in args.given else None
-        common.load_model(args.teacher_ckpt, "cpu", data, name)
+        common.given_teacher(args, data, args.teacher_model or args.model)
     if args.extra_data:
         data.extra = load_extra(args.extra_data, data)
         # other generated images are other data: another teacher, and another run

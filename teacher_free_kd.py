@@ -365,8 +365,9 @@ def check_flags(args, error):
     path = Path(args.grad_heatmap or "x.npz")
     if path.suffix != ".npz" or not path.absolute().parent.is_dir():
         error(f"--grad-heatmap: expected FILE.npz in a folder that exists, got {path}")
-    if args.method == "self-distillation" and args.model.startswith("mlp"):
-        error(f"--model: self-distillation needs a ResNet or WideResNet, got {args.model}")
+    if args.method == "self-distillation" and (args.model.startswith("mlp") or ":" in args.model):
+        needs = "self-distillation needs the stages of our ResNets and WideResNets"
+        error(f"--model: {needs}, got {args.model}")
     if args.method == "self-distillation" and args.width * 32 % 1:
         error(f"--width: self-distillation needs a multiple of 1/32, got {args.width:g}")
     other_net = args.teacher_model not in (None, args.model)
@@ -626,13 +627,14 @@ def correct_bias(model, data, digit):
     The bias of the digit is raised for that (Hinton et al. 2015); of these images no label is used
     but how many of them show the digit.
     """
-    model = copy.deepcopy(model)
     logits = common.predict(model, data.x_train)  # (N, K)
     others = torch.cat([logits[:, :digit], logits[:, digit + 1 :]], 1)
     missing = others.amax(1) - logits[:, digit]  # (N,) raised by this, the digit is predicted
     share = (data.y_train == digit).double().mean().item()
-    last_layer = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-    last_layer.bias[digit] += missing.quantile(share)
+    raised = torch.zeros_like(logits[0])  # (K,)
+    raised[digit] = missing.quantile(share)
+    model = copy.deepcopy(model)
+    model.register_forward_hook(lambda module, inputs, output: output + raised)
     return model
 
 
@@ -924,17 +926,14 @@ def prepare(args, data):
     if args.method in USES_VIRTUAL_TEACHER and args.delta <= guess:
         wanted = f"expected more than {guess:g}, the probability of a guess"
         raise common.UserError(f"--delta: {wanted}, got {args.delta:g}")
+    eval_robustness.try_nets(args, data)
     if args.teacher_ckpt:
-        name = None
-        if args.method in TEACHER_LIKE_STUDENT:
-            name = args.model
-        elif "--teacher-model" in args.given:
-            name = args.teacher_model
-        teacher, _ = common.load_model(args.teacher_ckpt, "cpu", data, name)
-        width = teacher.arch["width"]
-        if args.method in TEACHER_LIKE_STUDENT and width != args.width:
+        teacher, _ = common.given_teacher(args, data, args.teacher_model or args.model)
+        name, width = teacher.arch["name"], teacher.arch["width"]
+        if args.method in TEACHER_LIKE_STUDENT and (name, width) != (args.model, args.width):
+            student = f"the student is a {args.model} of width {args.width:g}"
             raise common.UserError(
-                f"{args.teacher_ckpt}: has the width {width:g}, the student {args.width:g}"
+                f"{args.teacher_ckpt}: is a {name} of width {width:g}, {student}"
             )
 
 
