@@ -81,8 +81,8 @@ NOISY_LABELS = (
 
 # Small WRNs on 4,000 images of 16x16 with crops and flips, trained on clean images
 WRN = (
-    "--data data/cifar10-16.npz --train-subset 4000 --val-size 1000 --test-subset 10000 "
-    "--model wrn-10-1 --teacher-model wrn-16-2 --epochs 30 --teacher-epochs 30 --batch-size 64 "
+    "--data data/cifar10-16.npz --train-subset 4000 --val-size 500 --test-subset 4000 "
+    "--model wrn-10-1 --teacher-model wrn-10-2 --epochs 30 --teacher-epochs 30 --batch-size 64 "
     "--lr 0.05 --restarts 1"
 )
 
@@ -122,8 +122,9 @@ ARMS = {
     # noisy collaboration
     "alone": f"fickle_teacher.py --method student {WRN}",
     "hinton": f"fickle_teacher.py --method hinton {WRN}",
-    "hinton-dropout": f"fickle_teacher.py --method hinton --dropout 0.4 {WRN}",
-    "fickle": f"fickle_teacher.py --method fickle --dropout 0.4 {WRN}",
+    # dropout 0.1: with 0.4 so small a teacher stays at 0.46 where it reaches 0.55 without (seed 3)
+    "hinton-dropout": f"fickle_teacher.py --method hinton --dropout 0.1 {WRN}",
+    "fickle": f"fickle_teacher.py --method fickle --dropout 0.1 {WRN}",
     "gaussian": f"soft_randomization.py --method gaussian --sigma 0.05 {WRN}",
     "soft-randomization": f"soft_randomization.py --sigma 0.05 {WRN}",
     "mc-s": f"messy_collab.py --method mc-s --noise-rate 0.3 {WRN}",

@@ -594,7 +594,7 @@ before the runs.
   overfits robustly within 30 epochs.
 - ResNet-18 at 1/8 of its width on the same images, PGD-3, 20 epochs (arms `conv-`).
 - MLPs on 5,000 digits of MNIST, half of them with wrong labels (arms `wrong-`).
-- WRN-16-2 teaches WRN-10-1 on 4,000 images of 16x16 with crops and flips (other claims of paper 1).
+- WRN-10-2 teaches WRN-10-1 on 4,000 images of 16x16 with crops and flips (other claims of paper 1).
 - MNIST with the nets of the third paper.
 
 ## All claims
