@@ -1211,6 +1211,7 @@ def write_atomically(path: Path, write) -> None:
     """
     if rank() > 0:
         return
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -2159,7 +2160,13 @@ class Graphs:
     def __call__(self, *tensors):
         key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
         if key not in self.graphs:
-            self.graphs[key] = self.capture([tensor.clone() for tensor in tensors])
+            try:
+                self.graphs[key] = self.capture([tensor.clone() for tensor in tensors])
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # a net of your own waits for the GPU in its forward pass
+                reason = f"a step cannot be captured ({one_line(error)})"
+                raise UserError(f"--graph: {reason}; leave it out") from None
         graph, inputs, output, gradients = self.graphs[key]
         for own, given in zip(inputs, tensors):
             own.copy_(given)

@@ -1,0 +1,365 @@
+"""--model MODULE:FUNCTION: nets of others in all scripts, their checkpoints, and bad input."""
+
+import re
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import ROOT
+
+import common
+import eval_robustness
+import fickle_teacher
+import messy_collab
+import robust_kd
+import soft_randomization
+import teacher_free_kd
+
+PAGE = (ROOT / "docs" / "own_nets.md").read_text()
+MYNETS, RB, LOADING = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+
+THEIRS = """
+import torch
+import torch.nn as nn
+
+def net(classes=10, width=8, numbers=None):
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, 4, 1), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(0.1),
+        nn.Flatten(), nn.Linear(64 * width, classes))
+
+class Views(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, 4, 1), nn.BatchNorm1d(256)
+        self.fc = nn.Linear(256, 10)
+        self.tied = self.fc
+
+    def forward(self, x):
+        assert x.is_contiguous()
+        return self.fc(self.norm(self.conv(x).view(len(x), -1)))
+
+def views():
+    return Views()
+
+def needs(size):
+    return net()
+
+def fails():
+    raise OSError("several\\nlines")
+
+def no_module():
+    return "resnet"
+
+def soft():
+    return nn.Sequential(net(), nn.Softmax(1))
+
+def large():
+    return net(classes=1000)
+
+def gray():
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.LazyLinear(10))
+
+def one_channel():
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(1800, 10))
+
+def on_meta():
+    return net().to("meta")
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x):
+        y = self.net(x).exp()
+        y2 = y * y
+        y.add_(1)
+        return y2 if self.training else y2 * 30
+
+def untrainable():
+    return InPlace()
+
+def without_weights():
+    return nn.Sequential(nn.Flatten(), nn.ReLU())
+"""
+
+
+@pytest.fixture(autouse=True)
+def nets(tmp_path, monkeypatch):
+    """The current folder holds theirs.py, mynets.py and rb.py; no function is known yet."""
+    (tmp_path / "theirs.py").write_text(THEIRS)
+    (tmp_path / "mynets.py").write_text(MYNETS)
+    (tmp_path / "rb.py").write_text(RB)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "FUNCTIONS", {})
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in ("theirs", "mynets", "rb"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
+SMALL = (
+    "--data shapes --train-subset 32 --test-subset 10 --val-size 10 --batch-size 16 --epochs 1 "
+    "--device cpu --name x --teacher-epochs 1"
+)
+SMALL_OF = {
+    robust_kd: f"{SMALL} --teacher-batch-size 16 --steps 1 --eval-steps 1",
+    teacher_free_kd: f"{SMALL} --eval-attack clean --steps 1",
+    fickle_teacher: f"{SMALL} --restarts 1 --eval-steps 1",
+    soft_randomization: f"{SMALL} --restarts 1 --eval-steps 1",
+    messy_collab: f"{SMALL} --restarts 1 --eval-steps 1",
+}
+NETS = "--model theirs:net --teacher-model theirs:net(width=4)"
+RUNS = [(robust_kd, f"--loss {loss}") for loss in robust_kd.LOSSES]
+RUNS += [(robust_kd, f"--teacher-training {way}") for way in ("st", "ffgsm", "trades")]
+for script in (teacher_free_kd, fickle_teacher, soft_randomization, messy_collab):
+    RUNS += [(script, f"--method {method}") for method in script.METHODS]
+
+
+def run(script, flags):
+    (rows,) = script.main(f"{SMALL_OF[script]} {flags}".split())
+    return rows
+
+
+@pytest.mark.parametrize(("script", "flags"), RUNS, ids=lambda v: getattr(v, "__name__", v))
+def test_nets_of_others_are_trained_by_every_method(script, flags, refused):
+    if flags == "--method self-distillation":
+        assert "self-distillation needs the stages" in refused(run, script, f"{flags} {NETS}")
+        return
+    nets = NETS
+    if script is teacher_free_kd and script.METHODS[flags.split()[1]].teacher_sees is None:
+        nets = "--model theirs:net"
+    if script is teacher_free_kd and flags.split()[1] in script.TEACHER_LIKE_STUDENT:
+        nets = "--model theirs:net"
+    rows = run(script, f"{flags} {nets}")
+    taught = any(row["model"].startswith("teacher") for row in rows)
+    assert all(0 <= row["clean_acc"] <= 1 for row in rows)
+    file = "teacher.pt" if flags == "--method teacher" else "student.pt"
+    found = [row for row in rows if row["file"].endswith(file)]
+    assert found and (taught or "student" in rows[0]["model"])
+
+
+@pytest.mark.parametrize("name", ["mobilenet", "shufflenet", "small", "small(width=8)"])
+def test_the_nets_of_the_page_are_student_and_teacher(name, tmp_path):
+    flags = f"--model mynets:{name} --teacher-model mynets:{name} --loss akd+"
+    rows = run(robust_kd, flags)
+    assert [row["model"] for row in rows][:2] == ["teacher (at)", "student (akd+)"]
+    log = common.read_log(tmp_path / "runs/robust_kd/x-s0")["student"]
+    assert log[0]["loss"] > 0
+
+
+def test_the_program_of_the_page_loads_a_checkpoint(tmp_path, capsys):
+    exec(compile(LOADING, "page", "exec"), {"__name__": "program"})
+    assert capsys.readouterr().out.endswith("weights\n")
+
+
+def test_the_shell_commands_of_the_page_are_understood(tmp_path, monkeypatch):
+    (tmp_path / "robustbench").mkdir()
+    (tmp_path / "robustbench/__init__.py").touch()
+    for name in ("robustbench", "robustbench.utils"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "robustbench/utils.py").write_text("def load_model(*args, **kwargs): pass\n")
+    found = 0
+    for line in re.findall(r"^python (?:robust_kd|eval_robustness).py .*", PAGE, re.M):
+        script, *argv = common.shlex.split(line.removeprefix("python "))
+        module = robust_kd if script == "robust_kd.py" else eval_robustness
+        module.parse_args(argv)
+        found += 1
+    assert found == 5
+
+
+def test_a_net_that_views_its_input_as_contiguous_trains_and_is_attacked_as_it_is():
+    # BatchNorm1d: the running statistics of a copy made before the training would be old
+    run(robust_kd, "--model theirs:views --loss at --epochs 2")
+    model, _ = common.load_model("runs/robust_kd/x-s0/student.pt")
+    x = torch.rand(4, 3, 32, 32).to(memory_format=torch.channels_last)
+    assert common.attacked(model, "eval") is model
+    assert model(x).shape == (4, 10)
+
+
+def test_the_attack_in_training_sees_the_statistics_of_the_net_now():
+    common.find_function("--model", "theirs:views")
+    model = common.build_model("theirs:views")
+    x = torch.rand(8, 3, 32, 32)
+    before = common.attacked(model, "eval")(x)
+    model.train()
+    model(x)
+    after = common.attacked(model, "eval")(x)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, model.eval()(x))
+
+
+def test_a_run_goes_on_after_an_interruption(tmp_path, stop_at):
+    flags = f"{SMALL_OF[robust_kd]} --model theirs:net --loss at --epochs 3 --runs"
+    robust_kd.main(f"{flags} {tmp_path}/whole".split())
+    stop_at(robust_kd, f"{flags} {tmp_path}/parts", "student", 2)
+    robust_kd.main(f"{flags} {tmp_path}/parts".split())
+    digests = {
+        common.weights_digest(tmp_path / part / "robust_kd/x-s0/student.pt")
+        for part in ("whole", "parts")
+    }
+    assert len(digests) == 1
+
+
+def test_a_teacher_is_shared_by_name_arguments_and_first_weights(tmp_path, monkeypatch):
+    def teachers():
+        return len([*(tmp_path / "runs/teachers").glob("*/teacher.pt")])
+
+    for name, flags, expected in [
+        ("a", "theirs:net", 1),
+        ("b", "theirs:net()", 1),  # the same name in another spelling
+        ("c", "theirs:net(width=4)", 2),
+        ("d", "theirs:net(width=4,classes=10)", 3),
+    ]:
+        run(robust_kd, f"--model mlp-4 --teacher-model {flags} --name {name}")
+        assert teachers() == expected
+    new = THEIRS.replace("nn.Conv2d(3, width, 3, 4, 1)", "nn.Conv2d(3, width, 5, 4, 2)")
+    (tmp_path / "theirs.py").write_text(new)
+    monkeypatch.delitem(sys.modules, "theirs")
+    common.importlib.invalidate_caches()
+    run(robust_kd, "--model mlp-4 --teacher-model theirs:net --name e")
+    assert teachers() == 4
+
+
+# ------------------------------------------------------------------------------------------------
+# Weights from elsewhere
+
+
+@pytest.mark.parametrize("layout", ["plain", "state_dict", "model", "data parallel"])
+@pytest.mark.parametrize("script", [robust_kd, teacher_free_kd, fickle_teacher])
+def test_a_teacher_from_a_plain_state_dict_teaches_as_it_is(layout, script, tmp_path):
+    common.find_function("--model", "theirs:net")
+    net = common.build_model("theirs:net")
+    state = net.state_dict()
+    if layout == "data parallel":
+        state = {"state_dict": {f"module.{name}": value for name, value in state.items()}}
+    elif layout != "plain":
+        state = {layout: state, "epoch": 3}
+    torch.save(state, "teacher.pth")
+    method = {robust_kd: "--loss akd+", teacher_free_kd: "--method vanilla --data shapes"}
+    flags = "--model mlp-4 --teacher-model theirs:net --teacher-ckpt teacher.pth --val-size 0 "
+    rows = run(script, flags + method.get(script, "--method hinton"))
+    assert rows[0]["model"].startswith("teacher")
+    data = common.load_data("shapes", val_size=0, train_subset=32, test_subset=10)
+    expected = common.accuracy(common.predict(net.eval(), data.x_test), data.y_test)
+    assert rows[0]["clean_acc"] == pytest.approx(expected)
+
+
+def test_a_fickle_teacher_needs_dropout_and_gets_its_rate(refused):
+    run(fickle_teacher, "--dropout 0.3 --teacher-model theirs:net --model mlp-4")
+    (path,) = (common.Path("runs") / "teachers").glob("*/teacher.pt")
+    teacher, _ = common.load_model(path)
+    assert [m.p for m in teacher.modules() if isinstance(m, nn.Dropout)] == [0.3]
+    line = refused(run, fickle_teacher, "--teacher-model theirs:views --model mlp-4 --name y")
+    assert line == "theirs:views: has no nn.Dropout for the dropout rate 0.4"
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints name a function and never import it
+
+
+def test_no_import_happens_when_a_checkpoint_is_loaded(tmp_path, refused):
+    (tmp_path / "evil.py").write_text("open('executed', 'w')\ndef net(): return None\n")
+    model = common.build_model("mlp-4")
+    model.arch["name"] = "evil:net"
+    common.save_model(tmp_path / "evil.pt", model)
+    for call in (
+        lambda: common.load_model("evil.pt"),
+        lambda: eval_robustness.main(["evil.pt", "--data", "shapes", "--n", "5"]),
+        lambda: run(robust_kd, "--teacher-ckpt evil.pt --model mlp-4"),
+        lambda: run(fickle_teacher, "--teacher-ckpt evil.pt --model mlp-4 --dropout 0"),
+    ):
+        line = refused(call)
+        assert line.startswith("evil.pt: is a net of 'evil:net'") and "--model" in line
+    assert not (tmp_path / "executed").exists() and "evil" not in sys.modules
+
+
+def test_an_evaluation_needs_the_function_that_was_trained(capsys, refused):
+    run(robust_kd, "--model theirs:net(width=4) --loss at")
+    path = "runs/robust_kd/x-s0/student.pt"
+    argv = [path, "--data", "shapes", "--n", "10", "--attack", "clean", "--device", "cpu"]
+    common.FUNCTIONS.clear()
+    assert "is a net of 'theirs:net(width=4)'" in refused(eval_robustness.main, argv)
+    wrong = refused(eval_robustness.main, [*argv, "--model", "theirs:net(width=8)"])
+    assert "is a net of 'theirs:net(width=4)'" in wrong
+    capsys.readouterr()
+    eval_robustness.main([*argv, "--model", "theirs:net( width = 4 )"])
+    assert capsys.readouterr().out.count("x-s0/student.pt") == 1  # and no row of an untrained net
+    line = refused(
+        eval_robustness.main, [*argv, "--model", "theirs:net(width=4)", "--weights", path]
+    )
+    assert line.startswith("--weights: ")
+
+
+def test_a_checkpoint_of_a_function_that_has_changed_is_refused(tmp_path, monkeypatch, refused):
+    common.find_function("--model", "theirs:net")
+    common.save_model("net.pt", common.build_model("theirs:net"))
+    (tmp_path / "theirs.py").write_text(THEIRS.replace("width, 3, 4, 1", "width, 5, 4, 2"))
+    monkeypatch.delitem(sys.modules, "theirs")
+    common.importlib.invalidate_caches()
+    common.find_function("--model", "theirs:net")
+    assert "do not belong" in refused(common.load_model, "net.pt")
+
+
+# ------------------------------------------------------------------------------------------------
+# Bad input
+
+
+BAD = {
+    "theirs": "--model: expected resnet18",
+    "theirs:": "--model: expected MODULE:FUNCTION",
+    "nowhere:net": "--model nowhere:net: ModuleNotFoundError: No module named 'nowhere'",
+    "theirs:nothing": "--model theirs:nothing: AttributeError",
+    "theirs:needs": "theirs:needs: TypeError: needs() missing 1 required",
+    "theirs:net(depth=3)": "theirs:net(depth=3): TypeError: net() got an unexpected",
+    "theirs:net(width=open('x','w'))": "the values must be plain",
+    "theirs:net(3)": "the values must be plain",
+    "theirs:net(**{})": "the values must be plain",
+    "theirs:net()()": "the values must be plain",
+    "theirs:net(width=4": "--model: expected MODULE:FUNCTION",
+    "theirs:fails": "theirs:fails: OSError: several lines",
+    "theirs:no_module": "returned a str, not a torch.nn.Module",
+    "theirs:soft": "returns probabilities",
+    "theirs:large": "returns 1000 logits, the data has 10 classes",
+    "theirs:one_channel": "theirs:one_channel does not take images (8, 3, 32, 32): RuntimeError",
+    "theirs:gray": "has weights without numbers",
+    "theirs:on_meta": "has weights without numbers",
+    "theirs:untrainable": "cannot be trained (RuntimeError",
+    "theirs:without_weights": "has no weights to train",
+    "theirs:net --width 1/2": "a width of 0.5 is for our ResNets",
+}
+
+
+@pytest.mark.parametrize("net", BAD)
+def test_bad_nets_get_one_line_and_nothing_is_written(net, tmp_path, refused):
+    before = {*tmp_path.iterdir()}
+    assert BAD[net] in refused(run, robust_kd, f"--loss at --model {net}")
+    after = {path for path in tmp_path.iterdir() if path.name != "__pycache__"}
+    assert after == before
+
+
+BAD_WEIGHTS = {
+    "nowhere.pth": "no such checkpoint",
+    "other.pth": "--teacher-ckpt other.pth: RuntimeError: Error(s) in loading state_dict",
+    "code.pth": "the file contains Python objects",
+    "nan.pth": "not finite",
+    "short.pth": "--teacher-ckpt short.pth: ",
+    "list.pth": "--teacher-ckpt list.pth: ",
+}
+
+
+@pytest.mark.parametrize("file", BAD_WEIGHTS)
+def test_bad_weights_get_one_line_and_nothing_is_written(file, tmp_path, refused):
+    common.find_function("--model", "theirs:net")
+    state = common.build_model("theirs:net").state_dict()
+    torch.save(common.build_model("mlp-4").state_dict(), "other.pth")
+    torch.save({"state_dict": run}, "code.pth")
+    torch.save({key: value * float("nan") for key, value in state.items()}, "nan.pth")
+    common.Path("short.pth").write_bytes(common.Path("other.pth").read_bytes()[:300])
+    torch.save([1, 2], "list.pth")
+    before = {*tmp_path.iterdir()}
+    flags = f"--model mlp-4 --teacher-model theirs:net --teacher-ckpt {file}"
+    assert BAD_WEIGHTS[file] in refused(run, robust_kd, flags)
+    after = {path for path in tmp_path.iterdir() if path.name != "__pycache__"}
+    assert after == before
