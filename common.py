@@ -1957,12 +1957,14 @@ def draw_run(folder: Path, rows: list[dict]) -> None:
 
     Accuracy after each epoch on the training images (attacked ones in adversarial training), on
     clean and on attacked held-out images. A star marks the best epoch, a cross the test accuracy at
-    the end. Without matplotlib there is no figure.
+    the end, a dotted line where --teacher-es stopped the teacher. Without matplotlib there is no
+    figure.
     """
     figure = new_figure(11, 3.4) if rank() == 0 else None
     if figure is None:
         return
     axes = dict(zip(("training images", "clean", "under PGD"), figure.subplots(1, 3)))
+    early_stop = read_json(folder / "config.json")["flags"].get("teacher_es")
     nets = [row for row in rows if row.get("file") and ", best" not in row["model"]]
     for row, colour in zip(nets, itertools.cycle(COLOURS)):
         file = folder / row["file"]
@@ -1978,6 +1980,10 @@ def draw_run(folder: Path, rows: list[dict]) -> None:
             axes[title].plot(epochs, accuracies, color=colour, label=row["model"])
             if best and title != "training images":
                 axes[title].plot(best, accuracies[best - 1], "*", color=colour, markersize=11)
+        if early_stop and row["model"].startswith("teacher") and len(log) == early_stop:
+            for axis in axes.values():
+                if axis.lines:
+                    axis.axvline(early_stop, color=colour, linestyle=":", linewidth=1)
         for key, number in row.items():
             if key.endswith("_acc") and (key == "clean_acc" or key.startswith("pgd")) and log:
                 title = "clean" if key == "clean_acc" else "under PGD"
@@ -1990,7 +1996,10 @@ def draw_run(folder: Path, rows: list[dict]) -> None:
         if not axis.lines:
             axis.set_visible(False)
     if axes["training images"].lines:
-        axes["training images"].legend(title="star: best epoch, cross: test", title_fontsize=8)
+        marks = "star: best epoch, cross: test"
+        if early_stop:
+            marks += ",\ndotted line: teacher stopped"
+        axes["training images"].legend(title=marks, title_fontsize=8)
         save_figure(figure, folder / "curves.png")
 
 

@@ -629,8 +629,7 @@ def test_a_finished_run_has_a_figure_of_its_learning_curves(tmp_path, monkeypatc
         save_figure(figure, path)
 
     monkeypatch.setattr(common, "save_figure", save_and_keep)
-    run_in(tmp_path)
-    folder = tmp_path / "robust_kd" / "x-s0"
+    folder = run_in(tmp_path, f"{TINY} --teacher-es 2")
     assert (folder / "curves.png").stat().st_size > 10_000
     (figure,) = figures
     panels = {axis.get_title(): axis for axis in figure.axes}
@@ -642,6 +641,9 @@ def test_a_finished_run_has_a_figure_of_its_learning_curves(tmp_path, monkeypatc
     names = [text.get_text() for text in panels["training images"].get_legend().get_texts()]
     assert names == ["teacher (at)", "student (rslad+)"]
     lines = [line for line in panels["clean, held-out images"].lines if len(line.get_xdata()) > 1]
+    (stop,) = [line for line in lines if line.get_linestyle() == ":"]
+    assert list(stop.get_xdata()) == [2, 2]  # where the teacher was stopped
+    lines.remove(stop)
     (teacher,) = (tmp_path / "teachers").iterdir()
     for line, log in zip(lines, (log_of(teacher), log_of(folder)), strict=True):
         assert line.get_ydata() == pytest.approx([100 * row["val_clean_acc"] for row in log])
@@ -651,7 +653,7 @@ def test_a_finished_run_has_a_figure_of_its_learning_curves(tmp_path, monkeypatc
     ]
     for cross, row in zip(crosses, summary[:2], strict=True):
         assert cross.get_ydata() == pytest.approx([100 * row["pgd2_acc"]])
-        assert cross.get_xdata() == [3]
+        assert cross.get_xdata() == [row["epochs"]]
 
 
 @pytest.mark.curves
