@@ -7,6 +7,8 @@ Usage    python benchmark/claims.py --list                # claims, minutes left
 Runs     Each arm of a claim (benchmark/claim_list.py) is one command of our scripts, run for each
          seed from 10 on, in a process with one thread, --workers at a time. What is finished is
          kept in benchmark/claims/ARM.json, and the same command goes on with the rest.
+Figures  RUNS/CLAIM.png after a claim has run; docs/claims.png of all claims, docs/regimes.png of
+         the curves of each regime.
 Numbers  Accuracies after the last epoch on the test images of the run, PGD-20 with one start;
          where a claim speaks of robustness, the standard AutoAttack on 1,000 of them.
 Rule     For each rule of a claim the differences of two arms with the same seed, their mean and
@@ -38,7 +40,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from benchmark import plots
-from benchmark.claim_list import ARMS, CLAIMS, FIRST_SEED
+from benchmark.claim_list import ARMS, CLAIMS, FIRST_SEED, REGIMES, WITHOUT_TEACHER
 from benchmark.records import ROOT
 
 PAPERS = {
@@ -511,8 +513,8 @@ def list_rows(results):
     return rows
 
 
-def show(name, results):
-    """Print one claim: the paper's words, its arms, its rules, its verdict."""
+def show(name, results, folder):
+    """Print one claim: the paper's words, arms, rules, verdict; its figure is folder/<name>.png."""
     claim = CLAIMS[name]
     verdict, corrected = judge_all(results)[name]
     print(f'\n{name}: {claim.title}\n"{claim.quote}" (paper {claim.paper}, {claim.source})')
@@ -521,6 +523,54 @@ def show(name, results):
     print(common.table(rule_rows(results, claim)))
     holm_text = ", also after Holm's correction" if corrected else ""
     print(f"\n{name}: {verdict}{holm_text}", flush=True)
+    points = []
+    for rule in rules_of(claim):
+        effect = measure(results, rule, claim)
+        if effect is not None and rule.metric != "entropy":
+            points.append((rule_text(rule), effect, rule.above, rule_verdict(rule, effect)))
+    path = Path(folder) / f"{name}.png"
+    if points and plots.draw_forest(path, points):
+        print(f"figure: {path}", flush=True)
+
+
+def teacher_rows(results):
+    """Rows of "Does it take a teacher?": every arm without one beside the arm with a teacher."""
+    rows = []
+    for regime, (taught, others) in WITHOUT_TEACHER.items():
+        for name in (taught, *others):
+            seeds = [s for s in results[split(name)[0]] if value(results, name, "aa_acc", s)]
+            if not seeds:
+                continue
+            row = {"regime": regime, "arm": name}
+            for metric in ("clean_acc", "pgd20_acc", "aa_acc"):
+                numbers = [value(results, name, metric, seed) for seed in seeds]
+                row[METRIC_TITLES[metric]] = percent(mean(numbers))
+            row["seeds"] = len(seeds)
+            for metric in ("aa_acc", "clean_acc"):
+                title = f"AKD+ above it, {METRIC_TITLES[metric]}"
+                differences = []
+                for seed in seeds:
+                    with_teacher = value(results, taught, metric, seed)
+                    if name != taught and with_teacher is not None:
+                        differences.append(with_teacher - value(results, name, metric, seed))
+                row[title] = "-"
+                if len(differences) > 1:
+                    effect = effect_of(differences)
+                    low, high = percent(effect.low), percent(effect.high)
+                    row[title] = f"{100 * effect.mean:+.1f} [{low}, {high}]"
+            rows.append(row)
+    return rows
+
+
+def regime_curves(results):
+    """{title: {arm: accuracies (runs, epochs)}} of the regimes that have run."""
+    panels = {}
+    for title, (metric, arms) in REGIMES.items():
+        for arm in arms:
+            curves = [run["curve"][metric] for run in results[arm].values() if run["curve"]]
+            if curves:
+                panels.setdefault(title, {})[arm] = np.array(curves)
+    return panels
 
 
 def counts_text(judged):
@@ -592,14 +642,23 @@ before the runs.
 
 - An MLP (512, 512) on 2,000 images of CIFAR-10 at 16x16 without augmentation, PGD-7 at 8/255: it
   overfits robustly within 30 epochs.
-- ResNet-18 at 1/8 of its width on the same images, PGD-3, 20 epochs (arms `conv-`).
+- ResNet-18 at 1/8 of its width on 1,000 of these images, PGD-3, 24 epochs (arms `conv-`).
 - MLPs on 5,000 digits of MNIST, half of them with wrong labels (arms `wrong-`).
 - WRN-10-2 teaches WRN-10-1 on 4,000 images of 16x16 with crops and flips (other claims of paper 1).
 - MNIST with the nets of the third paper.
 
-## All claims
+{curves}## All claims
 
 {table}
+
+## Does it take a teacher?
+
+What a reader asks first: whether adversarial training without a teacher can do the same, stopped at
+its best epoch on held-out images (`@best`), with label smoothing, with the mean of its weights
+(EMA), or with the computing time of teacher and student (`at-long`). Differences with the same
+seed, in points, with their 95 % interval.
+
+{without_teacher}
 
 {sections}"""
 
@@ -628,8 +687,15 @@ def write_page(args, results):
         for name, claim in CLAIMS.items():
             if claim.paper == paper:
                 sections.append(claim_section(name, results, judged))
+    panels, curves = regime_curves(results), ""
+    if panels and plots.draw_regimes(docs / "regimes.png", panels):
+        text = "Held-out accuracy after each epoch, mean and deviation over the seeds"
+        curves = f"![{text}](regimes.png)\n\n{text}: what a regime is chosen for.\n\n"
+    without_teacher = teacher_rows(results)
     text = PAGE.format(
         counts=counts_text(judged),
+        curves=curves,
+        without_teacher=markdown(without_teacher) if without_teacher else "Not run yet.",
         figure=figure,
         table=markdown(table),
         sections="\n".join(sections),
@@ -660,7 +726,7 @@ def main(argv=None):
     run_claims(chosen, args)
     results = read_results(args.results)
     for name in args.claims:
-        show(name, results)
+        show(name, results, args.runs)
     write_page(args, results)
 
 

@@ -169,22 +169,27 @@ def draw_curves(path, groups):
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, names) in zip(axes, panels.items()):
         for label, name in names.items():
-            values = 100 * groups[label][name]
-            middle, spread = values.mean(0), values.std(0, ddof=1 if len(values) > 1 else 0)
-            epochs = np.arange(1, len(middle) + 1)
-            colour, best = colours[label], best_epoch(groups[label])
-            text = label if len(values) == 1 else f"{label} ({len(values)} runs)"
-            axis.plot(epochs, middle, color=colour, label=text)
-            if len(values) > 1:
-                axis.fill_between(
-                    epochs, middle - spread, middle + spread, color=colour, alpha=0.2, linewidth=0
-                )
-            axis.plot(epochs[best], middle[best], "*", color=colour, markersize=12)
+            values, best = groups[label][name], best_epoch(groups[label])
+            draw_band(axis, values, label, colours[label])
+            axis.plot(
+                best + 1, 100 * values.mean(0)[best], "*", color=colours[label], markersize=12
+            )
         axis.set(xlabel="epoch", ylabel="held-out accuracy, %", title=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(title="star: best epoch", title_fontsize=8)
     common.save_figure(figure, path)
     return True
+
+
+def draw_band(axis, values, label, colour):
+    """Draw accuracies (runs, epochs): their mean and, of several runs, a band of +- deviation."""
+    text = label if len(values) == 1 else f"{label} ({len(values)} runs)"
+    middle, epochs = 100 * values.mean(0), np.arange(1, values.shape[1] + 1)
+    axis.plot(epochs, middle, color=colour, label=text)
+    if len(values) > 1:
+        spread = 100 * values.std(0, ddof=1)
+        low, high = middle - spread, middle + spread
+        axis.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
 def plot_curves(args):
@@ -552,6 +557,27 @@ def draw_results(done, folder):
     for name, figure in figures.items():
         common.save_figure(figure, Path(folder) / name)
     return [Path(folder) / name for name in figures]
+
+
+def draw_regimes(path, panels):
+    """Write {title: {label: accuracies (runs, epochs)}} of benchmark/claims.py, a panel each.
+
+    False without matplotlib.
+    """
+    figure = common.new_figure(10, 6)
+    if figure is None:
+        return False
+    axes = figure.subplots(2, (len(panels) + 1) // 2, squeeze=False).ravel()
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, lines) in zip(axes, panels.items()):
+        for (label, values), colour in zip(lines.items(), common.COLOURS):
+            draw_band(axis, values, label, colour)
+        axis.set(xlabel="epoch", ylabel="held-out accuracy, %", title=title)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend()
+    common.save_figure(figure, path)
+    return True
 
 
 def draw_forest(path, lines):

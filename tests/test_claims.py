@@ -36,6 +36,8 @@ def only(monkeypatch):
         for module in (claims, claim_list):
             monkeypatch.setattr(module, "CLAIMS", found)
             monkeypatch.setattr(module, "ARMS", arms)
+            monkeypatch.setattr(module, "REGIMES", {"small": ("val_pgd1_acc", tuple(arms))})
+            monkeypatch.setattr(module, "WITHOUT_TEACHER", {"small": ("akd", ("at", "at@best"))})
         return found
 
     return replace
@@ -145,6 +147,32 @@ def test_claims_that_have_not_run_count_in_the_correction(only):
     assert claims.judge_all(results)["run"] == ("holds", False)
 
 
+def test_arms_without_a_teacher_are_compared_seed_by_seed(only):
+    only({}, {"akd": "", "at": ""})
+    results = {"akd": {}, "at": {}}
+    for seed, with_teacher, without in ((10, 0.20, 0.15), (11, 0.30, 0.23), (12, 0.4, 0.3)):
+        for arm, number in (("akd", with_teacher), ("at", without)):
+            numbers = {"clean_acc": 0.5, "pgd20_acc": number, "aa_acc": number}
+            results[arm][seed] = {"nets": {"student": numbers}}
+    del results["akd"][12]  # not run yet
+    taught, at, best = claims.teacher_rows(results)
+    assert (taught["AutoAttack"], at["AutoAttack"], at["seeds"]) == ("25.0", "22.7", 3)
+    # differences 5 and 7 points: mean 6, standard error 1, t 12.7
+    assert (
+        at["AKD+ above it, AutoAttack"] == best["AKD+ above it, AutoAttack"] == "+6.0 [-6.7, 18.7]"
+    )
+    assert at["AKD+ above it, clean"] == "+0.0 [0.0, 0.0]"
+    assert taught["AKD+ above it, AutoAttack"] == "-"
+
+
+def test_the_regimes_are_drawn_from_arms_that_there_are():
+    drawn = [arm for _, arms in claim_list.REGIMES.values() for arm in arms]
+    compared = [arm for taught, others in claim_list.WITHOUT_TEACHER.values() for arm in others]
+    assert {claims.split(arm)[0] for arm in drawn + compared} <= claim_list.ARMS.keys()
+    for arm, net in map(claims.split, compared):
+        assert net in claims.nets_compared_by(arm, "aa_acc")
+
+
 # ------------------------------------------------------------------------------------------------
 # The list
 
@@ -225,7 +253,10 @@ def test_a_claim_is_run_kept_shown_and_not_run_again(only, in_process, tmp_path,
         and "AutoAttack: akd above at" in page
         and "> quote" in page
     )
-    assert (tmp_path / "docs/claims.png").stat().st_size > 5000
+    assert "| small | at |" in page and "(regimes.png)" in page
+    for path in ("docs/claims.png", "docs/regimes.png", "runs/small.png"):
+        assert (tmp_path / path).stat().st_size > 5000
+    assert f"figure: {tmp_path}/runs/small.png" in out
     before = len(in_process)
     claims.main(flags)
     assert len(in_process) == before
