@@ -127,7 +127,11 @@ def parse_args(argv=None):
     )
     add("--alpha", type="probability", default=0.9, help="weight of the distillation term")
     add("--temperature", type="positive", default=4.0, help="temperature of both softmaxes")
-    add("--model", default="wrn-16-2", help="net of the student: wrn-16-2, resnet18, mlp-512, ...")
+    add(
+        "--model",
+        default="wrn-16-2",
+        help="net of the student: wrn-16-2, resnet18, mlp-512, MODULE:FUNCTION",
+    )
     add = parser.add_argument_group("teacher").add_argument
     add("--teacher-model", default="wrn-40-2", help="net of the teacher, named as for --model")
     add(
@@ -157,7 +161,10 @@ def parse_args(argv=None):
         help="numbers of finished epochs after which the teacher's learning rate is multiplied by "
         "--gamma (default: 60 120 150 for 200 epochs, in proportion for other --teacher-epochs)",
     )
-    add("--teacher-ckpt", help="file of a finished teacher; no teacher is trained")
+    add(
+        "--teacher-ckpt",
+        help="file of a finished teacher, or a state_dict of a MODULE:FUNCTION; none is trained",
+    )
     add = parser.add_argument_group("optimisation").add_argument
     add(
         "--epochs",

@@ -126,7 +126,11 @@ def parse_args(argv=None):
         "as in the author's code",
     )
     add("--recipe", choices=["at+"], help="at+: all settings of section 4, which are then printed")
-    add("--model", default="resnet18", help="net of the student: resnet18, wrn-16-2, mlp-512, ...")
+    add(
+        "--model",
+        default="resnet18",
+        help="net of the student: resnet18, wrn-16-2, mlp-512, MODULE:FUNCTION",
+    )
     add("--width", type="positive", default=1.0, help="factor on the channels of a ResNet student")
     add = parser.add_argument_group("teacher").add_argument
     add(
@@ -174,7 +178,10 @@ def parse_args(argv=None):
         help="also save the teacher every N epochs; a run with --teacher-es at such an epoch then "
         "trains no teacher",
     )
-    add("--teacher-ckpt", help="file of a finished teacher; no teacher is trained")
+    add(
+        "--teacher-ckpt",
+        help="file of a finished teacher, or a state_dict of a MODULE:FUNCTION; none is trained",
+    )
     add("--teacher-model", help="net of the teacher (default: same as --model)")
     add("--teacher-width", type="positive", help="width of the teacher (default: same as --width)")
     add("--teacher-lr", type="positive", default=0.1, help="learning rate the teacher starts with")

@@ -171,7 +171,7 @@ def parse_args(argv=None):
     parser = common.RunParser(__doc__)
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="at-tf-kd-self", help="training method, see Loss")
-    add("--model", help="net of the student: resnet18, wrn-16-2, mlp-400, ...")
+    add("--model", help="net of the student: resnet18, wrn-16-2, mlp-400, MODULE:FUNCTION")
     add("--width", type="positive", default=1.0, help="factor on the channels of both ResNets")
     add("--alpha", type="probability", help="weight of the KL; in at-kd of the teacher")
     add("--temperature", type="positive", help="temperature of both softmaxes in the KL")
@@ -234,7 +234,10 @@ def parse_args(argv=None):
     group = parser.add_argument_group("teacher (where no default is shown: same as the student)")
     add = group.add_argument
     add("--teacher-model", help="net of the teacher: resnet50, wrn-16-2, ...")
-    add("--teacher-ckpt", help="file of a finished teacher; no teacher is trained")
+    add(
+        "--teacher-ckpt",
+        help="file of a finished teacher, or a state_dict of a MODULE:FUNCTION; none is trained",
+    )
     add("--teacher-epochs", type="positive int", help="epochs of the teacher's training")
     add(
         "--teacher-es",
