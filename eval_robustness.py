@@ -1513,11 +1513,11 @@ def is_probabilities(logits):
     return bool(logits.min() > -1e-5 and (logits.sum(1) - 1).abs().max() < 1e-5)
 
 
-def try_nets(args, data, teacher_dropout=0.0):
-    """Try --model and --teacher-model MODULE:FUNCTION on a batch, before anything is written.
+def check_nets(args, data, teacher_dropout=0.0):
+    """Try nets of MODULE:FUNCTION on a batch and read --teacher-ckpt, before anything is written.
 
-    In eval mode they must return logits, and in training mode a backward pass must work. Raises
-    UserError.
+    In eval mode such a net must return logits, and in training mode a backward pass must work.
+    -> the teacher of --teacher-ckpt, or None. Raises UserError.
     """
     size, channels = data.x_train.shape[2:]
     x, labels = data.x_train[:8], data.y_train[:8]
@@ -1533,6 +1533,10 @@ def try_nets(args, data, teacher_dropout=0.0):
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             problem = common.one_line(error)
             raise common.UserError(f"{name}: cannot be trained ({problem})") from None
+    if not args.teacher_ckpt:
+        return None
+    teacher_model = args.teacher_model or args.model
+    return common.given_teacher(args, data, teacher_model, teacher_dropout)[0]
 
 
 def refuse_probabilities(logits, name):
@@ -2057,15 +2061,16 @@ def add_evaluation_flags(parser):
 
 
 def check_evaluation(args, data, teacher_dropout=0.0):
-    """A UserError before the training if the files and images do not go with what is asked for."""
+    """A UserError before the training if the files and images do not go with what is asked for.
+
+    -> the teacher of --teacher-ckpt, or None.
+    """
     if args.eval == "full" and data.x_test.shape[1:] != (32, 32, 3):
         needs = "needs colour images of 32 x 32"
         raise common.UserError(f"--eval full: {needs}, {data.name} has others; leave it out")
     if args.teacher_seeds > 1 and args.pick_teacher == "val" and not len(data.x_val):
         raise common.UserError("--pick-teacher val: needs held-out images, --val-size above 0")
-    try_nets(args, data, teacher_dropout)
-    if args.teacher_ckpt:
-        common.given_teacher(args, data, args.teacher_model, teacher_dropout)
+    return check_nets(args, data, teacher_dropout)
 
 
 def best_epoch(folder):

@@ -458,9 +458,8 @@ def main(argv=None):
 
 def prepare(args, data):
     """Check flags and files against the data before anything is written; raises UserError."""
-    eval_robustness.check_evaluation(args, data, teacher_dropout(args))
-    if args.teacher_ckpt and args.method == "fickle":
-        teacher, _ = common.given_teacher(args, data, args.teacher_model, teacher_dropout(args))
+    teacher = eval_robustness.check_evaluation(args, data, teacher_dropout(args))
+    if teacher is not None and args.method == "fickle":
         learned, asked = teacher.arch["dropout"], teacher_dropout(args)
         if learned != asked:
             wrong = f"learned with dropout {learned:g}, not --dropout {asked:g}"

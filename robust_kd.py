@@ -1037,9 +1037,7 @@ def main(argv=None):
 
 def prepare(args, data):
     """Check the nets and files that are given against the data, before anything is written."""
-    eval_robustness.try_nets(args, data)
-    if args.teacher_ckpt:
-        common.given_teacher(args, data, args.teacher_model or args.model)
+    eval_robustness.check_nets(args, data)
     if args.extra_data:
         data.extra = load_extra(args.extra_data, data)
         # other generated images are other data: another teacher, and another run

@@ -929,11 +929,10 @@ def prepare(args, data):
     if args.method in USES_VIRTUAL_TEACHER and args.delta <= guess:
         wanted = f"expected more than {guess:g}, the probability of a guess"
         raise common.UserError(f"--delta: {wanted}, got {args.delta:g}")
-    eval_robustness.try_nets(args, data)
-    if args.teacher_ckpt:
-        teacher, _ = common.given_teacher(args, data, args.teacher_model or args.model)
+    teacher = eval_robustness.check_nets(args, data)
+    if teacher is not None and args.method in TEACHER_LIKE_STUDENT:
         name, width = teacher.arch["name"], teacher.arch["width"]
-        if args.method in TEACHER_LIKE_STUDENT and (name, width) != (args.model, args.width):
+        if (name, width) != (args.model, args.width):
             student = f"the student is a {args.model} of width {args.width:g}"
             raise common.UserError(
                 f"{args.teacher_ckpt}: is a {name} of width {width:g}, {student}"

@@ -15,6 +15,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+import common
+
 METHODS = (
     "fickle_teacher",
     "soft_randomization",
@@ -123,6 +125,7 @@ def commands():
 @pytest.mark.parametrize("module, flags", commands())
 def test_documented_commands_parse(module, flags, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(common, "find_function", lambda _, text: text)  # nobody's nets are here
     ends = pytest.raises(SystemExit) if "--help" in flags else contextlib.nullcontext()
     with ends:
         importlib.import_module(module).parse_args(shlex.split(flags))
