@@ -242,18 +242,25 @@ def test_every_method_runs_and_ends_in_finite_numbers(script, method, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_demo_shows_hinton_and_then_its_method(script, tmp_path, capsys):
+def test_the_demo_ends_with_one_table_of_its_baselines_and_its_method(script, tmp_path, capsys):
+    module = SCRIPTS[script]
+    method = module.parse_args(["--demo"]).method
+    capsys.readouterr()
     flags = f"{SMALL} --demo --epochs 1 --teacher-epochs 1".replace("--name x", "").split()
-    SCRIPTS[script].main([*flags, "--runs", str(tmp_path)])
+    (rows,) = module.main([*flags, "--runs", str(tmp_path)])
     printed = capsys.readouterr().out
-    method = SCRIPTS[script].parse_args([]).method
-    assert "--demo sets nothing" in printed  # this test gives all of it
-    assert printed.index("\nstudent (hinton)") < printed.index(f"\nstudent ({method})")
+    compared = [*module.DEMO_BASELINES, method]
+    students = [row["model"] for row in rows if row["model"].startswith("student")]
+    assert students == [f"student ({name})" for name in compared]
+    end = printed[printed.index("all nets of the demo") :]
+    assert all(end.count(f"\n{name}") == 1 for name in students)
+    assert end.endswith(f"{module.DEMO_SHOWS}\n") and "clean_acc" in module.DEMO_SHOWS
     folders = [path.name for path in tmp_path.glob(f"{script}/*")]
-    assert len(folders) == 2 and all(name.startswith("demo-shapes") for name in folders)
+    assert len(folders) == 3 and all(name.startswith("demo-shapes") for name in folders)
     for _ in range(2):  # with a name too, and once it is finished
-        SCRIPTS[script].main([*flags, "--name", "own", "--runs", str(tmp_path)])
-    assert {path.name for path in tmp_path.glob(f"{script}/own*")} == {"own-s0", "own-hinton-s0"}
+        module.main([*flags, "--name", "own", "--runs", str(tmp_path)])
+    names = {path.name for path in tmp_path.glob(f"{script}/own*")}
+    assert names == {f"own-{name}-s0" for name in compared}
 
 
 LIMITS = [
