@@ -1965,8 +1965,11 @@ def draw_run(folder: Path, rows: list[dict]) -> None:
         return
     axes = dict(zip(("training images", "clean", "under PGD"), figure.subplots(1, 3)))
     early_stop = read_json(folder / "config.json")["flags"].get("teacher_es")
-    nets = [row for row in rows if row.get("file") and ", best" not in row["model"]]
-    for row, colour in zip(nets, itertools.cycle(COLOURS)):
+    nets = {}  # file -> the first of its rows: one with its bias corrected has the same curve
+    for row in rows:
+        if row.get("file") and ", best" not in row["model"]:
+            nets.setdefault(row["file"], row)
+    for row, colour in zip(nets.values(), itertools.cycle(COLOURS)):
         file = folder / row["file"]
         log = read_log(file.parent).get(file.stem, [])  # a file of --teacher-ckpt may lie alone
         best = best_row(log).get("epoch")
