@@ -202,6 +202,16 @@ def test_a_run_goes_on_after_an_interruption(tmp_path, stop_at):
     assert len(digests) == 1
 
 
+def test_all_processes_begin_with_the_weights_of_the_first(monkeypatch):
+    """A function may draw its weights from generators that no seed of ours reaches."""
+    common.find_function("--model", "theirs:net")
+    data = common.load_data("shapes", val_size=0, train_subset=8, test_subset=4)
+    monkeypatch.setattr(common, "world", lambda: 2)
+    monkeypatch.setattr(common.dist, "broadcast", lambda tensor, source: tensor.fill_(3 + source))
+    model = common.new_model(data, "theirs:net", 0, "student")
+    assert all((tensor == 3).all() for tensor in model.state_dict().values())
+
+
 def test_a_teacher_is_shared_by_name_arguments_and_first_weights(tmp_path, monkeypatch):
     def teachers():
         return len([*(tmp_path / "runs/teachers").glob("*/teacher.pt")])
