@@ -28,6 +28,7 @@ SMALL = (
 WRN, MLP = "--model wrn-10-1", "--model mlp-8"
 ROBUST = "--teacher-batch-size 16 --steps 1 --eval-steps 1"
 NOISY = "--eval-steps 1 --restarts 1"
+THEIRS = "--model torchvision.models:shufflenet_v2_x0_5(num_classes=10)"  # see docs/own_nets.md
 
 
 @pytest.fixture
@@ -93,6 +94,7 @@ def graphs(monkeypatch):
     "script, flags, nets",
     [
         (robust_kd, f"--loss at {ROBUST}", 1),
+        (robust_kd, f"--loss at {THEIRS} {ROBUST}", 1),
         (robust_kd, f"--loss akd+ {ROBUST}", 2),
         (robust_kd, f"--loss rslad+ {ROBUST}", 2),
         (fickle_teacher, f"--method fickle --teacher-model wrn-10-1 {NOISY}", 2),
