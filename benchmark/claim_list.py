@@ -313,8 +313,8 @@ CLAIMS = {
             Rule("clean_acc", "standard-0.3", "akd+0.3"),
             Rule("aa_acc", "akd+0.3", "standard-0.3"),
         ),
-        remark="The standard teacher's student is less robust. It is more accurate in the mean, but "
-        "five seeds do not show it. Both teachers were stopped after the same ten epochs.",
+        remark="The standard teacher's student is less robust. It is more accurate in the mean, "
+        "but five seeds do not show it. Both teachers were stopped after the same ten epochs.",
     ),
     "weak-teacher": Claim(
         title="A weakly robust teacher (2/255) makes a student that is no less accurate and more "

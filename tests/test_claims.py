@@ -267,6 +267,17 @@ def test_a_claim_is_run_kept_shown_and_not_run_again(only, in_process, tmp_path,
     assert results["akd"] == {} and len(results["at"]) == 2  # another command is another arm
 
 
+def test_the_page_in_docs_and_the_readme_say_what_the_results_say(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "docs").mkdir()
+    readme = (claims.ROOT / "README.md").read_text()
+    (tmp_path / "README.md").write_text(readme)
+    claims.main(["--page", "--docs", str(tmp_path / "docs")])
+    page = (claims.ROOT / "docs/CLAIMS.md").read_text()
+    assert (tmp_path / "docs/CLAIMS.md").read_text() == page, "run benchmark/claims.py --page"
+    assert (tmp_path / "README.md").read_text() == readme
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(only, monkeypatch, tmp_path, refused):
     only({"small": make_claim(Rule("clean_acc", "akd", "at"), seeds=2)})
     ran = []
