@@ -1952,6 +1952,20 @@ def read_log(folder: Path) -> dict[str, list[dict]]:
     return stages
 
 
+PANELS = ("training images", "clean, held-out images", "under PGD, held-out images")
+
+
+def panel_of(key: str) -> str | None:
+    """The panel of curves.png for a number of an epoch or of a summary; None if it has none."""
+    if key == "train_acc":
+        return PANELS[0]
+    if key in ("val_clean_acc", "clean_acc"):
+        return PANELS[1]
+    if re.fullmatch(r"(val_)?pgd\d+_acc", key):
+        return PANELS[2]
+    return None
+
+
 def draw_run(folder: Path, rows: list[dict]) -> None:
     """Draw the learning curves of all nets in the summary `rows` of a run: curves.png.
 
@@ -1960,50 +1974,44 @@ def draw_run(folder: Path, rows: list[dict]) -> None:
     the end, a dotted line where --teacher-es stopped the teacher. Without matplotlib there is no
     figure.
     """
-    figure = new_figure(11, 3.4) if rank() == 0 else None
+    if rank() > 0:
+        return
+    logs = {}  # file -> (its first row, its epochs); a net with its bias corrected has more rows
+    for row in rows:
+        if row.get("file") and row["file"] not in logs and ", best" not in row["model"]:
+            file = folder / row["file"]
+            epochs = read_log(file.parent).get(file.stem)
+            if epochs:  # a file of --teacher-ckpt may lie alone
+                logs[row["file"]] = row, epochs
+    keys = {key for _, epochs in logs.values() for key in epochs[0]}
+    panels = [panel for panel in PANELS if panel in map(panel_of, keys)]
+    figure = new_figure(3.7 * len(panels), 3.4) if panels else None
     if figure is None:
         return
-    axes = dict(zip(("training images", "clean", "under PGD"), figure.subplots(1, 3)))
+    axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]))
     early_stop = read_json(folder / "config.json")["flags"].get("teacher_es")
-    nets = {}  # file -> the first of its rows: one with its bias corrected has the same curve
-    for row in rows:
-        if row.get("file") and ", best" not in row["model"]:
-            nets.setdefault(row["file"], row)
-    for row, colour in zip(nets.values(), itertools.cycle(COLOURS)):
-        file = folder / row["file"]
-        log = read_log(file.parent).get(file.stem, [])  # a file of --teacher-ckpt may lie alone
-        best = best_row(log).get("epoch")
-        for key in log[0] if log else []:
-            title = "training images" if key == "train_acc" else "under PGD"
-            title = "clean" if key == "val_clean_acc" else title
-            if not key.endswith("_acc"):
-                continue
-            epochs = [line["epoch"] for line in log]
-            accuracies = [100 * line[key] for line in log]
-            axes[title].plot(epochs, accuracies, color=colour, label=row["model"])
-            if best and title != "training images":
-                axes[title].plot(best, accuracies[best - 1], "*", color=colour, markersize=11)
-        if early_stop and row["model"].startswith("teacher") and len(log) == early_stop:
+    for (row, epochs), colour in zip(logs.values(), itertools.cycle(COLOURS)):
+        best, last = best_row(epochs).get("epoch"), len(epochs)
+        for key in epochs[0]:
+            if (panel := panel_of(key)) is not None:
+                accuracies = [100 * epoch[key] for epoch in epochs]
+                axes[panel].plot(range(1, last + 1), accuracies, color=colour, label=row["model"])
+                if best and panel != PANELS[0]:
+                    axes[panel].plot(best, accuracies[best - 1], "*", color=colour, markersize=11)
+        for key, accuracy in row.items():
+            if panel_of(key) in axes and accuracy is not None:
+                axes[panel_of(key)].plot(last, 100 * accuracy, "x", color=colour, markersize=7)
+        if row["model"].startswith("teacher") and last == early_stop:
             for axis in axes.values():
-                if axis.lines:
-                    axis.axvline(early_stop, color=colour, linestyle=":", linewidth=1)
-        for key, number in row.items():
-            if key.endswith("_acc") and (key == "clean_acc" or key.startswith("pgd")) and log:
-                title = "clean" if key == "clean_acc" else "under PGD"
-                if "conditional" not in key:
-                    axes[title].plot(len(log), 100 * number, "x", color=colour, markersize=7)
-    for title, axis in axes.items():
-        held_out = "" if title == "training images" else ", held-out images"
-        axis.set(xlabel="epoch", ylabel="accuracy, %", title=title + held_out)
+                axis.axvline(last, color=colour, linestyle=":", linewidth=1)
+    for panel, axis in axes.items():
+        axis.set(xlabel="epoch", ylabel="accuracy, %", title=panel)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        if not axis.lines:
-            axis.set_visible(False)
-    if axes["training images"].lines:
-        marks = "star: best epoch, cross: test"
-        if early_stop:
-            marks += ",\ndotted line: teacher stopped"
-        axes["training images"].legend(title=marks, title_fontsize=8)
-        save_figure(figure, folder / "curves.png")
+    marks = "star: best epoch, cross: test"
+    if early_stop:
+        marks += ",\ndotted line: teacher stopped"
+    axes[panels[0]].legend(title=marks, title_fontsize=8)
+    save_figure(figure, folder / "curves.png")
 
 
 def log_to_tensorboard(folder: Path, row: dict) -> None:
