@@ -1040,10 +1040,14 @@ def prepare(args, data):
     eval_robustness.check_nets(args, data)
     if args.extra_data:
         data.extra = load_extra(args.extra_data, data)
-        # other generated images are other data: another teacher, and another run
-        with zipfile.ZipFile(args.extra_data) as archive:
-            checksums = [archive.getinfo(name).CRC for name in ("image.npy", "label.npy")]
-        data.fingerprint = zlib.crc32(repr(checksums).encode(), data.fingerprint)
+        data.fingerprint = with_extra_data(data.fingerprint, args.extra_data)
+
+
+def with_extra_data(fingerprint, path):
+    """The fingerprint of data and generated images: with others it is another teacher and run."""
+    with zipfile.ZipFile(path) as archive:
+        checksums = [archive.getinfo(name).CRC for name in ("image.npy", "label.npy")]
+    return zlib.crc32(repr(checksums).encode(), fingerprint)
 
 
 def train_and_evaluate(args, data, folder):

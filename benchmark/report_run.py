@@ -23,7 +23,6 @@ import importlib
 import io
 import sys
 import zipfile
-import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +35,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import eval_robustness
+import robust_kd
 from benchmark.plots import NO_MATPLOTLIB
 from benchmark.records import metric_title
 from benchmark.sweep import SCRIPTS
@@ -156,11 +156,9 @@ def add_extra_data(fingerprint: int, path: Path) -> int:
     if not path.is_file():  # reading a pipe would block
         raise common.UserError(f"--extra-data of the run: {path}: no such file")
     try:
-        with zipfile.ZipFile(path) as archive:
-            checksums = [archive.getinfo(name).CRC for name in ("image.npy", "label.npy")]
+        return robust_kd.with_extra_data(fingerprint, path)
     except (zipfile.BadZipFile, KeyError) as error:
         raise common.UserError(f"--extra-data of the run: {path}: damaged ({error})") from None
-    return zlib.crc32(repr(checksums).encode(), fingerprint)
 
 
 def read_defaults(run: Run, script) -> tuple[list[str], dict | None]:
