@@ -1123,16 +1123,19 @@ def convolutions_before_norms(model: nn.Module) -> dict:
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """A Folded copy of a model with ConvNets of this file; any other model is returned itself."""
-    return Folded(model) if convolutions_before_norms(model) else model
+    """A Folded copy, or the model itself if it is, or holds, a net of MODULE:FUNCTION.
+
+    Such a net may keep numbers in places that a copy, made once, does not follow.
+    """
+    names = [vars(module).get("arch", {}).get("name", "") for module in model.modules()]
+    return model if any(":" in name for name in names) else Folded(model)
 
 
 def attacked(model: nn.Module, attack_bn: str) -> nn.Module:
     """The net that an attack in training differentiates: BatchNorm in mode "train" or "eval".
 
-    In eval mode it is the Folded copy of a ConvNet (on a CPU a PGD-7 training step of WRN-10-1
-    takes 0.79 of the time, of WRN-16-2 0.95); under torch.compile, which does as well, the net
-    itself.
+    In eval mode it is the Folded copy (on a CPU a PGD-7 training step of WRN-10-1 takes 0.79 of the
+    time, of WRN-16-2 0.95); under torch.compile, which does as well, the net itself.
     """
     model.train(attack_bn == "train")
     if attack_bn == "train" or model._compiled_call_impl is not None:

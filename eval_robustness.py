@@ -1558,7 +1558,7 @@ def load_models(args, data, device):
         wanted = "goes with one --model that is not the net of a CKPT"
         raise common.UserError(f"--weights: {wanted}, got {len(functions)}")
     for name in functions:
-        models[name] = common.call_function(name)
+        models[name] = common.build_model(name)
         if args.weights:
             common.load_weights("--weights", args.weights, models[name])
         models[name].to(device).eval()
