@@ -1142,8 +1142,8 @@ def attacked(model: nn.Module, attack_bn: str) -> nn.Module:
         return model
     if "folded" not in vars(model):
         vars(model)["folded"] = folded(model)  # no submodule: it is neither saved nor trained
-    copy_of_it = vars(model)["folded"]
-    return copy_of_it.refresh() if isinstance(copy_of_it, Folded) else model
+    net = vars(model)["folded"]
+    return net.refresh() if isinstance(net, Folded) else net
 
 
 @contextlib.contextmanager
@@ -2118,8 +2118,9 @@ def get_teacher(args: argparse.Namespace, data: Data, recipe: dict, train):
         given, meta = given_teacher(args, data, recipe["model"], recipe.get("dropout", 0.0))
         path = Path(args.teacher_ckpt)
         if "file" not in meta:
-            folder = f"given-{state_digest(given.state_dict())}"
-            path = Path(args.runs) / "teachers" / folder / "teacher.pt"
+            key = json.dumps(given.arch) + state_digest(given.state_dict())
+            digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+            path = Path(args.runs) / "teachers" / f"given-{digest}" / "teacher.pt"
             with locked(path.parent, wait=True):
                 save_model(path, given)
     else:

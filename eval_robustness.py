@@ -1562,7 +1562,7 @@ def load_models(args, data, device):
         if args.weights:
             common.load_weights("--weights", args.weights, models[name])
         models[name].to(device).eval()
-    if functions:
+    if args.model:
         torch.set_float32_matmul_precision("highest")  # whatever their modules have set
     for name, model in models.items():
         with common.evaluating(model):
@@ -2315,7 +2315,7 @@ def plot(path, record):
     for name, row in rows.items():
         eps, accuracy = np.array(row["curve"]).T
         axis.plot(255 * eps, accuracy, marker=".", label=name)
-    axis.set(xlabel=f"255 eps ({record['norm']})", ylabel="accuracy (APGD-CE, 20 iterations)")
+    axis.set(xlabel=f"255 eps ({record['norm']})", ylabel="accuracy (always APGD-CE, 20 steps)")
     axis.legend(fontsize=7)
     if calibrated:
         histograms = {

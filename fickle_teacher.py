@@ -476,7 +476,9 @@ def demo(argv, args):
         for row in summaries[0]:
             if "best on held-out" not in row["model"] and row not in rows:
                 rows.append(row)
-    print(f"\nall nets of the demo\n{common.table(common.without_files(rows))}\n\n{DEMO_SHOWS}")
+    print(f"\nall nets of the demo\n{common.table(common.without_files(rows))}")
+    if f"({args.method})" in DEMO_SHOWS:
+        print(f"\n{DEMO_SHOWS}")
     return [rows]
 
 

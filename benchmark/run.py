@@ -655,7 +655,7 @@ def prepare_from_cifar10(root):
     """--prepare: make the data sets of `root` that are made of its cifar10.npz."""
     cifar10 = root / "cifar10.npz"
     if not cifar10.exists():
-        advice = "the first run of a script on cifar10 makes it"
+        advice = "python -c 'import common; common.load_data(\"cifar10\")' makes it"
         raise common.UserError(f"--prepare: there is no {cifar10}; {advice}")
     for name, make in {"planes-cars": make_planes_cars, "cifar10-16": make_cifar10_16}.items():
         path = root / f"{name}.npz"
@@ -690,7 +690,7 @@ def make_planes_cars(cifar10, planes_cars):
 
 def make_cifar10_16(cifar10, small):
     """Write CIFAR-10 with 16 x 16 pixels, each the mean of 2 x 2, from one .npz to another one."""
-    arrays = common.read_npz(cifar10)
+    arrays = common.read_npz(cifar10) | {"classes": common.CLASS_NAMES["cifar10"]}
     for key in ("x_train", "x_test"):
         x = arrays[key]  # uint8 (N, 32, 32, 3)
         sums = x[:, ::2, ::2].astype(np.float32)
