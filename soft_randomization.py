@@ -81,8 +81,9 @@ DEMO = {
 DEMO_BASELINES = ["student", "gaussian"]  # what the demo compares its method with
 DEMO_SHOWS = (
     "100 training images, PGD with a radius of 1/255. Look at clean_acc and pgd20_acc: noise on "
-    "the images alone (gaussian) costs accuracy; with a teacher that answers for the images "
-    "without noise (soft-randomization) the student gets most of it back and resists more."
+    "the images alone (gaussian) costs accuracy. A teacher that answers for the images without "
+    "noise (soft-randomization) gives some of it back, or not, by the seed: over seeds 0 to 3 "
+    "+6.8, +0.8, -5.8, +2.8 points of clean_acc (1 thread)."
 )
 
 
