@@ -123,7 +123,9 @@ def commands():
 
 
 @pytest.mark.parametrize("module, flags", commands())
-def test_documented_commands_parse(module, flags, monkeypatch):
+def test_documented_commands_parse(module, flags, monkeypatch, tmp_path):
+    (tmp_path / "runs").mkdir()  # some commands come after a run, and write beside it
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(common, "find_function", lambda _, text: text)  # nobody's nets are here
     ends = pytest.raises(SystemExit) if "--help" in flags else contextlib.nullcontext()
