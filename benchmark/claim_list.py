@@ -41,6 +41,7 @@ class Claim(NamedTuple):
     rivals: tuple = ()
     smoothing_suffices: bool = False  # a mere smoothing of the labels would pass the rules too
     seeds: int = 5
+    first_seed: int = FIRST_SEED  # a later one where a first design was run and changed
     remark: str = ""  # why it comes out as it does; written after the run
 
 
@@ -134,7 +135,7 @@ ARMS = {
     "soft-randomization": f"soft_randomization.py --sigma 0.05 {WRN}",
     "mc-s": f"messy_collab.py --method mc-s --noise-rate 0.3 {WRN}",
     "mc-ts": f"messy_collab.py --method mc-ts --noise-rate 0.3 {WRN}",
-    "flc-ts": f"messy_collab.py --method flc-ts --corruption-rate 0.25 {WRN}",
+    "flc-ts": f"messy_collab.py --method flc-ts --corruption-rate 0.3 {WRN}",
     # the third paper
     "at-3": f"{PAPER3} --method at",
     "at-kd": f"{PAPER3} --method at-kd",
@@ -513,7 +514,13 @@ CLAIMS = {
         source="section 4.3 and Figure 17",
         printed="shown in Figures 6 and 17",
         mechanism="Fixed wrong labels can be learned by heart, varying ones cannot.",
+        # Second design. The first one had fixed wrong labels at a rate of 0.25 against varying ones
+        # at 0.3, which is no comparison; it was stopped after two seeds (0.453 and 0.446 against
+        # 0.436 and 0.436).
         rules=(Rule("clean_acc", "mc-ts", "flc-ts"),),
+        first_seed=15,
+        remark="Second design: in the first one the fixed labels were wrong at a rate of 0.25, the "
+        "varying ones at 0.3; it was stopped after two seeds. Now both have 0.3, and new seeds.",
     ),
     "teacher-free-adversarial": Claim(
         title="AT Tf-KD self and reg are more robust than adversarial training, and less accurate",

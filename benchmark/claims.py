@@ -40,7 +40,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from benchmark import plots
-from benchmark.claim_list import ARMS, CLAIMS, FIRST_SEED, REGIMES, WITHOUT_TEACHER
+from benchmark.claim_list import ARMS, CLAIMS, REGIMES, WITHOUT_TEACHER
 from benchmark.records import ROOT
 
 PAPERS = {
@@ -209,7 +209,7 @@ def difference(results, rule, seed):
 
 def seeds_of(claim):
     """The seeds that decide a claim."""
-    return range(FIRST_SEED, FIRST_SEED + claim.seeds)
+    return range(claim.first_seed, claim.first_seed + claim.seeds)
 
 
 def measure(results, rule, claim):
@@ -624,8 +624,9 @@ before the runs.
 {figure}## Rules
 
 - An arm is a command; all arms have the seeds 10, 11, ... (smaller seeds were used to find the
-  settings). Numbers come from the last epoch, those of `@best` from the best epoch on held-out
-  images, those of `@teacher` and `@alone` from the other nets of the same run.
+  settings), or 15, 16, ... where a first design was changed. Numbers come from the last epoch,
+  those of `@best` from the best epoch on held-out images, those of `@teacher` and `@alone` from
+  the other nets of the same run.
 - A rule compares two arms: differences with the same seed, their mean and 95 % t interval, in
   points. It **holds** if the interval lies above its bound (0 if nothing else is said) and the
   mean reaches the smallest effect that counts (half a point if nothing else is said). It is

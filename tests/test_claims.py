@@ -48,7 +48,7 @@ def results_of(**accuracies):
     results = {}
     for arm, numbers in accuracies.items():
         runs = {}
-        for seed, number in enumerate(numbers, claims.FIRST_SEED):
+        for seed, number in enumerate(numbers, claim_list.FIRST_SEED):
             runs[seed] = {"nets": {"student": {"clean_acc": number}}, "minutes": 2.0}
         results[arm] = runs
     return results
@@ -124,7 +124,7 @@ def test_a_closed_gate_is_no_verdict_and_a_rival_does_not_decide():
 def test_a_gain_is_a_difference_of_differences():
     results = results_of(a=[0.5], b=[0.4], c=[0.35], d=[0.31])
     rule = Rule("gain of clean_acc", "a - b", "c - d")
-    assert claims.difference(results, rule, claims.FIRST_SEED) == pytest.approx(0.06)
+    assert claims.difference(results, rule, claim_list.FIRST_SEED) == pytest.approx(0.06)
 
 
 def test_the_best_epoch_is_the_last_one_where_no_other_was_better():
