@@ -167,6 +167,26 @@ def test_a_fickle_teacher_varies_by_dropout_and_keeps_its_running_statistics(mod
             assert torch.equal(value, before[name]), name
 
 
+def test_the_spread_of_answers_by_hand():
+    answers = [  # of two passes: probabilities of two classes for four images
+        [[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.5, 0.5]],
+        [[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.1, 0.9]],
+    ]
+    passes = iter(torch.tensor(answers).log())
+    labels = torch.tensor([0, 0, 0, 0])
+    right, wrong = fickle_teacher.spread_of_answers(lambda _: next(passes), None, labels, passes=2)
+    # the deviations of two numbers that are d apart: d / sqrt(2)
+    assert right == pytest.approx((0.0 + 0.2) / math.sqrt(2) / 2)
+    assert wrong == pytest.approx((0.0 + 0.4) / math.sqrt(2) / 2)
+
+
+def test_a_fickle_run_says_how_far_its_teacher_varies(tmp_path, capsys):
+    run("fickle_teacher", tmp_path, "--model wrn-10-1 --teacher-model wrn-10-1 --epochs 1")
+    printed = capsys.readouterr().out
+    line = re.search(r"in (\d+) test images .* by ([\d.]+) where .* by ([\d.]+|nan) where", printed)
+    assert int(line[1]) == 20 and float(line[3]) > 0
+
+
 def test_dropout_is_active_while_the_teacher_teaches_and_the_student_has_none(
     tmp_path, monkeypatch
 ):
@@ -185,7 +205,7 @@ def test_dropout_is_active_while_the_teacher_teaches_and_the_student_has_none(
     monkeypatch.setattr(common, "get_teacher", record_modes)
     flags = "--teacher-model wrn-10-1 --dropout 0.3 --epochs 1 --teacher-epochs 1"
     (rows,) = run("fickle_teacher", tmp_path, flags)
-    assert modes == [(True, False)] * 3
+    assert modes == [(True, False)] * (10 + 3)  # passes for its spread, batches
     (teacher_path,) = teacher_files(tmp_path).values()
     teacher, _ = common.load_model(teacher_path)
     assert teacher.arch["dropout"] == 0.3
