@@ -489,6 +489,10 @@ CLAIMS = {
             Rule("clean_acc", "fickle-long", "hinton"),
             Rule("clean_acc", "fickle-long", "hinton-long"),
         ),
+        remark="It is the teacher: one that has learned with dropout makes a worse student here, "
+        "whether its dropout is on or off while it teaches (hinton-dropout). That its answers vary "
+        "makes no difference. Trained for longer, as in the paper, the student of the fickle "
+        "teacher comes up to Hinton's; but Hinton's gains as much from it.",
     ),
     "messy-robustness": Claim(
         title="Varying labels for teacher and student raise the robustness to PGD-20",
