@@ -300,6 +300,8 @@ def test_a_step_waits_for_nothing_and_an_epoch_for_its_numbers(script, flags, tr
     assert waits.pop("common.epoch_row") == 2 * epochs  # the metrics; whether all is finite
     assert waits.pop("common.batches") == epochs  # the draws of the epoch go there in one copy
     between = {"common.load_data", "common.new_model", "common.load_model"}
+    between.add("fickle_teacher.spread_of_answers")  # once, before the first step
+    assert waits["fickle_teacher.spread_of_answers"] <= 4
     assert set(waits) <= between | {"common.accuracy", "robust_kd.record"}
 
 
