@@ -1123,7 +1123,9 @@ def test_what_is_fast_is_compared_with_what_is_exact(capsys, refused, monkeypatc
     monkeypatch.setattr(speed, "draw_start", lambda x: torch.full_like(x, 8 / 255))
     error = refused(speed.main, flags.split())
     assert "side 8 in fp32: of w is off by 2.0e-02; " in error and "pgd20 in bf16: loss" in error
-    assert "channels_last: losses differ" in error  # here both references have the same start
+    # Both references have the same start now. Whether channels_last then differs from them at all
+    # depends on the CPU's kernels: on some it is equal to the last bit.
+    assert "reference, other starts: losses differ" not in error
 
 
 def test_the_plain_autoattack_breaks_what_pgd_breaks_and_keeps_to_the_ball(small):
