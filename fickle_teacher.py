@@ -98,13 +98,12 @@ DEMO = {
 }
 DEMO_BASELINES = ["student", "hinton"]  # what the demo compares its method with
 DEMO_SHOWS = (
-    "60 training images, PGD with a radius of 4/255. Both students have the same teacher; its "
-    "dropout is off while it teaches (hinton), or on (fickle). Look above at the line before the "
-    "last student: where the fickle teacher is wrong, its answers vary three times as much as "
-    "where it is right. That is what its student sees, and the student of hinton does not. It does "
-    "not show in the accuracy on images as easy as these: over seeds 0 to 3 fickle was ahead of "
-    "hinton by +1.0, -1.8, -3.6, +6.4 points of clean_acc (1 thread). On photographs: "
-    "docs/CLAIMS.md."
+    "60 training images, PGD with a radius of 4/255. The last two students have the same "
+    "teacher; its dropout is off while it teaches (hinton), or on (fickle). Look above at the line "
+    "before the last student: where the fickle teacher is wrong, its answers vary several times as "
+    "much as where it is right. That is what its student sees, and the student of hinton does not. "
+    "It does not show in clean_acc on images as easy as these: over seeds 0 to 3 fickle was ahead "
+    "of hinton by +1.0, -1.8, -3.6, +6.4 points (1 thread). On photographs: docs/CLAIMS.md."
 )
 
 
@@ -359,7 +358,8 @@ def train(model, data, folder, stage, args, seed, epochs, milestones, teacher=No
         right, wrong = spread_of_answers(teacher, x, labels)
         print(
             f"in {len(x)} test images the probability of the teacher's answer varies from pass to "
-            f"pass by {right:.3f} where it is right, by {wrong:.3f} where it is wrong (deviation)"
+            f"pass by {right:.3f} where it is right, by {wrong:.3f} where it is wrong (standard "
+            "deviation; nan: there are none)"
         )
 
     def step(x, labels):

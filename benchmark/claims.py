@@ -302,8 +302,10 @@ def run_arm(arm, seed, args):
             numbers = {k: v for k, v in matching[0].items() if isinstance(v, int | float)}
             nets[net], files[net] = numbers, folder / matching[0]["file"]
             gradients = common.load(files[net])["meta"].get("gradients")
-            if gradients:  # mean |gradient|, over the layers and the epochs that were recorded
-                nets[net]["gradient"] = 1000 * mean(map(mean, gradients["means"]))
+            if gradients:  # mean |gradient| over the layers, in thousandths
+                epochs = [1000 * mean(layers) for layers in gradients["means"]]
+                nets[net]["gradient"] = mean(epochs)
+                nets[net]["gradient_first"], nets[net]["gradient_last"] = epochs[0], epochs[-1]
     attacks = ["clean", "calibration"]
     if nets_compared_by(arm, "aa_acc"):
         attacks.append("aa")
@@ -401,7 +403,12 @@ def percent(number, digits=1):
 
 
 # Metrics that are no shares of images: their unit
-UNITS = {"entropy": "nats", "gradient": "thousandths"}
+UNITS = {
+    "entropy": "nats",
+    "gradient": "thousandths",
+    "gradient_first": "thousandths",
+    "gradient_last": "thousandths",
+}
 
 METRIC_TITLES = {
     "clean_acc": "clean",
@@ -410,6 +417,8 @@ METRIC_TITLES = {
     "entropy": "entropy",
     "only_1_acc": "accuracy on ones",
     "gradient": "mean gradient",
+    "gradient_first": "mean gradient, first epoch",
+    "gradient_last": "mean gradient, last epoch",
 }
 
 
@@ -663,9 +672,9 @@ before the runs.
 {table}
 
 Not tested here: signal noise and swapped logits in the teacher, and a large net that learns from a
-small one (Re-KD: 95.29 -> 95.46). The effects in the papers are a few tenths of a point, less than
-twenty runs of these nets can tell from nothing. Nor self-distillation's exits, of which the paper
-prints no number.
+small one (Re-KD: 95.29 -> 95.46). The effects that the papers print or draw are a few tenths of a
+point, less than twenty runs of these nets can tell from nothing. Nor self-distillation's exits, of
+which the paper prints no number.
 
 ## Does it take a teacher?
 

@@ -7,6 +7,7 @@ import shlex
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import common
@@ -221,6 +222,37 @@ def in_process(monkeypatch):
 
     monkeypatch.setattr(claims, "call", call)
     return called
+
+
+def test_gradients_are_read_from_the_net_and_their_file_lies_among_the_runs(
+    only, in_process, tmp_path
+):
+    tiny = TINY.replace("mlp-8", "resnet18 --width 1/32").replace("--steps 1 --eval-steps 20", "")
+    flags = f"{tiny} --eval-attack clean --grad-heatmap {{run}}-gradients.npz"
+    arms = {name: f"teacher_free_kd.py --method {name} {flags}" for name in ("plain", "tf-kd-reg")}
+    only({"small": make_claim(Rule("gradient", "tf-kd-reg", "plain"), seeds=2)}, arms)
+    folders = {name: str(tmp_path / name) for name in ("runs", "results", "docs")}
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "runs").mkdir()
+    claims.main(["small", *(word for k, v in folders.items() for word in (f"--{k}", v))])
+    record = json.loads((tmp_path / "results/plain.json").read_text())
+    numbers = record["runs"]["10"]["nets"]["student"]
+    with np.load(tmp_path / "runs/plain-s10-gradients.npz") as file:
+        means = 1000 * file["student (plain)/means"].mean(1)  # (epochs,)
+    assert len(means) == 2 and means[0] != means[1]
+    found = [numbers[key] for key in ("gradient", "gradient_first", "gradient_last")]
+    assert found == pytest.approx([means.mean(), means[0], means[-1]], abs=1e-5)
+    assert (
+        "| mean gradient: tf-kd-reg above plain | decides |"
+        in (tmp_path / "docs/CLAIMS.md").read_text()
+    )
+
+
+def test_the_seeds_of_a_second_design_are_its_own():
+    rule = Rule("clean_acc", "a", "b")
+    late = make_claim(rule, seeds=2, first_seed=claim_list.FIRST_SEED + 1)
+    results = results_of(a=[0.1, 0.5, 0.51], b=[0.9, 0.4, 0.41])
+    assert claims.measure(results, rule, late).mean == pytest.approx(0.1)
 
 
 def test_a_claim_is_run_kept_shown_and_not_run_again(only, in_process, tmp_path, capsys):
