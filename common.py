@@ -16,7 +16,6 @@ import argparse
 import ast
 import atexit
 import contextlib
-import copy
 import dataclasses
 import datetime
 import functools
@@ -137,27 +136,14 @@ def print_line(text: str, live: bool = False) -> None:
 # Flags
 
 
-def _number(text: str) -> float:
-    """A float from a number or a fraction like 8/255; NaN if it is neither."""
-    try:
-        return float(Fraction(text)) if "/" in text else float(text)
-    except (ValueError, ZeroDivisionError, OverflowError):
-        return math.nan
-
-
-def _whole(text: str) -> float:
-    """A whole number; NaN if it is none."""
-    try:
-        return int(text)
-    except ValueError:
-        return math.nan
-
-
-def _flag_type(expected, parse, low, high):
-    """A `type=` of argparse: text -> parse(text) in [low, high], or an error with `expected`."""
+def number_in(low: float, high: float, expected: str):
+    """A `type=` of argparse: a number or a fraction like 8/255, from low to high."""
 
     def convert(text):
-        value = parse(text)
+        try:
+            value = float(Fraction(text))  # refuses inf and nan
+        except (ValueError, ZeroDivisionError, OverflowError):
+            value = math.nan
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
         return value
@@ -165,20 +151,26 @@ def _flag_type(expected, parse, low, high):
     return convert
 
 
+def whole_from(low: int):
+    """A `type=` of argparse: a whole number of at least `low`."""
+
+    def convert(text):
+        if not re.fullmatch(r"\d{1,12}", text) or int(text) < low:
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at least {low}, got {text!r}"
+            )
+        return int(text)
+
+    return convert
+
+
 LARGEST = sys.float_info.max
-# Names for `type=` in the scripts: parser.add_argument("--alpha", type="probability")
-FLAG_TYPES = {
-    "nonnegative": _flag_type(
-        "a number of at least 0, or a fraction like 8/255", _number, 0, LARGEST
-    ),
-    "probability": _flag_type("a number or a fraction between 0 and 1", _number, 0, 1),
-    "probability below 1": _flag_type(
-        "a number of at least 0 and below 1", _number, 0, math.nextafter(1, 0)
-    ),
-    "positive": _flag_type("a number above 0", _number, sys.float_info.min, LARGEST),
-    "positive int": _flag_type("a whole number of at least 1", _whole, 1, 10**12),
-    "nonnegative int": _flag_type("a whole number of at least 0", _whole, 0, 10**12),
-}
+nonnegative = number_in(0, LARGEST, "a number of at least 0, or a fraction like 8/255")
+positive = number_in(sys.float_info.min, LARGEST, "a number above 0")
+probability = number_in(0, 1, "a number or a fraction between 0 and 1")
+below_1 = number_in(0, math.nextafter(1, 0), "a number of at least 0 and below 1")
+whole, whole_or_0 = whole_from(1), whole_from(0)
+SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # --flag and --no-flag
 
 
 class HelpLayout(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -193,7 +185,7 @@ class HelpLayout(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the names of FLAG_TYPES for `type=`, whose errors are a UserError."""
+    """argparse whose errors are a UserError."""
 
     def __init__(self, doc: str):
         super().__init__(
@@ -202,8 +194,6 @@ class Parser(argparse.ArgumentParser):
             formatter_class=HelpLayout,
             allow_abbrev=False,
         )
-        for name, convert in FLAG_TYPES.items():
-            self.register("type", name, convert)
 
     def error(self, message: str):
         """Raise the UserError `message`; argparse calls it too."""
@@ -229,29 +219,6 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
-    return device
-
-
-def setup_training(args: argparse.Namespace) -> torch.device:
-    """The device of --device, set up by --precision and --deterministic; joins the processes."""
-    device = find_device(args.device)
-    if args.graph and device.type == "cpu":
-        print("--graph has no effect here: there are no CUDA graphs on a CPU")
-    if "--precision" in args.given and device.type == "cpu":
-        print("--precision has no effect here: a CPU trains in float32")
-    if world() > 1 and not dist.is_initialized():
-        # the others wait while the first process validates and evaluates
-        week = datetime.timedelta(days=7)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=week)
-        atexit.register(dist.destroy_process_group)
-    # the three precisions of training on CUDA; what is not training is always strict float32
-    args.autocast = device.type == "cuda" and args.precision == "bf16"
-    set_precision(args.precision)
-    torch.backends.cudnn.benchmark = not args.deterministic
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if args.deterministic != torch.are_deterministic_algorithms_enabled():
-        torch.use_deterministic_algorithms(args.deterministic)  # its import takes seconds
     return device
 
 
@@ -327,6 +294,8 @@ class Data:
     fingerprint: int  # CRC-32 of all images and labels, whatever --test-subset is
     pad: int = 0  # augmentation: a random crop after padding with this many zeros, ...
     flip: bool = False  # ... and a random horizontal flip
+    x_extra: Tensor | None = None  # generated images, for --extra-data of robust_kd.py
+    y_extra: Tensor | None = None
 
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -638,6 +607,11 @@ def batches(data: Data, batch_size: int, seed: int, stage: str, epoch: int):
         print_line(f"{stage}, epoch {epoch + 1}: {last / n:.0%}", live=True)
 
 
+def steps_per_epoch(data: Data, batch_size: int) -> int:
+    """How many batches `batches` yields in an epoch."""
+    return math.ceil(len(data.x_train) / batch_size)
+
+
 def pad(x: Tensor, by: int) -> Tensor:
     """uint8 (N, H, W, C) with `by` rows and columns of zeros around each image."""
     return F.pad(x, (0, 0, by, by, by, by))
@@ -774,42 +748,40 @@ class MLP(nn.Module):
         return self.layers(x).float()
 
 
-def check_model(flag: str, name: str, width: float = 1.0, dropout: float = 0.0) -> None:
-    """A UserError that names `flag` if build_model(name, width=..., dropout=...) is impossible."""
+def check_model(flag: str, name: str, dropout: float = 0.0) -> None:
+    """A UserError that names `flag` if build_model(name, dropout=...) is impossible."""
     if ":" in name:  # a net of your own; find_function has looked for it
-        if width != 1:
-            advice = "what scales your net is an argument of its function"
-            raise UserError(f"{flag} {name}: a width of {width:g} is for our ResNets; {advice}")
         return
     wrn = re.fullmatch(r"wrn-([1-9]\d{1,2})-([1-9]\d?)(-silu)?", name)
-    resnet = re.fullmatch(r"resnet18|resnet50|preact-resnet18(-silu)?", name)
+    resnet = re.fullmatch(r"(resnet18|resnet50|preact-resnet18)(-w[1-9]\d{0,3})?(-silu)?", name)
     mlp = re.fullmatch(r"mlp(-[1-9]\d{0,4}){1,8}", name)
+    if resnet and resnet[3] and resnet[1] != "preact-resnet18":
+        resnet = None
     if not (wrn or resnet or mlp):
         names = "resnet18, resnet50, preact-resnet18, wrn-D-W, mlp-H-...-H or MODULE:FUNCTION"
-        raise UserError(f"{flag}: expected {names} (wrn-28-10-silu, mlp-1200-1200), got {name!r}")
+        forms = "resnet18-w16, wrn-28-10-silu, mlp-1200-1200"
+        raise UserError(f"{flag}: expected {names} ({forms}), got {name!r}")
     if wrn and int(wrn[1]) % 6 != 4:
         depths = "the depth of a WideResNet is 6n + 4 (10, 16, 22, 28, 34, 40)"
         raise UserError(f"{flag}: {depths}, got {name!r}")
-    if width != 1 and not (resnet and 1 / 64 <= width <= 16):
-        raise UserError(f"{flag} {name}: --width is for ResNets, from 1/64 to 16, got {width:g}")
     if dropout and resnet:
         raise UserError(f"{flag} {name}: a ResNet has no dropout; take a WideResNet or an MLP")
 
 
-def build_model(name, classes=10, width=1.0, dropout=0.0, channels=3, size=32, mean=None, std=None):
+def build_model(name, classes=10, dropout=0.0, channels=3, size=32, mean=None, std=None):
     """A net for images (B, channels, size, size) in [0, 1] that returns logits (B, classes).
 
     MODULE:FUNCTION: see find_function; the net is told neither classes nor size, mean or std.
-    resnet18, resnet50, preact-resnet18 (He et al., CIFAR stem: 3x3, no pooling; `width` scales the
-    channels), wrn-D-W (Zagoruyko and Komodakis 2016; `dropout` between the convolutions of a
-    block), mlp-H-...-H (`dropout` after each layer); suffix -silu for the pre-activation nets.
+    resnet18, resnet50, preact-resnet18 (He et al., CIFAR stem: 3x3, no pooling; resnet18-w16 has 16
+    channels in its first stage instead of 64), wrn-D-W (Zagoruyko and Komodakis 2016; `dropout`
+    between the convolutions of a block), mlp-H-...-H (`dropout` after each layer); suffix -silu for
+    the pre-activation nets.
     mean, std per channel (None: 0 and 1). `model.arch` keeps what load_model builds it from.
     """
-    check_model("--model", name, width, dropout)
+    check_model("--model", name, dropout)
     arch = {
         "name": name,
         "classes": classes,
-        "width": width,
         "dropout": dropout,
         "channels": channels,
         "size": size,
@@ -819,7 +791,7 @@ def build_model(name, classes=10, width=1.0, dropout=0.0, channels=3, size=32, m
         model.arch = arch
         return model
     mean, std = mean or [0.0] * channels, std or [1.0] * channels
-    numbers = [int(n) for n in re.findall(r"-(\d+)", name)]
+    numbers = [int(n) for n in re.findall(r"-w?(\d+)", name)]
     act = "silu" if name.endswith("-silu") else "relu"
     if name.startswith("mlp"):
         model = MLP(mean, std, channels * size * size, numbers, classes, dropout)
@@ -830,14 +802,15 @@ def build_model(name, classes=10, width=1.0, dropout=0.0, channels=3, size=32, m
         stages, last = build_stages(PreActBlock, 16, widths, depths, 1, act=act, dropout=dropout)
         model = ConvNet(mean, std, 16, stages, [], norm_act(last, act), last, classes)
     else:
-        depths = [3, 4, 6, 3] if name == "resnet50" else [2, 2, 2, 2]
-        widths = [round(64 * width * factor) for factor in (1, 2, 4, 8)]
-        stem = widths[0]
+        bottleneck = name.startswith("resnet50")
+        depths = [3, 4, 6, 3] if bottleneck else [2, 2, 2, 2]
+        stem = numbers[0] if numbers else 64
+        widths = [stem, 2 * stem, 4 * stem, 8 * stem]
         if name.startswith("preact"):
             stages, last = build_stages(PreActBlock, stem, widths, depths, 1, act=act)
             model = ConvNet(mean, std, stem, stages, [], norm_act(last, act), last, classes)
         else:
-            expansion = 4 if name == "resnet50" else 1
+            expansion = 4 if bottleneck else 1
             stages, last = build_stages(
                 PostActBlock, stem, widths, depths, expansion, expansion=expansion
             )
@@ -862,13 +835,11 @@ def build_stages(block, stem, widths, depths, out_factor, **options):
     return stages, channels
 
 
-def new_model(data: Data, name: str, seed: int, stage: str, width=1.0, dropout=0.0) -> nn.Module:
+def new_model(data: Data, name: str, seed: int, stage: str, dropout: float = 0.0) -> nn.Module:
     """build_model for the images and classes of `data`, on its device, drawn from (seed, stage)."""
     torch.manual_seed(derive_seed("init", seed, stage))
     size, channels = data.x_train.shape[2:]
-    model = build_model(
-        name, len(data.classes), width, dropout, channels, size, data.mean, data.std
-    )
+    model = build_model(name, len(data.classes), dropout, channels, size, data.mean, data.std)
     device = data.x_train.device
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{stage}: {name}, {parameters:,} parameters, on {device}", flush=True)
@@ -1045,107 +1016,6 @@ def frozen(model: nn.Module):
             p.requires_grad_(True)
 
 
-class Affine(nn.Module):
-    """What a BatchNorm2d in eval mode computes: x (B, C, H, W) times a scale plus a shift."""
-
-    def forward(self, x):
-        # under autocast x is bf16, and so must be the other two, or the product would be float32
-        return torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype))
-
-
-class Folded(nn.Module):
-    """A frozen copy of a net in eval mode that attacks are faster on; equal up to rounding.
-
-    A BatchNorm2d becomes part of the convolution before it, or else an Affine. Call refresh() when
-    the net's weights or statistics have changed.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.net = copy.deepcopy(model).requires_grad_(False)
-        self.training = model.training
-        for own, given in zip(self.net.parameters(), model.parameters()):
-            own.data = given.data  # the same memory, but for what refresh() replaces
-        twin_of = dict(zip(model.modules(), self.net.modules()))
-        convolutions = convolutions_before_norms(model)
-        self.in_convolution, self.affine = [], []
-        for norm, twin in twin_of.items():
-            if type(norm) is not nn.BatchNorm2d or norm.running_mean is None or norm.training:
-                continue
-            if norm in convolutions:
-                convolution = convolutions[norm]
-                twin.__class__ = nn.Identity
-                self.in_convolution.append((norm, convolution, twin_of[convolution]))
-            else:
-                twin.__class__ = Affine
-                self.affine.append((norm, twin))
-        self.refresh()
-
-    @torch.no_grad()
-    def refresh(self) -> nn.Module:
-        """Take the weights and statistics that the net has now. -> self"""
-        for norm, convolution, twin in self.in_convolution:
-            scale, shift = scale_and_shift(norm)
-            twin.weight.data = convolution.weight * scale[:, None, None, None]
-            twin.bias = nn.Parameter(shift, requires_grad=False)
-        for norm, twin in self.affine:
-            scale, shift = scale_and_shift(norm)
-            twin.scale, twin.shift = scale[:, None, None], shift[:, None, None]
-        return self
-
-    def forward(self, x):
-        return self.net(x)
-
-
-def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """(C,) and (C,): in eval mode the norm computes scale * x + shift."""
-    scale = (norm.running_var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -norm.running_mean * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias
-    return scale, shift
-
-
-def convolutions_before_norms(model: nn.Module) -> dict:
-    """{BatchNorm2d: the convolution whose output it normalises} in the ConvNets of this file."""
-    pairs = {}
-    for net in [m for m in model.modules() if isinstance(m, ConvNet)]:
-        for module in net.modules():
-            if type(module) is nn.Sequential:
-                for first, second in itertools.pairwise(module):
-                    if type(first) is nn.Conv2d and isinstance(second, nn.BatchNorm2d):
-                        pairs[second] = first
-            elif isinstance(module, PreActBlock):
-                pairs[module.norm2[0]] = module.conv1
-    return pairs
-
-
-def folded(model: nn.Module) -> nn.Module:
-    """A Folded copy, or the model itself if it is, or holds, a net of MODULE:FUNCTION.
-
-    Such a net may keep numbers in places that a copy, made once, does not follow.
-    """
-    names = [vars(module).get("arch", {}).get("name", "") for module in model.modules()]
-    return model if any(":" in name for name in names) else Folded(model)
-
-
-def attacked(model: nn.Module, attack_bn: str) -> nn.Module:
-    """The net that an attack in training differentiates: BatchNorm in mode "train" or "eval".
-
-    In eval mode it is the Folded copy (on a CPU a PGD-7 training step of WRN-10-1 takes 0.79 of the
-    time, of WRN-16-2 0.95); under torch.compile, which does as well, the net itself.
-    """
-    model.train(attack_bn == "train")
-    if attack_bn == "train" or model._compiled_call_impl is not None:
-        return model
-    if "folded" not in vars(model):
-        vars(model)["folded"] = folded(model)  # no submodule: it is neither saved nor trained
-    net = vars(model)["folded"]
-    return net.refresh() if isinstance(net, Folded) else net
-
-
 @contextlib.contextmanager
 def convolutions(tf32: bool):
     """Convolutions on CUDA in TF32 (10 bits of mantissa) or, like all else, in strict float32.
@@ -1230,6 +1100,12 @@ def write_atomically(path: Path, write) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # otherwise a power failure may undo the move
         os.close(folder)
+
+
+def digest_of(value) -> str:
+    """16 hex digits that depend on a plain value (numbers, strings, lists, dicts) alone."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write_json(path: Path, value) -> None:
@@ -1319,16 +1195,17 @@ def is_plain(value, depth: int = 5) -> bool:
     return value is None or isinstance(value, float | int)
 
 
-def load_model(path, device="cpu", data: Data | None = None, name: str | None = None):
-    """-> (model in eval mode, its meta with the path as `file`) from a file of save_model.
+def load_model(path, data: Data | None = None, name: str | None = None) -> nn.Module:
+    """The model in a file of save_model, in eval mode with frozen weights, on the device of `data`.
 
-    A UserError if the model does not fit `data`, or if it is not a `name`. A net of MODULE:FUNCTION
-    is built if find_function was asked for it before: nothing is imported here.
+    model.meta: what was kept beside the weights, and the path as `file`. A UserError if the model
+    does not fit `data`, or if it is not a `name`. A net of MODULE:FUNCTION is built if
+    find_function was asked for it before: nothing is imported here.
     """
     record = load(path)
     try:
         arch, weights, meta = (record[key] for key in ("arch", "weights", "meta"))
-        check_model(f"{path}", arch["name"], arch["width"], arch["dropout"])
+        check_model(f"{path}", arch["name"], arch["dropout"])
         if ":" not in arch["name"]:
             with torch.device("meta"):  # takes no memory, whatever arch asks for
                 net = build_model(**arch)
@@ -1346,6 +1223,7 @@ def load_model(path, device="cpu", data: Data | None = None, name: str | None = 
             raise ValueError("weights that are not finite")
         model = build_model(**arch)
         model.load_state_dict(weights)
+        model.meta = meta | {"file": str(path)}
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # whatever a foreign record makes torch raise
@@ -1359,7 +1237,8 @@ def load_model(path, device="cpu", data: Data | None = None, name: str | None = 
             model_is = f"{arch['classes']} classes, {arch['size']} x {arch['channels']} images"
             data_has = f"{len(data.classes)} classes, {size} x {channels} images"
             raise UserError(f"{path}: is for {model_is}; {data.name} has {data_has}")
-    return model.to(device).eval(), meta | {"file": str(path)}
+        model = model.to(data.x_test.device)
+    return model.eval().requires_grad_(False)
 
 
 def table(rows: list[dict]) -> str:
@@ -1424,151 +1303,130 @@ def save_figure(figure, path: Path) -> None:
 # ================================================================================================
 
 # Flags that do not change what is computed: the same run goes on with other values
-FREE_FLAGS = {"data_root", "device", "runs", "name", "tensorboard", "seeds", "graph", "compile"}
+FREE_FLAGS = {"data_root", "device", "runs", "name", "tensorboard", "compile", "save_every"}
+FREE_FLAGS |= {"given"}  # not a flag: the list of those that are in the command
 # What a record of another shape, or one that is nested too deep, makes Python raise
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError)
 
 
-class RunParser(Parser):
-    """The parser of a training script: add the script's flags, add_run_flags(), then parse_run."""
+def add_run_flags(parser, augment=("crop", "none")) -> None:
+    """Add the flags that all training scripts share; augment: the choices of --augment."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="cifar10", help=f"data set: {DATA_NAMES}")
+    add("--data-root", default="data", help="folder of the data sets; downloads go there")
+    add("--train-subset", type=whole, help="train on this many images, the same for any seed")
+    add("--test-subset", type=whole, help="test on this many images, the same for any seed")
+    add("--val-size", type=whole_or_0, default=1024, help="training images held out to validate")
+    meaning = "crop: random crops and flips (MNIST: never); none: images as they are"
+    if len(augment) > 2:
+        meaning += f"; {' and '.join(augment[2:])}: crop with that on top"
+    add("--augment", choices=augment, default="crop", help=meaning)
+    add = parser.add_argument_group("run").add_argument
+    seeds = {"nargs": "+", "type": whole_or_0, "default": [0]}
+    add("--seed", **seeds, help="seed of weights, batches and attacks; several: one run for each")
+    devices = {"choices": ["auto", "cpu", "cuda"], "default": "auto"}
+    add("--device", **devices, help="device to compute on; auto: CUDA if there is any")
+    precisions = {"choices": ["bf16", "fp32"], "default": "bf16"}
+    add("--precision", **precisions, help="arithmetic of training on CUDA; a CPU trains in float32")
+    add("--deterministic", action="store_true", help="use deterministic CUDA kernels (slower)")
+    modes = {"nargs": "?", "const": "default", "metavar": "MODE"}
+    add("--compile", **modes, help="compile the nets with torch.compile, in MODE")
+    add("--runs", default="runs", help="folder in which the run folders are made")
+    add("--name", help="name of the run folder (default: made of the flags that were given)")
+    add("--tensorboard", action="store_true", help="also log to TensorBoard, if it is installed")
+    add("--demo", action="store_true", help="small run on drawn shapes that takes 2 CPU minutes")
 
-    def add_run_flags(self, augment=("crop", "none")) -> None:
-        """The flags that all training scripts share; augment: the choices of --augment."""
-        add = self.add_argument_group("data").add_argument
-        add("--data", default="cifar10", help=f"data set: {DATA_NAMES}")
-        add("--data-root", default="data", help="folder of the data sets; downloads go there")
-        add(
-            "--train-subset",
-            type="positive int",
-            help="train on this many images, the same for any seed",
-        )
-        add(
-            "--test-subset",
-            type="positive int",
-            help="test on this many images, the same for any seed",
-        )
-        add(
-            "--val-size",
-            type="nonnegative int",
-            default=1024,
-            help="training images held out to validate",
-        )
-        meaning = "crop: random crops and flips (MNIST: never); none: images as they are"
-        if len(augment) > 2:
-            meaning += f"; {' and '.join(augment[2:])}: crop with that on top"
-        add("--augment", choices=augment, default="crop", help=meaning)
-        add = self.add_argument_group("run").add_argument
-        add(
-            "--seed",
-            type="nonnegative int",
-            default=0,
-            help="seed of the weights, batches and attacks",
-        )
-        add(
-            "--seeds",
-            type="nonnegative int",
-            nargs="+",
-            help="one run per seed, then mean and deviation",
-        )
-        add(
-            "--device",
-            default="auto",
-            choices=["auto", "cpu", "cuda"],
-            help="auto: CUDA if present",
-        )
-        add(
-            "--precision",
-            default="bf16",
-            choices=["bf16", "tf32", "fp32"],
-            help="arithmetic of training on CUDA: bf16 autocast, TF32 convolutions, or strict "
-            "float32; a CPU always trains in float32",
-        )
-        add("--deterministic", action="store_true", help="use deterministic CUDA kernels (slower)")
-        switch = {"action": argparse.BooleanOptionalAction, "default": False}
-        add("--graph", **switch, help="on CUDA, replay each training step as a CUDA graph")
-        add("--compile", **switch, help="compile the nets with torch.compile")
-        add("--runs", default="runs", help="folder in which the run folders are made")
-        add("--name", help="name of the run folder (default: made of the flags that were given)")
-        add("--tensorboard", action="store_true", help="also log to TensorBoard, if installed")
-        add(
-            "--demo", action="store_true", help="small run on drawn shapes that takes 2 CPU minutes"
-        )
 
-    def parse_run(self, argv: list | None, presets: dict) -> argparse.Namespace:
-        """Parse `argv` (None: sys.argv), check the names of the nets, and name the run.
+def parse(parser, argv: list | None, presets: dict) -> argparse.Namespace:
+    """Parse `argv` (None: sys.argv), check the names of the nets, and name the run.
 
-        presets: {"--demo" or "--flag value": {flag: its default then}}. Flags that are given win
-        over a preset; what a preset sets is printed. args.given: the flags that are in argv.
-        """
-        argv = sys.argv[1:] if argv is None else list(argv)
-        given = {word.split("=")[0] for word in argv if word.startswith("--")}
-        asks_for_help = bool({"-h", "--help"} & set(argv))
-        for preset, flags in presets.items():
-            words = f" {' '.join(argv)} ".replace("=", " ")
-            if f" {preset} " not in words or asks_for_help:
-                continue
-            self.set_defaults(**{k.replace("-", "_"): str(value) for k, value in flags.items()})
-            sets = [f"--{k} {value}" for k, value in flags.items() if f"--{k}" not in given]
-            print(f"{preset} sets {' '.join(sets) or 'nothing'}")
-        args = self.parse_args(argv)
-        for flag in ("model", "teacher_model"):
-            if ":" in (getattr(args, flag) or ""):
-                name = find_function(f"--{flag.replace('_', '-')}", getattr(args, flag))
-                setattr(args, flag, name)
-        width = getattr(args, "width", 1.0)
-        teacher_width = getattr(args, "teacher_width", None) or width
-        check_model("--model", args.model, width)
-        check_model("--teacher-model", args.teacher_model or args.model, teacher_width)
-        if len(set(args.seeds or [])) < len(args.seeds or []):
-            self.error(f"--seeds: each seed once, got {' '.join(map(str, args.seeds))}")
-        if args.name is None:
-            args.name = self.run_name(args)
-        elif not re.fullmatch(r"\w[\w.,=+-]{0,159}", args.name):
-            self.error(f"--name: expected letters, digits and . , = + - _, got {args.name!r}")
-        args.given = given  # the flags that are in argv
-        args.autocast = False  # setup_training turns it on
-        return args
+    presets: {"--demo" or "--flag value": {name in the namespace: its default then}}. Flags that are
+    given win over a preset; what a preset sets is printed. args.given: the flags that are in argv.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    given = {word.split("=")[0] for word in argv if word.startswith("--")}
+    asks_for_help = bool({"-h", "--help"} & set(argv))
+    for preset, defaults in presets.items():
+        words = f" {' '.join(argv)} ".replace("=", " ")
+        if f" {preset} " not in words or asks_for_help:
+            continue
+        parser.set_defaults(**defaults)
+        flags = {f"--{key.replace('_', '-')}": value for key, value in defaults.items()}
+        sets = [f"{flag} {value}" for flag, value in flags.items() if flag not in given]
+        print(f"{preset} sets {', '.join(sets) or 'nothing'}")
+    args = parser.parse_args(argv)
+    args.given = sorted(given)
+    for flag in ("model", "teacher_model"):
+        name = getattr(args, flag)
+        if name is not None and ":" in name:
+            name = find_function(f"--{flag.replace('_', '-')}", name)
+            setattr(args, flag, name)
+        if name is not None:
+            check_model(f"--{flag.replace('_', '-')}", name)
+    if len(set(args.seed)) < len(args.seed):
+        parser.error(f"--seed: each seed once, got {' '.join(map(str, args.seed))}")
+    if args.name is None:
+        args.name = run_name(args)
+    elif not re.fullmatch(r"\w[\w.,=+-]{0,159}", args.name):
+        parser.error(f"--name: expected letters, digits and . , = + - _, got {args.name!r}")
+    return args
 
-    def run_name(self, args: argparse.Namespace) -> str:
-        """A folder name of data, net, method and all flags that are not at their default."""
-        defaults = vars(self.parse_args(["--demo"] if args.demo else []))
-        method = args.loss if hasattr(args, "loss") else args.method
-        name = f"{Path(args.data).stem}-{args.model}-{method}"
-        if args.demo:
-            name = f"demo-{name}"
-        in_name = {"data", "model", "loss", "method", "seed", "demo"}
-        for key, value in vars(args).items():
-            if key in FREE_FLAGS | in_name or value == defaults[key]:
-                continue
+
+def run_name(args: argparse.Namespace) -> str:
+    """A folder name of data, net, method and the other flags that were given."""
+    method = args.loss if hasattr(args, "loss") else args.method
+    name = f"{Path(args.data).stem}-{args.model}-{method}"
+    if args.demo:
+        name = f"demo-{name}"
+    in_name = FREE_FLAGS | {"data", "model", "loss", "method", "seed", "demo"}
+    for key, value in vars(args).items():
+        flag = f"--{key.replace('_', '-')}"
+        if flag in args.given and key not in in_name:
             if isinstance(value, float):
                 value = f"{value:.4g}"
             elif isinstance(value, list):
                 value = "+".join(map(str, value))
-            name += f",{key.replace('_', '-')}={value}"
-        name = re.sub(r"[^\w.,=+-]", "-", name)
-        if len(name) > 64:
-            name = f"{name[:55]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-        return name
+            name += f",{flag.removeprefix('--')}={value}"
+    name = re.sub(r"[^\w.,=+-]", "-", name)
+    if len(name) > 64:
+        name = f"{name[:55]}-{digest_of(name)[:8]}"
+    return name
+
+
+def replace(args: argparse.Namespace, **flags) -> argparse.Namespace:
+    """A copy of the namespace in which some flags have other values."""
+    return argparse.Namespace(**(vars(args) | flags))
 
 
 def run_flags(args: argparse.Namespace) -> dict:
     """The flags that decide what a run computes, as JSON would give them back."""
-    kept = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS | {"given", "autocast"}}
-    return json.loads(json.dumps(kept))
+    flags = {key: value for key, value in vars(args).items() if key not in FREE_FLAGS}
+    return json.loads(json.dumps(flags))
 
 
-def run_seeds(script: str, args: argparse.Namespace, job, prepare=None) -> list[list[dict]]:
-    """For each seed: open the run folder, call job(args, data, folder), show its summary.
+def setup_device(args: argparse.Namespace) -> torch.device:
+    """The device of --device, set up by --deterministic; joins the processes of torchrun."""
+    device = find_device(args.device)
+    if "--precision" in args.given and device.type == "cpu":
+        print("--precision has no effect here: a CPU trains in float32")
+    if world() > 1 and not dist.is_initialized():
+        # the others wait while the first process validates and evaluates
+        week = datetime.timedelta(days=7)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=week)
+        atexit.register(dist.destroy_process_group)
+    set_precision("fp32")  # what is not under bf16 autocast is strict float32
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if args.deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(args.deterministic)  # its import takes seconds
+    return device
 
-    job returns the rows of the summary; a run that has its summary is shown and not repeated.
-    prepare(args, data): checks flags against the data, and changes `data`, before a folder is made.
-    -> the rows of each seed; after several seeds their mean and deviation are printed.
-    """
-    if args.teacher_ckpt and not os.path.isfile(args.teacher_ckpt):  # before any data are fetched
-        raise UserError(f"--teacher-ckpt {args.teacher_ckpt}: no such checkpoint")
-    device = setup_training(args)
+
+def load_training_data(args: argparse.Namespace, device: torch.device) -> Data:
+    """load_data by the flags of a training script; under torchrun the first process downloads."""
     with first_process_first():
-        data = load_data(
+        return load_data(
             args.data,
             args.data_root,
             device,
@@ -1577,82 +1435,36 @@ def run_seeds(script: str, args: argparse.Namespace, job, prepare=None) -> list[
             args.test_subset,
             args.augment,
         )
-        if prepare is not None:
-            prepare(args, data)
-    summaries = []
-    seeds = args.seeds or [args.seed]
-    for seed in seeds:
-        args.seed = seed
-        with run_folder(script, args, data) as folder:
-            rows = read_summary(folder / "summary.json")
-            if rows is None:
-                rows = job(args, data, folder)
-                for row in rows:
-                    if row.get("file") is not None:  # a runs folder may be moved
-                        row["file"] = os.path.relpath(row["file"], folder)
-                sync()  # until every process has read what it needs from the folder
-                write_json(folder / "summary.json", rows)
-                delete_checkpoints(folder)
-                draw_run(folder, rows)
-            files = " ".join(path.name for path in sorted(folder.glob("*.pt")))
-            print(
-                f"\n{table(without_files(rows))}\n\n{folder} is finished: log.jsonl {files}",
-                flush=True,
-            )
-        summaries.append(rows)
-    if len(seeds) > 1:
-        print(f"\nmean +- std of seeds {' '.join(map(str, seeds))}")
-        print(table(without_files(mean_and_std(summaries))), flush=True)
-    return summaries
 
 
-def without_files(rows: list[dict]) -> list[dict]:
-    """The rows of a summary without their column `file`, as they fit on a terminal."""
-    return [{key: value for key, value in row.items() if key != "file"} for row in rows]
+def autocast(args: argparse.Namespace, device: torch.device):
+    """On CUDA, with --precision bf16: matrix products and convolutions in bfloat16.
 
-
-def read_summary(path: Path) -> list[dict] | None:
-    """The rows in summary.json; None if there is no such file; a UserError if it is damaged."""
-    rows = read_json(path)
-    if rows is None:
-        return None
-    is_list = isinstance(rows, list) and len(rows) > 0
-    if not is_list or not all(isinstance(row, dict) and "model" in row for row in rows):
-        raise UserError(f"{path}: damaged; delete it, and the same command makes it again")
-    return rows
-
-
-def mean_and_std(summaries: list[list[dict]]) -> list[dict]:
-    """Rows of each seed -> rows of "mean +- std" (n - 1); a row that a seed lacks is left out.
-
-    A net that all seeds share, such as their teacher, is one net: it has no deviation.
+    The cache of cast weights is off: a weight that is first cast under no_grad (as in TRADES) would
+    get no gradient.
     """
-    rows = []
-    for first in summaries[0]:
-        same = [row for rows_ in summaries for row in rows_ if row["model"] == first["model"]]
-        if len(same) < len(summaries):  # a best epoch that is not the last has a row of its own
-            continue
-        merged = dict(first)
-        shared = first.get("file") is not None and all(row["file"] == first["file"] for row in same)
-        for key, value in first.items():
-            values = [row.get(key) for row in same]
-            if shared and values.count(value) == len(values):
-                continue
-            if None in values:
-                merged[key] = None
-            elif isinstance(value, float):
-                digits = 4 if "_acc" in key else 1
-                mean, std = np.mean(values), np.std(values, ddof=1)
-                merged[key] = f"{mean:.{digits}f} +- {std:.{digits}f}"
-        rows.append(merged)
-    return rows
+    enabled = device.type == "cuda" and args.precision == "bf16"
+    return torch.autocast("cuda", torch.bfloat16, enabled, cache_enabled=False)
+
+
+def compile_model(model: nn.Module, mode: str | None) -> None:
+    """torch.compile a net in a mode of --compile; without one nothing happens.
+
+    All nets of a class share one code object, and PyTorch stops compiling it after 8 variants
+    (student and teacher, training and evaluation mode, with and without weight gradients): the
+    limit is raised, or the rest would run uncompiled without a word.
+    """
+    if mode is not None:
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        model.compile(mode=mode, dynamic=False)
 
 
 # ---- folders -----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def run_folder(script: str, args: argparse.Namespace, data: Data):
+def open_run(script: str, args: argparse.Namespace, data: Data):
     """Yield runs/<script>/<name>-s<seed>, made now or found with the same flags and data.
 
     A UserError that names the flag if the folder was made with another value or other data, and if
@@ -1664,26 +1476,17 @@ def run_folder(script: str, args: argparse.Namespace, data: Data):
         except ImportError:
             raise UserError("--tensorboard: not installed; pip install tensorboard") from None
     folder = Path(args.runs) / script / f"{args.name}-s{args.seed}"
-    config_file, flags = folder / "config.json", run_flags(args)
     with locked(folder):
         with first_process_first():
-            delete_torn_files(folder)
-            config = read_json(config_file)
+            config = read_json(folder / "config.json")
             if config is None:
-                write_json(config_file, describe_run(args, data, flags))
+                write_json(folder / "config.json", describe_run(args, data))
             else:
-                check_same_run(folder, config, flags, data)
+                check_same_run(folder, config, run_flags(args), data)
         yield folder
 
 
-def delete_torn_files(folder: Path) -> None:
-    """Delete what a killed process was writing into a folder that this process has locked."""
-    if rank() == 0:
-        for path in folder.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
-
-
-def describe_run(args: argparse.Namespace, data: Data, flags: dict) -> dict:
+def describe_run(args: argparse.Namespace, data: Data) -> dict:
     """What config.json says of a run: command, commit, versions, GPU, data, flags."""
     commit = None
     with contextlib.suppress(OSError):  # git is not installed
@@ -1697,7 +1500,7 @@ def describe_run(args: argparse.Namespace, data: Data, flags: dict) -> dict:
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if data.x_train.is_cuda else None,
         "fingerprint": data.fingerprint,
-        "flags": flags,
+        "flags": run_flags(args),
     }
 
 
@@ -1723,19 +1526,29 @@ def check_same_run(folder: Path, config, flags: dict, data: Data) -> None:
 def locked(folder: Path, wait: bool = False):
     """No other process can lock `folder` inside the block: wait for it, or raise UserError.
 
-    The lock ends with the process, however it ends. Under torchrun the first process has it.
+    The lock ends with the process, however it ends. Under torchrun the first process has it, and
+    all enter the block together. What a killed process was writing there is deleted.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows has no fcntl
-        fcntl = None
-    if rank() > 0 or fcntl is None:
+    with contextlib.ExitStack() as stack:
+        if rank() == 0:
+            stack.enter_context(lock_file(folder, wait))
+            for torn in folder.glob(".*.tmp"):
+                torn.unlink(missing_ok=True)
+        sync()
         yield
-        return
+
+
+@contextlib.contextmanager
+def lock_file(folder: Path, wait: bool):
+    """Hold the lock of a folder, made if need be, in its file `lock`; see `locked`."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a+") as file:
         try:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows has no fcntl: nothing is locked there
+            pass
         except BlockingIOError:
             file.seek(0)
             owner = file.read()
@@ -1747,6 +1560,28 @@ def locked(folder: Path, wait: bool = False):
         file.truncate(0)
         print(os.getpid(), end="", file=file, flush=True)
         yield
+
+
+def teacher_folder(args: argparse.Namespace, data: Data) -> Path:
+    """runs/teachers/<digest>, where all scripts look for the teacher of these flags and data.
+
+    args: the flags of the teacher itself; those that are None have no effect on it and do not
+    count. Nor do those by which the data were chosen: the data count as they are. For a net of your
+    own the weights that it begins with count too. The flags are kept in recipe.json for people.
+    """
+    chosen_by = {"data", "train_subset", "test_subset", "val_size", "demo", "augment"}
+    flags = {k: v for k, v in run_flags(args).items() if v is not None and k not in chosen_by}
+    flags["data"] = [data.fingerprint, data.pad, data.flip]
+    if args.augment not in ("crop", "none"):  # crop is in data.pad and data.flip
+        flags["augment"] = args.augment
+    if ":" in args.model:
+        flags["initial_weights"] = initial_digest(
+            args.model, args.seed, getattr(args, "dropout", 0)
+        )
+    folder = Path(args.runs) / "teachers" / digest_of(flags)
+    if not (folder / "recipe.json").exists():
+        write_json(folder / "recipe.json", flags)
+    return folder
 
 
 # ---- the training loop's helpers ---------------------------------------------------------------
@@ -1763,7 +1598,7 @@ def seed_epoch(seed: int, stage: str, epoch: int) -> None:
     torch.manual_seed(derive_seed(*parts))
 
 
-def metrics(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+def step_sums(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     """(3,) on the device: loss summed over images, correct predictions, images.
 
     labels (B,), or probabilities (B, K) of which the largest counts. The host does not wait.
@@ -1795,10 +1630,10 @@ def average_gradients(model: nn.Module, images: int) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def epoch_row(stage: str, epoch: int, model: nn.Module, history: list, began: float) -> dict:
+def epoch_row(args, stage: str, epoch: int, model: nn.Module, history: list, began: float) -> dict:
     """The row of a finished epoch: stage, epoch, loss, train_acc, images_per_second, seconds.
 
-    history: the `metrics` of its steps, read here for the first time; began: time.monotonic() at
+    history: the step_sums of its steps, read here for the first time; began: time.monotonic() at
     its start. A UserError if a loss or a weight is not finite. Under torchrun the sums are over all
     processes, and BatchNorm statistics become those of the first one.
     """
@@ -1830,17 +1665,17 @@ def epoch_row(stage: str, epoch: int, model: nn.Module, history: list, began: fl
     }
 
 
-def validate(model: nn.Module, data: Data, attack=None) -> dict:
-    """{val_clean_acc, val_pgd<steps>_acc} on the held-out training images; {} if there are none.
+def validate(model: nn.Module, data: Data, eps: float | None = None) -> dict:
+    """{val_clean_acc, val_pgd7_acc} on the held-out training images; {} if there are none.
 
-    attack: (eps, step_size, steps) of the PGD; without it only clean images.
+    eps: radius of the PGD, 7 steps of eps / 4; None: only clean images.
     """
     row = {}
     if rank() == 0 and len(data.x_val):
         row["val_clean_acc"] = accuracy(predict(model, data.x_val), data.y_val)
-        if attack is not None:
-            logits = predict(model, data.x_val, data.y_val, attack)
-            row[f"val_pgd{attack[2]}_acc"] = accuracy(logits, data.y_val)
+        if eps is not None:
+            logits = predict(model, data.x_val, data.y_val, (eps, eps / 4, 7))
+            row["val_pgd7_acc"] = accuracy(logits, data.y_val)
     return from_first_process(row)
 
 
@@ -1911,19 +1746,19 @@ def resume(folder: Path, stage: str, state: dict) -> list[dict]:
     return rows
 
 
-def save_epoch(folder, stage, model, state, rows, epochs, tensorboard=False) -> None:
+def save_epoch(folder, stage, model, state, rows, args) -> None:
     """Keep a finished epoch: checkpoint, best model, log.jsonl, a line on the terminal.
 
     model: the net that was validated, kept as <stage>_best.pt if the last of `rows` is the best;
-    state: as for `resume`; epochs: how many the stage has.
+    state: as for `resume`; args: the flags of the training.
     """
-    row = rows[-1]
+    row, epochs = rows[-1], args.epochs
     if best_row(rows) is row:
         save_model(folder / f"{stage}_best.pt", model, rows)
     states = {name: part.state_dict() for name, part in state.items()}
     save(checkpoint_file(folder, stage, len(rows)), {"rows": rows, "state": states})
     write_log(folder, stage, rows)
-    if tensorboard and rank() == 0:
+    if args.tensorboard and rank() == 0:
         log_to_tensorboard(folder, row)
     text = f"{stage} {row['epoch']:{len(str(epochs))}d}/{epochs}  loss {row['loss']:.4f}"
     for key, value in row.items():
@@ -1955,65 +1790,48 @@ def read_log(folder: Path) -> dict[str, list[dict]]:
     return stages
 
 
-PANELS = ("training images", "clean, held-out images", "under PGD, held-out images")
-
-
-def panel_of(key: str) -> str | None:
-    """The panel of curves.png for a number of an epoch or of a summary; None if it has none."""
-    if key == "train_acc":
-        return PANELS[0]
-    if key in ("val_clean_acc", "clean_acc"):
-        return PANELS[1]
-    if re.fullmatch(r"(val_)?pgd\d+_acc", key):
-        return PANELS[2]
-    return None
+# number of an epoch -> (title of its panel in curves.png, number of the summary that belongs to it)
+PANELS = {
+    "train_acc": ("training images", None),
+    "val_clean_acc": ("clean, held-out images", "clean_acc"),
+    "val_pgd7_acc": ("under PGD, held-out images", "pgd20_acc"),
+}
 
 
 def draw_run(folder: Path, rows: list[dict]) -> None:
-    """Draw the learning curves of all nets in the summary `rows` of a run: curves.png.
+    """Draw the learning curves of the nets in the summary `rows` of a run: curves.png.
 
     Accuracy after each epoch on the training images (attacked ones in adversarial training), on
     clean and on attacked held-out images. A star marks the best epoch, a cross the test accuracy at
-    the end, a dotted line where --teacher-es stopped the teacher. Without matplotlib there is no
-    figure.
+    the end. Without matplotlib there is no figure.
     """
-    if rank() > 0:
-        return
-    logs = {}  # file -> (its first row, its epochs); a net with its bias corrected has more rows
+    logs = {}  # file -> (its first row in the summary, the rows of its epochs)
     for row in rows:
-        if row.get("file") and row["file"] not in logs and ", best" not in row["model"]:
+        if row.get("file") and row["net"] != "best" and row["file"] not in logs:
             file = folder / row["file"]
             epochs = read_log(file.parent).get(file.stem)
             if epochs:  # a file of --teacher-ckpt may lie alone
                 logs[row["file"]] = row, epochs
-    keys = {key for _, epochs in logs.values() for key in epochs[0]}
-    panels = [panel for panel in PANELS if panel in map(panel_of, keys)]
-    figure = new_figure(3.7 * len(panels), 3.4) if panels else None
+    numbers = {key for _, epochs in logs.values() for key in epochs[0]}
+    panels = [key for key in PANELS if key in numbers]
+    figure = new_figure(3.7 * len(panels), 3.4) if panels and rank() == 0 else None
     if figure is None:
         return
     axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]))
-    early_stop = read_json(folder / "config.json")["flags"].get("teacher_es")
     for (row, epochs), colour in zip(logs.values(), itertools.cycle(COLOURS)):
         best, last = best_row(epochs).get("epoch"), len(epochs)
-        for key in epochs[0]:
-            if (panel := panel_of(key)) is not None:
-                accuracies = [100 * epoch[key] for epoch in epochs]
-                axes[panel].plot(range(1, last + 1), accuracies, color=colour, label=row["model"])
-                if best and panel != PANELS[0]:
-                    axes[panel].plot(best, accuracies[best - 1], "*", color=colour, markersize=11)
-        for key, accuracy in row.items():
-            if panel_of(key) in axes and accuracy is not None:
-                axes[panel_of(key)].plot(last, 100 * accuracy, "x", color=colour, markersize=7)
-        if row["model"].startswith("teacher") and last == early_stop:
-            for axis in axes.values():
-                axis.axvline(last, color=colour, linestyle=":", linewidth=1)
-    for panel, axis in axes.items():
-        axis.set(xlabel="epoch", ylabel="accuracy, %", title=panel)
+        for key in set(panels) & set(epochs[0]):
+            accuracies = [100 * epoch[key] for epoch in epochs]
+            axes[key].plot(range(1, last + 1), accuracies, color=colour, label=row["model"])
+            if best and key != "train_acc":
+                axes[key].plot(best, accuracies[best - 1], "*", color=colour, markersize=11)
+            test_accuracy = row.get(PANELS[key][1])
+            if test_accuracy is not None:
+                axes[key].plot(last, 100 * test_accuracy, "x", color=colour, markersize=7)
+    for key, axis in axes.items():
+        axis.set(xlabel="epoch", ylabel="accuracy, %", title=PANELS[key][0])
         axis.xaxis.get_major_locator().set_params(integer=True)
-    marks = "star: best epoch, cross: test"
-    if early_stop:
-        marks += ",\ndotted line: teacher stopped"
-    axes[panels[0]].legend(title=marks, title_fontsize=8)
+    axes[panels[0]].legend(title="star: best epoch, cross: test", title_fontsize=8)
     save_figure(figure, folder / "curves.png")
 
 
@@ -2053,172 +1871,97 @@ def state_digest(weights: dict) -> str:
     return digest.hexdigest()[:16]
 
 
-# ---- teachers ----------------------------------------------------------------------------------
+def given_teacher(args: argparse.Namespace, data: Data, dropout: float = 0.0) -> nn.Module:
+    """The teacher of --teacher-ckpt, in eval mode with frozen weights.
 
-
-def teacher_file(args: argparse.Namespace, data: Data, recipe: dict) -> Path:
-    """runs/teachers/<digest of recipe and data>/teacher.pt, whether it is there or not.
-
-    recipe: all flags on which the teacher's weights depend. For a net of your own the weights that
-    it begins with belong to it.
+    Its file is one of save_model, or a state_dict of the MODULE:FUNCTION that --teacher-model (or
+    --model) names. Raises UserError.
     """
-    recipe = json.loads(json.dumps(recipe | {"data": data.fingerprint}))
-    if ":" in recipe["model"]:
-        initial = initial_digest(recipe["model"], recipe["seed"], recipe.get("dropout", 0.0))
-        recipe["initial_weights"] = initial
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(args.runs) / "teachers" / digest / "teacher.pt"
-
-
-def write_recipe(folder: Path, data: Data, recipe: dict) -> None:
-    """Write recipe.json beside a teacher, for people: nothing reads it."""
-    path = folder / "recipe.json"
-    if not path.exists():
-        write_json(path, recipe | {"data": data.fingerprint})
-
-
-def keep_teacher(args, data: Data, recipe: dict, model: nn.Module, rows: list, **meta) -> None:
-    """Save a model where runs with this recipe look for their teacher; see save_model.
-
-    Where another process trains that very teacher now, it is left to it.
-    """
-    path = teacher_file(args, data, recipe)
-    try:
-        with locked(path.parent):
-            delete_torn_files(path.parent)
-            write_recipe(path.parent, data, recipe)
-            save_model(path, model, rows, **meta)
-    except UserError:  # the folder is in use
-        sync()  # as at the end of save_model
-
-
-def given_teacher(args: argparse.Namespace, data: Data, name: str, dropout: float = 0.0):
-    """-> (the teacher of --teacher-ckpt on the CPU, its meta as load_model gives it).
-
-    name: the net that a plain state_dict belongs to, a MODULE:FUNCTION; the meta is {} then.
-    """
-    if ":" in name and not is_checkpoint(args.teacher_ckpt):
+    path, name = args.teacher_ckpt, args.teacher_model or args.model
+    if ":" in name and not is_checkpoint(path):
         size, channels = data.x_test.shape[2:]
-        model = build_model(name, len(data.classes), 1.0, dropout, channels, size)
-        load_weights("--teacher-ckpt", args.teacher_ckpt, model)
-        return model.eval(), {}
-    asked = args.teacher_model if "--teacher-model" in args.given else None
-    return load_model(args.teacher_ckpt, "cpu", data, asked)
+        model = build_model(name, len(data.classes), dropout, channels, size)
+        load_weights("--teacher-ckpt", path, model)
+        model.meta = {"file": path}
+        return model.to(data.x_test.device).eval().requires_grad_(False)
+    return load_model(path, data, name if "--teacher-model" in args.given else None)
 
 
-def get_teacher(args: argparse.Namespace, data: Data, recipe: dict, train):
-    """-> (teacher in eval mode with frozen weights, its meta, its file).
+# ---- the end of a run --------------------------------------------------------------------------
 
-    --teacher-ckpt FILE is taken as it is; if it is a plain state_dict of --teacher-model
-    MODULE:FUNCTION, its weights are kept as a file of save_model. Otherwise the file is
-    teacher_file(...): if it is not there, train(folder) must write teacher.pt into the folder.
-    While another process trains the same teacher, this one waits.
+
+def training_columns(model: nn.Module, folder: Path) -> dict:
+    """The columns of a summary that say how a net was trained: epochs, seconds, file.
+
+    The file is named as seen from the run's `folder`, which may be moved with all other runs.
     """
-    if args.teacher_ckpt:
-        given, meta = given_teacher(args, data, recipe["model"], recipe.get("dropout", 0.0))
-        path = Path(args.teacher_ckpt)
-        if "file" not in meta:
-            key = json.dumps(given.arch) + state_digest(given.state_dict())
-            digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-            path = Path(args.runs) / "teachers" / f"given-{digest}" / "teacher.pt"
-            with locked(path.parent, wait=True):
-                save_model(path, given)
-    else:
-        path = teacher_file(args, data, recipe)
-        with locked(path.parent, wait=True):
-            sync()  # the first process has the lock
-            there = path.exists()
-            sync()  # and all processes have looked
-            delete_torn_files(path.parent)
-            write_recipe(path.parent, data, recipe)
-            if not there:
-                train(path.parent)
-            delete_checkpoints(path.parent)
-    teacher, meta = load_model(path, data.x_train.device, data)
-    print(f"teacher: {path}", flush=True)
-    if args.compile:
-        compile_model(teacher)
-    return teacher.requires_grad_(False), meta, path
+    meta = getattr(model, "meta", {})
+    file = meta.get("file")
+    if file is not None:
+        file = os.path.relpath(file, folder)
+    return {"epochs": meta.get("epoch"), "seconds": meta.get("seconds"), "file": file}
 
 
-# ---- speed on CUDA -----------------------------------------------------------------------------
+def read_summary(folder: Path) -> list[dict] | None:
+    """The rows in summary.json of a run; None if it is not there; a UserError if it is damaged."""
+    path = folder / "summary.json"
+    rows = read_json(path)
+    if rows is None:
+        return None
+    is_list = isinstance(rows, list) and len(rows) > 0
+    if not is_list or not all(isinstance(row, dict) and "model" in row for row in rows):
+        raise UserError(f"{path}: damaged; delete it, and the same command makes it again")
+    return rows
 
 
-def speed_up(step, model: nn.Module, args: argparse.Namespace):
-    """The training step `step(*tensors)`, faster by --compile and --graph; without them unchanged.
+def finish_run(folder: Path, rows: list[dict]) -> None:
+    """Write summary.json, delete what only resuming needs, draw curves.png."""
+    sync()  # until every process has read what it needs from the folder
+    write_json(folder / "summary.json", rows)
+    delete_checkpoints(folder)
+    draw_run(folder, rows)
 
-    step: attack, forward passes and loss.backward() into gradients that are None before -> Tensor,
-    without waiting for the GPU. The optimizer stays outside: its learning rate and momentum are
-    numbers, which a graph would freeze.
+
+def show_run(folder: Path, rows: list[dict]) -> None:
+    """Print the summary of a finished run, and what is in its folder."""
+    files = " ".join(path.name for path in sorted(folder.glob("*.pt")))
+    print(f"\n{summary_table(rows)}\n\n{folder} is finished: log.jsonl {files}", flush=True)
+
+
+def show_mean(seeds: list[int], summaries: list[list[dict]]) -> None:
+    """Print the mean and deviation of the summaries of several seeds; of one seed nothing."""
+    if len(seeds) > 1:
+        print(f"\nmean +- std of seeds {' '.join(map(str, seeds))}")
+        print(summary_table(mean_and_std(summaries)), flush=True)
+
+
+def summary_table(rows: list[dict]) -> str:
+    """The rows of a summary as a table, without the columns that are for programs."""
+    return table([{k: v for k, v in row.items() if k not in ("net", "file")} for row in rows])
+
+
+def mean_and_std(summaries: list[list[dict]]) -> list[dict]:
+    """Rows of each seed -> rows of "mean +- std" (n - 1); a row that a seed lacks is left out.
+
+    A net that all seeds share, such as their teacher, is one net: it has no deviation.
     """
-    device = next(model.parameters()).device
-    if args.compile:
-        compile_model(model)
-    if args.graph and device.type == "cuda":
-        return Graphs(step, model)
-    return step
-
-
-def compile_model(model: nn.Module) -> None:
-    """torch.compile the forward and backward passes of a net, with code of its own for each size.
-
-    All nets of a class share one code object, and PyTorch stops compiling it after 8 variants
-    (student and teacher, training and evaluation mode, with and without weight gradients): the
-    limit is raised, or the rest would run uncompiled without a word.
-    """
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    model.compile(dynamic=False)
-
-
-class Graphs:
-    """step(*tensors) as CUDA graphs, one for each shape of the tensors: a call replays one.
-
-    The gradients are those of the last call; the tensor that a call returns is a copy.
-    """
-
-    def __init__(self, step, model: nn.Module):
-        self.step, self.model = step, model
-        self.graphs = {}
-
-    def __call__(self, *tensors):
-        key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-        if key not in self.graphs:
-            try:
-                self.graphs[key] = self.capture([tensor.clone() for tensor in tensors])
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # a net of your own waits for the GPU in its forward pass
-                reason = f"a step cannot be captured ({one_line(error)})"
-                raise UserError(f"--graph: {reason}; leave it out") from None
-        graph, inputs, output, gradients = self.graphs[key]
-        for own, given in zip(inputs, tensors):
-            own.copy_(given)
-        graph.replay()
-        for parameter, gradient in zip(self.model.parameters(), gradients):
-            parameter.grad = gradient
-        return output.clone()
-
-    def capture(self, inputs: list):
-        """-> (graph, its inputs, output and gradients).
-
-        Three calls on a side stream come before, as PyTorch asks for; they and the capture leave
-        the BatchNorm statistics and the state of the random numbers as they were.
-        """
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        state, side = torch.cuda.get_rng_state(), torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.model.zero_grad()
-                self.step(*inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        self.model.zero_grad()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = self.step(*inputs)
-        gradients = [parameter.grad for parameter in self.model.parameters()]
-        for buffer, before in zip(self.model.buffers(), buffers):
-            buffer.copy_(before)
-        torch.cuda.set_rng_state(state)
-        return graph, inputs, output, gradients
+    rows = []
+    for first in summaries[0]:
+        same = [row for rows_ in summaries for row in rows_ if row["model"] == first["model"]]
+        if len(same) < len(summaries):  # a best epoch that is not the last has a row of its own
+            continue
+        merged = dict(first)
+        file = first.get("file") or ""
+        shared = file.startswith("..") and all(row["file"] == file for row in same)
+        for key, value in first.items():
+            values = [row.get(key) for row in same]
+            if shared and values.count(value) == len(values):
+                continue
+            if None in values:
+                merged[key] = None
+            elif isinstance(value, float):
+                digits = 4 if "_acc" in key else 1
+                mean, std = np.mean(values), np.std(values, ddof=1)
+                merged[key] = f"{mean:.{digits}f} +- {std:.{digits}f}"
+        rows.append(merged)
+    return rows

@@ -25,11 +25,6 @@ Differs  1. Draws depend on (seed, attack, pass, image) alone; all images share 
             frost is a texture drawn by code unless the published pictures are given.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
-
 import argparse
 import contextlib
 import dataclasses
@@ -99,12 +94,14 @@ def parse_args(argv=None):
         help=f"what is measured: {', '.join(NOT_ATTACKS)}, or attacks, see Attacks above",
     )
     add("--norm", default="linf", choices=["linf", "l2"], help="norm of the perturbations")
-    add("--eps", type="nonnegative", help="radius of the attacks (default: 8/255, with l2 0.5)")
-    add("--step-size", type="nonnegative", help="step of PGD (default: a quarter of --eps)")
-    add("--restarts", type="positive int", default=1, help="random starts of PGD; the worst counts")
-    add("--steps", type="positive int", default=100, help="number of iterations of APGD and FAB")
-    add("--queries", type="positive int", default=5000, help="number of queries of Square")
-    add("--targets", type="positive int", default=9, help="target classes of targeted APGD and FAB")
+    add(
+        "--eps", type=common.nonnegative, help="radius of the attacks (default: 8/255, with l2 0.5)"
+    )
+    add("--step-size", type=common.nonnegative, help="step of PGD (default: a quarter of --eps)")
+    add("--restarts", type=common.whole, default=1, help="random starts of PGD; the worst counts")
+    add("--steps", type=common.whole, default=100, help="number of iterations of APGD and FAB")
+    add("--queries", type=common.whole, default=5000, help="number of queries of Square")
+    add("--targets", type=common.whole, default=9, help="target classes of targeted APGD and FAB")
     add(
         "--search",
         choices=["tf32", "fp32"],
@@ -127,7 +124,7 @@ def parse_args(argv=None):
     add("--cinic", metavar="DIR", help="folder of CINIC-10; only its images from ImageNet count")
     add(
         "--cinic-per-class",
-        type="positive int",
+        type=common.whole,
         help="CINIC-10 images of each class, always the same choice (paper: 2100; default: all)",
     )
     add("--ood", metavar="PATH", help=".npz file or folder of class folders for --attack ood")
@@ -136,11 +133,11 @@ def parse_args(argv=None):
     add("--data-root", default="data", help="folder of the data sets; downloads go there")
     add(
         "--n",
-        type="positive int",
+        type=common.whole,
         help="number of test images, always the same ones (default: all)",
     )
-    add("--batch-size", type="positive int", default=500, help="images at once; changes no result")
-    add("--seed", type="nonnegative int", default=0, help="seed of the attacks and corruptions")
+    add("--batch-size", type=common.whole, default=500, help="images at once; changes no result")
+    add("--seed", type=common.whole_or_0, default=0, help="seed of the attacks and corruptions")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if present")
     add("--json", metavar="FILE", help="file of all numbers; a killed evaluation goes on")
     add(
@@ -1524,7 +1521,7 @@ def check_nets(args, data, teacher_dropout=0.0):
     for name, dropout in ((args.model, 0.0), (args.teacher_model, teacher_dropout)):
         if ":" not in (name or ""):
             continue
-        model = common.build_model(name, len(data.classes), 1.0, dropout, channels, size)
+        model = common.build_model(name, len(data.classes), dropout, channels, size)
         model = model.to(x.device).eval()
         logits = clean_logits(model, x, labels, classes=len(data.classes), name=name)
         refuse_probabilities(logits, name)
@@ -1535,8 +1532,7 @@ def check_nets(args, data, teacher_dropout=0.0):
             raise common.UserError(f"{name}: cannot be trained ({problem})") from None
     if not args.teacher_ckpt:
         return None
-    teacher_model = args.teacher_model or args.model
-    return common.given_teacher(args, data, teacher_model, teacher_dropout)[0]
+    return common.given_teacher(args, data, teacher_dropout)
 
 
 def refuse_probabilities(logits, name):
@@ -1550,7 +1546,7 @@ def load_models(args, data, device):
     """-> {name of the row: model}, {file: digest of its weights}, from the flags."""
     models, functions = {}, [common.find_function("--model", name) for name in args.model]
     for path in args.checkpoints:
-        models[path], _ = common.load_model(path, device, data)
+        models[path] = common.load_model(path, data)
         warn_of_other_data(path, args.data)
     of_checkpoints = [model.arch["name"] for model in models.values()]
     functions = [name for name in functions if name not in of_checkpoints]
@@ -1840,7 +1836,6 @@ def run_attack(model, images, name, settings, state=None, model_name=""):
     if name == "aa-rand":
         settings = dataclasses.replace(settings, eot=20)
     plan, broken_by = passes(name, images.logits.shape[1], settings), progress.broken_by
-    folded = common.folded(model)
     for number in range(progress.passes_done + 1, len(plan) + 1):
         attack, repeat = plan[number - 1]
         # the images that were not broken when the pass began
@@ -1848,7 +1843,7 @@ def run_attack(model, images, name, settings, state=None, model_name=""):
         to_do, text = alive[progress.images_done :], None
         for index, batch in batches(images, to_do, settings, attack, repeat):
             began = time.monotonic()
-            x_adv, broken = search(model, folded, batch)
+            x_adv, broken = search(model, batch)
             newly_broken = index[broken.cpu()]
             broken_by[newly_broken] = number
             if len(newly_broken):
@@ -1874,16 +1869,15 @@ def run_attack(model, images, name, settings, state=None, model_name=""):
 
 
 @torch.no_grad()
-def search(model, folded, batch):
+def search(model, batch):
     """-> x_adv (B, C, H, W) of batch.attack, and bool (B,): the model itself is wrong there.
 
-    folded: the copy of the model that is searched on. In TF32 a search may stop at an example that
-    float32 does not confirm: it is done again.
+    In TF32 a search may stop at an example that float32 does not confirm: it is done again.
     """
     tf32 = batch.attack in ATTACKS and batch.settings.search == "tf32"
     attack = ATTACKS.get(batch.attack, pgd)
     with common.convolutions(tf32):
-        x_adv = attack(folded, batch)
+        x_adv = attack(model, batch)
     allowed = is_allowed(x_adv, batch.x, batch.settings)
     wrong = misclassified(model(x_adv).float(), batch.labels)
     if tf32:
@@ -1899,7 +1893,7 @@ def search(model, folded, batch):
                 batch.attack,
                 batch.repeat,
             )
-            x_adv[unconfirmed], wrong[unconfirmed] = search(model, folded, again)
+            x_adv[unconfirmed], wrong[unconfirmed] = search(model, again)
     return x_adv, allowed & wrong
 
 
@@ -1997,7 +1991,7 @@ def accuracy_curve(model, x, labels, settings):
     with common.evaluating(model), torch.no_grad():
         images = Images(x, labels, clean_logits(model, x, labels, settings.batch_size))
         robust = (images.logits.argmax(1) == labels).cpu()
-        curve, folded = [(0.0, robust.double().mean().item())], common.folded(model)
+        curve = [(0.0, robust.double().mean().item())]
         for factor in factors:
             if not robust.any() or settings.norm == "linf" and curve[-1][0] >= 1:
                 break
@@ -2006,7 +2000,7 @@ def accuracy_curve(model, x, labels, settings):
                 eps = min(eps, 1.0)
             now = dataclasses.replace(settings, eps=eps, steps=20)
             for index, batch in batches(images, robust.nonzero()[:, 0], now, "curve"):
-                x_adv = apgd_ce(folded, batch)
+                x_adv = apgd_ce(model, batch)
                 robust[index] = ~misclassified(model(x_adv).float(), batch.labels).cpu()
             curve.append((eps, robust.double().mean().item()))
     return curve
@@ -2032,15 +2026,15 @@ def add_evaluation_flags(parser):
         help="fast: clean and PGD accuracy; full: also PGD-10, PGD-15, corruptions, calibration "
         "and the images of --cinic and --ood",
     )
-    add("--eps", type="probability", default=0.031, help="radius of PGD in the evaluation")
-    add("--step-size", type="nonnegative", default=0.003, help="step of PGD in the evaluation")
+    add("--eps", type=common.probability, default=0.031, help="radius of PGD in the evaluation")
+    add("--step-size", type=common.nonnegative, default=0.003, help="step of PGD in the evaluation")
     add(
         "--eval-steps",
-        type="positive int",
+        type=common.whole,
         default=20,
         help="number of PGD steps in the evaluation",
     )
-    add("--restarts", type="positive int", default=5, help="random starts of PGD; the worst counts")
+    add("--restarts", type=common.whole, default=5, help="random starts of PGD; the worst counts")
     add(
         "--corruptions",
         type=existing_path,
@@ -2054,7 +2048,7 @@ def add_evaluation_flags(parser):
     )
     add(
         "--cinic-per-class",
-        type="positive int",
+        type=common.whole,
         help="CINIC-10 images of each class, always the same choice (paper: 2100; default: all)",
     )
     add("--ood", type=existing_path, help="other images: .npz file or folder of class folders")
