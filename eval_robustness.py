@@ -2007,119 +2007,22 @@ def accuracy_curve(model, x, labels, settings):
 
 
 # ------------------------------------------------------------------------------------------------
-# For the training scripts that evaluate what they have saved
+# For the training scripts
 
 
-def add_evaluation_flags(parser):
-    """Add the flags of `evaluate_files`, with the attack of the papers that train without one."""
+def summary_rows(nets, data, folder, attacks, **settings):
+    """Evaluate the nets of a run on the test images -> the rows of its summary.
 
-    def existing_path(text):
-        if text != "generate" and not Path(text).exists():
-            raise argparse.ArgumentTypeError(f"expected a file or a folder, there is no {text}")
-        return text
-
-    add = parser.add_argument_group("evaluation").add_argument
-    add(
-        "--eval",
-        choices=["fast", "full"],
-        default="fast",
-        help="fast: clean and PGD accuracy; full: also PGD-10, PGD-15, corruptions, calibration "
-        "and the images of --cinic and --ood",
-    )
-    add("--eps", type=common.probability, default=0.031, help="radius of PGD in the evaluation")
-    add("--step-size", type=common.nonnegative, default=0.003, help="step of PGD in the evaluation")
-    add(
-        "--eval-steps",
-        type=common.whole,
-        default=20,
-        help="number of PGD steps in the evaluation",
-    )
-    add("--restarts", type=common.whole, default=5, help="random starts of PGD; the worst counts")
-    add(
-        "--corruptions",
-        type=existing_path,
-        default="generate",
-        help="folder of the unpacked CIFAR-10-C; generate: corrupt the test images here",
-    )
-    add(
-        "--cinic",
-        type=existing_path,
-        help="folder of CINIC-10; only its images from ImageNet count",
-    )
-    add(
-        "--cinic-per-class",
-        type=common.whole,
-        help="CINIC-10 images of each class, always the same choice (paper: 2100; default: all)",
-    )
-    add("--ood", type=existing_path, help="other images: .npz file or folder of class folders")
-
-
-def check_evaluation(args, data, teacher_dropout=0.0):
-    """A UserError before the training if the files and images do not go with what is asked for.
-
-    -> the teacher of --teacher-ckpt, or None.
+    nets: {label of the row: (role, net)}, a role being student, best, teacher or alone; attacks and
+    settings: as for `evaluate`. A row has net (the role), model (the label), the accuracies,
+    epochs, seconds and file.
     """
-    if args.eval == "full" and data.x_test.shape[1:] != (32, 32, 3):
-        needs = "needs colour images of 32 x 32"
-        raise common.UserError(f"--eval full: {needs}, {data.name} has others; leave it out")
-    if args.teacher_seeds > 1 and args.pick_teacher == "val" and not len(data.x_val):
-        raise common.UserError("--pick-teacher val: needs held-out images, --val-size above 0")
-    return check_nets(args, data, teacher_dropout)
-
-
-def best_epoch(folder):
-    """{row of the summary: file} of the student's best epoch, if that is not its last; else {}."""
-    meta = common.load(folder / "student.pt")["meta"]
-    if meta["best"].get("epoch", meta["epoch"]) == meta["epoch"]:
-        return {}
-    return {"student, best on held-out images": folder / "student_best.pt"}
-
-
-def training_columns(meta):
-    """The columns of a summary that say how a net was trained: epochs, seconds, file.
-
-    meta: as common.load_model gives it. summary.json names the file as seen from its own
-    folder; the printed table leaves it out.
-    """
-    return {"epochs": meta.get("epoch"), "seconds": meta.get("seconds"), "file": meta.get("file")}
-
-
-def evaluate_files(args, files, folder):
-    """{name: file of a saved model} -> rows of a summary: model, *_acc, epochs, seconds.
-
-    args: with the flags of add_evaluation_flags. All numbers are in folder/evaluation.json, the
-    tables in folder/evaluation.txt; the same call goes on after an interruption. Under torchrun the
-    first process evaluates, and all get the rows.
-    """
-    attacks = ["clean", f"pgd{args.eval_steps}"]
-    names = ["eps", "step_size", "restarts", "seed", "data", "data_root", "device"]
-    if args.eval == "full":
-        attacks += ["pgd10", "pgd15", "corruptions", "calibration"]
-        attacks += [name for name in ("cinic", "ood") if getattr(args, name) is not None]
-        names += ["corruptions", "cinic", "cinic_per_class", "ood"]
-    result = folder / "evaluation.json"
-    checkpoints = list(dict.fromkeys(str(path) for path in files.values()))
-    argv = [*checkpoints, "--json", str(result), "--attack", *attacks]
-    for name in names:
-        value = getattr(args, name)
-        if value is not None:
-            argv += [f"--{name.replace('_', '-')}", str(value)]
-    if args.test_subset:
-        argv += ["--n", str(args.test_subset)]
-    if common.rank() == 0:
-        print(f"evaluating {', '.join(files)}: {folder / 'evaluation.txt'}", flush=True)
-        text = format_record(evaluate_models(parse_args(argv))) + "\n"
-        common.write_atomically(folder / "evaluation.txt", lambda f: f.write(text.encode()))
-    common.sync()
-    row_of = {row["model"]: row for row in common.read_json(result)["rows"]}
     rows = []
-    for name, path in files.items():
-        row = {"model": name}
-        for key, value in row_of[str(path)].items():
-            if key.endswith("_acc"):
-                row[key] = value
-        meta = common.load(path)["meta"] | {"file": str(path)}
-        rows.append(row | training_columns(meta))
+    for label, (role, net) in nets.items():
+        print(f"evaluating {label} on {len(data.x_test)} test images", flush=True)
+        accuracies = evaluate(net, data.x_test, data.y_test, attacks, **settings)
+        row = {"net": role, "model": label} | accuracies
+        rows.append(row | common.training_columns(net, folder))
     return rows
 
 

@@ -622,15 +622,8 @@ def train_and_evaluate(args, data, folder):
         best = common.load_model(folder / "student_best.pt", data)
         nets["student, best on held-out images"] = "best", best
 
-    rows = []
-    for label, (role, net) in nets.items():
-        print(f"evaluating {label} on {len(data.x_test)} test images", flush=True)
-        accuracies = eval_robustness.evaluate(
-            net, data.x_test, data.y_test, ["clean", "pgd20"], eps=args.eps, seed=args.seed
-        )
-        row = {"net": role, "model": label} | accuracies
-        rows.append(row | common.training_columns(net, folder))
-    return rows
+    attacks = ["clean", "pgd20"]
+    return eval_robustness.summary_rows(nets, data, folder, attacks, eps=args.eps, seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,18 @@ Methods  soft-randomization   x' = x + sigma N(0, 1): noise for the student   <-
 Usage    python soft_randomization.py --sigma 0.05
          python soft_randomization.py --method gaussian --sigma 0.05
          python soft_randomization.py --method hinton                # the baseline without noise
-         python soft_randomization.py --seeds 0 1 2 3 4 --teacher-seeds 5 --eval full
-         python soft_randomization.py --demo    # no teacher, gaussian noise, this; 2 CPU minutes
+         python soft_randomization.py --seed 0 1 2 3 4   # one teacher, five students
+         python soft_randomization.py --method teacher --seed 0 1 2 3 4      # five teachers ...
+         python soft_randomization.py --teacher-ckpt FILE    # ... the best of which teaches
+         python soft_randomization.py --demo             # 1 minute on a CPU
 Expect   CIFAR-10, WRN-40-2 and WRN-16-2: not measured. Small nets: docs/noisy_collaboration.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); logits (B, K)
 Differs  1. Momentum 0.9, weight decay 5e-4 and PGD steps of 0.003 come from later code of the
             authors. The paper prints momentum 0.99 (we take it for a typing error), PGD steps of
             0.03, and no weight decay.
-         2. 1,024 training images are held out (--val-size 0: none). They choose the teacher among
-            --teacher-seeds and the student's best epoch. The paper chooses the teacher on the test
-            images (--pick-teacher test).
+         2. 1,024 training images are held out to choose the student's best epoch (--val-size 0:
+            none). The teacher is that of seed 0 for all students; the paper takes the best of five
+            on the test images (--method teacher --seed 0 1 2 3 4, then --teacher-ckpt).
          3. The KL is KL(T || S), as in Hinton's loss; Eq. 1 prints S first. Training on CUDA is in
             bf16 (--precision fp32: float32). An image is robust if no start of PGD breaks it; the
             paper reports the lowest accuracy of five runs of PGD.
@@ -29,156 +31,91 @@ Differs  1. Momentum 0.9, weight decay 5e-4 and PGD steps of 0.003 come from lat
             in Eq. 1 (--clip: it is clipped). The teacher sees the same crop and flip without noise.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
-
 import math
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.optim.lr_scheduler import MultiStepLR
 
 import common
 import eval_robustness
 
 METHODS = ["soft-randomization", "gaussian", "hinton", "teacher", "student"]
-NOISY = ["soft-randomization", "gaussian"]  # the student sees noisy images
-TAUGHT = ["soft-randomization", "hinton"]  # the student has a teacher
-# The methods that a flag has an effect on
-FLAG_METHODS = {
+NOISY = {"soft-randomization", "gaussian"}  # the student sees noisy images
+TAUGHT = {"soft-randomization", "hinton"}  # the student has a teacher
+HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it is refused
     "--sigma": NOISY,
     "--clip": NOISY,
     "--alpha": TAUGHT,
     "--temperature": TAUGHT,
-    "--teacher-seeds": [*TAUGHT, "teacher"],
-    "--pick-teacher": TAUGHT,
 }
+NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "sigma", "clip"]
+NO_EFFECT_ON_TEACHER += ["eval_eps", "eval_step_size", "eval_restarts"]
 
 # Epochs, and the epochs after which the learning rate drops: section A.1
-STANDARD_EPOCHS = 200
-STANDARD_MILESTONES = [60, 120, 150]
+STANDARD_SCHEDULE = (200, [60, 120, 150])
 
 DEMO = {
     "data": "shapes",
     "model": "wrn-10-1",
-    "teacher-model": "wrn-16-1",
+    "teacher_model": "wrn-16-1",
     "epochs": 60,
-    "teacher-epochs": 60,
-    "batch-size": 15,
-    "temperature": 1,  # with 4 so few steps are not enough: the gradients are small
+    "teacher_epochs": 60,
+    "batch_size": 15,
+    "temperature": 1.0,  # with 4 so few steps are not enough: the gradients are small
     "sigma": 0.1,
-    "train-subset": 60,
-    "test-subset": 500,
-    "val-size": 50,
-    "restarts": 1,
-    "eps": "4/255",
-    "step-size": "1/255",
+    "train_subset": 60,
+    "test_subset": 500,
+    "val_size": 50,
+    "eval_eps": 4 / 255,
+    "eval_step_size": 1 / 255,
+    "eval_restarts": 1,
 }
-DEMO_BASELINES = ["student", "gaussian"]  # what the demo compares its method with
-DEMO_SHOWS = (
-    "60 training images, PGD with a radius of 4/255. Look at pgd20_acc: who has learned from noisy "
-    "images, with the answers of a teacher that saw them without noise (soft-randomization), "
-    "resists attacks better than who has not (student): over seeds 0 to 3 by 8, 7, 10 and 27 "
-    "points, at -3, -3, -13 and +4 points of clean_acc (1 thread). gaussian has the noise without "
-    "the teacher: three times about as good, once far behind (seed 3)."
-)
 
 
 def parse_args(argv=None):
     """The flags of this script as a namespace; a flag that makes no sense is a UserError."""
-    parser = common.RunParser(__doc__)
+    parser = common.Parser(__doc__)
+    probability, positive = common.probability, common.positive
+    whole, nonnegative = common.whole, common.nonnegative
     add = parser.add_argument_group("method").add_argument
-    add(
-        "--method",
-        choices=METHODS,
-        default="soft-randomization",
-        help="training method, see Methods above",
-    )
-    add(
-        "--sigma",
-        type="nonnegative",
-        default=0.05,
-        help="standard deviation of the noise, pixels in [0, 1]",
-    )
-    add("--clip", action="store_true", help="clip the noisy images to [0, 1]")
-    add("--alpha", type="probability", default=0.9, help="weight of the distillation term")
-    add("--temperature", type="positive", default=4.0, help="temperature of both softmaxes")
-    add(
-        "--model",
-        default="wrn-16-2",
-        help="net of the student: wrn-16-2, resnet18, mlp-512, MODULE:FUNCTION",
-    )
+    add("--method", choices=METHODS, default=METHODS[0], help="training method, see Methods above")
+    add("--alpha", type=probability, default=0.9, help="weight of the distillation term")
+    add("--temperature", type=positive, default=4.0, help="temperature of both softmaxes")
+    add("--sigma", type=nonnegative, default=0.05, help="deviation of the noise, pixels in [0, 1]")
+    add("--clip", **common.SWITCH, help="clip the noisy images to [0, 1]")
+    add("--model", default="wrn-16-2", help="net of the student, such as wrn-16-2 or resnet18")
+
     add = parser.add_argument_group("teacher").add_argument
     add("--teacher-model", default="wrn-40-2", help="net of the teacher, named as for --model")
-    add(
-        "--teacher-seeds",
-        type="positive int",
-        default=1,
-        help="number of teachers to train, with seeds 0 to N-1 whatever --seed is; the most "
-        "accurate one teaches",
-    )
-    add(
-        "--pick-teacher",
-        choices=["val", "test"],
-        default="val",
-        help="images on which the best teacher is chosen: held-out ones, or test images as in "
-        "the paper",
-    )
-    add(
-        "--teacher-epochs",
-        type="positive int",
-        default=STANDARD_EPOCHS,
-        help="epochs of the teacher's training",
-    )
-    add(
-        "--teacher-milestones",
-        type="positive int",
-        nargs="+",
-        help="numbers of finished epochs after which the teacher's learning rate is multiplied by "
-        "--gamma (default: 60 120 150 for 200 epochs, in proportion for other --teacher-epochs)",
-    )
-    add(
-        "--teacher-ckpt",
-        help="file of a finished teacher, or a state_dict of a MODULE:FUNCTION; none is trained",
-    )
+    add("--teacher-epochs", type=whole, default=200, help="epochs of the teacher's training")
+    drops = {"type": whole, "nargs": "+", "metavar": "EPOCH"}
+    add("--teacher-milestones", **drops, help="as --milestones (default: those of A.1, in scale)")
+    add("--teacher-ckpt", metavar="FILE", help="file of a finished teacher; none is trained then")
+
     add = parser.add_argument_group("optimisation").add_argument
-    add(
-        "--epochs",
-        type="positive int",
-        default=STANDARD_EPOCHS,
-        help="epochs of the student's training",
-    )
-    add(
-        "--milestones",
-        type="positive int",
-        nargs="+",
-        help="numbers of finished epochs after which the student's learning rate is multiplied by "
-        "--gamma (default: 60 120 150 for 200 epochs, in proportion for other --epochs)",
-    )
-    add("--gamma", type="positive", default=0.2, help="factor on the learning rate at milestones")
-    add("--lr", type="positive", default=0.1, help="learning rate that both nets start with")
-    add("--batch-size", type="positive int", default=128, help="images per step of both nets")
-    add("--momentum", type="probability", default=0.9, help="momentum of SGD for both nets")
-    add(
-        "--weight-decay", type="nonnegative", default=5e-4, help="weight decay of SGD for both nets"
-    )
-    eval_robustness.add_evaluation_flags(parser)
-    parser.add_run_flags()
-    args = parser.parse_run(argv, {"--demo": DEMO})
-    for flag, methods in FLAG_METHODS.items():
-        if flag in args.given and args.method not in methods and not args.demo:
+    add("--epochs", type=whole, default=200, help="epochs of the student's training")
+    add("--milestones", **drops, help="epochs after which --gamma is applied (default: in scale)")
+    add("--gamma", type=positive, default=0.2, help="factor on the learning rate at milestones")
+    add("--lr", type=positive, default=0.1, help="learning rate that both nets start with")
+    add("--batch-size", type=whole, default=128, help="images per step of both nets")
+    add("--weight-decay", type=nonnegative, default=5e-4, help="weight decay of SGD for both nets")
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-eps", type=probability, default=0.031, help="radius of PGD-20 in pixel units")
+    add("--eval-step-size", type=probability, default=0.003, help="step of PGD-20 in pixel units")
+    add("--eval-restarts", type=whole, default=5, help="random starts of PGD-20; the worst counts")
+    common.add_run_flags(parser)
+    args = common.parse(parser, argv, {"--demo": DEMO})
+    for flag, methods in HAS_EFFECT.items():
+        if flag in args.given and args.method not in methods:
             parser.error(f"{flag}: has no effect with --method {args.method}; leave it out")
-    if args.teacher_seeds > 1 and args.method == "teacher":
-        remedy = "--method teacher trains the teacher of --seed alone; --seeds trains several"
-        parser.error(f"--teacher-seeds {args.teacher_seeds}: {remedy}")
-    if "--pick-teacher" in args.given and args.teacher_seeds == 1:
-        parser.error("--pick-teacher: there is one teacher; give --teacher-seeds above 1")
-    if args.teacher_seeds > 1 and args.teacher_ckpt:
-        parser.error("--teacher-seeds: has no effect with --teacher-ckpt; leave it out")
+
+    if args.milestones is None:
+        args.milestones = stretch(STANDARD_SCHEDULE, args.epochs)
+    if args.teacher_milestones is None:
+        args.teacher_milestones = stretch(STANDARD_SCHEDULE, args.teacher_epochs)
     return args
 
 
@@ -216,182 +153,149 @@ def add_noise(x, sigma, clip=False):
 # Training
 
 
-# Copied from fickle_teacher.stretch
-def stretch(milestones, standard_epochs, epochs):
-    """Milestones of a schedule of `standard_epochs`, in proportion for `epochs`, rounded up."""
-    return [math.ceil(milestone * epochs / standard_epochs) for milestone in milestones]
-
-
-def train(model, data, folder, stage, args, seed, epochs, milestones, teacher=None):
-    """Train `model` and write it to folder/<stage>.pt.
+def train(args, data, folder, stage, teacher=None):
+    """Train a net by the flags in args and write it to folder/<stage>.pt -> the net in eval mode.
 
     teacher: in eval mode with frozen weights, or None: from labels alone. The student of a noisy
-    method sees x + noise, its teacher x. After an interruption the same call goes on.
+    method sees x + noise, its teacher x. After an interruption the same call goes on after the last
+    finished epoch.
     """
+    model = common.new_model(data, args.model, args.seed, stage)
     optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=args.lr,
-        momentum=args.momentum,
-        weight_decay=args.weight_decay,
-        fused=True,
+        model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
     )
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, args.gamma)
-    noisy = stage == "student" and args.method in NOISY
-
-    def step(x, labels):
-        """The loss of a batch and the gradients of the weights -> common.metrics."""
-        # args.autocast is True for bf16 on CUDA (--precision). The cache of cast weights is off: a
-        # CUDA graph (--graph) must cast the weights of each step.
-        with torch.autocast("cuda", torch.bfloat16, args.autocast, cache_enabled=False):
-            student_x = x
-            if noisy:
-                student_x = add_noise(x, args.sigma, args.clip)
-            student_logits = model(student_x)
-            if teacher is None:
-                loss = F.cross_entropy(student_logits, labels)
-            else:
-                teacher_logits = teacher(x)  # the images without noise
-                loss = hinton_loss(
-                    student_logits, teacher_logits, labels, args.alpha, args.temperature
-                )
-        loss.backward()
-        return common.metrics(loss, student_logits, labels)
-
-    step = common.speed_up(step, model, args)  # for --compile and --graph
+    schedule = MultiStepLR(optimizer, args.milestones, args.gamma)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    common.compile_model(model, args.compile)
+
     rows = common.resume(folder, stage, state)
-    for epoch in range(len(rows), epochs):
-        common.seed_epoch(seed, stage, epoch)
+    for epoch in range(len(rows), args.epochs):
+        common.seed_epoch(args.seed, stage, epoch)
         model.train()
-        began = time.monotonic()
-        history = []  # the metrics of each step stay on the device: reading them would make it wait
-        for x, labels in common.batches(data, args.batch_size, seed, stage, epoch):
+        began, history = time.monotonic(), []
+        for x, labels in common.batches(data, args.batch_size, args.seed, stage, epoch):
+            with common.autocast(args, x.device):
+                student_x = x
+                if args.method in NOISY:
+                    student_x = add_noise(x, args.sigma, args.clip)
+                student_logits = model(student_x)
+                if teacher is None:
+                    loss = F.cross_entropy(student_logits, labels)
+                else:
+                    teacher_logits = teacher(x)  # the images without noise
+                    loss = hinton_loss(
+                        student_logits, teacher_logits, labels, args.alpha, args.temperature
+                    )
+
             optimizer.zero_grad()
-            history.append(step(x, labels))
+            loss.backward()
             common.average_gradients(model, len(labels))  # under torchrun, otherwise nothing
             optimizer.step()
+            history.append(common.step_sums(loss, student_logits, labels))  # no wait for the GPU
+
         schedule.step()  # per epoch
-        row = common.epoch_row(stage, epoch, model, history, began)
+        row = common.epoch_row(args, stage, epoch, model, history, began)
         rows.append(row | common.validate(model, data))
-        common.save_epoch(folder, stage, model, state, rows, epochs, args.tensorboard)
-    common.save_model(folder / f"{stage}.pt", model, rows)
+        common.save_epoch(folder, stage, model, state, rows, args)
+    common.save_model(folder / f"{stage}.pt", model, rows, training=args.method)
+    return common.load_model(folder / f"{stage}.pt", data)
+
+
+# Copied from fickle_teacher.stretch
+def stretch(schedule, epochs):
+    """The milestones of (epochs, milestones), in proportion for other `epochs`, rounded up."""
+    standard_epochs, milestones = schedule
+    return [math.ceil(milestone * epochs / standard_epochs) for milestone in milestones]
 
 
 # ------------------------------------------------------------------------------------------------
 # The whole job
 
 
-def teacher_recipe(args, seed):
-    """All that the teacher's weights depend on.
+# Copied from fickle_teacher.teacher_args
+def teacher_args(args):
+    """The flags by which the teacher is trained, made of the student's.
 
-    Runs with equal recipes share one teacher file, whichever of the scripts has trained it.
+    A flag that has no effect on the teacher becomes None. Runs that agree in all the others and in
+    the data share the teacher (see get_teacher): a flag that is forgotten here costs a second
+    training, and never gives a wrong teacher.
     """
-    milestones = args.teacher_milestones
-    if milestones is None:
-        milestones = stretch(STANDARD_MILESTONES, STANDARD_EPOCHS, args.teacher_epochs)
-    return {
-        "training": "labels alone, SGD with drops of the learning rate",
-        "model": args.teacher_model,
-        "seed": seed,
-        "epochs": args.teacher_epochs,
-        "milestones": milestones,
-        "gamma": args.gamma,
-        "lr": args.lr,
-        "batch_size": args.batch_size,
-        "momentum": args.momentum,
-        "weight_decay": args.weight_decay,
-        "augment": args.augment,
-        "precision": args.precision,
-        "deterministic": args.deterministic,
-    }
+    teacher = common.replace(
+        args,
+        method="teacher",
+        model=args.teacher_model,
+        seed=args.seed if args.method == "teacher" else 0,  # all students have the same teacher
+        epochs=args.teacher_epochs,
+        milestones=args.teacher_milestones,
+    )
+    for flag in vars(args):
+        if flag.startswith("teacher_") or flag in NO_EFFECT_ON_TEACHER:
+            setattr(teacher, flag, None)
+    return teacher
 
 
-def get_teacher(args, data, seed):
-    """-> (the teacher of a seed, in eval mode with frozen weights; its file)."""
-    recipe = teacher_recipe(args, seed)
+def get_teacher(args, data):
+    """-> the teacher in eval mode with frozen weights: given, found, or trained now.
 
-    def train_teacher(folder):
-        model = common.new_model(data, args.teacher_model, seed, "teacher")
-        train(model, data, folder, "teacher", args, seed, recipe["epochs"], recipe["milestones"])
-
-    teacher, _, path = common.get_teacher(args, data, recipe, train_teacher)
-    return teacher, path
-
-
-# Copied from fickle_teacher.choose_teacher
-def choose_teacher(args, data):
-    """-> (the teacher in eval mode, its file).
-
-    --method teacher: the teacher of --seed. Otherwise all students have the same one, whatever
-    --seed is: that of seed 0 or, with --teacher-seeds N, the most accurate of seeds 0 to N-1 on the
-    images of --pick-teacher.
+    runs/teachers/<digest of its flags and the data> keeps it for all runs with the same ones.
     """
-    if args.method == "teacher":
-        return get_teacher(args, data, args.seed)
-    if args.teacher_seeds == 1:
-        return get_teacher(args, data, 0)
-    x, labels = data.x_val, data.y_val
-    if args.pick_teacher == "test":
-        x, labels = data.x_test, data.y_test
-    best_teacher, best_path, best_accuracy = None, None, -1.0
-    for seed in range(args.teacher_seeds):
-        teacher, path = get_teacher(args, data, seed)
-        accuracy = eval_robustness.evaluate(teacher, x, labels, ["clean"])["clean_acc"]
-        accuracy = common.from_first_process(accuracy)  # all must choose the same teacher
-        print(f"teacher of seed {seed}: {args.pick_teacher} accuracy {accuracy:.4f}", flush=True)
-        if accuracy > best_accuracy:
-            best_teacher, best_path, best_accuracy = teacher, path, accuracy
-    return best_teacher, best_path
+    if args.teacher_ckpt:
+        return common.given_teacher(args, data)
+    own = teacher_args(args)
+    folder = common.teacher_folder(own, data)
+    with common.locked(folder, wait=True):  # another run may be training it
+        if not (folder / "teacher.pt").exists():
+            train(own, data, folder, "teacher")
+        common.delete_checkpoints(folder)
+    print(f"teacher: {folder / 'teacher.pt'}", flush=True)
+    teacher = common.load_model(folder / "teacher.pt", data)
+    common.compile_model(teacher, args.compile)
+    return teacher
 
 
 def main(argv=None):
-    """For each seed: data, teacher, student, evaluation of both, one table."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Data, teacher, student, evaluation, one table; for each seed."""
     args = parse_args(argv)
-    if args.demo and args.method not in (*DEMO_BASELINES, "teacher"):
-        return demo(argv, args)
-    return common.run_seeds("soft_randomization", args, train_and_evaluate, prepare)
-
-
-# Copied from fickle_teacher.demo
-def demo(argv, args):
-    """Train without the method, then with it; print one table, and what it shows."""
-    rows = []
-    for method in [*DEMO_BASELINES, args.method]:
-        flags = [*argv, "--method", method]
-        if "--name" in args.given:
-            flags += ["--name", f"{args.name}-{method}"]  # each run needs a folder of its own
-        script = Path(__file__).stem
-        summaries = common.run_seeds(script, parse_args(flags), train_and_evaluate, prepare)
-        for row in summaries[0]:
-            if "best on held-out" not in row["model"] and row not in rows:
-                rows.append(row)
-    print(f"\nall nets of the demo\n{common.table(common.without_files(rows))}")
-    if f"({args.method})" in DEMO_SHOWS:
-        print(f"\n{DEMO_SHOWS}")
-    return [rows]
-
-
-def prepare(args, data):
-    """Check flags and files against the data before anything is written; raises UserError."""
-    eval_robustness.check_evaluation(args, data)
+    data = common.load_training_data(args, common.setup_device(args))
+    eval_robustness.check_nets(args, data)
+    summaries = []
+    for seed in args.seed:
+        seed_args = common.replace(args, seed=seed)
+        with common.open_run("soft_randomization", seed_args, data) as folder:
+            rows = common.read_summary(folder)
+            if rows is None:  # not finished yet
+                rows = train_and_evaluate(seed_args, data, folder)
+                common.finish_run(folder, rows)
+            common.show_run(folder, rows)
+        summaries.append(rows)
+    common.show_mean(args.seed, summaries)
+    return summaries
 
 
 def train_and_evaluate(args, data, folder):
-    """Train the nets of one seed unless they are finished, and evaluate them -> summary rows."""
-    files = {}  # row of the summary -> file of the model
+    """One seed: train what is missing, evaluate all nets -> the rows of the summary."""
+    nets = {}  # label of the row -> (role of the net, the net)
     teacher = None
+    if args.demo:
+        alone = train(common.replace(args, method="student"), data, folder, "alone")
+        nets["student alone"] = "alone", alone
     if args.method in TAUGHT or args.method == "teacher":
-        teacher, files["teacher"] = choose_teacher(args, data)
+        teacher = get_teacher(args, data)
+        nets["teacher"] = "teacher", teacher
     if args.method != "teacher":
-        model = common.new_model(data, args.model, args.seed, "student")
-        milestones = args.milestones
-        if milestones is None:
-            milestones = stretch(STANDARD_MILESTONES, STANDARD_EPOCHS, args.epochs)
-        train(model, data, folder, "student", args, args.seed, args.epochs, milestones, teacher)
-        files[f"student ({args.method})"] = folder / "student.pt"
-        files |= eval_robustness.best_epoch(folder)
-    return eval_robustness.evaluate_files(args, files, folder)
+        student = train(args, data, folder, "student", teacher)
+        nets[f"student ({args.method})"] = "student", student
+        if student.meta["best"].get("epoch", args.epochs) != args.epochs:
+            best = common.load_model(folder / "student_best.pt", data)
+            nets["student, best on held-out images"] = "best", best
+
+    attack = {
+        "eps": args.eval_eps,
+        "step_size": args.eval_step_size,
+        "restarts": args.eval_restarts,
+        "seed": args.seed,
+    }
+    return eval_robustness.summary_rows(nets, data, folder, ["clean", "pgd20"], **attack)
 
 
 if __name__ == "__main__":
