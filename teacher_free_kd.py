@@ -15,15 +15,15 @@ Loss     plain, at          CE(S, y)                                <- plain_los
          at-tf-kd-self, at-tf-kd-reg  Eqs. 3, 4 with S(x') and T(x)  <- the same       Eqs. 6, 7
 Usage    python teacher_free_kd.py --method vanilla                 # Table 1, MNIST, on a CPU
          python teacher_free_kd.py --method vanilla --omit-digit 1 --bias-correction    # Table 2
-         python teacher_free_kd.py --method re-kd --seeds 0 1 2     # Table 3
+         python teacher_free_kd.py --method re-kd --seed 0 1 2      # Table 3
          python teacher_free_kd.py --method tf-kd-reg               # Table 4; and tf-kd-self, plain
          python teacher_free_kd.py --method self-distillation       # exits and their ensemble
          python teacher_free_kd.py --method at-tf-kd-self           # Table 5; and at, at-kd, ...
-         python teacher_free_kd.py --method tf-kd-self --grad-heatmap figure1.npz       # Figure 1
+         python teacher_free_kd.py --method tf-kd-self --grad-heatmap    # Figure 1
          python teacher_free_kd.py --demo                           # 1 minute on a CPU
          python teacher_free_kd.py --method re-kd --help            # the defaults of a method
-Defaults Nets, epochs, learning rates, alpha, temperature and more depend on --method and --data:
-         the tables METHODS and TRAINING, the function method_defaults. A run prints them.
+Defaults Nets, epochs, learning rate, alpha, temperature and more depend on --method: the tables
+         METHODS and TRAINING. A run prints them.
 Expect   MNIST, seed 0: teacher 99.00, student alone 98.23, distilled 98.73 %. Demo, 1 seed, clean
          and PGD-20: teacher 0.994, 0.802, student 0.998, 0.892. ResNets: not measured yet.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); targets and logits (B, K)
@@ -31,7 +31,7 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
          2. Printed are T = 10 (Table 2); SGD, lr 0.1, 50 epochs, PGD-7 (Table 5). The rest is as in
             Yuan et al. (clean), Maroto et al. (at), or what reaches Table 1 (MNIST).
          3. t^2 is in none of its equations (--no-tau2). KL: averaged over the batch; the code of
-            Yuan et al. averages over the classes too (--kl-reduction mean).
+            Yuan et al. averages over the classes too, K times less.
          4. tf-kd-reg is Eq. 4 as written. The code of Yuan et al. softens p^d, not its logarithm,
             and not the student, without t^2: whatever delta, the targets are nearly uniform, as in
             label smoothing (--reg-form repo; their numbers come from it; plain: t = 1).
@@ -42,11 +42,6 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
             hint is the L2 distance of the pooled features, in the mean over the batch; no t^2.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
-
 import argparse
 import copy
 import dataclasses
@@ -54,7 +49,6 @@ import itertools
 import math
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -66,71 +60,31 @@ from torch.optim.lr_scheduler import LambdaLR
 import common
 import eval_robustness
 
-DEMO = {
-    "data": "shapes",
-    "epochs": 5,
-    "teacher-epochs": 4,
-    "batch-size": 32,
-    "lr": 0.1,
-    "gamma": 0.7,
-    "steps": 3,
-    "step-size": "4/255",
-    "train-subset": 2000,
-    "test-subset": 500,
-    "val-size": 200,
-}
-
 
 class Method(NamedTuple):
-    """What a training method shows to whom, and its default weights. None: it has no such thing."""
+    """What is trained with a method by default. None: the method has no such thing."""
 
-    student_sees: str  # x, or the adversarial example x_adv
-    teacher_sees: str | None = None  # None: there is no trained teacher
+    data: str
+    training: str  # row of TRAINING
+    model: str
+    teacher_model: str | None = None  # None: the student's
     alpha: float | None = None
     temperature: float | None = None
 
 
 METHODS = {
-    "plain": Method("x"),
-    "label-smoothing": Method("x"),
-    "vanilla": Method("x", "x", alpha=1.0, temperature=10.0),  # paper: 10 in Table 2, no other one
-    "re-kd": Method("x", "x", alpha=0.6, temperature=20.0),
-    "tf-kd-self": Method("x", "x", alpha=0.95, temperature=6.0),
-    "tf-kd-reg": Method("x", alpha=0.1, temperature=20.0),
-    "self-distillation": Method("x"),
-    "at": Method("x_adv"),
-    "at-kd": Method("x_adv", "x_adv", alpha=1.0, temperature=1.0),
-    "at-tf-kd-self": Method("x_adv", "x", alpha=0.9, temperature=1.0),  # Eq. 6: T never sees x'
-    "at-tf-kd-reg": Method("x_adv", alpha=0.3, temperature=20.0),
+    "plain": Method("cifar10", "clean", "resnet18"),
+    "label-smoothing": Method("cifar10", "clean", "resnet18"),
+    "vanilla": Method("mnist", "digits", "mlp-400", "mlp-1200-1200", alpha=1.0, temperature=10.0),
+    "re-kd": Method("cifar10", "clean", "resnet50", "resnet18", alpha=0.6, temperature=20.0),
+    "tf-kd-self": Method("cifar10", "clean", "resnet18", alpha=0.95, temperature=6.0),
+    "tf-kd-reg": Method("cifar10", "clean", "resnet18", alpha=0.1, temperature=20.0),
+    "self-distillation": Method("cifar10", "clean", "resnet18"),
+    "at": Method("cifar10", "at", "resnet18"),
+    "at-kd": Method("cifar10", "at", "resnet18", alpha=1.0, temperature=1.0),
+    "at-tf-kd-self": Method("cifar10", "at", "resnet18", alpha=0.9, temperature=1.0),
+    "at-tf-kd-reg": Method("cifar10", "at", "resnet18", alpha=0.3, temperature=20.0),
 }
-TEACHER_LIKE_STUDENT = {"tf-kd-self", "at-tf-kd-self"}  # methods whose two nets must be equal
-ALSO_TRAINED_ALONE = {"vanilla", "re-kd"}  # methods that train the student without teacher too
-
-# Which methods a flag has an effect on
-USES_KD_LOSS = {"vanilla", "re-kd", "tf-kd-self", "at-tf-kd-self"}
-USES_VIRTUAL_TEACHER = {"tf-kd-reg", "at-tf-kd-reg"}
-HAS_KL = USES_KD_LOSS | USES_VIRTUAL_TEACHER
-FLAG_METHODS = {
-    "--alpha": HAS_KL | {"at-kd"},
-    "--temperature": HAS_KL | {"at-kd"},
-    "--tau2": HAS_KL | {"self-distillation"},
-    "--no-tau2": HAS_KL | {"self-distillation"},
-    "--kl-reduction": HAS_KL | {"self-distillation"},
-    "--delta": USES_VIRTUAL_TEACHER,
-    "--reg-form": USES_VIRTUAL_TEACHER,
-    "--smoothing": {"label-smoothing"},
-    "--byot-alpha": {"self-distillation"},
-    "--byot-lambda": {"self-distillation"},
-    "--byot-temperature": {"self-distillation"},
-    "--teacher-ckpt": {name for name, method in METHODS.items() if method.teacher_sees},
-}
-
-# The small and the large net by --data
-SMALL_NETS = {"mnist": "mlp-400", "shapes": "wrn-10-1"}
-LARGE_NETS = {"mnist": "mlp-1200-1200", "shapes": "wrn-16-2"}
-OTHER_DATA = {"small": "resnet18", "large": "resnet50"}
-
-# Optimisation by the kind of training: digits (MNIST), clean (other images), at (adversarial)
 TRAINING = {
     "digits": {
         "epochs": 20,
@@ -142,8 +96,9 @@ TRAINING = {
         "schedule": "cosine",
         "gamma": 0.2,
         "weight_decay": 0.0,
-        "warmup": 0,
+        "warmup": 0.0,
         "teacher_shift": 2,  # differs: 5
+        "eval_attack": ["clean"],
     },
     "clean": {  # Yuan et al.: x 0.2 at 30, 60 and 80 % of the epochs
         "epochs": 200,
@@ -152,7 +107,8 @@ TRAINING = {
         "schedule": "steps",
         "gamma": 0.2,
         "weight_decay": 5e-4,
-        "warmup": 1,
+        "warmup": 1.0,
+        "eval_attack": ["clean"],
     },
     "at": {
         "epochs": 50,
@@ -161,197 +117,150 @@ TRAINING = {
         "schedule": "exponential",
         "gamma": 0.9,
         "weight_decay": 5e-4,
-        "warmup": 0,
+        "warmup": 0.0,
+        "eval_attack": ["clean", "pgd20", "aa"],
     },
 }
+DEMO = {
+    "data": "shapes",
+    "model": "wrn-10-1",
+    "epochs": 5,
+    "teacher_epochs": 4,
+    "batch_size": 32,
+    "lr": 0.1,
+    "gamma": 0.7,
+    "steps": 3,
+    "step_size": 4 / 255,
+    "train_subset": 2000,
+    "test_subset": 500,
+    "val_size": 200,
+    "eval_attack": ["clean", "pgd20"],
+}
+
+# What the methods compute
+ATTACKED = {"at", "at-kd", "at-tf-kd-self", "at-tf-kd-reg"}  # the student sees x'
+TAUGHT_ON_X = {"vanilla", "re-kd", "tf-kd-self", "at-tf-kd-self"}  # Eq. 6: T never sees x'
+TAUGHT_ON_X_ADV = {"at-kd"}
+TEACHER_LIKE_STUDENT = {"tf-kd-self", "at-tf-kd-self"}  # the two nets must be equal
+ALSO_TRAINED_ALONE = {"vanilla", "re-kd"}  # the student is trained without a teacher too
+VIRTUAL_TEACHER = {"tf-kd-reg", "at-tf-kd-reg"}
+HAS_KL = TAUGHT_ON_X | VIRTUAL_TEACHER
+HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it is refused
+    "--alpha": HAS_KL | TAUGHT_ON_X_ADV,
+    "--temperature": HAS_KL | TAUGHT_ON_X_ADV,
+    "--tau2": HAS_KL | {"self-distillation"},
+    "--no-tau2": HAS_KL | {"self-distillation"},
+    "--delta": VIRTUAL_TEACHER,
+    "--reg-form": VIRTUAL_TEACHER,
+    "--smoothing": {"label-smoothing"},
+    "--byot-alpha": {"self-distillation"},
+    "--byot-lambda": {"self-distillation"},
+    "--byot-temperature": {"self-distillation"},
+    "--teacher-ckpt": TAUGHT_ON_X | TAUGHT_ON_X_ADV,
+}
+NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "tau2", "delta", "reg_form", "smoothing"]
+NO_EFFECT_ON_TEACHER += ["byot_alpha", "byot_lambda", "byot_temperature"]
+NO_EFFECT_ON_TEACHER += ["omit_digit", "bias_correction", "eval_attack"]
+NO_EFFECT_ON_TEACHER += ["grad_heatmap", "grad_epochs", "grad_loss"]
 
 
 def parse_args(argv=None):
     """The flags of this script as a namespace; a flag that makes no sense is a UserError."""
-    parser = common.RunParser(__doc__)
+    parser = common.Parser(__doc__)
+    probability, positive = common.probability, common.positive
+    whole, nonnegative = common.whole, common.nonnegative
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="at-tf-kd-self", help="training method, see Loss")
-    add("--model", help="net of the student: resnet18, wrn-16-2, mlp-400, MODULE:FUNCTION")
-    add("--width", type="positive", default=1.0, help="factor on the channels of both ResNets")
-    add("--alpha", type="probability", help="weight of the KL; in at-kd of the teacher")
-    add("--temperature", type="positive", help="temperature of both softmaxes in the KL")
-    add("--tau2", action=argparse.BooleanOptionalAction, help="multiply the KL by temperature^2")
-    add(
-        "--kl-reduction",
-        choices=["batchmean", "mean"],
-        default="batchmean",
-        help="batchmean: KL averaged over images; mean: divided by the number of classes too, "
-        "as in the code of Yuan et al.",
-    )
-    add(
-        "--delta",
-        type="probability",
-        default=0.99,
-        help="probability that the virtual teacher gives to the label",
-    )
-    add(
-        "--reg-form",
-        choices=["repo", "paper", "plain"],
-        default="paper",
-        help="what is softened with the virtual teacher: paper: its log and the student; repo: its "
-        "probabilities, as in the code of Yuan et al.; plain: nothing",
-    )
-    add(
-        "--smoothing",
-        type="probability",
-        default=0.1,
-        help="mass that label-smoothing spreads over all classes",
-    )
-    add(
-        "--omit-digit",
-        type=int,
-        choices=range(10),
-        help="MNIST digit that is left out of the student's training images",
-    )
-    add(
-        "--bias-correction",
-        action="store_true",
-        help="also evaluate the students with the bias of the omitted digit raised",
-    )
-    add(
-        "--byot-alpha",
-        type="probability",
-        default=0.3,
-        help="self-distillation: weight of the KL at each exit",
-    )
-    add(
-        "--byot-lambda",
-        type="nonnegative",
-        default=0.03,
-        help="self-distillation: weight of the distance between features",
-    )
-    add(
-        "--byot-temperature",
-        type="positive",
-        default=3.0,
-        help="self-distillation: temperature of both softmaxes at each exit",
-    )
+    add("--model", help="net of the student, such as resnet18, wrn-16-2 or mlp-400")
+    add("--alpha", type=probability, help="weight of the KL; in at-kd of the teacher")
+    add("--temperature", type=positive, help="temperature of both softmaxes in the KL")
+    add("--tau2", **common.SWITCH, help="multiply the KL by the square of the temperature")
+    add("--delta", type=probability, default=0.99, help="what a virtual teacher gives the label")
+    forms = {"choices": ["paper", "repo", "plain"], "default": "paper"}
+    add("--reg-form", **forms, help="what is softened with a virtual teacher, see Differs 4")
+    add("--smoothing", type=probability, default=0.1, help="mass that label-smoothing spreads")
+    digits = {"type": int, "choices": range(10)}
+    add("--omit-digit", **digits, help="MNIST digit that the students' training images lack")
+    correction = "also evaluate the students with the bias of the omitted digit raised"
+    add("--bias-correction", action="store_true", help=correction)
+    add("--byot-alpha", type=probability, default=0.3, help="self-distillation: weight of the KL")
+    distance = "self-distillation: weight of the distance between features"
+    add("--byot-lambda", type=nonnegative, default=0.03, help=distance)
+    softened = "self-distillation: temperature of both softmaxes"
+    add("--byot-temperature", type=positive, default=3.0, help=softened)
+
     group = parser.add_argument_group("teacher (where no default is shown: same as the student)")
     add = group.add_argument
-    add("--teacher-model", help="net of the teacher: resnet50, wrn-16-2, ...")
-    add(
-        "--teacher-ckpt",
-        help="file of a finished teacher, or a state_dict of a MODULE:FUNCTION; none is trained",
-    )
-    add("--teacher-epochs", type="positive int", help="epochs of the teacher's training")
-    add(
-        "--teacher-es",
-        type="positive int",
-        help="stop the teacher after this epoch (default: no stop)",
-    )
-    add("--teacher-lr", type="positive", help="highest learning rate of the teacher")
-    add("--teacher-batch-size", type="positive int", help="images per step of the teacher")
-    add(
-        "--teacher-shift",
-        type="nonnegative int",
-        help="random shift of the teacher's images, in pixels",
-    )
+    add("--teacher-model", help="net of the teacher, named as for --model")
+    add("--teacher-ckpt", metavar="FILE", help="file of a finished teacher; none is trained then")
+    add("--teacher-epochs", type=whole, help="epochs of the teacher's schedule")
+    add("--teacher-es", type=whole, help="stop the teacher after this epoch (default: no stop)")
+    add("--teacher-lr", type=positive, help="highest learning rate of the teacher")
+    add("--teacher-batch-size", type=whole, help="images per step of the teacher")
+    shift = "random shift of the teacher's images in pixels (default: as --augment says)"
+    add("--teacher-shift", type=common.whole_or_0, help=shift)
+
     add = parser.add_argument_group("attack").add_argument
-    add("--eps", type="probability", default="8/255", help="radius, in training and evaluation")
-    add("--steps", type="positive int", default=7, help="number of PGD steps in training")
-    add("--step-size", type="nonnegative", default="2/255", help="PGD step size in training")
-    add(
-        "--attack-bn",
-        choices=["eval", "train"],
-        default="eval",
-        help="mode of BatchNorm during the attack in training",
-    )
-    add("--eval-attack", nargs="+", type=attack_name, help="what is evaluated: clean pgd20 aa ...")
+    add("--eps", type=probability, default=8 / 255, help="radius of the attacks in pixel units")
+    add("--steps", type=whole, default=7, help="number of PGD steps in training")
+    add("--step-size", type=probability, default=2 / 255, help="PGD step in training")
+    add("--attack-bn", choices=["eval", "train"], default="eval", help="BatchNorm in the attack")
+    names = {"nargs": "+", "type": attack_name, "metavar": "ATTACK"}
+    add("--eval-attack", **names, help="what is evaluated, such as clean pgd20 aa")
+
     add = parser.add_argument_group("gradients (Figure 1)").add_argument
-    add(
-        "--grad-heatmap",
-        metavar="FILE.npz",
-        help="write the mean |gradient| of each layer there; under torchrun that of the first "
-        "process's images",
-    )
-    add(
-        "--grad-epochs",
-        type="positive int",
-        nargs="+",
-        help="epochs whose gradients are recorded (default: first, middle and last)",
-    )
-    add(
-        "--grad-loss",
-        choices=["own", "ce"],
-        default="own",
-        help="loss whose gradients are recorded: that of the method, or cross-entropy alone",
-    )
+    heatmap = "record the mean |gradient| of each layer: gradients.npz in the run's folder"
+    add("--grad-heatmap", action="store_true", help=heatmap)
+    epochs = {"type": whole, "nargs": "+", "metavar": "EPOCH"}
+    add("--grad-epochs", **epochs, help="epochs to record (default: first, middle and last)")
+    losses = {"choices": ["own", "ce"], "default": "own"}
+    add("--grad-loss", **losses, help="gradients of the method's own loss, or of cross-entropy")
+
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type="positive int", help="epochs of the student's training")
-    add("--batch-size", type="positive int", help="images per step of the student")
-    add("--lr", type="positive", help="highest learning rate of the student")
-    add("--momentum", type="probability", default=0.9, help="momentum of SGD for both nets")
-    add("--weight-decay", type="nonnegative", help="weight decay of SGD for both nets")
-    add(
-        "--schedule",
-        choices=["steps", "exponential", "cosine"],
-        help="learning rate: times --gamma at milestones, or after each epoch, or a half cosine",
-    )
-    add(
-        "--milestones",
-        type="positive int",
-        nargs="+",
-        help="epochs of the student at which --schedule steps lowers the rate, the teacher in "
-        "proportion (default: 30, 60 and 80 %% of the training)",
-    )
-    add("--gamma", type="positive", help="factor on the rate at a milestone or after an epoch")
-    add("--warmup", type="nonnegative", help="epochs in which the learning rate rises to --lr")
-    parser.add_run_flags()
-    parser.set_defaults(data=None)
+    add("--epochs", type=whole, help="epochs of the student's training")
+    add("--batch-size", type=whole, help="images per step of the student")
+    add("--lr", type=positive, help="highest learning rate of the student")
+    add("--weight-decay", type=nonnegative, help="weight decay of SGD for both nets")
+    schedules = {"choices": ["steps", "exponential", "cosine"]}
+    add("--schedule", **schedules, help="times --gamma at milestones or each epoch, or a cosine")
+    drops = "epochs of the student at which --schedule steps lowers the rate; the teacher in scale"
+    add("--milestones", **epochs, help=f"{drops} (default: 30, 60 and 80 %% of the training)")
+    add("--gamma", type=positive, help="factor on the rate at a milestone or after an epoch")
+    add("--warmup", type=nonnegative, help="epochs in which the learning rate rises to --lr")
+    common.add_run_flags(parser)
     argv = sys.argv[1:] if argv is None else list(argv)
-    flags, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    parser.set_defaults(**method_defaults(flags.method, flags.data, flags.demo))
-    args = parser.parse_run(argv, {"--demo": DEMO})
+    parser.set_defaults(data=None)
+    words = [word for word in argv if word not in ("-h", "--help")]
+    method = parser.parse_known_args(words)[0].method
+    parser.set_defaults(**method_defaults(method))
+    args = common.parse(parser, argv, {"--demo": DEMO})
     check_flags(args, parser.error)
+
+    if args.milestones is None:
+        args.milestones = [share * args.epochs for share in (0.3, 0.6, 0.8)]
+    if args.grad_epochs is None:
+        args.grad_epochs = sorted({1, (args.epochs + 1) // 2, args.epochs})
+    args.schedule_epochs = args.epochs  # a teacher may stop before the end of its schedule
     return args
 
 
-def method_defaults(method, data, demo):
-    """{flag: default} of what depends on --method, --data (None: not given) and --demo."""
-    if data is None and demo:
-        data = "shapes"
-    elif data is None:
-        data = "mnist" if method == "vanilla" else "cifar10"
-
-    small = SMALL_NETS.get(data, OTHER_DATA["small"])
-    large = LARGE_NETS.get(data, OTHER_DATA["large"])
-    model, teacher_model = small, None  # None: as the student's
-    if method == "vanilla":
-        teacher_model = large
-    elif method == "re-kd":
-        model, teacher_model = large, small
-
-    attacked = METHODS[method].student_sees == "x_adv"
-    eval_attack = ["clean"]
-    if attacked:
-        eval_attack = ["clean", "pgd20"] if demo else ["clean", "pgd20", "aa"]
-
-    if attacked:
-        training = TRAINING["at"]
-    elif data == "mnist":
-        training = TRAINING["digits"]
-    else:
-        training = TRAINING["clean"]
-    return {
-        "data": data,
-        "model": model,
-        "teacher_model": teacher_model,
-        "alpha": METHODS[method].alpha,
-        "temperature": METHODS[method].temperature,
+def method_defaults(method):
+    """{flag: default} of what depends on --method."""
+    row = METHODS[method]
+    defaults = {
+        "data": row.data,
+        "model": row.model,
+        "teacher_model": row.teacher_model,
+        "alpha": row.alpha,
+        "temperature": row.temperature,
         "tau2": method != "self-distillation",  # differs: 7
-        "eval_attack": eval_attack,
-        **training,
     }
+    return defaults | TRAINING[row.training]
 
 
 def check_flags(args, error):
     """Call error(line) for flags that do not go together."""
-    for flag, methods in FLAG_METHODS.items():
+    for flag, methods in HAS_EFFECT.items():
         if flag in args.given and args.method not in methods:
             error(f"{flag}: has no effect with --method {args.method}; leave it out")
     if args.omit_digit is not None and args.data != "mnist":
@@ -361,18 +270,11 @@ def check_flags(args, error):
     teacher_epochs = args.teacher_epochs or args.epochs
     if args.teacher_es is not None and args.teacher_es > teacher_epochs:
         error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {teacher_epochs}")
-    if args.grad_heatmap and args.graph:
-        error("--grad-heatmap: its gradients cannot be replayed by --graph; leave one of them out")
     if max(args.grad_epochs or [1]) > args.epochs:
         error(f"--grad-epochs {max(args.grad_epochs)}: --epochs is only {args.epochs}")
-    path = Path(args.grad_heatmap or "x.npz")
-    if path.suffix != ".npz" or not path.absolute().parent.is_dir():
-        error(f"--grad-heatmap: expected FILE.npz in a folder that exists, got {path}")
     if args.method == "self-distillation" and (args.model.startswith("mlp") or ":" in args.model):
         needs = "self-distillation needs the stages of our ResNets and WideResNets"
         error(f"--model: {needs}, got {args.model}")
-    if args.method == "self-distillation" and args.width * 32 % 1:
-        error(f"--width: self-distillation needs a multiple of 1/32, got {args.width:g}")
     other_net = args.teacher_model not in (None, args.model)
     if args.method in TEACHER_LIKE_STUDENT and other_net:
         error(f"--teacher-model: --method {args.method} needs the student's net, {args.model}")
@@ -390,30 +292,23 @@ def attack_name(text):
 
 
 # Copied from robust_kd.mix_labels
-def mix_labels(teacher_logits, labels, alpha, temperature=1.0):
-    """alpha T + (1 - alpha) y, the mixed targets of Eqs. (5) to (7): (B, K), (B,) -> (B, K).
+def mix_labels(teacher_logits, labels, alpha=1.0, temperature=1.0):
+    """alpha T + (1 - alpha) y, the targets of Eqs. (5) to (7): (B, K), (B,) -> (B, K).
 
-    labels are (B, K) after CutMix or smoothing, here and in all losses.
+    With alpha 1 they are the teacher's probabilities, as in Eqs. (1) to (4). labels are (B, K)
+    after CutMix or smoothing, here and in all losses.
     """
     teacher_probs = (teacher_logits.float() / temperature).softmax(1)
     if labels.dim() == 1:
         labels = F.one_hot(labels, teacher_probs.shape[1])
-    return alpha * teacher_probs + (1 - alpha) * labels
+    return (alpha * teacher_probs + (1 - alpha) * labels).detach()
 
 
 # Copied from robust_kd.kl
-def kl(targets, student_logits, temperature=1.0, kl_reduction="batchmean"):
-    """tau^2 KL(targets || S), S softened by tau: (B, K) x2 -> (); `mean` divides by K too."""
+def kl(targets, student_logits, temperature=1.0):
+    """tau^2 KL(targets || S), S softened by tau, averaged over the batch: (B, K) x2 -> ()."""
     student_log_probs = (student_logits.float() / temperature).log_softmax(1)
-    terms = F.kl_div(student_log_probs, targets.detach(), reduction="none")  # (B, K)
-    if kl_reduction == "mean":
-        return temperature**2 * terms.mean()
-    return temperature**2 * terms.sum(1).mean()
-
-
-def plain_loss(student_logits, labels):
-    """CE(S, y), standard training on x, adversarial training on x'; (B, K), (B,) -> ()."""
-    return F.cross_entropy(student_logits, labels)
+    return temperature**2 * F.kl_div(student_log_probs, targets, reduction="batchmean")
 
 
 def smoothing_loss(student_logits, labels, smoothing):
@@ -421,13 +316,13 @@ def smoothing_loss(student_logits, labels, smoothing):
     return F.cross_entropy(student_logits, labels, label_smoothing=smoothing)
 
 
-def kd_loss(student_logits, teacher_logits, labels, alpha, temperature, tau2, kl_reduction):
+def kd_loss(student_logits, teacher_logits, labels, alpha, temperature, tau2=True):
     """Eqs. (2), (3), (6): (1-alpha) CE(S, y) + alpha t^2 KL(T_t || S_t); (B, K) x2, (B,) -> ().
 
     tau2: False leaves out the t^2.
     """
-    targets = (teacher_logits.float() / temperature).softmax(1)
-    distilled = kl(targets, student_logits, temperature, kl_reduction)
+    targets = mix_labels(teacher_logits, labels, 1.0, temperature)
+    distilled = kl(targets, student_logits, temperature)
     if not tau2:
         distilled = distilled / temperature**2
     return (1 - alpha) * F.cross_entropy(student_logits, labels) + alpha * distilled
@@ -448,14 +343,14 @@ def soften(probs, temperature, reg_form):
     return probs, 1.0  # plain
 
 
-def reg_loss(student_logits, labels, alpha, temperature, delta, reg_form, tau2, kl_reduction):
+def reg_loss(student_logits, labels, alpha, temperature, delta, reg_form="paper", tau2=True):
     """Eqs. (4), (7): (1-alpha) CE(S, y) + alpha t^2 KL(p^d_t || S_t); (B, K), (B,) -> ().
 
     The t^2 is there if S is softened, and tau2.
     """
     probs = virtual_teacher(labels, student_logits.shape[1], delta)
     targets, student_temperature = soften(probs, temperature, reg_form)
-    distilled = kl(targets, student_logits, student_temperature, kl_reduction)
+    distilled = kl(targets, student_logits, student_temperature)
     if not tau2:
         distilled = distilled / student_temperature**2
     return (1 - alpha) * F.cross_entropy(student_logits, labels) + alpha * distilled
@@ -463,19 +358,12 @@ def reg_loss(student_logits, labels, alpha, temperature, delta, reg_form, tau2, 
 
 def at_kd_loss(student_logits, teacher_logits, labels, alpha, temperature):
     """CE(alpha T(x') + (1-alpha) y, S(x')), AKD (Maroto et al. 2022); (B, K) x2, (B,) -> ()."""
-    targets = mix_labels(teacher_logits, labels, alpha, temperature).detach()
+    targets = mix_labels(teacher_logits, labels, alpha, temperature)
     return temperature**2 * F.cross_entropy(student_logits / temperature, targets)
 
 
 def self_distillation_loss(
-    exit_logits,
-    exit_features,
-    labels,
-    byot_alpha,
-    byot_lambda,
-    byot_temperature,
-    tau2,
-    kl_reduction,
+    exit_logits, exit_features, labels, byot_alpha, byot_lambda, byot_temperature, tau2=False
 ):
     """CE(S_n, y) + sum over i < n of (1-a) CE(S_i, y) + a KL(S_n || S_i) + lambda |f_i - f_n|.
 
@@ -485,9 +373,7 @@ def self_distillation_loss(
     last_logits, last_features = exit_logits[-1].detach(), exit_features[-1].detach()
     loss = F.cross_entropy(exit_logits[-1], labels)
     for logits, features in zip(exit_logits[:-1], exit_features[:-1]):
-        loss = loss + kd_loss(
-            logits, last_logits, labels, byot_alpha, byot_temperature, tau2, kl_reduction
-        )
+        loss = loss + kd_loss(logits, last_logits, labels, byot_alpha, byot_temperature, tau2)
         distance = (features - last_features).float().norm(dim=1).mean()
         loss = loss + byot_lambda * distance
     return loss
@@ -587,6 +473,7 @@ def exit_rows(net, exit_weights, data):
     for name, exit_logits in logits.items():
         right = exit_logits.argmax(1) == data.y_test
         row = {
+            "net": "exit",
             "model": name,
             "macs": cost.get(name, cost_of_all_exits),
             "clean_acc": right.double().mean().item(),
@@ -684,233 +571,197 @@ class Gradients(nn.Module):
 
 
 def write_gradients(path, nets):
-    """Write the gradients in nets, {row: (net, meta)}, as <row>/means, <row>/epochs, <row>/layers.
+    """Write the gradients of nets, {label: (role, net)}, as <label>/means, /epochs and /layers.
 
     means (epochs, layers), epochs (epochs,), layers (layers,): names.
     """
     arrays = {}
-    for row, (_, meta) in nets.items():
-        for key, values in meta.get("gradients", {}).items():
-            arrays[f"{row}/{key}"] = np.array(values)
+    for label, (_, net) in nets.items():
+        for key, values in net.meta.get("gradients", {}).items():
+            arrays[f"{label}/{key}"] = np.array(values)
     common.write_atomically(path, lambda file: np.savez(file, **arrays))
     print(f"gradients: {path}; to draw it: python benchmark/plots.py gradients {path}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Teacher
+
+
+def teacher_args(args):
+    """The flags by which the teacher is trained, made of the student's.
+
+    A flag that has no effect on the teacher becomes None. Runs that agree in all the others and in
+    the data share the teacher (see get_teacher): a flag that is forgotten here costs a second
+    training, and never gives a wrong teacher.
+    """
+    epochs = args.teacher_epochs or args.epochs
+    teacher = common.replace(
+        args,
+        method="at" if args.method in ATTACKED else "plain",
+        model=args.teacher_model or args.model,
+        epochs=args.teacher_es or epochs,
+        schedule_epochs=epochs,
+        milestones=[epoch / args.epochs * epochs for epoch in args.milestones],
+        lr=args.teacher_lr or args.lr,
+        batch_size=args.teacher_batch_size or args.batch_size,
+    )
+    for flag in vars(args):
+        if flag.startswith("teacher_") or flag in NO_EFFECT_ON_TEACHER:
+            setattr(teacher, flag, None)
+    if args.schedule != "steps":
+        teacher.milestones = None
+    if args.schedule == "exponential":
+        teacher.schedule_epochs = None
+    if args.method not in ATTACKED:
+        teacher.eps = teacher.steps = teacher.step_size = teacher.attack_bn = None
+    return teacher
+
+
+def get_teacher(args, data):
+    """-> the teacher in eval mode with frozen weights: given, found, or trained now.
+
+    runs/teachers/<digest of its flags and the data> keeps it for all runs with the same ones.
+    """
+    if args.teacher_ckpt:
+        return common.given_teacher(args, data)
+    own = teacher_args(args)
+    if args.teacher_shift is not None:
+        data = dataclasses.replace(data, pad=args.teacher_shift)
+    folder = common.teacher_folder(own, data)
+    with common.locked(folder, wait=True):  # another run may be training it
+        if not (folder / "teacher.pt").exists():
+            train(own, data, folder, "teacher")
+        common.delete_checkpoints(folder)
+    print(f"teacher: {folder / 'teacher.pt'}", flush=True)
+    teacher = common.load_model(folder / "teacher.pt", data)
+    common.compile_model(teacher, args.compile)
+    return teacher
 
 
 # ------------------------------------------------------------------------------------------------
 # Training
 
 
-@dataclasses.dataclass
-class Recipe:
-    """Everything that decides how a net is trained. None: has no effect on this net.
-
-    A teacher is kept under the digest of its recipe, so two runs with the same one share it.
-    """
-
-    method: str
-    model: str
-    width: float
-    seed: int
-    epochs: int
-    batch_size: int
-    lr: float
-    momentum: float
-    weight_decay: float
-    schedule: str  # steps, exponential or cosine
-    warmup: float  # epochs
-    augment: str
-    precision: str
-    deterministic: bool
-    schedule_epochs: int | None = None  # length of the schedule: a teacher may stop before its end
-    milestones: list | None = None  # shares of schedule_epochs
-    gamma: float | None = None
-    shift: int | None = None  # pixels; None: as --augment says
-    eps: float | None = None
-    step_size: float | None = None
-    steps: int | None = None
-    attack_bn: str | None = None
-    grad_epochs: list | None = None  # epochs whose gradients are recorded
-    grad_loss: str | None = None
-
-
-def student_recipe(args, method):
-    """The Recipe of the student, by --method or, alone, by the method "plain"."""
-    recipe = Recipe(
-        method=method,
-        model=args.model,
-        width=args.width,
-        seed=args.seed,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        momentum=args.momentum,
-        weight_decay=args.weight_decay,
-        schedule=args.schedule,
-        warmup=args.warmup,
-        augment=args.augment,
-        precision=args.precision,
-        deterministic=args.deterministic,
-        schedule_epochs=args.epochs,
-    )
-    return complete(recipe, args)
-
-
-def teacher_recipe(args):
-    """The Recipe of the teacher: plain, or adversarial where the student is."""
-    attacked = METHODS[args.method].student_sees == "x_adv"
-    epochs = args.teacher_epochs or args.epochs
-    recipe = dataclasses.replace(
-        student_recipe(args, "at" if attacked else "plain"),
-        model=args.teacher_model or args.model,
-        epochs=args.teacher_es or epochs,
-        schedule_epochs=epochs,
-        batch_size=args.teacher_batch_size or args.batch_size,
-        lr=args.teacher_lr or args.lr,
-        shift=args.teacher_shift,
-    )
-    return complete(recipe, args)
-
-
-def complete(recipe, args):
-    """The recipe with what only some schedules, methods and flags need."""
-    if recipe.schedule == "steps":
-        recipe.gamma = args.gamma
-        recipe.milestones = [0.3, 0.6, 0.8]
-        if args.milestones:
-            recipe.milestones = [epoch / args.epochs for epoch in args.milestones]
-    elif recipe.schedule == "exponential":
-        recipe.gamma = args.gamma
-        recipe.schedule_epochs = None
-    if METHODS[recipe.method].student_sees == "x_adv":
-        recipe.eps = args.eps
-        recipe.step_size = args.step_size
-        recipe.steps = args.steps
-        recipe.attack_bn = args.attack_bn
-    if args.grad_heatmap:  # they are kept with the weights
-        chosen = args.grad_epochs or [1, (recipe.epochs + 1) // 2, recipe.epochs]
-        recipe.grad_epochs = sorted({epoch for epoch in chosen if epoch <= recipe.epochs})
-        recipe.grad_loss = args.grad_loss
-    return recipe
-
-
-def lr_factor(recipe, step, steps_per_epoch):
-    """The factor on the learning rate at a step (0, 1, ...) of the whole training."""
-    epoch = step // steps_per_epoch
-    if recipe.schedule == "steps":
-        share = epoch / recipe.schedule_epochs
-        passed = [milestone for milestone in recipe.milestones if share >= milestone]
-        factor = recipe.gamma ** len(passed)
-    elif recipe.schedule == "exponential":
-        factor = recipe.gamma**epoch
-    else:
-        all_steps = steps_per_epoch * recipe.schedule_epochs
-        factor = (1 + math.cos(math.pi * step / all_steps)) / 2
-    warmup_steps = recipe.warmup * steps_per_epoch
-    if step + 1 < warmup_steps:
-        factor *= (step + 1) / warmup_steps
-    return factor
-
-
-def train(recipe, data, folder, stage, args, teacher=None):
-    """Train a net by its recipe and write it to folder/<stage>.pt -> (the net in eval mode, meta).
+def train(args, data, folder, stage, teacher=None):
+    """Train a net by the flags in args and write it to folder/<stage>.pt -> the net in eval mode.
 
     stage: teacher, student-alone or student; the two students start from the same weights and see
     the same batches. teacher: in eval mode with frozen weights, or None. After an interruption the
-    call goes on.
+    same call goes on after the last finished epoch.
     """
-    method = METHODS[recipe.method]
-    role = "teacher" if stage == "teacher" else "student"
-    model = common.new_model(data, recipe.model, recipe.seed, role, recipe.width)
-    learner = Exits(model) if recipe.method == "self-distillation" else model
+    model = common.new_model(data, args.model, args.seed, stage.removesuffix("-alone"))
+    learner = Exits(model) if args.method == "self-distillation" else model
     optimizer = torch.optim.SGD(
-        learner.parameters(),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        fused=True,
+        learner.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
     )
-    steps_per_epoch = math.ceil(len(data.x_train) / recipe.batch_size)
-    schedule = LambdaLR(optimizer, lambda step: lr_factor(recipe, step, steps_per_epoch))
-    attack = None
-    if method.student_sees == "x_adv":
-        attack = (recipe.eps, recipe.step_size, recipe.steps)
-    gradients = Gradients(model, recipe.grad_epochs or [], steps_per_epoch)
-    alpha, temperature = args.alpha, args.temperature
-    kl_options = (args.tau2, args.kl_reduction)
-
-    def step(x, labels):
-        """One batch up to the gradients of the weights -> metrics."""
-        with torch.autocast("cuda", torch.bfloat16, args.autocast, cache_enabled=False):
-            # The attack on the net that is trained.
-            if method.student_sees == "x_adv":
-                x_adv = common.pgd(common.attacked(model, recipe.attack_bn), x, labels, *attack)
-
-            # What the teacher says. Its weights are frozen: no gradient there.
-            if method.teacher_sees == "x":
-                teacher_logits = teacher(x)
-            elif method.teacher_sees == "x_adv":
-                teacher_logits = teacher(x_adv)
-
-            # What the student says; self-distillation listens to all of its exits.
-            learner.train()
-            if recipe.method == "self-distillation":
-                exit_logits, exit_features = learner(x)
-                logits = exit_logits[-1]
-            else:
-                logits = model(x_adv if method.student_sees == "x_adv" else x)
-
-            match recipe.method:
-                case "plain" | "at":
-                    loss = plain_loss(logits, labels)
-                case "label-smoothing":
-                    loss = smoothing_loss(logits, labels, args.smoothing)
-                case "vanilla" | "re-kd" | "tf-kd-self" | "at-tf-kd-self":
-                    loss = kd_loss(logits, teacher_logits, labels, alpha, temperature, *kl_options)
-                case "tf-kd-reg" | "at-tf-kd-reg":
-                    virtual = (args.delta, args.reg_form)
-                    loss = reg_loss(logits, labels, alpha, temperature, *virtual, *kl_options)
-                case "at-kd":
-                    loss = at_kd_loss(logits, teacher_logits, labels, alpha, temperature)
-                case "self-distillation":
-                    weights = (args.byot_alpha, args.byot_lambda, args.byot_temperature)
-                    given = (exit_logits, exit_features, labels)
-                    loss = self_distillation_loss(*given, *weights, *kl_options)
-
-        if recipe.grad_loss == "own":
-            gradients.add(loss, epoch + 1)
-        elif recipe.grad_loss == "ce":
-            gradients.add(plain_loss(logits, labels), epoch + 1)
-        loss.backward()
-        return common.metrics(loss, logits, labels)
-
-    step = common.speed_up(step, learner, args)
+    steps_per_epoch = common.steps_per_epoch(data, args.batch_size)
+    schedule = LambdaLR(optimizer, lambda step: lr_factor(args, step, steps_per_epoch))
+    grad_epochs = args.grad_epochs if args.grad_heatmap else []
+    gradients = Gradients(model, grad_epochs, steps_per_epoch)
     state = {
         "model": learner,
         "optimizer": optimizer,
         "schedule": schedule,
         "gradients": gradients,
     }
+    common.compile_model(learner, args.compile)
+    alpha, temperature = args.alpha, args.temperature
+
     rows = common.resume(folder, stage, state)
-    for epoch in range(len(rows), recipe.epochs):
-        common.seed_epoch(recipe.seed, stage, epoch)
+    for epoch in range(len(rows), args.epochs):
+        common.seed_epoch(args.seed, stage, epoch)
         began, history = time.monotonic(), []
-        for x, labels in common.batches(data, recipe.batch_size, recipe.seed, stage, epoch):
+        for x, labels in common.batches(data, args.batch_size, args.seed, stage, epoch):
+            with common.autocast(args, x.device):
+                # The attack moves x to x', away from the labels.
+                if args.method in ATTACKED:
+                    model.train(args.attack_bn == "train")
+                    x_adv = common.pgd(model, x, labels, args.eps, args.step_size, args.steps)
+
+                # What the teacher says. It is frozen: no gradient reaches it.
+                if args.method in TAUGHT_ON_X:
+                    teacher_logits = teacher(x)
+                elif args.method in TAUGHT_ON_X_ADV:
+                    teacher_logits = teacher(x_adv)
+
+                # What the student says; self-distillation listens to all of its exits.
+                learner.train()
+                if args.method == "self-distillation":
+                    exit_logits, exit_features = learner(x)
+                    logits = exit_logits[-1]
+                else:
+                    logits = model(x_adv if args.method in ATTACKED else x)
+
+                match args.method:
+                    case "plain" | "at":
+                        loss = F.cross_entropy(logits, labels)
+                    case "label-smoothing":
+                        loss = smoothing_loss(logits, labels, args.smoothing)
+                    case "vanilla" | "re-kd" | "tf-kd-self" | "at-tf-kd-self":
+                        loss = kd_loss(
+                            logits, teacher_logits, labels, alpha, temperature, args.tau2
+                        )
+                    case "tf-kd-reg" | "at-tf-kd-reg":
+                        loss = reg_loss(
+                            logits,
+                            labels,
+                            alpha,
+                            temperature,
+                            args.delta,
+                            args.reg_form,
+                            args.tau2,
+                        )
+                    case "at-kd":
+                        loss = at_kd_loss(logits, teacher_logits, labels, alpha, temperature)
+                    case "self-distillation":
+                        loss = self_distillation_loss(
+                            exit_logits,
+                            exit_features,
+                            labels,
+                            args.byot_alpha,
+                            args.byot_lambda,
+                            args.byot_temperature,
+                            args.tau2,
+                        )
+
+            recorded = loss if args.grad_loss == "own" else F.cross_entropy(logits, labels)
+            gradients.add(recorded, epoch + 1)  # in the epochs of --grad-epochs
             optimizer.zero_grad()
-            history.append(step(x, labels))
-            common.average_gradients(learner, len(labels))
+            loss.backward()
+            common.average_gradients(learner, len(labels))  # under torchrun, otherwise nothing
             optimizer.step()
             schedule.step()  # per batch
-        row = common.epoch_row(stage, epoch, learner, history, began)
-        rows.append(row | common.validate(model, data, attack))
-        common.save_epoch(folder, stage, model, state, rows, recipe.epochs, args.tensorboard)
+            history.append(common.step_sums(loss, logits, labels))  # the GPU is not waited for
 
-    meta = {"training": recipe.method}
-    if recipe.grad_epochs:
+        row = common.epoch_row(args, stage, epoch, learner, history, began)
+        eps = args.eps if args.method in ATTACKED else None
+        rows.append(row | common.validate(model, data, eps))
+        common.save_epoch(folder, stage, model, state, rows, args)
+
+    meta = {"training": args.method}
+    if grad_epochs:
         meta["gradients"] = gradients.numbers()
-    if recipe.method == "self-distillation":
+    if args.method == "self-distillation":
         meta["exits"] = learner.early_heads.state_dict()
     common.save_model(folder / f"{stage}.pt", model, rows, **meta)
-    return common.load_model(folder / f"{stage}.pt", data.x_train.device)
+    return common.load_model(folder / f"{stage}.pt", data)
+
+
+def lr_factor(args, step, steps_per_epoch):
+    """The factor on the learning rate at a step (0, 1, ...) of the whole training."""
+    epoch = step // steps_per_epoch
+    if args.schedule == "steps":
+        passed = [milestone for milestone in args.milestones if epoch >= milestone]
+        factor = args.gamma ** len(passed)
+    elif args.schedule == "exponential":
+        factor = args.gamma**epoch
+    else:
+        all_steps = steps_per_epoch * args.schedule_epochs
+        factor = (1 + math.cos(math.pi * step / all_steps)) / 2
+    warmup_steps = args.warmup * steps_per_epoch
+    if step + 1 < warmup_steps:
+        factor *= (step + 1) / warmup_steps
+    return factor
 
 
 # ------------------------------------------------------------------------------------------------
@@ -918,105 +769,95 @@ def train(recipe, data, folder, stage, args, teacher=None):
 
 
 def main(argv=None):
-    """For each seed: data, teacher, student alone, student, evaluation, one table."""
+    """Data, teacher, student, evaluation, one table; for each seed."""
     args = parse_args(argv)
-    return common.run_seeds("teacher_free_kd", args, train_and_evaluate, prepare)
+    data = common.load_training_data(args, common.setup_device(args))
+    check_teacher(args, data, eval_robustness.check_nets(args, data))
+    summaries = []
+    for seed in args.seed:
+        seed_args = common.replace(args, seed=seed)
+        with common.open_run("teacher_free_kd", seed_args, data) as folder:
+            rows = common.read_summary(folder)
+            if rows is None:  # not finished yet
+                rows = train_and_evaluate(seed_args, data, folder)
+                common.finish_run(folder, rows)
+            common.show_run(folder, rows)
+        summaries.append(rows)
+    common.show_mean(args.seed, summaries)
+    return summaries
 
 
-def prepare(args, data):
-    """Check the flags and the teacher's file against the data, before anything is written."""
+def check_teacher(args, data, teacher):
+    """A UserError if --delta is no more than a guess, or if the teacher of --teacher-ckpt (or None)
+    is another net than the student where the two must be equal."""
     guess = 1 / len(data.classes)
-    if args.method in USES_VIRTUAL_TEACHER and args.delta <= guess:
+    if args.method in VIRTUAL_TEACHER and args.delta <= guess:
         wanted = f"expected more than {guess:g}, the probability of a guess"
         raise common.UserError(f"--delta: {wanted}, got {args.delta:g}")
-    teacher = eval_robustness.check_nets(args, data)
     if teacher is not None and args.method in TEACHER_LIKE_STUDENT:
-        name, width = teacher.arch["name"], teacher.arch["width"]
-        if (name, width) != (args.model, args.width):
-            student = f"the student is a {args.model} of width {args.width:g}"
-            raise common.UserError(
-                f"{args.teacher_ckpt}: is a {name} of width {width:g}, {student}"
-            )
+        name = teacher.arch["name"]
+        if name != args.model:
+            raise common.UserError(f"{args.teacher_ckpt}: is a {name}, the student a {args.model}")
 
 
 def train_and_evaluate(args, data, folder):
     """One seed: train what is missing, evaluate all nets -> the rows of the summary."""
-    print_defaults(args)
-    nets = {}  # row of the table -> (net, numbers on its training)
+    settings = {flag: getattr(args, flag) for flag in method_defaults(args.method)}
+    texts = [f"{flag.replace('_', '-')} {value}" for flag, value in settings.items() if value]
+    print(f"{args.method} with {', '.join(texts)}", flush=True)
+    nets = {}  # label of the row -> (role of the net, the net)
     teacher = None
-    if METHODS[args.method].teacher_sees:
-        teacher, meta = get_teacher(args, data)
-        nets[f"teacher ({meta.get('training', 'given')})"] = teacher, meta
+    if args.method in TAUGHT_ON_X | TAUGHT_ON_X_ADV:
+        teacher = get_teacher(args, data)
+        nets[f"teacher ({teacher.meta.get('training', 'given')})"] = "teacher", teacher
     seen = data
     if args.omit_digit is not None:
         seen = without_digit(data, args.omit_digit)
     if args.method in ALSO_TRAINED_ALONE:
-        recipe = student_recipe(args, "plain")
-        alone, meta = train(recipe, seen, folder, "student-alone", args)
-        nets["student-alone (plain)"] = alone, meta
-    recipe = student_recipe(args, args.method)
-    student, meta = train(recipe, seen, folder, "student", args, teacher)
-    nets[f"student ({args.method})"] = student, meta
+        alone = train(common.replace(args, method="plain"), seen, folder, "student-alone")
+        nets["student-alone (plain)"] = "alone", alone
+    student = train(args, seen, folder, "student", teacher)
+    nets[f"student ({args.method})"] = "student", student
+    if args.bias_correction:
+        for label, (role, net) in list(nets.items()):
+            if role != "teacher":
+                raised = correct_bias(net, data, args.omit_digit)
+                nets[f"{label}, bias corrected"] = f"{role}-corrected", raised
+    if student.meta["best"].get("epoch", args.epochs) != args.epochs:
+        best = common.load_model(folder / "student_best.pt", data)
+        nets["student, best on held-out images"] = "best", best
 
-    rows = []
-    for name, (net, net_meta) in nets.items():
-        rows.append(evaluate(name, net, net_meta, data, args))
-        if args.bias_correction and name.startswith("student"):
-            raised = correct_bias(net, data, args.omit_digit)
-            rows.append(evaluate(f"{name}, bias corrected", raised, net_meta, data, args))
+    rows = eval_robustness.summary_rows(
+        nets, data, folder, args.eval_attack, eps=args.eps, seed=args.seed
+    )
+    for row, (_, net) in zip(rows, nets.values()):
+        row |= size_columns(net, data)
+        if args.omit_digit is not None:
+            row |= digit_columns(net, data, args.omit_digit)
     if args.method == "self-distillation":
-        rows += exit_rows(student, meta["exits"], data)
-    if meta["best"].get("epoch", meta["epoch"]) != meta["epoch"]:
-        best, best_meta = common.load_model(folder / "student_best.pt", data.x_test.device)
-        rows.append(evaluate("student, best on held-out images", best, best_meta, data, args))
+        rows += exit_rows(student, student.meta["exits"], data)
     if args.grad_heatmap:
-        path = Path(args.grad_heatmap)
-        if args.seeds:
-            path = path.with_stem(f"{path.stem}-s{args.seed}")
-        write_gradients(path, nets)
+        write_gradients(folder / "gradients.npz", nets)
     return rows
 
 
-def print_defaults(args):
-    """Print the flags whose defaults depend on the method and the data, with their values."""
-    texts = []
-    for name in method_defaults(args.method, args.data, args.demo):
-        value = getattr(args, name)
-        if value is not None and name != "eval_attack":
-            texts.append(f"{name.replace('_', '-')} {value}")
-    print(f"{args.method} with {', '.join(texts)}", flush=True)
-
-
-def get_teacher(args, data):
-    """-> (teacher, its meta): given, trained before by the same recipe, or trained now."""
-    recipe = teacher_recipe(args)
-
-    def train_teacher(folder):
-        shift = data.pad if recipe.shift is None else recipe.shift
-        train(recipe, dataclasses.replace(data, pad=shift), folder, "teacher", args)
-
-    teacher, meta, _ = common.get_teacher(args, data, dataclasses.asdict(recipe), train_teacher)
-    return teacher, meta
-
-
-def evaluate(name, net, meta, data, args):
-    """A row of the table: size, accuracies (with --omit-digit, of that digit and of the others)."""
-    print(f"evaluating {name} on {len(data.x_test)} test images", flush=True)
-    row = {
-        "model": name,
-        "weights": sum(p.numel() for p in net.parameters() if p.dim() > 1),  # as in Table 1
-        "parameters": sum(p.numel() for p in net.parameters()),  # with biases
+def size_columns(net, data):
+    """The size of a net: weights as in Table 1, parameters (biases too), and multiply-adds."""
+    return {
+        "weights": sum(p.numel() for p in net.parameters() if p.dim() > 1),
+        "parameters": sum(p.numel() for p in net.parameters()),
         "macs": macs(net, data),
     }
-    row |= eval_robustness.evaluate(
-        net, data.x_test, data.y_test, args.eval_attack, eps=args.eps, seed=args.seed
-    )
-    if args.omit_digit is not None:
-        right = common.predict(net, data.x_test).argmax(1) == data.y_test
-        shows_digit = data.y_test == args.omit_digit
-        row[f"without_{args.omit_digit}_acc"] = right[~shows_digit].double().mean().item()
-        row[f"only_{args.omit_digit}_acc"] = right[shows_digit].double().mean().item()
-    return row | eval_robustness.training_columns(meta)
+
+
+def digit_columns(net, data, digit):
+    """The accuracy on the test images that do not show the digit, and on those that do."""
+    right = common.predict(net, data.x_test).argmax(1) == data.y_test
+    shows_digit = data.y_test == digit
+    return {
+        f"without_{digit}_acc": right[~shows_digit].double().mean().item(),
+        f"only_{digit}_acc": right[shows_digit].double().mean().item(),
+    }
 
 
 if __name__ == "__main__":
