@@ -424,16 +424,43 @@ def read_data(name: str, root: Path) -> dict:
 
 def check_images(name: str, part: str, arrays: dict):
     """The images of a part as uint8 (N, S, S, C) and its labels as int64 (N,); or a UserError."""
-    x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+    x, y = arrays[f"x_{part}"], flat_labels(arrays[f"y_{part}"])
     if x.ndim == 3:
         x = x[..., None]
     square = x.ndim == 4 and x.shape[1] == x.shape[2] and x.shape[3] in (1, 3)
     if x.dtype != np.uint8 or not square or not x.size:
         wanted = "uint8 (N, S, S, 3) or (N, S, S)"
-        raise UserError(f"{name}: x_{part} must be {wanted}, got {x.dtype} {x.shape}")
+        advice = "" if x.dtype == np.uint8 else f"; {advice_for_pixels(x)}"
+        raise UserError(f"{name}: x_{part} must be {wanted}, got {describe_array(x)}{advice}")
+    if x.max() == 1:
+        raise UserError(f"{name}: x_{part} holds 0 and 1 alone, but 255 is white; multiply by 255")
     if not are_labels(y, len(x), 100_000):
-        raise UserError(f"{name}: y_{part} must be {len(x)} labels 0..K-1, got {y.dtype} {y.shape}")
+        got = f"{len(x)} labels 0..K-1, got {describe_array(y)}"
+        raise UserError(f"{name}: y_{part} must be {got}; convert them to whole numbers from 0 on")
     return np.ascontiguousarray(x), y.astype(np.int64)
+
+
+def describe_array(array) -> str:
+    """Type, shape and range of an array, as a part of an error."""
+    text = f"{array.dtype} {array.shape}"
+    if array.dtype.kind in "biuf" and array.size:
+        text += f" from {array.min():g} to {array.max():g}"
+    return text
+
+
+def advice_for_pixels(x) -> str:
+    """How images of another type become uint8, as a part of an error."""
+    if x.dtype.kind in "biuf" and x.size and x.min() >= 0:
+        if x.max() <= 1:
+            return "multiply by 255, round and convert to uint8"
+        if x.max() <= 255:
+            return "round and convert to uint8"
+    return "scale to 0 to 255, round and convert to uint8"
+
+
+def flat_labels(y):
+    """Labels (N,) of (N, 1), as many tools keep them; any other array stays as it is."""
+    return y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
 
 
 def are_labels(y, n: int, classes: int) -> bool:
@@ -564,9 +591,29 @@ def read_image(file: Path):
             with Image.open(file, formats=("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP")) as image:
                 if image.width * image.height > 2**24:
                     raise ValueError(f"{image.width} x {image.height} pixels are too many")
-                return np.asarray(image.convert("RGB"))
+                return pixels(image)
     except Exception as error:  # the decoders raise whatever comes
         raise UserError(f"{file}: not a readable image ({str(error)[:200]})") from None
+
+
+def pixels(image):
+    """A Pillow image as uint8 (H, W, 3); a ValueError where its values have no certain meaning.
+
+    16 bits become the upper 8, for grey images as Pillow does for colour ones.
+    """
+    tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 bits, 262 what black is, 339 the format
+    signed, white_is_zero = 2 in tags.get(339, ()), tags.get(262) == 0
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    if deep and not signed and not white_is_zero:
+        bits = tags.get(258, (16,))[0]
+        grey = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+        return np.stack([grey] * 3, axis=-1)
+    if deep or signed or image.mode in ("I", "F"):
+        raise ValueError("black and white of its depth are not certain; convert it to 8 bits")
+    has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    if has_alpha and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        raise ValueError("it has transparent pixels; paint it on a background")
+    return np.asarray(image.convert("RGB"))
 
 
 def make_shapes(train: int = 4000, test: int = 1000, seed: int = 0) -> dict:

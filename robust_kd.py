@@ -991,19 +991,22 @@ def load_extra(path, data):
                 major, minor = np.lib.format.read_magic(file)
                 read_header = getattr(np.lib.format, f"read_array_header_{major}_{minor}")
                 (count, *sizes), fortran, dtype = read_header(file)
-            if dtype != np.uint8 or fortran or sizes != list(shape):
+                first_bytes = file.read(10**6)
+            fits = list(shape) in (sizes, [*sizes, 1])  # grey images may be (M, S, S)
+            if dtype != np.uint8 or fortran or not fits:
                 wanted = f"uint8 (M, {', '.join(map(str, shape))})"
                 raise ValueError(f"image must be {wanted}, got {dtype} {sizes}")
+            if max(first_bytes, default=0) == 1:
+                raise ValueError("image holds 0 and 1 alone, but 255 is white; multiply by 255")
             most = math.prod(shape) * count + 1000
             if image.file_size > most or label.file_size > 8 * count + 1000:
                 raise ValueError("more bytes than its headers say")
             if image.file_size > 2**28 and image.file_size > 100 * path.stat().st_size:
                 raise ValueError(f"a zip bomb of {image.file_size:,} bytes")
             with archive.open(label) as file:
-                labels = np.lib.format.read_array(file, allow_pickle=False)
-            whole = labels.dtype.kind in "iu" and labels.shape == (count,) and count > 0
-            if not whole or labels.min() < 0 or labels.max() >= classes:
-                got = f"{labels.dtype} {labels.shape}"
+                labels = common.flat_labels(np.lib.format.read_array(file, allow_pickle=False))
+            if not common.are_labels(labels, count, classes):
+                got = common.describe_array(labels)
                 raise ValueError(f"label must be {count} labels 0..{classes - 1}, got {got}")
             unpacked = path.with_name(f"{path.name}.{image.CRC:08x}.npy")
             if not unpacked.exists():
@@ -1013,8 +1016,9 @@ def load_extra(path, data):
                     shutil.copyfileobj(file, out)
                 partial.replace(unpacked)
         x = np.load(unpacked, mmap_mode="r", allow_pickle=False)
-        if (x.dtype, x.shape) != (np.uint8, (count, *shape)):
+        if (x.dtype, x.shape) != (np.uint8, (count, *sizes)):
             raise ValueError(f"{unpacked.name} holds something else; delete it")
+        x = x.reshape(count, *shape)
     except OSError as error:
         if error.errno is not None:
             raise  # an error of the disk, which common.start reports

@@ -1,13 +1,20 @@
 """Data sets: read, checked, held out, shuffled and augmented."""
 
+import argparse
+import codecs
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import read_only
 from PIL import Image
 
 import common
+import messy_collab
+import robust_kd
 
 
 def tiny(n=40, size=8, classes=3, channels=3):
@@ -107,7 +114,10 @@ def test_bad_data_is_one_line(tmp_path, refused):
         "x_train must be uint8": saved(tmp_path / "float.npz", x_train=tiny()["x_train"] / 255),
         "x_test must be": saved(tmp_path / "flat.npz", x_test=tiny()["x_test"].reshape(10, -1)),
         "y_train must be 40 labels": saved(tmp_path / "short.npz", y_train=np.arange(39) % 3),
-        "labels 0..K-1": saved(tmp_path / "minus.npz", y_train=np.arange(40) % 3 - 1),
+        "whole numbers": saved(tmp_path / "half.npz", y_train=np.arange(40) % 3 / 1.0),
+        "labels 0..K-1, got int64 (40,) from -1 to 1": saved(
+            tmp_path / "minus.npz", y_train=np.arange(40) % 3 - 1
+        ),
         "labels reach 7, classes 3": saved(tmp_path / "new.npz", y_test=np.full(10, 7)),
         "pickle": saved(tmp_path / "object.npz", x_train=objects),
         "class folders": str(tmp_path),
@@ -117,6 +127,85 @@ def test_bad_data_is_one_line(tmp_path, refused):
     for sizes in ({"val_size": 41}, {"test_subset": 11}, {"train_subset": 31, "val_size": 10}):
         message = refused(common.load_data, whole, **sizes)
         assert "too large" in message and "40 training and 10 test images" in message
+        for flag, value in sizes.items():
+            assert f"--{flag.replace('_', '-')}" in message and str(value) in message
+
+
+@pytest.mark.parametrize("part", ["x_train", "x_test"])
+def test_arrays_of_images_of_another_depth_are_refused_with_the_remedy(part, tmp_path, refused):
+    x = tiny()[part]
+    cases = [
+        (x // 128, "multiply by 255"),  # uint8, 0 and 1 alone
+        (x // 128 > 0, "multiply by 255"),  # bool
+        (x / 255, "from 0 to 1; multiply by 255"),
+        (x.astype(np.float32), "from 0 to 255; round and convert to uint8"),
+        (x.astype(np.int64), "round and convert to uint8"),
+        (x.astype(np.uint16) * 16, "scale to 0 to 255"),
+        (x.astype(np.int8), "scale to 0 to 255"),
+        (x / 127.5 - 1, "scale to 0 to 255"),
+    ]
+    for array, remedy in cases:
+        message = refused(common.load_data, saved(tmp_path / "a.npz", **{part: array}))
+        assert part in message and remedy in message, (array.dtype, message)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint64])
+def test_labels_of_any_integer_type_and_in_one_column_are_taken(dtype, tmp_path):
+    arrays = tiny()
+    columns = {part: arrays[part].astype(dtype)[:, None] for part in ("y_train", "y_test")}
+    data = common.load_data(saved(tmp_path / "a.npz", **columns))
+    assert data.y_train.dtype == torch.int64
+    assert data.y_train.tolist() == arrays["y_train"].tolist()
+    assert data.y_test.tolist() == arrays["y_test"].tolist()
+
+
+LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def test_images_of_other_depths_keep_their_256_levels(tmp_path):
+    deep = LEVELS.astype(np.uint16) * 257  # 255 becomes 65535
+    opaque = np.stack([LEVELS, np.full_like(LEVELS, 255)], axis=-1)
+    (tmp_path / "deep.pgm").write_bytes(b"P5 16 16 65535\n" + deep.astype(">u2").tobytes())
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.fromarray(deep).save(tmp_path / "deep.tif")
+    Image.fromarray(LEVELS).save(tmp_path / "grey.png")
+    Image.fromarray(LEVELS).convert("P").save(tmp_path / "palette.png")
+    Image.fromarray(opaque).save(tmp_path / "opaque.png")
+    for file in tmp_path.iterdir():
+        x = common.read_image(file)
+        assert x.dtype == np.uint8 and x.shape == (16, 16, 3), file.name
+        assert (x == LEVELS[..., None]).all(), file.name
+    Image.fromarray(LEVELS > 100).save(tmp_path / "bits.png")
+    bits = common.read_image(tmp_path / "bits.png")
+    assert (bits == 255 * (LEVELS > 100)[..., None]).all()
+
+
+@pytest.mark.parametrize(
+    "array, name, remedy",
+    [
+        (LEVELS / np.float32(255), "float.tif", "convert it to 8 bits"),
+        (LEVELS.astype(np.int32) * 2**16, "deep.tif", "convert it to 8 bits"),
+        (LEVELS.astype(np.int32), "shallow.tif", "convert it to 8 bits"),
+        (np.stack([LEVELS] * 4, axis=-1), "rgba.png", "transparent pixels; paint it"),
+        (np.stack([LEVELS] * 2, axis=-1), "grey.png", "transparent pixels; paint it"),
+    ],
+)
+def test_images_without_a_certain_black_and_white_are_refused(
+    array, name, remedy, tmp_path, refused
+):
+    Image.fromarray(array).save(tmp_path / name)
+    message = refused(common.read_image, tmp_path / name)
+    assert message.startswith(f"{tmp_path / name}: ") and remedy in message
+
+
+def save_images(folder, *names):
+    """Random colour images of 8 x 8 pixels below train/ and test/ of a folder."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in names:
+            file = folder / part / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
 
 
 def test_the_fingerprint_is_of_all_images_and_labels(tmp_path):
@@ -154,7 +243,8 @@ def test_torchvision_s_data_are_kept_as_an_npz(tmp_path, monkeypatch, capsys):
     again = common.load_data("cifar100", tmp_path)
     assert torch.equal(first.x_train, again.x_train)
     # the names are torchvision's own, "0 - zero" for a digit
-    assert first.classes == again.classes == ["0", "1", "2"] and capsys.readouterr().out == ""
+    assert first.classes == again.classes == ["0", "1", "2"]
+    assert "torchvision" not in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------

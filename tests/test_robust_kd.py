@@ -731,6 +731,7 @@ def test_augmentations_change_a_part_of_each_image(data):
         ({"image": None}, "expected an .npz file with image and label"),
         ({"size": 28}, "image must be uint8 (M, 32, 32, 3), got uint8 [28, 28, 3]"),
         ({"image": np.zeros((4, 32, 32, 3))}, "image must be uint8"),
+        ({"image": np.ones((4, 32, 32, 3), np.uint8)}, "multiply by 255"),
         ({"image": np.array([{}, 1], dtype=object)}, "image must be uint8"),
         ({"label": np.zeros(7, int)}, "label must be 30 labels 0..9, got int64 (7,)"),
         ({"label": np.full(30, 10)}, "label must be 30 labels 0..9"),
