@@ -338,7 +338,7 @@ DATA_NAMES = "cifar10, cifar100, mnist, tiny-imagenet, shapes, FILE.npz or FOLDE
 def load_data(
     name, root="data", device="cpu", val_size=0, train_subset=None, test_subset=None, augment="crop"
 ) -> Data:
-    """-> Data, by name, from an .npz file or from a folder.
+    """-> Data, by name, from an .npz file or from a folder; prints a line on what is in them.
 
     A name is looked for in <root>/<name>.npz, then in torchvision's files below root, then
     downloaded by torchvision (checksummed) and kept as that .npz; tiny-imagenet is taken from
@@ -360,9 +360,21 @@ def load_data(
         raise UserError(
             f"{name}: labels reach {max(y.max(), y_test.max())}, classes {len(classes)}"
         )
-    if val_size + (train_subset or 1) > len(x) or (test_subset or 1) > len(x_test):
-        there = f"{name} has {len(x)} training and {len(x_test)} test images"
-        raise UserError(f"--train-subset, --val-size, --test-subset or --n: too large; {there}")
+    present = np.unique(y)
+    if len(present) == 1:
+        one = f"all training images are of one class, {classes[present[0]]}"
+        raise UserError(f"{name}: {one}; there must be two classes or more")
+    there = f"{name} has {len(x)} training and {len(x_test)} test images"
+    if val_size + (train_subset or 1) > len(x):
+        flags = f"--val-size {val_size}"
+        if train_subset is not None:
+            flags += f" and --train-subset {train_subset}"
+        advice = "take smaller numbers (--val-size is 1024 by default, 0 holds out none)"
+        raise UserError(f"{flags}: too large; {there}; {advice}")
+    if (test_subset or 1) > len(x_test):
+        raise UserError(f"--test-subset or --n {test_subset}: too large; {there}")
+    grey = x.shape[3] == 1 or all((image == image[..., :1]).all() for image in x)
+    print(describe_data(name, x, y, x_test, classes, grey, arrays.get("left_out", 0)), flush=True)
     order = np.random.default_rng(0).permutation(len(x))
     val = order[:val_size]
     train = np.sort(order[val_size:][:train_subset])
@@ -383,6 +395,29 @@ def load_data(
         pad=4 if augmented else 0,
         flip=augmented,
     )
+
+
+def describe_data(name, x, y, x_test, classes, grey, left_out) -> str:
+    """One line on what was found: images, classes, and what a reader may not expect."""
+    counts = np.bincount(y, minlength=len(classes))
+    text = f"{name}: {len(x):,} training and {len(x_test):,} test images of {x.shape[1]} x "
+    text += f"{x.shape[2]} pixels, {'grey' if grey else 'colour'}; {len(classes)} classes "
+    text += f"({first_ten(classes)}) of {counts.min():,} to {counts.max():,} training images"
+    empty = [classes[k] for k in np.flatnonzero(counts == 0)]
+    if empty:
+        text += f"; no training image of {first_ten(empty)}"
+    if x.max() < 128:
+        text += f"; no pixel above {x.max()}, where 255 is white"
+    if left_out:
+        text += f"; {left_out:,} other files left out"
+    if grey:
+        text += "; no random crops and flips without --augment crop"
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def first_ten(names: list[str]) -> str:
+    """The first ten names, then "..." if there are more."""
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def channel_statistics(x) -> tuple[list[float], list[float]]:
@@ -516,26 +551,55 @@ def read_folder(folder: Path) -> dict:
         if arrays.setdefault("classes", arrays_of_part["classes"]) != arrays_of_part["classes"]:
             raise UserError(f"{folder}: train and {test_name} have different class folders")
         arrays[f"x_{part}"], arrays[f"y_{part}"] = arrays_of_part["x"], arrays_of_part["y"]
+    arrays["left_out"] = len(visible_files(folder)) - len(arrays["y_train"]) - len(arrays["y_test"])
     return arrays
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is what programs leave behind: .DS_Store, .ipynb_checkpoints, ..."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """All files below a folder, sorted, without hidden ones and what is in hidden folders."""
+    files = []
+    for root, _, names in sorted(os.walk(folder)):
+        if not any(is_hidden(part) for part in Path(root).relative_to(folder).parts):
+            files += [Path(root, name) for name in sorted(names) if not is_hidden(name)]
+    return files
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".pbm", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def list_class_folders(folder: Path, is_wanted=None):
     """-> (image files, labels (N,), classes) of a folder of class folders, none of them read.
 
-    is_wanted(path): whether a file counts; None: all images.
+    is_wanted(path): whether a file counts; None: all images. Hidden files and folders never do.
     """
-    from torchvision.datasets import ImageFolder
-
+    files, labels = [], []
     try:
         links = [path for path in folder.rglob("*") if path.is_symlink()]
         if links:
             raise ValueError(f"{links[0]} is a link")
-        image_folder = ImageFolder(folder, is_valid_file=is_wanted)
+        entries = [path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
+        classes = sorted(path.name for path in entries)
+        if not classes:
+            raise ValueError("there are none")
+        for k, name in enumerate(classes):
+            images = visible_files(folder / name)
+            if is_wanted is None:
+                images = [path for path in images if path.suffix.lower() in IMAGE_SUFFIXES]
+            else:
+                images = [path for path in images if is_wanted(path)]
+            if not images:
+                raise ValueError(f"no image in {name}; formats: {' '.join(IMAGE_SUFFIXES)}")
+            files += images
+            labels += [k] * len(images)
     except (OSError, ValueError) as error:
         expected = "expected class folders with images in each of them"
         raise UserError(f"{folder}: {expected} ({error})") from None
-    files = [Path(file) for file, _ in image_folder.samples]
-    return files, np.array(image_folder.targets), image_folder.classes
+    return files, np.array(labels), classes
 
 
 def read_class_folders(folder: Path) -> dict:

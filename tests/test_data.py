@@ -131,6 +131,13 @@ def test_bad_data_is_one_line(tmp_path, refused):
             assert f"--{flag.replace('_', '-')}" in message and str(value) in message
 
 
+def test_too_few_images_for_the_default_of_val_size_name_it(tmp_path, refused):
+    path = saved(tmp_path / "a.npz")
+    message = refused(robust_kd.main, ["--data", path, "--runs", str(tmp_path / "runs")])
+    assert message.startswith("--val-size 1024: too large") and "1024 by default" in message
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("part", ["x_train", "x_test"])
 def test_arrays_of_images_of_another_depth_are_refused_with_the_remedy(part, tmp_path, refused):
     x = tiny()[part]
@@ -206,6 +213,43 @@ def save_images(folder, *names):
             file = folder / part / name
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
+
+
+def test_one_line_says_what_is_in_a_folder_and_hidden_files_are_left_out(tmp_path, capsys):
+    names = ("cat/0.png", "cat/1.PNG", "cat-2/0.bmp", "cat/more/0.png")
+    hidden = (".ipynb_checkpoints/0.png", "__MACOSX/cat/0.png", "cat/._0.png", "cat/.old/1.png")
+    save_images(tmp_path, *names, *hidden)
+    for name in ("train/cat/Thumbs.db", "train/list.txt", "README", "val/cat/0.png", ".DS_Store"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("no image")
+    data = common.load_data(str(tmp_path))
+    assert data.classes == ["cat", "cat-2"] and data.y_train.tolist() == [0, 0, 0, 1]
+    assert capsys.readouterr().out == (
+        f"{tmp_path}: 4 training and 4 test images of 8 x 8 pixels, colour; 2 classes (cat, cat-2) "
+        "of 1 to 3 training images; 4 other files left out\n"
+    )
+
+
+def test_the_line_says_what_is_unexpected_in_arrays(tmp_path, capsys):
+    x = np.zeros((24, 8, 8), np.uint8)
+    x[0] = 16
+    y = np.arange(24) % 12 + 1  # 1 to 12: class 0 has no image
+    common.load_data(saved(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y))
+    assert capsys.readouterr().out == (
+        f"{tmp_path}/a.npz: 24 training and 24 test images of 8 x 8 pixels, grey; 13 classes "
+        "(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...) of 0 to 2 training images; no training image of 0; no "
+        "pixel above 16, where 255 is white; no random crops and flips without --augment crop\n"
+    )
+
+
+def test_one_class_is_refused_before_anything_is_written(tmp_path, refused):
+    save_images(tmp_path / "d", "cat/0.png", "cat/1.png")
+    ones = saved(tmp_path / "a.npz", y_train=np.ones(40, int), y_test=np.ones(10, int))
+    for name, only in ((str(tmp_path / "d"), "cat"), (ones, "1")):
+        flags = f"--data {name} --val-size 0 --method flc-s --corruption-rate 0.5 --runs"
+        message = refused(messy_collab.main, [*flags.split(), str(tmp_path / "runs")])
+        assert message.startswith(f"{name}: ") and f"one class, {only};" in message
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_fingerprint_is_of_all_images_and_labels(tmp_path):
