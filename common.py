@@ -324,7 +324,7 @@ class Data:
     classes: list[str]
     mean: list[float]  # per channel, of the training images in [0, 1]: the models normalise with it
     std: list[float]
-    fingerprint: int  # CRC-32 of all images and labels, whatever --test-subset is
+    fingerprint: int  # CRC-32 of these images and labels, whatever --test-subset is
     pad: int = 0  # augmentation: a random crop after padding with this many zeros, ...
     flip: bool = False  # ... and a random horizontal flip
 
@@ -336,17 +336,26 @@ DATA_NAMES = "cifar10, cifar100, mnist, tiny-imagenet, shapes, FILE.npz or FOLDE
 
 
 def load_data(
-    name, root="data", device="cpu", val_size=0, train_subset=None, test_subset=None, augment="crop"
+    name,
+    root="data",
+    device="cpu",
+    val_size=0,
+    train_subset=None,
+    test_subset=None,
+    augment=None,
+    runs="runs",
 ) -> Data:
     """-> Data, by name, from an .npz file or from a folder; prints a line on what is in them.
 
     A name is looked for in <root>/<name>.npz, then in torchvision's files below root, then
     downloaded by torchvision (checksummed) and kept as that .npz; tiny-imagenet is taken from
     <root>/tiny-imagenet-200, the unpacked official zip; shapes are drawn by code. An .npz holds
-    x_train, y_train, x_test, y_test (images uint8 (N, S, S, 3) or (N, S, S), labels 0..K-1) and
-    perhaps `classes`. A folder holds train/<class>/* and test/<class>/* (or val/), images of one
-    size. Held-out images and subsets are the same for every seed. augment: "none" for the images as
-    they are, any other word for random crops and flips (never of MNIST). Raises UserError.
+    x_train, y_train, x_test, y_test (images uint8 (N, S, S, 3) or (N, S, S), labels 0..K-1 of any
+    integer type, (N,) or (N, 1)) and perhaps `classes`. A folder holds train/<class>/* and
+    test/<class>/* (or val/), images of one size. Where root is read-only, converted files go to
+    <runs>/data. Held-out images and subsets are the same for every seed. augment: "crop" for random
+    crops and flips, "none" for the images as they are, any other word and None for crops and flips
+    of colour images alone: grey ones, such as digits, stay as they are. Raises UserError.
     """
     arrays = read_data(name, Path(root))
     x, y = check_images(name, "train", arrays)
@@ -383,7 +392,7 @@ def load_data(
     for part in (x[train], y[train], x[val], y[val], x_test, y_test):
         fingerprint = zlib.crc32(np.ascontiguousarray(part), fingerprint)
     mean, std = channel_statistics(x)
-    augmented = augment != "none" and name != "mnist"
+    augmented = augment == "crop" or (augment != "none" and not grey)
     return Data(
         name,
         *(torch.from_numpy(part).to(device) for part in (x[train], y[train], x[val], y[val])),
@@ -1564,10 +1573,11 @@ class RunParser(Parser):
             default=1024,
             help="training images held out to validate",
         )
-        meaning = "crop: random crops and flips (MNIST: never); none: images as they are"
+        meaning = "crop: random crops and flips; none: images as they are"
         if len(augment) > 2:
-            meaning += f"; {' and '.join(augment[2:])}: crop with that on top"
-        add("--augment", choices=augment, default="crop", help=meaning)
+            meaning += f"; {' and '.join(augment[2:])}: the default with that on top"
+        meaning += " (default: crop for colour images, none for grey ones, such as digits)"
+        add("--augment", choices=augment, help=meaning)
         add = self.add_argument_group("run").add_argument
         add(
             "--seed",
@@ -1808,6 +1818,7 @@ def describe_run(args: argparse.Namespace, data: Data, flags: dict) -> dict:
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if data.x_train.is_cuda else None,
         "fingerprint": data.fingerprint,
+        "data": training_data(data),
         "flags": flags,
     }
 
@@ -2167,13 +2178,22 @@ def state_digest(weights: dict) -> str:
 # ---- teachers ----------------------------------------------------------------------------------
 
 
+def training_data(data: Data) -> dict:
+    """What of the data decides the weights of a net, beside the flags.
+
+    mean and std are those of all training images, the fingerprint that of the chosen ones.
+    """
+    names = ("fingerprint", "classes", "mean", "std", "pad", "flip")
+    return {name: getattr(data, name) for name in names}
+
+
 def teacher_file(args: argparse.Namespace, data: Data, recipe: dict) -> Path:
     """runs/teachers/<digest of recipe and data>/teacher.pt, whether it is there or not.
 
     recipe: all flags on which the teacher's weights depend. For a net of your own the weights that
     it begins with belong to it.
     """
-    recipe = json.loads(json.dumps(recipe | {"data": data.fingerprint}))
+    recipe = json.loads(json.dumps(recipe | {"data": training_data(data)}))
     if ":" in recipe["model"]:
         initial = initial_digest(recipe["model"], recipe["seed"], recipe.get("dropout", 0.0))
         recipe["initial_weights"] = initial
@@ -2185,7 +2205,7 @@ def write_recipe(folder: Path, data: Data, recipe: dict) -> None:
     """Write recipe.json beside a teacher, for people: nothing reads it."""
     path = folder / "recipe.json"
     if not path.exists():
-        write_json(path, recipe | {"data": data.fingerprint})
+        write_json(path, recipe | {"data": training_data(data)})
 
 
 def keep_teacher(args, data: Data, recipe: dict, model: nn.Module, rows: list, **meta) -> None:

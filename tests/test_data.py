@@ -252,6 +252,37 @@ def test_one_class_is_refused_before_anything_is_written(tmp_path, refused):
     assert not (tmp_path / "runs").exists()
 
 
+def test_augment_means_the_same_by_name_by_path_and_in_a_folder(tmp_path):
+    grey, colour = tiny(channels=1), tiny()
+    np.savez(tmp_path / "mnist.npz", **grey)
+    np.savez(tmp_path / "cifar10.npz", **colour)
+    for part in ("train", "test"):
+        for k, image in enumerate(grey[f"x_{part}"][:4]):
+            file = tmp_path / "folder" / part / str(k % 2) / f"{k}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(file)  # read as three channels that are equal
+    digits = ("mnist", str(tmp_path / "mnist.npz"), str(tmp_path / "folder"))
+    for names, default in ((digits, False), (("cifar10", str(tmp_path / "cifar10.npz")), True)):
+        for name in names:
+            for augment, crops in ((None, default), ("crop", True), ("none", False)):
+                data = common.load_data(name, tmp_path, augment=augment)
+                assert data.flip == crops and data.pad == 4 * crops, (name, augment)
+            assert common.load_data(name, tmp_path, augment="cutout").flip == default
+    assert robust_kd.parse_args([]).augment is None
+
+
+def test_all_that_the_data_decide_of_a_teacher_is_in_its_digest(tmp_path):
+    args = argparse.Namespace(runs=tmp_path)
+    data = common.load_data(saved(tmp_path / "a.npz"), train_subset=20)
+    recipe = {"model": "mlp-8", "seed": 0}
+    original = common.teacher_file(args, data, recipe)
+    assert common.teacher_file(args, dataclasses.replace(data), recipe) == original
+    changes = {"pad": 0, "flip": False, "fingerprint": 1, "mean": [0.5] * 3, "std": [1.0] * 3}
+    for name, value in (changes | {"classes": ["0", "1", "2", "3"]}).items():
+        changed = dataclasses.replace(data, **{name: value})
+        assert common.teacher_file(args, changed, recipe) != original, name
+
+
 def test_the_fingerprint_is_of_all_images_and_labels(tmp_path):
     original = common.load_data(saved(tmp_path / "a.npz")).fingerprint
     assert common.load_data(saved(tmp_path / "b.npz"), test_subset=3).fingerprint == original
