@@ -19,6 +19,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import errno
 import functools
 import hashlib
 import importlib
@@ -34,6 +35,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -357,7 +359,7 @@ def load_data(
     crops and flips, "none" for the images as they are, any other word and None for crops and flips
     of colour images alone: grey ones, such as digits, stay as they are. Raises UserError.
     """
-    arrays = read_data(name, Path(root))
+    arrays = read_data(name, Path(root), runs)
     x, y = check_images(name, "train", arrays)
     x_test, y_test = check_images(name, "test", arrays)
     classes = arrays.get("classes") or CLASS_NAMES.get(name)
@@ -443,8 +445,8 @@ def channel_statistics(x) -> tuple[list[float], list[float]]:
     return mean.tolist(), np.where(std > 0, std, 1).tolist()
 
 
-def read_data(name: str, root: Path) -> dict:
-    """{x_train, y_train, x_test, y_test, perhaps classes} of load_data, as numpy arrays."""
+def read_data(name: str, root: Path, runs) -> dict:
+    """{x_train, y_train, x_test, y_test, perhaps classes, left_out} of load_data, numpy arrays."""
     if name == "shapes":
         return make_shapes()
     if name.endswith(".npz"):
@@ -452,18 +454,33 @@ def read_data(name: str, root: Path) -> dict:
     if name in ("cifar10", "cifar100", "mnist", "tiny-imagenet"):
         path = root / f"{name}.npz"
         if not path.exists():
+            path = writable_folder(root, runs) / path.name
+        if not path.exists():
             if name == "tiny-imagenet":
                 source = root / "tiny-imagenet-200"
                 print(f"{path} is not there: taking {name} from {source}", flush=True)
                 arrays = read_tiny_imagenet(source)
             else:
                 print(f"{path} is not there: taking {name} from torchvision", flush=True)
-                arrays = read_torchvision(name, root)
+                arrays = read_torchvision(name, root, path.parent)
             write_atomically(path, lambda file: np.savez(file, **arrays))
         return read_npz(path)
     if Path(name).is_dir():
         return read_folder(Path(name))
     raise UserError(f"--data: expected {DATA_NAMES}, got {name!r}")
+
+
+def writable_folder(folder: Path, runs) -> Path:
+    """The folder itself or, if it is read-only, <runs>/data, and a line that says so."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return folder
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+    print(f"{folder} is read-only: converted data are kept in {Path(runs) / 'data'}", flush=True)
+    return Path(runs) / "data"
 
 
 def check_images(name: str, part: str, arrays: dict):
@@ -534,21 +551,27 @@ def read_npz(path: Path, needed=("x_train", "y_train", "x_test", "y_test")) -> d
         ) from None
 
 
-def read_torchvision(name: str, root: Path) -> dict:
-    """The arrays of a torchvision data set, downloaded if need be (checked before it is read)."""
+def read_torchvision(name: str, root: Path, writable: Path) -> dict:
+    """The arrays of a torchvision data set, downloaded if need be (checked before it is read).
+
+    It is read from root, or else from the folder `writable`, into which it is downloaded.
+    """
     from torchvision import datasets
 
-    arrays = {}
-    try:
-        for part in ("train", "test"):
-            dataset = getattr(datasets, name.upper())(root, train=part == "train", download=True)
-            arrays[f"x_{part}"] = np.asarray(dataset.data)
-            arrays[f"y_{part}"] = np.array(dataset.targets)
-            arrays["classes"] = [c.split(" - ")[0] for c in dataset.classes]  # MNIST has "0 - zero"
-    except Exception as error:  # of the network, or what a damaged file makes torchvision raise
-        advice = f"put {name}.npz into {root}, or let torchvision download it"
-        raise UserError(f"--data {name}: {advice} ({error})") from None
-    return arrays
+    dataset_class, arrays, reasons = getattr(datasets, name.upper()), {}, []
+    for folder in dict.fromkeys((root, writable)):
+        try:
+            for part in ("train", "test"):
+                dataset = dataset_class(folder, train=part == "train", download=True)
+                arrays[f"x_{part}"] = np.asarray(dataset.data)
+                arrays[f"y_{part}"] = np.asarray(dataset.targets)
+                # MNIST has "0 - zero"
+                arrays["classes"] = [c.split(" - ")[0] for c in dataset.classes]
+            return arrays
+        except Exception as error:  # of the network, or what a damaged file makes torchvision raise
+            reasons.append(f"{folder}: {error}")
+    advice = f"put {name}.npz into {root}, or let torchvision download it"
+    raise UserError(f"--data {name}: {advice} ({'; '.join(reasons)})")
 
 
 def read_folder(folder: Path) -> dict:
@@ -1556,7 +1579,8 @@ class RunParser(Parser):
         """The flags that all training scripts share; augment: the choices of --augment."""
         add = self.add_argument_group("data").add_argument
         add("--data", default="cifar10", help=f"data set: {DATA_NAMES}")
-        add("--data-root", default="data", help="folder of the data sets; downloads go there")
+        where = "downloads go there, or to data/ of --runs if it is read-only"
+        add("--data-root", default="data", help=f"folder of the data sets; {where}")
         add(
             "--train-subset",
             type="positive int",
@@ -1697,6 +1721,7 @@ def run_seeds(script: str, args: argparse.Namespace, job, prepare=None) -> list[
             args.train_subset,
             args.test_subset,
             args.augment,
+            args.runs,
         )
         if prepare is not None:
             prepare(args, data)

@@ -974,12 +974,13 @@ class WeightAverage(nn.Module):
         self.steps += 1
 
 
-def load_extra(path, data):
+def load_extra(path, data, runs="runs"):
     """-> images uint8 (M, S, S, C), mapped from the disk, and labels int64 (M,) of an .npz file.
 
     It holds `image` and `label`, like the generated sets of Rebuffi et al. and Wang et al. What is
-    inside a zip cannot be mapped: the images are unpacked once, into <path>.<checksum>.npy. Nothing
-    is unpacked that does not fit `data`. Raises UserError.
+    inside a zip cannot be mapped: the images are unpacked once, into <path>.<checksum>.npy, or into
+    <runs>/data where that folder is read-only. Nothing is unpacked that does not fit `data`.
+    Raises UserError.
     """
     path, shape, classes = Path(path), data.x_train.shape[1:], len(data.classes)
     if not path.is_file():
@@ -1010,6 +1011,9 @@ def load_extra(path, data):
                 raise ValueError(f"label must be {count} labels 0..{classes - 1}, got {got}")
             unpacked = path.with_name(f"{path.name}.{image.CRC:08x}.npy")
             if not unpacked.exists():
+                unpacked = common.writable_folder(path.parent, runs) / unpacked.name
+            if not unpacked.exists():
+                unpacked.parent.mkdir(parents=True, exist_ok=True)
                 print(f"{path}: unpacking {image.file_size / 1e6:,.0f} MB of images", flush=True)
                 partial = unpacked.with_suffix(".tmp")
                 with archive.open(image) as file, open(partial, "wb") as out:
@@ -1043,7 +1047,7 @@ def prepare(args, data):
     """Check the nets and files that are given against the data, before anything is written."""
     eval_robustness.check_nets(args, data)
     if args.extra_data:
-        data.extra = load_extra(args.extra_data, data)
+        data.extra = load_extra(args.extra_data, data, args.runs)
         data.fingerprint = with_extra_data(data.fingerprint, args.extra_data)
 
 

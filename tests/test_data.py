@@ -283,6 +283,34 @@ def test_all_that_the_data_decide_of_a_teacher_is_in_its_digest(tmp_path):
         assert common.teacher_file(args, changed, recipe) != original, name
 
 
+def test_a_read_only_root_is_read_and_the_converted_file_goes_beside_the_runs(
+    public_folder, capsys
+):
+    import torchvision.datasets  # noqa: F401  (read_only may take away the right to read it)
+
+    codecs.lookup("hex")  # which torchvision uses: for the same reason
+    root, runs = public_folder / "root", public_folder / "runs"
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, n in (("train", 40), ("t10k", 10)):
+        sizes = np.array([n, 28, 28], dtype=">i4").tobytes()
+        x, y = np.arange(n * 784) % 251, np.arange(n) % 10
+        images = b"\0\0\x08\x03" + sizes + x.astype(np.uint8).tobytes()
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(images)
+        labels = b"\0\0\x08\x01" + sizes[:4] + y.astype(np.uint8).tobytes()
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(labels)
+    with read_only(root):
+        first = common.load_data("mnist", root, runs=runs)
+        out = capsys.readouterr().out
+        assert f"{root} is read-only: converted data are kept in {runs}/data\n" in out
+        assert "from torchvision" in out
+        again = common.load_data("mnist", root, runs=runs)
+        assert "from torchvision" not in capsys.readouterr().out
+    assert [path.name for path in root.iterdir()] == ["MNIST"]
+    assert [path.name for path in (runs / "data").iterdir()] == ["mnist.npz"]
+    assert first.fingerprint == again.fingerprint and first.y_train.tolist()[:3] == [0, 1, 2]
+
+
 def test_the_fingerprint_is_of_all_images_and_labels(tmp_path):
     original = common.load_data(saved(tmp_path / "a.npz")).fingerprint
     assert common.load_data(saved(tmp_path / "b.npz"), test_subset=3).fingerprint == original
