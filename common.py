@@ -18,6 +18,7 @@ import atexit
 import contextlib
 import dataclasses
 import datetime
+import errno
 import functools
 import hashlib
 import importlib
@@ -33,6 +34,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -291,7 +293,7 @@ class Data:
     classes: list[str]
     mean: list[float]  # per channel, of the training images in [0, 1]: the models normalise with it
     std: list[float]
-    fingerprint: int  # CRC-32 of all images and labels, whatever --test-subset is
+    fingerprint: int  # CRC-32 of these images and labels, whatever --test-subset is
     pad: int = 0  # augmentation: a random crop after padding with this many zeros, ...
     flip: bool = False  # ... and a random horizontal flip
     x_extra: Tensor | None = None  # generated images, for --extra-data of robust_kd.py
@@ -305,19 +307,28 @@ DATA_NAMES = "cifar10, cifar100, mnist, tiny-imagenet, shapes, FILE.npz or FOLDE
 
 
 def load_data(
-    name, root="data", device="cpu", val_size=0, train_subset=None, test_subset=None, augment="crop"
+    name,
+    root="data",
+    device="cpu",
+    val_size=0,
+    train_subset=None,
+    test_subset=None,
+    augment=None,
+    runs="runs",
 ) -> Data:
-    """-> Data, by name, from an .npz file or from a folder.
+    """-> Data, by name, from an .npz file or from a folder; prints a line on what is in them.
 
     A name is looked for in <root>/<name>.npz, then in torchvision's files below root, then
     downloaded by torchvision (checksummed) and kept as that .npz; tiny-imagenet is taken from
     <root>/tiny-imagenet-200, the unpacked official zip; shapes are drawn by code. An .npz holds
-    x_train, y_train, x_test, y_test (images uint8 (N, S, S, 3) or (N, S, S), labels 0..K-1) and
-    perhaps `classes`. A folder holds train/<class>/* and test/<class>/* (or val/), images of one
-    size. Held-out images and subsets are the same for every seed. augment: "none" for the images as
-    they are, any other word for random crops and flips (never of MNIST). Raises UserError.
+    x_train, y_train, x_test, y_test (images uint8 (N, S, S, 3) or (N, S, S), labels 0..K-1 of any
+    integer type, (N,) or (N, 1)) and perhaps `classes`. A folder holds train/<class>/* and
+    test/<class>/* (or val/), images of one size. Where root is read-only, converted files go to
+    <runs>/data. Held-out images and subsets are the same for every seed. augment: "crop" for random
+    crops and flips, "none" for the images as they are, any other word and None for crops and flips
+    of colour images alone: grey ones, such as digits, stay as they are. Raises UserError.
     """
-    arrays = read_data(name, Path(root))
+    arrays = read_data(name, Path(root), runs)
     x, y = check_images(name, "train", arrays)
     x_test, y_test = check_images(name, "test", arrays)
     classes = arrays.get("classes") or CLASS_NAMES.get(name)
@@ -329,9 +340,21 @@ def load_data(
         raise UserError(
             f"{name}: labels reach {max(y.max(), y_test.max())}, classes {len(classes)}"
         )
-    if val_size + (train_subset or 1) > len(x) or (test_subset or 1) > len(x_test):
-        there = f"{name} has {len(x)} training and {len(x_test)} test images"
-        raise UserError(f"--train-subset, --val-size, --test-subset or --n: too large; {there}")
+    present = np.unique(y)
+    if len(present) == 1:
+        one = f"all training images are of one class, {classes[present[0]]}"
+        raise UserError(f"{name}: {one}; there must be two classes or more")
+    there = f"{name} has {len(x)} training and {len(x_test)} test images"
+    if val_size + (train_subset or 1) > len(x):
+        flags = f"--val-size {val_size}"
+        if train_subset is not None:
+            flags += f" and --train-subset {train_subset}"
+        advice = "take smaller numbers (--val-size is 1024 by default, 0 holds out none)"
+        raise UserError(f"{flags}: too large; {there}; {advice}")
+    if (test_subset or 1) > len(x_test):
+        raise UserError(f"--test-subset or --n {test_subset}: too large; {there}")
+    grey = x.shape[3] == 1 or all((image == image[..., :1]).all() for image in x)
+    print(describe_data(name, x, y, x_test, classes, grey, arrays.get("left_out", 0)), flush=True)
     order = np.random.default_rng(0).permutation(len(x))
     val = order[:val_size]
     train = np.sort(order[val_size:][:train_subset])
@@ -340,7 +363,7 @@ def load_data(
     for part in (x[train], y[train], x[val], y[val], x_test, y_test):
         fingerprint = zlib.crc32(np.ascontiguousarray(part), fingerprint)
     mean, std = channel_statistics(x)
-    augmented = augment != "none" and name != "mnist"
+    augmented = augment == "crop" or (augment != "none" and not grey)
     return Data(
         name,
         *(torch.from_numpy(part).to(device) for part in (x[train], y[train], x[val], y[val])),
@@ -352,6 +375,29 @@ def load_data(
         pad=4 if augmented else 0,
         flip=augmented,
     )
+
+
+def describe_data(name, x, y, x_test, classes, grey, left_out) -> str:
+    """One line on what was found: images, classes, and what a reader may not expect."""
+    counts = np.bincount(y, minlength=len(classes))
+    text = f"{name}: {len(x):,} training and {len(x_test):,} test images of {x.shape[1]} x "
+    text += f"{x.shape[2]} pixels, {'grey' if grey else 'colour'}; {len(classes)} classes "
+    text += f"({first_ten(classes)}) of {counts.min():,} to {counts.max():,} training images"
+    empty = [classes[k] for k in np.flatnonzero(counts == 0)]
+    if empty:
+        text += f"; no training image of {first_ten(empty)}"
+    if x.max() < 128:
+        text += f"; no pixel above {x.max()}, where 255 is white"
+    if left_out:
+        text += f"; {left_out:,} other files left out"
+    if grey:
+        text += "; no random crops and flips without --augment crop"
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def first_ten(names: list[str]) -> str:
+    """The first ten names, then "..." if there are more."""
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def channel_statistics(x) -> tuple[list[float], list[float]]:
@@ -368,8 +414,8 @@ def channel_statistics(x) -> tuple[list[float], list[float]]:
     return mean.tolist(), np.where(std > 0, std, 1).tolist()
 
 
-def read_data(name: str, root: Path) -> dict:
-    """{x_train, y_train, x_test, y_test, perhaps classes} of load_data, as numpy arrays."""
+def read_data(name: str, root: Path, runs) -> dict:
+    """{x_train, y_train, x_test, y_test, perhaps classes, left_out} of load_data, numpy arrays."""
     if name == "shapes":
         return make_shapes()
     if name.endswith(".npz"):
@@ -377,13 +423,15 @@ def read_data(name: str, root: Path) -> dict:
     if name in ("cifar10", "cifar100", "mnist", "tiny-imagenet"):
         path = root / f"{name}.npz"
         if not path.exists():
+            path = writable_folder(root, runs) / path.name
+        if not path.exists():
             if name == "tiny-imagenet":
                 source = root / "tiny-imagenet-200"
                 print(f"{path} is not there: taking {name} from {source}", flush=True)
                 arrays = read_tiny_imagenet(source)
             else:
                 print(f"{path} is not there: taking {name} from torchvision", flush=True)
-                arrays = read_torchvision(name, root)
+                arrays = read_torchvision(name, root, path.parent)
             write_atomically(path, lambda file: np.savez(file, **arrays))
         return read_npz(path)
     if Path(name).is_dir():
@@ -391,18 +439,58 @@ def read_data(name: str, root: Path) -> dict:
     raise UserError(f"--data: expected {DATA_NAMES}, got {name!r}")
 
 
+def writable_folder(folder: Path, runs) -> Path:
+    """The folder itself or, if it is read-only, <runs>/data, and a line that says so."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return folder
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+    print(f"{folder} is read-only: converted data are kept in {Path(runs) / 'data'}", flush=True)
+    return Path(runs) / "data"
+
+
 def check_images(name: str, part: str, arrays: dict):
     """The images of a part as uint8 (N, S, S, C) and its labels as int64 (N,); or a UserError."""
-    x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+    x, y = arrays[f"x_{part}"], flat_labels(arrays[f"y_{part}"])
     if x.ndim == 3:
         x = x[..., None]
     square = x.ndim == 4 and x.shape[1] == x.shape[2] and x.shape[3] in (1, 3)
     if x.dtype != np.uint8 or not square or not x.size:
         wanted = "uint8 (N, S, S, 3) or (N, S, S)"
-        raise UserError(f"{name}: x_{part} must be {wanted}, got {x.dtype} {x.shape}")
+        advice = "" if x.dtype == np.uint8 else f"; {advice_for_pixels(x)}"
+        raise UserError(f"{name}: x_{part} must be {wanted}, got {describe_array(x)}{advice}")
+    if x.max() == 1:
+        raise UserError(f"{name}: x_{part} holds 0 and 1 alone, but 255 is white; multiply by 255")
     if not are_labels(y, len(x), 100_000):
-        raise UserError(f"{name}: y_{part} must be {len(x)} labels 0..K-1, got {y.dtype} {y.shape}")
+        got = f"{len(x)} labels 0..K-1, got {describe_array(y)}"
+        raise UserError(f"{name}: y_{part} must be {got}; convert them to whole numbers from 0 on")
     return np.ascontiguousarray(x), y.astype(np.int64)
+
+
+def describe_array(array) -> str:
+    """Type, shape and range of an array, as a part of an error."""
+    text = f"{array.dtype} {array.shape}"
+    if array.dtype.kind in "biuf" and array.size:
+        text += f" from {array.min():g} to {array.max():g}"
+    return text
+
+
+def advice_for_pixels(x) -> str:
+    """How images of another type become uint8, as a part of an error."""
+    if x.dtype.kind in "biuf" and x.size and x.min() >= 0:
+        if x.max() <= 1:
+            return "multiply by 255, round and convert to uint8"
+        if x.max() <= 255:
+            return "round and convert to uint8"
+    return "scale to 0 to 255, round and convert to uint8"
+
+
+def flat_labels(y):
+    """Labels (N,) of (N, 1), as many tools keep them; any other array stays as it is."""
+    return y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
 
 
 def are_labels(y, n: int, classes: int) -> bool:
@@ -432,21 +520,27 @@ def read_npz(path: Path, needed=("x_train", "y_train", "x_test", "y_test")) -> d
         ) from None
 
 
-def read_torchvision(name: str, root: Path) -> dict:
-    """The arrays of a torchvision data set, downloaded if need be (checked before it is read)."""
+def read_torchvision(name: str, root: Path, writable: Path) -> dict:
+    """The arrays of a torchvision data set, downloaded if need be (checked before it is read).
+
+    It is read from root, or else from the folder `writable`, into which it is downloaded.
+    """
     from torchvision import datasets
 
-    arrays = {}
-    try:
-        for part in ("train", "test"):
-            dataset = getattr(datasets, name.upper())(root, train=part == "train", download=True)
-            arrays[f"x_{part}"] = np.asarray(dataset.data)
-            arrays[f"y_{part}"] = np.array(dataset.targets)
-            arrays["classes"] = [c.split(" - ")[0] for c in dataset.classes]  # MNIST has "0 - zero"
-    except Exception as error:  # of the network, or what a damaged file makes torchvision raise
-        advice = f"put {name}.npz into {root}, or let torchvision download it"
-        raise UserError(f"--data {name}: {advice} ({error})") from None
-    return arrays
+    dataset_class, arrays, reasons = getattr(datasets, name.upper()), {}, []
+    for folder in dict.fromkeys((root, writable)):
+        try:
+            for part in ("train", "test"):
+                dataset = dataset_class(folder, train=part == "train", download=True)
+                arrays[f"x_{part}"] = np.asarray(dataset.data)
+                arrays[f"y_{part}"] = np.asarray(dataset.targets)
+                # MNIST has "0 - zero"
+                arrays["classes"] = [c.split(" - ")[0] for c in dataset.classes]
+            return arrays
+        except Exception as error:  # of the network, or what a damaged file makes torchvision raise
+            reasons.append(f"{folder}: {error}")
+    advice = f"put {name}.npz into {root}, or let torchvision download it"
+    raise UserError(f"--data {name}: {advice} ({'; '.join(reasons)})")
 
 
 def read_folder(folder: Path) -> dict:
@@ -458,26 +552,55 @@ def read_folder(folder: Path) -> dict:
         if arrays.setdefault("classes", arrays_of_part["classes"]) != arrays_of_part["classes"]:
             raise UserError(f"{folder}: train and {test_name} have different class folders")
         arrays[f"x_{part}"], arrays[f"y_{part}"] = arrays_of_part["x"], arrays_of_part["y"]
+    arrays["left_out"] = len(visible_files(folder)) - len(arrays["y_train"]) - len(arrays["y_test"])
     return arrays
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is what programs leave behind: .DS_Store, .ipynb_checkpoints, ..."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """All files below a folder, sorted, without hidden ones and what is in hidden folders."""
+    files = []
+    for root, _, names in sorted(os.walk(folder)):
+        if not any(is_hidden(part) for part in Path(root).relative_to(folder).parts):
+            files += [Path(root, name) for name in sorted(names) if not is_hidden(name)]
+    return files
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".pbm", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def list_class_folders(folder: Path, is_wanted=None):
     """-> (image files, labels (N,), classes) of a folder of class folders, none of them read.
 
-    is_wanted(path): whether a file counts; None: all images.
+    is_wanted(path): whether a file counts; None: all images. Hidden files and folders never do.
     """
-    from torchvision.datasets import ImageFolder
-
+    files, labels = [], []
     try:
         links = [path for path in folder.rglob("*") if path.is_symlink()]
         if links:
             raise ValueError(f"{links[0]} is a link")
-        image_folder = ImageFolder(folder, is_valid_file=is_wanted)
+        entries = [path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
+        classes = sorted(path.name for path in entries)
+        if not classes:
+            raise ValueError("there are none")
+        for k, name in enumerate(classes):
+            images = visible_files(folder / name)
+            if is_wanted is None:
+                images = [path for path in images if path.suffix.lower() in IMAGE_SUFFIXES]
+            else:
+                images = [path for path in images if is_wanted(path)]
+            if not images:
+                raise ValueError(f"no image in {name}; formats: {' '.join(IMAGE_SUFFIXES)}")
+            files += images
+            labels += [k] * len(images)
     except (OSError, ValueError) as error:
         expected = "expected class folders with images in each of them"
         raise UserError(f"{folder}: {expected} ({error})") from None
-    files = [Path(file) for file, _ in image_folder.samples]
-    return files, np.array(image_folder.targets), image_folder.classes
+    return files, np.array(labels), classes
 
 
 def read_class_folders(folder: Path) -> dict:
@@ -533,9 +656,29 @@ def read_image(file: Path):
             with Image.open(file, formats=("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP")) as image:
                 if image.width * image.height > 2**24:
                     raise ValueError(f"{image.width} x {image.height} pixels are too many")
-                return np.asarray(image.convert("RGB"))
+                return pixels(image)
     except Exception as error:  # the decoders raise whatever comes
         raise UserError(f"{file}: not a readable image ({str(error)[:200]})") from None
+
+
+def pixels(image):
+    """A Pillow image as uint8 (H, W, 3); a ValueError where its values have no certain meaning.
+
+    16 bits become the upper 8, for grey images as Pillow does for colour ones.
+    """
+    tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 bits, 262 what black is, 339 the format
+    signed, white_is_zero = 2 in tags.get(339, ()), tags.get(262) == 0
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    if deep and not signed and not white_is_zero:
+        bits = tags.get(258, (16,))[0]
+        grey = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+        return np.stack([grey] * 3, axis=-1)
+    if deep or signed or image.mode in ("I", "F"):
+        raise ValueError("black and white of its depth are not certain; convert it to 8 bits")
+    has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    if has_alpha and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        raise ValueError("it has transparent pixels; paint it on a background")
+    return np.asarray(image.convert("RGB"))
 
 
 def make_shapes(train: int = 4000, test: int = 1000, seed: int = 0) -> dict:
@@ -1313,14 +1456,16 @@ def add_run_flags(parser, augment=("crop", "none")) -> None:
     """Add the flags that all training scripts share; augment: the choices of --augment."""
     add = parser.add_argument_group("data").add_argument
     add("--data", default="cifar10", help=f"data set: {DATA_NAMES}")
-    add("--data-root", default="data", help="folder of the data sets; downloads go there")
+    where = "downloads go there, or to data/ of --runs if it is read-only"
+    add("--data-root", default="data", help=f"folder of the data sets; {where}")
     add("--train-subset", type=whole, help="train on this many images, the same for any seed")
     add("--test-subset", type=whole, help="test on this many images, the same for any seed")
     add("--val-size", type=whole_or_0, default=1024, help="training images held out to validate")
-    meaning = "crop: random crops and flips (MNIST: never); none: images as they are"
+    meaning = "crop: random crops and flips; none: images as they are"
     if len(augment) > 2:
-        meaning += f"; {' and '.join(augment[2:])}: crop with that on top"
-    add("--augment", choices=augment, default="crop", help=meaning)
+        meaning += f"; {' and '.join(augment[2:])}: the default with that on top"
+    meaning += " (default: crop for colour images, none for grey ones, such as digits)"
+    add("--augment", choices=augment, help=meaning)
     add = parser.add_argument_group("run").add_argument
     seeds = {"nargs": "+", "type": whole_or_0, "default": [0]}
     add("--seed", **seeds, help="seed of weights, batches and attacks; several: one run for each")
@@ -1434,6 +1579,7 @@ def load_training_data(args: argparse.Namespace, device: torch.device) -> Data:
             args.train_subset,
             args.test_subset,
             args.augment,
+            args.runs,
         )
 
 
@@ -1500,6 +1646,7 @@ def describe_run(args: argparse.Namespace, data: Data) -> dict:
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if data.x_train.is_cuda else None,
         "fingerprint": data.fingerprint,
+        "data": training_data(data),
         "flags": run_flags(args),
     }
 
@@ -1562,6 +1709,15 @@ def lock_file(folder: Path, wait: bool):
         yield
 
 
+def training_data(data: Data) -> dict:
+    """What of the data decides the weights of a net, beside the flags.
+
+    mean and std are those of all training images, the fingerprint that of the chosen ones.
+    """
+    names = ("fingerprint", "classes", "mean", "std", "pad", "flip")
+    return {name: getattr(data, name) for name in names}
+
+
 def teacher_folder(args: argparse.Namespace, data: Data) -> Path:
     """runs/teachers/<digest>, where all scripts look for the teacher of these flags and data.
 
@@ -1569,11 +1725,11 @@ def teacher_folder(args: argparse.Namespace, data: Data) -> Path:
     count. Nor do those by which the data were chosen: the data count as they are. For a net of your
     own the weights that it begins with count too. The flags are kept in recipe.json for people.
     """
-    chosen_by = {"data", "train_subset", "test_subset", "val_size", "demo", "augment"}
+    chosen_by = {"train_subset", "test_subset", "val_size", "demo"}
     flags = {k: v for k, v in run_flags(args).items() if v is not None and k not in chosen_by}
-    flags["data"] = [data.fingerprint, data.pad, data.flip]
-    if args.augment not in ("crop", "none"):  # crop is in data.pad and data.flip
-        flags["augment"] = args.augment
+    flags["data"] = training_data(data)
+    if args.augment in ("crop", "none"):  # they are in data.pad and data.flip
+        del flags["augment"]
     if ":" in args.model:
         flags["initial_weights"] = initial_digest(
             args.model, args.seed, getattr(args, "dropout", 0)

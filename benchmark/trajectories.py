@@ -128,7 +128,12 @@ def teacher_of(folder, config, epochs=None):
         return None
     training = robust_kd.teacher_trainings(args)[0]
     recipe = dataclasses.asdict(robust_kd.teacher_recipe(args, training, epochs=epochs))
-    return common.teacher_file(args, argparse.Namespace(fingerprint=config["fingerprint"]), recipe)
+    try:
+        return common.teacher_file(args, argparse.Namespace(**config["data"]), recipe)
+    except common.MALFORMED:
+        missing = "an older version wrote it, without all that names the teacher's file"
+        advice = "give --teacher FILE"
+        raise common.UserError(f"{folder / 'config.json'}: {missing}; {advice}") from None
 
 
 def describe_images(model):

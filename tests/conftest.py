@@ -1,10 +1,12 @@
 """The programs lie one folder up and are imported from there; nets and images to test with."""
 
+import contextlib
 import functools
 import os
 import signal
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,29 @@ def stop_at(monkeypatch):
             script.main(flags.split())
 
     return call
+
+
+@pytest.fixture
+def public_folder():
+    """An empty folder that every user of the machine can read and write, unlike tmp_path."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def read_only(folder):
+    """Nothing can be written into a folder inside the block, by the superuser neither."""
+    folder.chmod(0o555)
+    superuser = os.geteuid() == 0
+    if superuser:
+        os.seteuid(65534)  # a user without rights
+    try:
+        yield
+    finally:
+        if superuser:
+            os.seteuid(0)
+        folder.chmod(0o755)
 
 
 def same_weights(a, b):

@@ -1,13 +1,20 @@
 """Data sets: read, checked, held out, shuffled and augmented."""
 
+import argparse
+import codecs
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import read_only
 from PIL import Image
 
 import common
+import messy_collab
+import robust_kd
 
 
 def tiny(n=40, size=8, classes=3, channels=3):
@@ -107,7 +114,10 @@ def test_bad_data_is_one_line(tmp_path, refused):
         "x_train must be uint8": saved(tmp_path / "float.npz", x_train=tiny()["x_train"] / 255),
         "x_test must be": saved(tmp_path / "flat.npz", x_test=tiny()["x_test"].reshape(10, -1)),
         "y_train must be 40 labels": saved(tmp_path / "short.npz", y_train=np.arange(39) % 3),
-        "labels 0..K-1": saved(tmp_path / "minus.npz", y_train=np.arange(40) % 3 - 1),
+        "whole numbers": saved(tmp_path / "half.npz", y_train=np.arange(40) % 3 / 1.0),
+        "labels 0..K-1, got int64 (40,) from -1 to 1": saved(
+            tmp_path / "minus.npz", y_train=np.arange(40) % 3 - 1
+        ),
         "labels reach 7, classes 3": saved(tmp_path / "new.npz", y_test=np.full(10, 7)),
         "pickle": saved(tmp_path / "object.npz", x_train=objects),
         "class folders": str(tmp_path),
@@ -117,6 +127,188 @@ def test_bad_data_is_one_line(tmp_path, refused):
     for sizes in ({"val_size": 41}, {"test_subset": 11}, {"train_subset": 31, "val_size": 10}):
         message = refused(common.load_data, whole, **sizes)
         assert "too large" in message and "40 training and 10 test images" in message
+        for flag, value in sizes.items():
+            assert f"--{flag.replace('_', '-')}" in message and str(value) in message
+
+
+def test_too_few_images_for_the_default_of_val_size_name_it(tmp_path, refused):
+    path = saved(tmp_path / "a.npz")
+    message = refused(robust_kd.main, ["--data", path, "--runs", str(tmp_path / "runs")])
+    assert message.startswith("--val-size 1024: too large") and "1024 by default" in message
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("part", ["x_train", "x_test"])
+def test_arrays_of_images_of_another_depth_are_refused_with_the_remedy(part, tmp_path, refused):
+    x = tiny()[part]
+    cases = [
+        (x // 128, "multiply by 255"),  # uint8, 0 and 1 alone
+        (x // 128 > 0, "multiply by 255"),  # bool
+        (x / 255, "from 0 to 1; multiply by 255"),
+        (x.astype(np.float32), "from 0 to 255; round and convert to uint8"),
+        (x.astype(np.int64), "round and convert to uint8"),
+        (x.astype(np.uint16) * 16, "scale to 0 to 255"),
+        (x.astype(np.int8), "scale to 0 to 255"),
+        (x / 127.5 - 1, "scale to 0 to 255"),
+    ]
+    for array, remedy in cases:
+        message = refused(common.load_data, saved(tmp_path / "a.npz", **{part: array}))
+        assert part in message and remedy in message, (array.dtype, message)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint64])
+def test_labels_of_any_integer_type_and_in_one_column_are_taken(dtype, tmp_path):
+    arrays = tiny()
+    columns = {part: arrays[part].astype(dtype)[:, None] for part in ("y_train", "y_test")}
+    data = common.load_data(saved(tmp_path / "a.npz", **columns))
+    assert data.y_train.dtype == torch.int64
+    assert data.y_train.tolist() == arrays["y_train"].tolist()
+    assert data.y_test.tolist() == arrays["y_test"].tolist()
+
+
+LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def test_images_of_other_depths_keep_their_256_levels(tmp_path):
+    deep = LEVELS.astype(np.uint16) * 257  # 255 becomes 65535
+    opaque = np.stack([LEVELS, np.full_like(LEVELS, 255)], axis=-1)
+    (tmp_path / "deep.pgm").write_bytes(b"P5 16 16 65535\n" + deep.astype(">u2").tobytes())
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.fromarray(deep).save(tmp_path / "deep.tif")
+    Image.fromarray(LEVELS).save(tmp_path / "grey.png")
+    Image.fromarray(LEVELS).convert("P").save(tmp_path / "palette.png")
+    Image.fromarray(opaque).save(tmp_path / "opaque.png")
+    for file in tmp_path.iterdir():
+        x = common.read_image(file)
+        assert x.dtype == np.uint8 and x.shape == (16, 16, 3), file.name
+        assert (x == LEVELS[..., None]).all(), file.name
+    Image.fromarray(LEVELS > 100).save(tmp_path / "bits.png")
+    bits = common.read_image(tmp_path / "bits.png")
+    assert (bits == 255 * (LEVELS > 100)[..., None]).all()
+
+
+@pytest.mark.parametrize(
+    "array, name, remedy",
+    [
+        (LEVELS / np.float32(255), "float.tif", "convert it to 8 bits"),
+        (LEVELS.astype(np.int32) * 2**16, "deep.tif", "convert it to 8 bits"),
+        (LEVELS.astype(np.int32), "shallow.tif", "convert it to 8 bits"),
+        (np.stack([LEVELS] * 4, axis=-1), "rgba.png", "transparent pixels; paint it"),
+        (np.stack([LEVELS] * 2, axis=-1), "grey.png", "transparent pixels; paint it"),
+    ],
+)
+def test_images_without_a_certain_black_and_white_are_refused(
+    array, name, remedy, tmp_path, refused
+):
+    Image.fromarray(array).save(tmp_path / name)
+    message = refused(common.read_image, tmp_path / name)
+    assert message.startswith(f"{tmp_path / name}: ") and remedy in message
+
+
+def save_images(folder, *names):
+    """Random colour images of 8 x 8 pixels below train/ and test/ of a folder."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in names:
+            file = folder / part / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
+
+
+def test_one_line_says_what_is_in_a_folder_and_hidden_files_are_left_out(tmp_path, capsys):
+    names = ("cat/0.png", "cat/1.PNG", "cat-2/0.bmp", "cat/more/0.png")
+    hidden = (".ipynb_checkpoints/0.png", "__MACOSX/cat/0.png", "cat/._0.png", "cat/.old/1.png")
+    save_images(tmp_path, *names, *hidden)
+    for name in ("train/cat/Thumbs.db", "train/list.txt", "README", "val/cat/0.png", ".DS_Store"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("no image")
+    data = common.load_data(str(tmp_path))
+    assert data.classes == ["cat", "cat-2"] and data.y_train.tolist() == [0, 0, 0, 1]
+    assert capsys.readouterr().out == (
+        f"{tmp_path}: 4 training and 4 test images of 8 x 8 pixels, colour; 2 classes (cat, cat-2) "
+        "of 1 to 3 training images; 4 other files left out\n"
+    )
+
+
+def test_the_line_says_what_is_unexpected_in_arrays(tmp_path, capsys):
+    x = np.zeros((24, 8, 8), np.uint8)
+    x[0] = 16
+    y = np.arange(24) % 12 + 1  # 1 to 12: class 0 has no image
+    common.load_data(saved(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y))
+    assert capsys.readouterr().out == (
+        f"{tmp_path}/a.npz: 24 training and 24 test images of 8 x 8 pixels, grey; 13 classes "
+        "(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...) of 0 to 2 training images; no training image of 0; no "
+        "pixel above 16, where 255 is white; no random crops and flips without --augment crop\n"
+    )
+
+
+def test_one_class_is_refused_before_anything_is_written(tmp_path, refused):
+    save_images(tmp_path / "d", "cat/0.png", "cat/1.png")
+    ones = saved(tmp_path / "a.npz", y_train=np.ones(40, int), y_test=np.ones(10, int))
+    for name, only in ((str(tmp_path / "d"), "cat"), (ones, "1")):
+        flags = f"--data {name} --val-size 0 --method flc-s --corruption-rate 0.5 --runs"
+        message = refused(messy_collab.main, [*flags.split(), str(tmp_path / "runs")])
+        assert message.startswith(f"{name}: ") and f"one class, {only};" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_augment_means_the_same_by_name_by_path_and_in_a_folder(tmp_path):
+    grey, colour = tiny(channels=1), tiny()
+    np.savez(tmp_path / "mnist.npz", **grey)
+    np.savez(tmp_path / "cifar10.npz", **colour)
+    for part in ("train", "test"):
+        for k, image in enumerate(grey[f"x_{part}"][:4]):
+            file = tmp_path / "folder" / part / str(k % 2) / f"{k}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(file)  # read as three channels that are equal
+    digits = ("mnist", str(tmp_path / "mnist.npz"), str(tmp_path / "folder"))
+    for names, default in ((digits, False), (("cifar10", str(tmp_path / "cifar10.npz")), True)):
+        for name in names:
+            for augment, crops in ((None, default), ("crop", True), ("none", False)):
+                data = common.load_data(name, tmp_path, augment=augment)
+                assert data.flip == crops and data.pad == 4 * crops, (name, augment)
+            assert common.load_data(name, tmp_path, augment="cutout").flip == default
+    assert robust_kd.parse_args([]).augment is None
+
+
+def test_all_that_the_data_decide_of_a_teacher_is_in_its_digest(tmp_path):
+    args = argparse.Namespace(runs=tmp_path)
+    data = common.load_data(saved(tmp_path / "a.npz"), train_subset=20)
+    recipe = {"model": "mlp-8", "seed": 0}
+    original = common.teacher_file(args, data, recipe)
+    assert common.teacher_file(args, dataclasses.replace(data), recipe) == original
+    changes = {"pad": 0, "flip": False, "fingerprint": 1, "mean": [0.5] * 3, "std": [1.0] * 3}
+    for name, value in (changes | {"classes": ["0", "1", "2", "3"]}).items():
+        changed = dataclasses.replace(data, **{name: value})
+        assert common.teacher_file(args, changed, recipe) != original, name
+
+
+def test_a_read_only_root_is_read_and_the_converted_file_goes_beside_the_runs(
+    public_folder, capsys
+):
+    import torchvision.datasets  # noqa: F401  (read_only may take away the right to read it)
+
+    codecs.lookup("hex")  # which torchvision uses: for the same reason
+    root, runs = public_folder / "root", public_folder / "runs"
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, n in (("train", 40), ("t10k", 10)):
+        sizes = np.array([n, 28, 28], dtype=">i4").tobytes()
+        x, y = np.arange(n * 784) % 251, np.arange(n) % 10
+        images = b"\0\0\x08\x03" + sizes + x.astype(np.uint8).tobytes()
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(images)
+        labels = b"\0\0\x08\x01" + sizes[:4] + y.astype(np.uint8).tobytes()
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(labels)
+    with read_only(root):
+        first = common.load_data("mnist", root, runs=runs)
+        out = capsys.readouterr().out
+        assert f"{root} is read-only: converted data are kept in {runs}/data\n" in out
+        assert "from torchvision" in out
+        again = common.load_data("mnist", root, runs=runs)
+        assert "from torchvision" not in capsys.readouterr().out
+    assert [path.name for path in root.iterdir()] == ["MNIST"]
+    assert [path.name for path in (runs / "data").iterdir()] == ["mnist.npz"]
+    assert first.fingerprint == again.fingerprint and first.y_train.tolist()[:3] == [0, 1, 2]
 
 
 def test_the_fingerprint_is_of_all_images_and_labels(tmp_path):
@@ -154,7 +346,8 @@ def test_torchvision_s_data_are_kept_as_an_npz(tmp_path, monkeypatch, capsys):
     again = common.load_data("cifar100", tmp_path)
     assert torch.equal(first.x_train, again.x_train)
     # the names are torchvision's own, "0 - zero" for a digit
-    assert first.classes == again.classes == ["0", "1", "2"] and capsys.readouterr().out == ""
+    assert first.classes == again.classes == ["0", "1", "2"]
+    assert "torchvision" not in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------

@@ -497,8 +497,10 @@ with open(f"{folder}/losses{os.environ['RANK']}.json", "w") as file:
 
 def test_processes_draw_different_noise_and_nothing_else_differs(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (1, 28, 28), np.uint8)
-    arrays = {f"x_{part}": np.repeat(pixels, 16, 0) for part in ("train", "test")}
-    arrays |= {f"y_{part}": np.full(16, 3) for part in ("train", "test")}
+    arrays = {f"x_{part}": np.repeat(pixels, 17, 0) for part in ("train", "test")}
+    arrays |= {f"y_{part}": np.full(17, 3) for part in ("train", "test")}
+    left_out = np.random.default_rng(0).permutation(17)[16]  # by --train-subset 16
+    arrays["y_train"][left_out] = 4  # data of one class are refused
     np.savez(tmp_path / "mnist.npz", **arrays, classes=np.array([f"{k}" for k in range(10)]))
     (tmp_path / "driver.py").write_text(DRIVER)
     flags = f"{EQUAL_IMAGES} --data-root {tmp_path}"

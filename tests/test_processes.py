@@ -157,7 +157,9 @@ def two_processes(tmp_path_factory):
     pixels = np.random.default_rng(0).integers(0, 256, (1, 28, 28), np.uint8)
     arrays = {"classes": np.array([str(k) for k in range(10)])}
     for part in ("train", "test"):
-        arrays |= {f"x_{part}": np.repeat(pixels, 16, 0), f"y_{part}": np.full(16, 3)}
+        arrays |= {f"x_{part}": np.repeat(pixels, 17, 0), f"y_{part}": np.full(17, 3)}
+    left_out = np.random.default_rng(0).permutation(17)[16]  # by --train-subset 16
+    arrays["y_train"][left_out] = 4  # data of one class are refused
     np.savez(folder / "mnist.npz", **arrays)
     (folder / "driver.py").write_text(DRIVER)
     argv = [folder, ROOT, json.dumps(JOBS), f"{NOISY} --data-root {folder}"]

@@ -1,5 +1,6 @@
 """robust_kd.py: its losses against the equations, its recipes, its loop, and AT+."""
 
+import dataclasses
 import inspect
 import json
 import math
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import same_weights
+from conftest import read_only, same_weights
 
 import common
 import robust_kd
@@ -731,6 +732,7 @@ def test_augmentations_change_a_part_of_each_image(data):
         ({"image": None}, "expected an .npz file with image and label"),
         ({"size": 28}, "image must be uint8 (M, 32, 32, 3), got uint8 [28, 28, 3]"),
         ({"image": np.zeros((4, 32, 32, 3))}, "image must be uint8"),
+        ({"image": np.ones((4, 32, 32, 3), np.uint8)}, "multiply by 255"),
         ({"image": np.array([{}, 1], dtype=object)}, "image must be uint8"),
         ({"label": np.zeros(7, int)}, "label must be 30 labels 0..9, got int64 (7,)"),
         ({"label": np.full(30, 10)}, "label must be 30 labels 0..9"),
@@ -751,6 +753,29 @@ def test_wrong_extra_data_is_one_line(data, tmp_path, refused, change, message):
     error = refused(robust_kd.load_extra, path, data)
     assert str(path) in error and message in error
     assert [file.name for file in tmp_path.iterdir()] == ["e.npz"]  # nothing is unpacked
+
+
+def test_extra_labels_in_one_column_and_grey_images_without_a_channel_are_taken(data, tmp_path):
+    arrays = save_extra(tmp_path / "e.npz")
+    save_extra(tmp_path / "column.npz", label=arrays["label"][:, None])
+    x, labels = robust_kd.load_extra(tmp_path / "column.npz", data)
+    assert np.array_equal(x, arrays["image"]) and labels.tolist() == arrays["label"].tolist()
+    grey = dataclasses.replace(data, x_train=data.x_train[..., :1])
+    save_extra(tmp_path / "grey.npz", image=arrays["image"][..., 0])
+    x, _ = robust_kd.load_extra(tmp_path / "grey.npz", grey)
+    assert isinstance(x, np.memmap) and np.array_equal(x, arrays["image"][..., :1])
+
+
+def test_extra_images_in_a_read_only_folder_are_unpacked_beside_the_runs(data, public_folder):
+    folder, runs = public_folder / "data", public_folder / "runs"
+    folder.mkdir()
+    arrays = save_extra(folder / "e.npz")
+    for _ in range(2):
+        with read_only(folder):
+            x, _ = robust_kd.load_extra(folder / "e.npz", data, runs)
+        assert np.array_equal(x, arrays["image"])
+    assert [path.name for path in folder.iterdir()] == ["e.npz"]
+    assert len(list((runs / "data").iterdir())) == 1
 
 
 def test_a_run_with_everything_goes_on_with_the_same_bits_and_keeps_trajectories(tmp_path, stop_at):
