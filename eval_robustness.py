@@ -847,7 +847,8 @@ def read_npy(flag, path):
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # whatever a damaged header makes numpy raise
         expected = f"expected an .npy file of CIFAR-10-C ({str(error)[:200]})"
-        raise common.UserError(f"{flag}: {path}: {expected}") from None
+        remedy = "delete it if it is there, and unpack or write it again"
+        raise common.UserError(f"{flag}: {path}: {expected}; {remedy}") from None
 
 
 def read_corruptions(folder, x, labels):
