@@ -319,11 +319,11 @@ def load_data(
     """-> Data, by name, from an .npz file or from a folder; prints a line on what is in them.
 
     A name is looked for in <root>/<name>.npz, then in torchvision's files below root, then
-    downloaded by torchvision (checksummed) and kept as that .npz; tiny-imagenet is taken from
-    <root>/tiny-imagenet-200, the unpacked official zip; shapes are drawn by code. An .npz holds
-    x_train, y_train, x_test, y_test (images uint8 (N, S, S, 3) or (N, S, S), labels 0..K-1 of any
-    integer type, (N,) or (N, 1)) and perhaps `classes`. A folder holds train/<class>/* and
-    test/<class>/* (or val/), images of one size. Where root is read-only, converted files go to
+    downloaded by torchvision (checksummed) and kept as that .npz; benchmark/prepare.py makes
+    tiny-imagenet.npz; shapes are drawn by code. An .npz holds x_train, y_train, x_test, y_test
+    (images uint8 (N, S, S, 3) or (N, S, S), labels 0..K-1 of any integer type, (N,) or (N, 1)) and
+    perhaps `classes`. A folder holds train/<class>/* and test/<class>/* (or val/), images of one
+    size. Where root is read-only, converted files go to
     <runs>/data. Held-out images and subsets are the same for every seed. augment: "crop" for random
     crops and flips, "none" for the images as they are, any other word and None for crops and flips
     of colour images alone: grey ones, such as digits, stay as they are. Raises UserError.
@@ -426,12 +426,11 @@ def read_data(name: str, root: Path, runs) -> dict:
             path = writable_folder(root, runs) / path.name
         if not path.exists():
             if name == "tiny-imagenet":
-                source = root / "tiny-imagenet-200"
-                print(f"{path} is not there: taking {name} from {source}", flush=True)
-                arrays = read_tiny_imagenet(source)
-            else:
-                print(f"{path} is not there: taking {name} from torchvision", flush=True)
-                arrays = read_torchvision(name, root, path.parent)
+                command = f"python benchmark/prepare.py {name} {root}/tiny-imagenet-200 {path}"
+                advice = f"unpack tiny-imagenet-200.zip in {root}, then: {command}"
+                raise UserError(f"--data {name}: there is no {path}; {advice}")
+            print(f"{path} is not there: taking {name} from torchvision", flush=True)
+            arrays = read_torchvision(name, root, path.parent)
             write_atomically(path, lambda file: np.savez(file, **arrays))
         return read_npz(path)
     if Path(name).is_dir():
@@ -607,27 +606,6 @@ def read_class_folders(folder: Path) -> dict:
     """{x: uint8 (N, H, W, 3), y: labels (N,), classes, files} of a folder of class folders."""
     files, labels, classes = list_class_folders(folder)
     return {"x": read_images(files), "y": labels, "classes": classes, "files": files}
-
-
-def read_tiny_imagenet(folder: Path) -> dict:
-    """The arrays of the unpacked official zip: 64x64; its validation images are the test images."""
-    train = read_class_folders(folder / "train")
-    try:
-        lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
-        pairs = [line.split()[:2] for line in lines]
-        files = [folder / "val" / "images" / file for file, _ in pairs]
-        labels = np.array([train["classes"].index(name) for _, name in pairs])
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder}: expected the unpacked tiny-imagenet-200.zip ({error})"
-        ) from None
-    return {
-        "x_train": train["x"],
-        "y_train": train["y"],
-        "x_test": read_images(files),
-        "y_test": labels,
-        "classes": train["classes"],
-    }
 
 
 def read_images(files: list[Path]):

@@ -38,7 +38,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from benchmark import report, tables, trajectories
+from benchmark import corruptions, report, tables, trajectories
 from benchmark.records import ROOT, is_count, read_records, table_title, value
 
 # What eval_robustness.py is asked for, for a metric that a script's summary does not have
@@ -49,7 +49,11 @@ ATTACKS = {
     "clean_acc": "clean",
     "entropy": "calibration",
 }
-CINIC = "CINIC-10"  # the folder below --data
+# Other images below --data that an attack of eval_robustness.py needs, and how they are made
+OTHER_IMAGES = {
+    "cinic": ("cinic10.npz", "made by benchmark/prepare.py cinic10"),
+    "corruptions": ("CIFAR-10-C", "made by benchmark/corruptions.py"),
+}
 # Files that a run needs below --data, and where they come from
 FILES = {
     "cifar10_ddpm.npz": "storage.googleapis.com/dm-adversarial-robustness",
@@ -103,7 +107,6 @@ TINY_EVALUATION = {
     "--steps": "3",
     "--targets": "2",
     "--batch-size": "12",
-    "--cinic-per-class": "1",
 }
 TIME_IS_OVER = "the minutes are over; the same command goes on from its last epoch"
 
@@ -262,10 +265,8 @@ def waits_for(run, args):
         can_be_made = name == "planes-cars.npz" and (root / "cifar10.npz").exists()
         if not can_be_made and not (root / name).exists():
             return f"{root / name} ({FILES[name]})"
-    if "tiny-imagenet" in run:
-        unpacked = root / "tiny-imagenet-200"
-        if not unpacked.exists() and not (root / "tiny-imagenet.npz").exists():
-            return f"{unpacked} (cs231n.stanford.edu)"
+    if "tiny-imagenet" in run and not (root / "tiny-imagenet.npz").exists():
+        return f"{root}/tiny-imagenet.npz (made by benchmark/prepare.py)"
     return None
 
 
@@ -406,16 +407,20 @@ def call_here(script, flags, log):
 
 
 def attacks_for(pairs, args):
-    """{take: attacks} that give the (take, metric) pairs; CINIC-10 only where its folder is."""
-    has_cinic = args.scale == "tiny" or (Path(args.data) / CINIC).is_dir()
+    """{take: attacks} that give the (take, metric) pairs; other images only where they are."""
     attacks = {}
     for take, metric in sorted(pairs):
         name = ATTACKS.get(metric, metric.split("_")[0])
         if name not in ATTACKS.values() and not name.startswith("pgd"):
             continue
-        if name != "cinic" or has_cinic:
+        if args.scale == "tiny" or not lacks_images(name, args):
             attacks.setdefault(take, set()).add(name)
     return {take: sorted(names) for take, names in attacks.items()}
+
+
+def lacks_images(attack, args):
+    """Whether the attack needs other images that are not below --data."""
+    return attack in OTHER_IMAGES and not (Path(args.data) / OTHER_IMAGES[attack][0]).exists()
 
 
 def evaluation_flags(take, files, attacks, flags, args):
@@ -428,9 +433,10 @@ def evaluation_flags(take, files, attacks, flags, args):
     for name in ("eps", "step_size", "restarts"):
         if flags.get(name) is not None:
             argv += [f"--{name.replace('_', '-')}", str(flags[name])]
-    if "cinic" in attacks:
-        root = args.data if args.scale == "full" else args.runs
-        argv += ["--cinic", f"{root}/{CINIC}", "--cinic-per-class", "2100"]
+    root = args.data if args.scale == "full" else args.runs
+    for name, (file, _) in OTHER_IMAGES.items():
+        if name in attacks:
+            argv += [f"--{name}", f"{root}/{file}"]
     if args.scale == "tiny":
         argv += [word for pair in TINY_EVALUATION.items() for word in pair]
     return argv
@@ -560,10 +566,11 @@ def plan(args, device):
             job["minutes"] = estimated_minutes(run, records, device, args)
         if job["waits"] is None or job["comes_later"]:
             coming.update(row.id for row in tables.ROWS if row.run == run)
-        needs_cinic = any(metric == "cinic_acc" for _, metric in pairs)
-        cinic = Path(args.data) / CINIC
-        if args.scale == "full" and needs_cinic and not cinic.is_dir():
-            job["partly"] = f"cinic_acc: {cinic} (doi 10.7488/ds/2448)"
+        for metric in sorted({metric for _, metric in pairs}):
+            attack = ATTACKS.get(metric)
+            if args.scale == "full" and lacks_images(attack, args):
+                file, command = OTHER_IMAGES[attack]
+                job["partly"] = f"{metric}: {args.data}/{file} ({command})"
         left.append(job)
     return left
 
@@ -649,6 +656,9 @@ def prepare(args):
         make_planes_cars(cifar10, planes_cars)
     if args.scale == "tiny":
         make_tiny_images(Path(args.runs))
+        if any("mca_acc" in row.printed for job in list_jobs(args) for row in job["rows"]):
+            out = str(Path(args.runs) / OTHER_IMAGES["corruptions"][0])
+            corruptions.main(["--data", "shapes", "--n", TINY_EVALUATION["--n"], "--out", out])
 
 
 def prepare_from_cifar10(root):
@@ -665,16 +675,10 @@ def prepare_from_cifar10(root):
 
 
 def make_tiny_images(folder):
-    """Write 200 generated images and a CINIC-10 of 10 images of noise for --scale tiny."""
-    from PIL import Image
-
+    """Write 200 images of noise, and ten of them as CINIC-10, for --scale tiny."""
     images = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
     np.savez(folder / "extra.npz", image=images, label=np.arange(200) % 10)
-    for part in ("train", "valid", "test"):
-        for i, name in enumerate(common.CLASS_NAMES["shapes"]):
-            path = folder / CINIC / part / name / f"n0000000{i}_1.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(images[i]).save(path)
+    np.savez(folder / OTHER_IMAGES["cinic"][0], x_test=images[:10], y_test=np.arange(10))
 
 
 def make_planes_cars(cifar10, planes_cars):

@@ -199,9 +199,10 @@ def shapes():
 def textured(n=64, seed=3):
     """Coloured fractal images with the range of photographs: uint8 (n, 32, 32, 3)."""
     import eval_robustness
+    from benchmark import corruptions
 
     draw = eval_robustness.uniform(torch.arange(3 * n), "test images", seed)
-    x = eval_robustness.plasma(draw, 1.5).view(n, 3, 32, 32)
+    x = corruptions.plasma(draw, 1.5).view(n, 3, 32, 32)
     return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
@@ -211,3 +212,12 @@ def statistics(out, x):
     axes = (1, 2, 3)
     down, right = out.diff(dim=1).abs().mean(axes), out.diff(dim=2).abs().mean(axes)
     return (out - x).abs().mean(axes), out.mean(axes), (out**2).mean(axes), (down + right) / 2
+
+
+def save_image(path, level, size=32):
+    """Write an image of one grey level, and its folders."""
+    import numpy as np
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((size, size, 3), level, np.uint8)).save(path)

@@ -328,9 +328,9 @@ def test_seeds_with_the_same_net_count_as_one_seed(only_rows, tmp_path):
     assert cells[5] == "1" and "±" not in cells[3]  # two evaluations of one net
 
 
-def test_all_seeds_are_evaluated_on_the_same_images_of_cinic(only_rows, tmp_path):
-    command = "fickle_teacher.py --method student"
-    row = tables.Row("paper9-table1", "student", tables.drawn("cinic_acc"), command, seeds=3)
+def test_all_seeds_are_evaluated_on_the_same_other_images(only_rows, tmp_path):
+    command, metrics = "fickle_teacher.py --method student", tables.drawn("cinic_acc mca_acc")
+    row = tables.Row("paper9-table1", "student", metrics, command, seeds=3)
     only_rows(row)
     folders = ["--runs", str(tmp_path), "--results", str(tmp_path / "results")]
     args = run.parse_args(["--scale", "tiny", *folders])
@@ -339,9 +339,26 @@ def test_all_seeds_are_evaluated_on_the_same_images_of_cinic(only_rows, tmp_path
     for seed in range(2):
         args.evaluated.clear()
         assert run.execute(row.run, seed, [row], 600, {}, args) is None
-        path = tmp_path / f"fickle_teacher/paper9-table1-student-s{seed}/student-cinic.json"
-        notes.add(json.loads(path.read_text())["rows"][0]["cinic_note"])
-    assert len(notes) == 1 and "10 images; sha256 of their list" in notes.pop()
+        folder = tmp_path / f"fickle_teacher/paper9-table1-student-s{seed}"
+        found = common.read_json(folder / "student-cinic-corruptions.json")["rows"][0]
+        notes.add((found["cinic_note"], found["corruptions"]["note"]))
+        assert 0 <= found["mean19_acc"] <= 1
+    ((cinic, corrupted),) = notes
+    assert (
+        "10 images; sha256 of images" in cinic and corrupted == f"images of {tmp_path}/CIFAR-10-C"
+    )
+
+
+def test_other_images_that_are_not_there_leave_their_metrics_out(tmp_path):
+    args = run.parse_args(["--data", str(tmp_path), "--runs", str(tmp_path / "runs")])
+    pairs = {("student", "clean_acc"), ("student", "cinic_acc"), ("student", "mca_acc")}
+    assert run.attacks_for(pairs, args) == {"student": ["clean"]}
+    (tmp_path / "CIFAR-10-C").mkdir()
+    (tmp_path / "cinic10.npz").touch()
+    attacks = ["cinic", "clean", "corruptions"]
+    assert run.attacks_for(pairs, args) == {"student": attacks}
+    flags = " ".join(run.evaluation_flags("student", ["net.pt"], attacks, {"data": "x"}, args))
+    assert f"--cinic {tmp_path}/cinic10.npz --corruptions {tmp_path}/CIFAR-10-C" in flags
 
 
 # ------------------------------------------------------------------------------------------------

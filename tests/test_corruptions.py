@@ -1,15 +1,17 @@
-"""The 19 corruptions against the reference generator and known answers; CINIC-10, other images."""
+"""The 19 corruptions against the reference generator and known answers; folders; other images."""
 
+import hashlib
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, statistics, textured
+from conftest import ROOT, save_image, statistics, textured
 
 import common
 import eval_robustness as ev
+from benchmark import corruptions
 
 # The reference generator on 1,000 CIFAR-10 test images (clean: mean 120.45, std 62.96, gradient
 # 14.57): mean |change|, std and mean |neighbour difference|, severities 1..5, in grey levels.
@@ -137,10 +139,10 @@ def photographs():
 
 
 # frost is drawn by code here, and has its own test
-@pytest.mark.parametrize("name", [name for name in ev.CORRUPTIONS if name != "frost"])
+@pytest.mark.parametrize("name", [name for name in corruptions.CORRUPTIONS if name != "frost"])
 def test_real_images_match_the_fingerprints_of_the_reference_generator(name, photographs):
     for severity in range(1, 6):
-        out = ev.corrupt(photographs, name, severity)
+        out = corruptions.corrupt(photographs, name, severity)
         change, mean, square, gradient = statistics(out, photographs)
         table = [row[severity - 1] for row in FINGERPRINTS[name]]
         m = predicted(mean, photographs)[0]
@@ -180,22 +182,36 @@ CHANGE_OF_TEXTURES = {
     "spatter": [1.1, 2.89, 7.08, 2.82, 5.04],
     "saturate": [29.81, 38.42, 18.55, 32.19, 37.72],
 }
+DIGESTS = {
+    "impulse_noise": "dab96552c76b31db",
+    "brightness": "e50d89db2ae031e7",
+    "pixelate": "0d5fdda7a58c7c83",
+}
 
 
-@pytest.mark.parametrize("name", ev.CORRUPTIONS)
+@pytest.mark.parametrize("name", corruptions.CORRUPTIONS)
 def test_generated_images_change_as_they_did_when_real_ones_matched(name):
     x = textured()
     for severity, expected in enumerate(CHANGE_OF_TEXTURES[name], 1):
-        change = statistics(ev.corrupt(x, name, severity), x)[0].mean().item()
+        change = statistics(corruptions.corrupt(x, name, severity), x)[0].mean().item()
         # the draws are the same everywhere; sums may round otherwise, which truncation turns
         # into one level in a few pixels of a thousand
         assert change == pytest.approx(expected, abs=0.03), severity
 
 
+def test_the_images_are_the_same_as_ever():
+    """Those whose arithmetic is exact on every machine; the others may round by one level."""
+    x, digests = textured(20), {}
+    for name in ("impulse_noise", "brightness", "pixelate"):
+        outs = [corruptions.corrupt(x, name, s).numpy().tobytes() for s in range(1, 6)]
+        digests[name] = hashlib.sha256(b"".join(outs)).hexdigest()[:16]
+    assert digests == DIGESTS
+
+
 def test_every_corruption_has_five_severities_and_keeps_the_shape(shapes):
-    assert list(ev.CORRUPTIONS) == list(FINGERPRINTS)
-    for name in ev.CORRUPTIONS:
-        outs = [ev.corrupt(shapes[0][:8], name, severity) for severity in range(1, 6)]
+    assert list(corruptions.CORRUPTIONS) == list(ev.CORRUPTIONS) == list(FINGERPRINTS)
+    for name in corruptions.CORRUPTIONS:
+        outs = [corruptions.corrupt(shapes[0][:8], name, severity) for severity in range(1, 6)]
         assert all(out.dtype == torch.uint8 and out.shape == (8, 32, 32, 3) for out in outs)
         assert len({out.numpy().tobytes() for out in outs}) == 5, name
 
@@ -211,12 +227,12 @@ def test_uniform_draws_are_uniform_and_independent_between_images_and_calls():
 
 def test_an_image_is_corrupted_alike_alone_in_a_batch_and_whatever_the_global_generator(shapes):
     x = shapes[0][:12]
-    for name in ev.CORRUPTIONS:
+    for name in corruptions.CORRUPTIONS:
         torch.manual_seed(0)
-        whole = ev.corrupt(x, name, 3, seed=1)
+        whole = corruptions.corrupt(x, name, 3, seed=1)
         torch.manual_seed(5)
         np.random.seed(5)
-        pieces = [ev.corrupt(x[i : i + 5], name, 3, seed=1, start=i) for i in (0, 5, 10)]
+        pieces = [corruptions.corrupt(x[i : i + 5], name, 3, seed=1, start=i) for i in (0, 5, 10)]
         difference = (torch.cat(pieces).int() - whole.int()).abs()
         # another batch size may order sums otherwise: truncation can then differ by one level
         assert difference.max() <= 1 and difference.float().mean() < 1e-3, name
@@ -234,7 +250,7 @@ def test_draws_differ_between_seeds_severities_corruptions_and_images(shapes):
         "fog",
         "spatter",
     ):
-        out, other = (ev.corrupt(x, name, 4, seed=seed) for seed in (0, 1))
+        out, other = (corruptions.corrupt(x, name, 4, seed=seed) for seed in (0, 1))
         assert not torch.equal(out, other), name
         assert not torch.equal(out[0], out[1]), name
     a, b = (ev.uniform(torch.arange(1), "corrupt", 0, "snow", s)(9) for s in (1, 2))
@@ -249,14 +265,14 @@ def test_draws_differ_between_seeds_severities_corruptions_and_images(shapes):
 def test_noise_on_a_grey_image_has_the_published_standard_deviation(name):
     x = torch.full((200, 32, 32, 3), 102, dtype=torch.uint8)
     level = 102 / 255
-    for severity, c in enumerate(ev.SEVERITIES[name], 1):
+    for severity, c in enumerate(corruptions.SEVERITIES[name], 1):
         variance = {
             "gaussian_noise": c * c,
             "shot_noise": level / c,
             "speckle_noise": (c * level) ** 2,
             "impulse_noise": c / 2 * (level**2 + (1 - level) ** 2) - (c / 2 * (1 - 2 * level)) ** 2,
         }[name]
-        out = ev.corrupt(x, name, severity).double()
+        out = corruptions.corrupt(x, name, severity).double()
         expected = 255 * math.sqrt(variance)
         # 614,400 draws: a relative error of .1 % for the normal ones, of 1 % for impulses; the
         # truncation to whole levels adds a variance of 1/12
@@ -268,7 +284,7 @@ def test_noise_on_a_grey_image_has_the_published_standard_deviation(name):
 def test_poisson_counts_have_the_mean_and_the_third_moment_of_the_law():
     x = torch.full((200, 32, 32, 3), 51, dtype=torch.uint8)  # rate 50 / 5 = 10
     draw = ev.uniform(torch.arange(200), "poisson")
-    counts = 50 * ev.shot_noise(x.permute(0, 3, 1, 2).double() / 255, draw, 50)
+    counts = 50 * corruptions.shot_noise(x.permute(0, 3, 1, 2).double() / 255, draw, 50)
     assert (counts - counts.round()).abs().max() < 1e-9
     assert counts.mean().item() == pytest.approx(10, abs=0.03)
     assert ((counts - 10) ** 3).mean().item() == pytest.approx(10, abs=0.6)
@@ -277,14 +293,14 @@ def test_poisson_counts_have_the_mean_and_the_third_moment_of_the_law():
 @pytest.mark.parametrize("name", "gaussian_noise shot_noise impulse_noise speckle_noise".split())
 def test_distance_from_the_clean_image_grows_with_the_severity_of_noise(name, shapes):
     x = shapes[0]
-    change = [statistics(ev.corrupt(x, name, s), x)[0].mean() for s in range(1, 6)]
+    change = [statistics(corruptions.corrupt(x, name, s), x)[0].mean() for s in range(1, 6)]
     assert change == sorted(change)
 
 
 @pytest.mark.parametrize("name", "defocus_blur gaussian_blur zoom_blur pixelate".split())
 def test_blur_moves_away_and_loses_gradient_with_every_severity(name):
     x = textured()
-    rows = [statistics(ev.corrupt(x, name, s), x) for s in range(1, 6)]
+    rows = [statistics(corruptions.corrupt(x, name, s), x) for s in range(1, 6)]
     change, gradient = ([row[k].mean().item() for row in rows] for k in (0, 3))
     assert change == sorted(change)
     assert gradient == sorted(gradient, reverse=True)
@@ -294,14 +310,14 @@ def test_blur_moves_away_and_loses_gradient_with_every_severity(name):
 def test_contrast_scales_the_spread_of_every_channel_by_the_published_factor():
     x = textured() // 2 + 64  # far from the ends: nothing is clipped
     for severity, factor in enumerate((0.75, 0.5, 0.4, 0.3, 0.15), 1):
-        out = ev.corrupt(x, "contrast", severity).double()
+        out = corruptions.corrupt(x, "contrast", severity).double()
         ratio = out.std((1, 2)) / x.double().std((1, 2))
         assert ratio.sub(factor).abs().max() < 0.01 * (1 + 2 * factor)
 
 
 def test_brightness_adds_to_the_value_and_keeps_hue_and_saturation():
     x = textured() // 2 + 32
-    out = ev.corrupt(x, "brightness", 4).double()
+    out = corruptions.corrupt(x, "brightness", 4).double()
     assert (out.amax(3) - x.double().amax(3)).sub(51).abs().max() <= 1
     ratio = out.amin(3) / out.amax(3) - x.double().amin(3) / x.double().amax(3)
     assert ratio.abs().max() < 0.02
@@ -309,9 +325,9 @@ def test_brightness_adds_to_the_value_and_keeps_hue_and_saturation():
 
 def test_saturation_leaves_the_value_and_turns_grey_to_red():
     x = textured()
-    out = ev.corrupt(x, "saturate", 5)
+    out = corruptions.corrupt(x, "saturate", 5)
     assert (out.amax(3).int() - x.amax(3).int()).abs().max() <= 1
-    grey = ev.corrupt(torch.full((1, 32, 32, 3), 100, dtype=torch.uint8), "saturate", 5)
+    grey = corruptions.corrupt(torch.full((1, 32, 32, 3), 100, dtype=torch.uint8), "saturate", 5)
     assert grey[0, 0, 0].tolist() == [100, 80, 80]  # a shift of .2
 
 
@@ -321,7 +337,7 @@ def test_pixelate_equals_pillow_bit_for_bit(severity):
 
     x = torch.from_numpy(np.random.default_rng(severity).integers(0, 256, (20, 32, 32, 3), "u1"))
     side = int(32 * (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1])
-    for image, out in zip(x.numpy(), ev.corrupt(x, "pixelate", severity).numpy()):
+    for image, out in zip(x.numpy(), corruptions.corrupt(x, "pixelate", severity).numpy()):
         small = Image.fromarray(image).resize((side, side), Image.Resampling.BOX)
         assert np.array_equal(np.asarray(small.resize((32, 32), Image.Resampling.BOX)), out)
 
@@ -332,7 +348,7 @@ def test_jpeg_equals_pillow_bit_for_bit():
     from PIL import Image
 
     x = textured(4)
-    for image, out in zip(x.numpy(), ev.corrupt(x, "jpeg_compression", 5).numpy()):
+    for image, out in zip(x.numpy(), corruptions.corrupt(x, "jpeg_compression", 5).numpy()):
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=40)
         assert np.array_equal(np.asarray(Image.open(file)), out)
@@ -341,19 +357,19 @@ def test_jpeg_equals_pillow_bit_for_bit():
 def test_defocus_kernels_are_the_published_ones():
     x = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
     x[0, 16, 16] = 255
-    plus = ev.corrupt(x, "defocus_blur", 4)[0, :, :, 0]
-    box = ev.corrupt(x, "defocus_blur", 5)[0, :, :, 0]
+    plus = corruptions.corrupt(x, "defocus_blur", 4)[0, :, :, 0]
+    box = corruptions.corrupt(x, "defocus_blur", 5)[0, :, :, 0]
     assert (plus > 45).sum() == 5 and (plus > 0).sum() == 5
     assert (box[15:18, 15:18] == 28).all() and (box > 0).sum() == 9
     line = torch.tensor([0.0404, 0.9192, 0.0404])  # severity 1 is an outer product of this
-    mild = ev.corrupt(x, "defocus_blur", 1)[0, 15:18, 15:18, 0].float()
+    mild = corruptions.corrupt(x, "defocus_blur", 1)[0, 15:18, 15:18, 0].float()
     assert (mild - torch.outer(line, line) * 255).abs().max() <= 1
 
 
 def test_motion_blur_takes_whole_pixels_along_one_direction_and_keeps_the_mean():
     v = torch.zeros(2, 1, 32, 32, dtype=torch.float64)
     v[:, :, 16, 16] = 255
-    out = ev.motion(v, 6, 2.0, torch.tensor([0.0, 90.0]).double())
+    out = corruptions.motion(v, 6, 2.0, torch.tensor([0.0, 90.0]).double())
     # tap i reads i pixels further right (0 degrees) or down (90): the light goes left or up
     weights = torch.exp(-(torch.arange(13).double() ** 2) / 8)
     expected = (weights / weights.sum() * 255).floor()
@@ -361,23 +377,23 @@ def test_motion_blur_takes_whole_pixels_along_one_direction_and_keeps_the_mean()
     assert (out[1, 0, 4:17, 16].flip(0) - expected).abs().max() <= 1
     assert out[0].sum() == out[0, 0, 16].sum()
     flat = torch.full((1, 1, 32, 32), 77.0).double()
-    assert torch.equal(ev.motion(flat, 9, 2.5, torch.tensor([30.0]).double()), flat)
+    assert torch.equal(corruptions.motion(flat, 9, 2.5, torch.tensor([30.0]).double()), flat)
 
 
 def test_zoom_factors_and_the_enlarged_crop_are_those_of_the_reference():
-    ends = ev.SEVERITIES["zoom_blur"]
+    ends = corruptions.SEVERITIES["zoom_blur"]
     assert [len(np.arange(1, end, 0.01)) for end in ends] == [7, 12, 16, 21, 26]
     x = torch.rand(1, 1, 32, 32).double()
     side = 26  # the crop of factor 1.25: 26 pixels at row 3, enlarged to round(32.5) = 32 or 33
     crop = x[:, :, 3:29, 3:29]
     whole = F.interpolate(crop, (32, 32), mode="bilinear", align_corners=True)
-    assert side == math.ceil(32 / 1.25) and torch.allclose(ev.zoom(x, 1.25), whole)
+    assert side == math.ceil(32 / 1.25) and torch.allclose(corruptions.zoom(x, 1.25), whole)
 
 
 def test_glass_blur_only_moves_pixels_right_or_down_by_one_per_pass():
     x = torch.arange(1024).view(1, 1, 32, 32).expand(5, 3, 32, 32).double() / 1024
     draw = ev.uniform(torch.arange(5), "glass")
-    out = ev.glass_blur(x, draw, 0.05, 1)
+    out = corruptions.glass_blur(x, draw, 0.05, 1)
     allowed = torch.stack([x, *(x.roll(s, d) for s, d in ((1, 2), (1, 3), ((1, 1), (2, 3))))])
     allowed = (allowed * 255).floor() / 255
     assert ((out - allowed).abs().amin(0) < 1e-12).all()
@@ -387,45 +403,45 @@ def test_glass_blur_only_moves_pixels_right_or_down_by_one_per_pass():
 def test_elastic_transform_without_jitter_is_the_identity_and_moves_smoothly_with_it():
     x = textured(8).permute(0, 3, 1, 2).double() / 255
     draw = ev.uniform(torch.arange(8), "elastic")
-    assert torch.allclose(ev.elastic_transform(x, draw, 0, 0, 0.0), x)
+    assert torch.allclose(corruptions.elastic_transform(x, draw, 0, 0, 0.0), x)
     ramp = (torch.arange(32.0).double() / 64 + 0.25).expand(8, 3, 32, 32)
-    moved = ev.elastic_transform(ramp, draw, 0, 0, 2.56)
+    moved = corruptions.elastic_transform(ramp, draw, 0, 0, 2.56)
     assert (moved.diff(dim=3)[..., 8:-8] > 0).all()  # still a ramp away from the mirrored border
 
 
 def test_fog_is_a_fractal_from_zero_to_one_and_keeps_the_brightest_level():
-    plasma = ev.plasma(ev.uniform(torch.arange(50), "fog"), 3)
+    plasma = corruptions.plasma(ev.uniform(torch.arange(50), "fog"), 3)
     assert plasma.amin((1, 2)).eq(0).all() and plasma.amax((1, 2)).eq(1).all()
     step = plasma.diff(dim=1).abs().mean() / (plasma.std() * math.sqrt(2))
     assert step < 0.3  # smooth: independent pixels would give 0.8
     x = textured(20)
-    assert ev.corrupt(x, "fog", 5).amax() <= x.amax()
+    assert corruptions.corrupt(x, "fog", 5).amax() <= x.amax()
 
 
 def test_spatter_pieces_agree_with_hand_worked_cases():
     v = torch.zeros(1, 1, 32, 32).double()
     v[..., 16:] = 200
-    edges = ev.canny_edges(v)
+    edges = corruptions.canny_edges(v)
     assert edges[0, 0, :, 15].all() and edges.sum() == 32  # one line, on the first of two equals
     fractal = textured(60)[..., :1].permute(0, 3, 1, 2).double()
-    assert ev.canny_edges(fractal).sum() == 18223  # OpenCV 5.0 marks the same pixels
-    distance = ev.edge_distance(edges)
+    assert corruptions.canny_edges(fractal).sum() == 18223  # OpenCV 5.0 marks the same pixels
+    distance = corruptions.edge_distance(edges)
     assert distance[0, 0, 5, 15 + 7] == 7 and distance[0, 0, 5, 0] == 15
     point = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
     point[0, 0, 3, 3] = True
-    distance = ev.edge_distance(point)[0, 0]
+    distance = corruptions.edge_distance(point)[0, 0]
     hand = {(3, 3): 0, (4, 4): 1.4, (4, 5): 2.1969, (4, 6): 3.1969, (6, 8): 2 * 2.1969 + 1.4}
     assert all(abs(distance[k].item() - value) < 1e-9 for k, value in hand.items())
     assert distance[31, 31] == 20
     levels = torch.tensor([3.0] * 512 + [5.0] * 256 + [9.0] * 256).view(1, 1, 32, 32)
-    assert ev.equalise(levels).unique().tolist() == [0, 128, 255]
+    assert corruptions.equalise(levels).unique().tolist() == [0, 128, 255]
 
 
 def test_frost_drawn_by_code_is_near_the_published_one_and_files_are_read(tmp_path, refused):
     from PIL import Image
 
     x = textured(100)
-    bias = (ev.corrupt(x, "frost", 1).double() - x.double()).mean().item()
+    bias = (corruptions.corrupt(x, "frost", 1).double() - x.double()).mean().item()
     assert 20 < bias < 40  # the table has 30.7, for other images
     for i in range(1, 6):
         image = np.full((200 + 10 * i, 300, 3), 40 * i, np.uint8)
@@ -434,19 +450,19 @@ def test_frost_drawn_by_code_is_near_the_published_one_and_files_are_read(tmp_pa
             image[:, np.arange(300) % 5 != 2] = 255
         Image.fromarray(image).save(tmp_path / f"frost{i}.{'png' if i < 4 else 'jpg'}")
     dark = torch.zeros(200, 32, 32, 3, dtype=torch.uint8)
-    out = ev.corrupt(dark, "frost", 1, frost_dir=str(tmp_path))
+    out = corruptions.corrupt(dark, "frost", 1, frost_dir=str(tmp_path))
     values, counts = out.flatten(1)[:, 0].unique(return_counts=True)
     assert values.tolist() == [8, 16, 24, 32, 40]  # a fifth of each texture
     assert counts.min() > 15
     (tmp_path / "frost4.jpg").unlink()
-    ev.frost_textures.cache_clear()
-    message = refused(ev.corrupt, dark, "frost", 1, frost_dir=str(tmp_path))
+    corruptions.frost_textures.cache_clear()
+    message = refused(corruptions.corrupt, dark, "frost", 1, frost_dir=str(tmp_path))
     assert "frost4.jpg" in message
 
 
 def test_other_sizes_are_refused_with_one_line(refused):
     x = torch.zeros(2, 28, 28, 1, dtype=torch.uint8)
-    assert "(2, 28, 28, 1)" in refused(ev.corrupt, x, "snow", 1)
+    assert "(2, 28, 28, 1)" in refused(corruptions.corrupt, x, "snow", 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -467,7 +483,7 @@ def official(tmp_path):
     x = textured(40)
     y = (x.float().mean((1, 2, 3)) > 127.5).long()
     y[:10] = 1 - y[:10]  # the model is wrong on ten
-    blurred = ev.corrupt(x, "gaussian_blur", 1)
+    blurred = corruptions.corrupt(x, "gaussian_blur", 1)
     for name in ev.CORRUPTIONS:
         images = [blurred] * 5
         if name == "fog":
@@ -501,40 +517,59 @@ def test_official_files_give_accuracy_and_the_papers_conditional_form(official):
     assert result["mca_acc"] == pytest.approx(np.mean(of_all))
     of_15 = [v for name in list(ev.CORRUPTIONS)[:15] for v in result["corruptions_acc"][name]]
     assert result["mean15_acc"] == pytest.approx(np.mean(of_15))
-    assert len(result["note"]) < 40
+    assert result["note"] == f"images of {folder}"
     few = ev.corruption_accuracy(Brightness(), x[y == 0][:5], y[y == 0][:5], folder)
-    assert few["n"] == 5 and few["clean_acc"] is not None  # the files hold more classes
+    assert few["n"] == 5 and few["corruptions_acc"]["fog"] == [few["clean_acc"]] * 4 + [1.0]
 
 
-def test_images_that_are_not_those_of_the_files_leave_the_conditional_form_out(official):
-    folder, _, _ = official
-    x, y = textured(12, seed=9), torch.arange(12) % 2
-    result = ev.corruption_accuracy(Brightness(), x, y, folder)
-    assert result["conditional_acc"] is None and result["mca_acc"] is None
-    assert "conditional" in result["note"] and result["n"] == 40
+def test_test_images_that_are_not_in_the_folder_are_refused(official, refused):
+    folder, x, y = official
+    files, rows = ev.read_corruptions(folder, x.flip(0), y.flip(0))
+    assert rows.tolist() == list(range(39, -1, -1)) and len(files) == 19
+    for images, labels in (
+        (textured(12, seed=9), torch.arange(12) % 2),  # other images
+        (torch.cat([x, textured(1, seed=9)]), torch.cat([y, y[:1]])),  # one more
+        (x, y.roll(1)),  # other labels
+        (x, y + 1),  # a class that the folder does not have
+    ):
+        message = refused(ev.read_corruptions, folder, images, labels)
+        assert "not every test image is among its 40 images" in message
+    small = refused(ev.read_corruptions, folder, x[:, :28, :28], y)
+    assert "expected uint8 (200, 28, 28, 3), got uint8 (200, 32, 32, 3)" in small
 
 
-def test_generated_sets_go_on_and_name_the_frost_textures(shapes):
-    x, y = shapes[0][:30], torch.arange(30) % 2
+def linear_net():
     weights = torch.randn(2, 3072, generator=torch.Generator().manual_seed(0))
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 2, bias=False))
     model[1].weight.data = weights - weights.mean(1, keepdim=True)
+    return model
+
+
+def test_an_evaluation_reads_what_the_program_has_written_and_goes_on(shapes, tmp_path):
+    x, y, model = shapes[0][:30], torch.arange(30) % 2, linear_net()
+    corruptions.write_folder(tmp_path, x, y)
     counts, after_nine = {}, {}
 
     def keep_nine():
         if len(counts) == 9:
             after_nine.update(counts)
 
-    full = ev.corruption_accuracy(model, x, y, batch_size=4, counts=counts, save=keep_nine)
-    again = ev.corruption_accuracy(model, x, y, counts=dict(after_nine))
+    full = ev.corruption_accuracy(
+        model, x, y, tmp_path, batch_size=4, counts=counts, save=keep_nine
+    )
+    for name in ("snow", "pixelate"):
+        foggy = corruptions.corrupt(x, name, 3)
+        correct = common.predict(model, foggy).argmax(1) == y
+        assert full["corruptions_acc"][name][2] == correct.double().mean().item()
+    again = ev.corruption_accuracy(model, x, y, tmp_path, counts=dict(after_nine))
     assert again == full  # in other batches, from the tenth corruption on
     zeros = {name: [[0, 0]] * 5 for name in after_nine}
-    again = ev.corruption_accuracy(model, x, y, counts=zeros)["corruptions_acc"]
+    again = ev.corruption_accuracy(model, x, y, tmp_path, counts=zeros)["corruptions_acc"]
     for name in ev.CORRUPTIONS:  # what is counted already is not run again
         assert again[name] == ([0.0] * 5 if name in after_nine else full["corruptions_acc"][name])
     rows = ev.corruption_rows(full)
     assert len(common.table(rows).splitlines()) == 2 + 19 and len(rows[0]) == 8
-    assert "frost" in full["note"] and "mca18_acc" in full
+    assert "mca18_acc" in full
     rest = [np.mean(v) for name, v in full["corruptions_acc"].items() if name != "frost"]
     assert full["mean18_acc"] == pytest.approx(np.mean(rest))
 
@@ -552,74 +587,128 @@ def truncate(path):
         (lambda f: np.save(f / "snow.npy", np.zeros((200, 32, 32, 3), np.float32)), "float32"),
         (lambda f: truncate(f / "frost.npy"), "frost"),
         (lambda f: np.save(f / "labels.npy", np.arange(200) // 100), "labels.npy"),
-        (lambda f: np.save(f / "labels.npy", np.full(200, 7)), "labels 0..1"),
+        (lambda f: np.save(f / "labels.npy", np.full(200, 7)), "with the same label"),
+        (lambda f: np.save(f / "labels.npy", np.full(200, -1)), "labels 0..K-1"),
     ],
 )
 def test_a_broken_folder_of_corruptions_is_one_line(official, damage, word, refused):
-    folder, _, _ = official
-    ev.read_corruptions(folder, 2)
+    folder, x, y = official
+    ev.read_corruptions(folder, x, y)
     damage(folder)
-    assert word in refused(ev.read_corruptions, folder, 2)
+    assert word in refused(ev.read_corruptions, folder, x, y)
+
+
+def test_a_folder_that_is_not_there_is_one_line_that_says_how_to_make_it(tmp_path, refused):
+    common.save_model(tmp_path / "net.pt", common.build_model("mlp-8"))
+    flags = [str(tmp_path / "net.pt"), *"--data shapes --n 8 --attack corruptions".split()]
+    assert "--corruptions" in refused(ev.parse_args, flags)
+    message = refused(ev.main, [*flags, "--corruptions", "generate"])
+    command = "python benchmark/corruptions.py --data cifar10 --out generate"
+    assert message.startswith("--corruptions: there is no folder generate; ")
+    assert message.endswith(command)
+    assert corruptions.parse_args(command.split()[2:]).out == "generate"
+
+
+# ------------------------------------------------------------------------------------------------
+# The program that writes a folder
+
+
+def write(folder, *flags):
+    corruptions.main(["--data", "shapes", "--n", "3", "--out", str(folder), *flags])
+
+
+def test_the_program_writes_the_published_format(tmp_path, capsys):
+    write(tmp_path / "out")
+    data = common.load_data("shapes", test_subset=3)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {f"{name}.npy" for name in ev.CORRUPTIONS} | {"labels.npy", "source.json"}
+    labels = np.load(tmp_path / "out" / "labels.npy")
+    assert labels.tolist() == data.y_test.tolist() * 5
+    for name in ("fog", "gaussian_noise", "jpeg_compression"):
+        images = np.load(tmp_path / "out" / f"{name}.npy")
+        assert images.dtype == np.uint8 and images.shape == (15, 32, 32, 3)
+        for severity in range(1, 6):
+            expected = corruptions.corrupt(data.x_test, name, severity).numpy()
+            assert np.array_equal(images[3 * severity - 3 : 3 * severity], expected)
+    assert "19 of 19" in capsys.readouterr().out
+
+
+def test_more_images_than_a_batch_have_their_own_numbers(shapes, tmp_path, monkeypatch):
+    x, y = shapes[0][:5], shapes[1][:5]
+    noise = {"gaussian_noise": corruptions.gaussian_noise}
+    monkeypatch.setattr(corruptions, "CORRUPTIONS", noise)
+    corruptions.write_folder(tmp_path / "one", x, y)
+    monkeypatch.setattr(corruptions, "BATCH_SIZE", 2)
+    corruptions.write_folder(tmp_path / "three", x, y)
+    one, three = (np.load(tmp_path / f / "gaussian_noise.npy") for f in ("one", "three"))
+    assert np.array_equal(one, three)
+
+
+def test_a_killed_program_goes_on_after_its_last_file(tmp_path, monkeypatch, capsys):
+    out, calls, kept = tmp_path / "out", [], list(ev.CORRUPTIONS)[:2]
+
+    def stopping(x, name, *args):
+        calls.append(name)
+        if name not in kept:
+            raise KeyboardInterrupt
+        return corrupt(x, name, *args)
+
+    corrupt = corruptions.corrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(corruptions, "corrupt", stopping)
+        write(out)
+    assert {path.stem for path in out.iterdir()} == {*kept, "labels", "source"}
+    before = {name: (out / f"{name}.npy").stat().st_mtime_ns for name in kept}
+    capsys.readouterr()
+    write(out)
+    printed = capsys.readouterr().out
+    assert printed.count("is there") == 2 and printed.count("is written") == 17
+    assert before == {name: (out / f"{name}.npy").stat().st_mtime_ns for name in kept}
+    data = common.load_data("shapes", test_subset=3)
+    ev.read_corruptions(out, data.x_test, data.y_test)
+
+
+def test_a_folder_of_something_else_is_refused_by_name(tmp_path, monkeypatch, refused):
+    brightness = {"brightness": corruptions.brightness}
+    monkeypatch.setattr(corruptions, "CORRUPTIONS", brightness)
+    out = tmp_path / "out"
+    write(out)
+    message = refused(corruptions.main, ["--data", "shapes", "--n", "4", "--out", str(out)])
+    assert message.startswith(f"--out: {out} has files from") and "'n': 3" in message
+    truncate(out / "brightness.npy")
+    assert "brightness.npy" in refused(write, out)
+    np.save(out / "brightness.npy", np.zeros((15, 32, 32, 1), np.uint8))
+    assert "brightness.npy: expected uint8 (15, 32, 32, 3)" in refused(write, out)
+    (out / "source.json").unlink()  # as in the published folder
+    assert "has files from elsewhere" in refused(write, out)
+    (tmp_path / "file").touch()
+    assert "is a file" in refused(write, tmp_path / "file")
+    np.savez(
+        tmp_path / "grey.npz",
+        **{f"x_{part}": np.zeros((2, 28, 28), np.uint8) for part in ("train", "test")},
+        **{f"y_{part}": np.arange(2) for part in ("train", "test")},
+    )
+    flags = ["--data", str(tmp_path / "grey.npz"), "--out", str(tmp_path / "grey")]
+    assert "needs images of (32, 32, 3), got (28, 28, 1)" in refused(corruptions.main, flags)
+    assert not (tmp_path / "grey").exists()
+    flags = ["--frost-dir", str(tmp_path)]
+    assert "frost1.png" in refused(write, tmp_path / "frosty", *flags)
+    assert not (tmp_path / "frosty").exists()
 
 
 # ------------------------------------------------------------------------------------------------
 # Other images
 
 
-def save_image(path, level, size=32):
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((size, size, 3), level, np.uint8)).save(path)
-
-
-def save_cinic(folder, classes, images):
-    """CINIC-10: three parts with images from ImageNet (level 100 + class) and two from CIFAR."""
-    for part in ("train", "valid", "test"):
-        for k, name in enumerate(classes):
-            for i in range(images):
-                save_image(folder / part / name / f"n0123456{k}_{i}.png", 100 + k)
-            for i in range(2):
-                save_image(folder / part / name / f"cifar-10-{part}-{i}.png", 200)
-
-
-@pytest.fixture
-def cinic(tmp_path):
-    """Two classes with four images from ImageNet in each part."""
-    save_cinic(tmp_path, ("cat", "dog"), 4)
-    return tmp_path
-
-
-def test_cinic_keeps_only_images_named_by_imagenet_with_labels_by_class_name(cinic):
-    found = ev.load_other_images(cinic, ["dog", "cat"], cinic=True)
-    assert found.x.shape == (24, 32, 32, 3) and found.x.dtype == torch.uint8
-    assert (found.x[:, 0, 0, 0] == torch.where(found.labels == 0, 101, 100)).all()
-    assert found.labels.bincount().tolist() == [12, 12]
-
-
-def test_cinic_per_class_is_always_the_same_choice(cinic):
-    def note(per_class):
-        found = ev.load_other_images(cinic, ["cat", "dog"], per_class=per_class, cinic=True)
-        assert found.labels.bincount().tolist() == [per_class or 12] * 2
-        return found.note  # with the checksum of the list
-
-    assert note(5) == note(5) != note(6)
-    assert note(12) == note(None)
-
-
-def test_the_cinic_images_are_the_same_for_every_seed_of_the_evaluation(tmp_path):
-    classes = common.load_data("shapes", test_subset=8).classes
-    save_cinic(tmp_path / "cinic", classes, 3)
-    common.save_model(tmp_path / "net.pt", common.build_model("mlp-8"))
-    notes = set()
-    for seed in (0, 1, 2):
-        flags = f"{tmp_path}/net.pt --data shapes --n 8 --attack clean cinic --seed {seed}"
-        flags += f" --cinic {tmp_path}/cinic --cinic-per-class 4 --json {tmp_path}/{seed}.json"
-        ev.main(flags.split())
-        (row,) = common.read_json(tmp_path / f"{seed}.json")["rows"]
-        assert 0 <= row["cinic_acc"] <= 1
-        notes.add(row["cinic_note"])
-    assert len(notes) == 1
+def test_an_npz_with_class_names_is_matched_by_name(tmp_path, refused):
+    x = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", x_test=x, y_test=np.array([0, 1, 1]), classes=["cat", "dog"])
+    found = ev.load_other_images(tmp_path / "a.npz", ["dog", "cat", "owl"])
+    assert found.labels.tolist() == [1, 0, 0] and found.x[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert found.note.startswith("3 images; sha256 of images and labels: ")
+    assert "dog: none of the classes cat" in refused(
+        ev.load_other_images, tmp_path / "a.npz", ["cat"]
+    )
 
 
 def test_folders_and_npz_files_of_other_images_are_read(tmp_path):
@@ -634,23 +723,6 @@ def test_folders_and_npz_files_of_other_images_are_read(tmp_path):
     (tmp_path / "a" / "cat" / "link.png").symlink_to(tmp_path / "a" / "dog" / "1.png")
     with pytest.raises(common.UserError, match="is a link"):
         ev.load_other_images(tmp_path / "a", classes)
-
-
-@pytest.mark.parametrize(
-    "damage, options, word",
-    [
-        (lambda f: save_image(f / "train" / "owl" / "n00000000_1.png", 1), {}, "owl"),
-        (lambda f: [p.unlink() for p in (f / "test" / "cat").glob("n*")], {}, "cat"),
-        (lambda f: save_image(f / "test" / "cat" / "n00000000_1.png", 1, 40), {}, "40"),
-        (lambda f: save_image(f / "test" / "cat" / "photo.png", 1), {}, "photo"),
-        (lambda f: (f / "test" / "cat" / "n00000000_1.png").write_bytes(b""), {}, "n00000000_1"),
-        (lambda f: (f / "valid").rename(f / "other"), {}, "valid"),
-        (lambda f: None, {"per_class": 13}, "12 images"),
-    ],
-)
-def test_a_broken_cinic_folder_is_one_line(cinic, damage, options, word, refused):
-    damage(cinic)
-    assert word in refused(ev.load_other_images, cinic, ["cat", "dog"], cinic=True, **options)
 
 
 def test_missing_and_foreign_files_of_other_images_are_refused(tmp_path, refused):

@@ -79,27 +79,6 @@ def test_a_folder_of_class_folders_is_read(tmp_path):
     assert (data.x_test[-1].numpy() == image).all()
 
 
-def test_tiny_imagenet_is_read_from_its_official_folder(tmp_path, refused):
-    assert "tiny-imagenet-200" in refused(common.load_data, "tiny-imagenet", tmp_path)
-    rng = np.random.default_rng(0)
-    (tmp_path / "tiny-imagenet-200" / "val" / "images").mkdir(parents=True)
-    lines = []
-    for k, name in enumerate(["n02", "n01", "n03"]):
-        folder = tmp_path / "tiny-imagenet-200" / "train" / name / "images"
-        folder.mkdir(parents=True)
-        for i in range(2):
-            pixels = rng.integers(0, 256, (64, 64, 3 if i else 1), dtype=np.uint8).squeeze()
-            Image.fromarray(pixels).save(folder / f"{name}_{i}.JPEG")  # some are grey
-        image = Image.new("RGB", (64, 64), (80 * k, 0, 0))
-        image.save(tmp_path / "tiny-imagenet-200" / "val" / "images" / f"val_{k}.JPEG")
-        lines.append(f"val_{k}.JPEG\t{name}\t0\t0\t62\t62")
-    (tmp_path / "tiny-imagenet-200" / "val" / "val_annotations.txt").write_text("\n".join(lines))
-    data = common.load_data("tiny-imagenet", tmp_path)
-    assert data.classes == ["n01", "n02", "n03"] and data.x_train.shape == (6, 64, 64, 3)
-    assert data.y_train.tolist() == [0, 0, 1, 1, 2, 2] and data.y_test.tolist() == [1, 0, 2]
-    assert data.x_test[2, 0, 0, 0] > 150 and (tmp_path / "tiny-imagenet.npz").exists()
-
-
 def test_bad_data_is_one_line(tmp_path, refused):
     whole = saved(tmp_path / "whole.npz")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:2000])
@@ -272,15 +251,15 @@ def test_augment_means_the_same_by_name_by_path_and_in_a_folder(tmp_path):
 
 
 def test_all_that_the_data_decide_of_a_teacher_is_in_its_digest(tmp_path):
-    args = argparse.Namespace(runs=tmp_path)
+    args = robust_kd.parse_args(["--runs", str(tmp_path), "--model", "mlp-8"])
+    args.seed = 0
     data = common.load_data(saved(tmp_path / "a.npz"), train_subset=20)
-    recipe = {"model": "mlp-8", "seed": 0}
-    original = common.teacher_file(args, data, recipe)
-    assert common.teacher_file(args, dataclasses.replace(data), recipe) == original
+    original = common.teacher_folder(args, data)
+    assert common.teacher_folder(args, dataclasses.replace(data)) == original
     changes = {"pad": 0, "flip": False, "fingerprint": 1, "mean": [0.5] * 3, "std": [1.0] * 3}
     for name, value in (changes | {"classes": ["0", "1", "2", "3"]}).items():
         changed = dataclasses.replace(data, **{name: value})
-        assert common.teacher_file(args, changed, recipe) != original, name
+        assert common.teacher_folder(args, changed) != original, name
 
 
 def test_a_read_only_root_is_read_and_the_converted_file_goes_beside_the_runs(

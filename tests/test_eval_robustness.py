@@ -18,6 +18,7 @@ from conftest import ROOT, Made, linear_problem
 
 import common
 import eval_robustness as ev
+from benchmark import corruptions
 
 # ------------------------------------------------------------------------------------------------
 # What is kept on the disk
@@ -66,6 +67,8 @@ def test_corruptions_go_on_where_they_were_killed(shapes, tmp_path):
     x, labels = shapes[0][:4], shapes[1][:4]
     torch.manual_seed(0)
     model = common.build_model("mlp-4").eval()
+    images = tmp_path / "images"
+    corruptions.write_folder(images, x, labels)
     state = ev.State(tmp_path, {})
     state.corruptions["net"] = counts = {}
 
@@ -75,11 +78,11 @@ def test_corruptions_go_on_where_they_were_killed(shapes, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ev.corruption_accuracy(model, x, labels, counts=counts, save=die_after_the_ninth)
+        ev.corruption_accuracy(model, x, labels, images, counts=counts, save=die_after_the_ninth)
     goes_on = ev.State(tmp_path, {}).corruptions["net"]
     assert list(goes_on) == list(ev.CORRUPTIONS)[:9]
-    whole = ev.corruption_accuracy(model, x, labels)
-    assert ev.corruption_accuracy(model, x, labels, counts=goes_on) == whole
+    whole = ev.corruption_accuracy(model, x, labels, images)
+    assert ev.corruption_accuracy(model, x, labels, images, counts=goes_on) == whole
 
 
 def test_a_state_of_other_flags_a_damaged_or_a_foreign_one_is_refused(tmp_path, refused):
@@ -99,13 +102,13 @@ def test_a_state_of_other_flags_a_damaged_or_a_foreign_one_is_refused(tmp_path, 
         record |= {"attacks": {"net pgd1": fields}, "corruptions": {}}
         common.save(tmp_path / "state0.pt", record)
         assert "not the state" in refused(ev.State, tmp_path, {"--eps": 0.1})
-    for corruptions in (
+    for counts in (
         {"net": {"rain": [[0, 0]] * 5}},
         {"net": {"fog": [[0, 0]] * 4}},
         {"net": 1},
     ):
         record = {"saves": 2, "flags": {"--eps": 0.1}}
-        record |= {"attacks": {}, "corruptions": corruptions}
+        record |= {"attacks": {}, "corruptions": counts}
         common.save(tmp_path / "state0.pt", record)
         assert "not the state" in refused(ev.State, tmp_path, {"--eps": 0.1})
     common.save(tmp_path / "state0.pt", {"another": 1})
@@ -569,6 +572,11 @@ BAD = {
     "no folder": (["net0.pt", "--json", "nowhere/out.json"], "expected a file, in a folder"),
     "a folder": (["net0.pt", "--json", "."], ".: expected a file"),
     "no cinic": (["net0.pt", "--attack", "cinic"], "--attack cinic"),
+    "no corruptions": (["net0.pt", "--attack", "corruptions"], "with --corruptions"),
+    "no folder of corruptions": (
+        ["net0.pt", "--attack", "corruptions", "--corruptions", "nowhere"],
+        "there is no folder nowhere",
+    ),
 }
 
 
@@ -610,18 +618,27 @@ def test_saved_models_are_evaluated_by_name_and_once(files, tmp_path, capsys):
     assert (tmp_path / "evaluation.json").read_bytes() == before
 
 
-def test_a_full_evaluation_needs_colour_images_of_32_by_32(refused):
-    args = SimpleNamespace(eval="full", teacher_seeds=1, pick_teacher="val", teacher_ckpt=None)
-    small = SimpleNamespace(x_test=torch.zeros(3, 28, 28, 1), x_val=[], name="mnist")
-    assert "--eval full" in refused(ev.check_evaluation, args, small)
-    args.eval, args.teacher_seeds = "fast", 2
-    assert "--val-size" in refused(ev.check_evaluation, args, small)
+def test_what_a_training_evaluates_is_checked_before_it(tmp_path, refused):
+    args = SimpleNamespace(
+        eval="full", teacher_seeds=1, pick_teacher="val", teacher_ckpt=None, corruptions="nowhere"
+    )
+    mnist = SimpleNamespace(
+        x_test=torch.zeros(3, 28, 28, 1, dtype=torch.uint8), y_test=torch.arange(3), x_val=[]
+    )
+    assert "there is no folder nowhere" in refused(ev.check_evaluation, args, mnist)
+    x, labels = torch.zeros(3, 32, 32, 3, dtype=torch.uint8), torch.arange(3)
+    corruptions.write_folder(tmp_path, x, labels)
+    args.corruptions = str(tmp_path)
+    assert "expected uint8 (15, 28, 28, 1)" in refused(ev.check_evaluation, args, mnist)
+    args.corruptions, args.teacher_seeds = None, 2
+    assert "--val-size" in refused(ev.check_evaluation, args, mnist)
 
 
 def test_all_attacks_and_other_images_are_asked_for_with_eval_full(tmp_path, monkeypatch):
     parser = common.Parser("")
     ev.add_evaluation_flags(parser)
-    args = parser.parse_args(["--eval", "full", "--ood", str(tmp_path)])
+    other = ["--ood", str(tmp_path), "--corruptions", str(tmp_path)]
+    args = parser.parse_args(["--eval", "full", *other])
     vars(args).update(seed=0, data="shapes", data_root="data", device="cpu", test_subset=None)
     asked = []
 
@@ -636,6 +653,7 @@ def test_all_attacks_and_other_images_are_asked_for_with_eval_full(tmp_path, mon
     with pytest.raises(Enough):
         ev.evaluate_files(args, {"net": Path("net0.pt")}, tmp_path)
     (found,) = asked
-    expected = "clean pgd20 pgd10 pgd15 corruptions calibration ood"
-    assert found.attack == expected.split() and found.ood == str(tmp_path)
+    expected = "clean pgd20 pgd10 pgd15 calibration corruptions ood"
+    assert found.attack == expected.split()
+    assert found.ood == found.corruptions == str(tmp_path)
     assert (found.eps, found.step_size, found.restarts, found.n) == (0.031, 0.003, 5, None)

@@ -19,6 +19,7 @@ import eval_robustness
 import fickle_teacher
 import messy_collab
 import soft_randomization
+from benchmark import corruptions
 
 SCRIPTS = {
     "fickle_teacher": fickle_teacher,
@@ -544,7 +545,10 @@ def test_processes_draw_different_noise_and_nothing_else_differs(tmp_path):
 
 def test_the_full_evaluation_has_every_measure_of_the_paper(tmp_path):
     np.savez(tmp_path / "other.npz", **common.make_shapes(10, 20))
+    corrupted = tmp_path / "corrupted"
+    corruptions.main(["--data", "shapes", "--n", "10", "--out", str(corrupted)])
     flags = f"--method student --eval full --ood {tmp_path / 'other.npz'} --test-subset 10"
+    flags += f" --corruptions {corrupted}"
     (rows,) = run("fickle_teacher", tmp_path, f"{flags} --epochs 1")
     accuracies = {key for key in rows[0] if key.endswith("_acc")}
     assert {"clean_acc", "pgd10_acc", "pgd15_acc", "mca_acc", "mean19_acc", "ood_acc"} <= accuracies
@@ -567,7 +571,7 @@ BAD_FLAGS = [
     ("--temperature 0", "--temperature: expected a number above 0"),
     ("--teacher-ckpt none.pt", "none.pt: no such checkpoint"),
     ("--cinic none", "--cinic: expected a file or a folder"),
-    ("--corruptions none", "--corruptions: expected a file or a folder"),
+    ("--corruptions none", "--corruptions: there is no folder none"),
     ("--teacher-seeds 2 --val-size 0", "--pick-teacher val: needs held-out images"),
     ("--method teacher --teacher-seeds 2", "--teacher-seeds 2: --method teacher trains the"),
     ("--teacher-ckpt a.pt --teacher-seeds 2", "--teacher-seeds: has no effect"),

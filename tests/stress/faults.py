@@ -18,6 +18,7 @@ import random
 import resource
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
+from benchmark import corruptions
 
 common.new_figure(1, 1)  # imports matplotlib, if it is there, once for all processes that fork
 
@@ -63,6 +65,15 @@ def prepared():
     return arrays, model
 
 
+@functools.cache
+def corrupted():
+    """A temporary folder of the corrupted test images, which goes when this process ends."""
+    folder = tempfile.TemporaryDirectory()
+    x, labels = (torch.from_numpy(prepared()[0][k]) for k in ("x_test", "y_test"))
+    corruptions.write_folder(Path(folder.name), x, labels)
+    return folder
+
+
 def start(job, folder, prepare=lambda: None):
     """Fork a process that runs the job's command after prepare(); its output is in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,6 +82,7 @@ def start(job, folder, prepare=lambda: None):
         if not (folder / "net.pt").exists():
             common.save_model(folder / "net.pt", model)
         argv = [str(folder / "net.pt"), *argv, "--json", str(folder / "out.json")]
+        argv += ["--corruptions", corrupted().name]
     else:
         argv += ["--runs", str(folder), "--name", "x"]
     for name in ("stdout", "stderr"):

@@ -25,6 +25,7 @@ import common
 import eval_robustness
 import messy_collab
 import robust_kd
+from benchmark import prepare
 
 MEGABYTES, SECONDS = 300, 20  # more memory than before, and time, that a call may take
 
@@ -196,9 +197,14 @@ def cases(folder):
     add(
         "cinic",
         hostile.folders,
-        lambda path: eval_robustness.load_other_images(path, ["a", "b"], cinic=True),
+        lambda path: prepare.read_cinic10(path, 1),
     )
-    add("corruptions", hostile.corruptions, eval_robustness.read_corruptions)
+    x, y = torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.arange(2)
+    add(
+        "corruptions",
+        hostile.corruptions,
+        lambda path: eval_robustness.read_corruptions(path, x, y),
+    )
     add("runs", runs, robust_kd.main)
     add("evaluations", evaluations, eval_robustness.main)
     data = common.load_data("shapes", train_subset=16)
