@@ -1607,8 +1607,9 @@ def run_seeds(script: str, args: argparse.Namespace, job, prepare=None) -> list[
 
 
 def without_files(rows: list[dict]) -> list[dict]:
-    """The rows of a summary without their column `file`, as they fit on a terminal."""
-    return [{key: value for key, value in row.items() if key != "file"} for row in rows]
+    """The rows of a summary as they fit on a terminal, without `file` and `net`."""
+    hidden = ("file", "net")
+    return [{key: value for key, value in row.items() if key not in hidden} for row in rows]
 
 
 def read_summary(path: Path) -> list[dict] | None:

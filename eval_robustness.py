@@ -2074,11 +2074,11 @@ def check_evaluation(args, data, teacher_dropout=0.0):
 
 
 def best_epoch(folder):
-    """{row of the summary: file} of the student's best epoch, if that is not its last; else {}."""
+    """{"best": (row of the summary, file)} of the student if that is not its last epoch, or {}."""
     meta = common.load(folder / "student.pt")["meta"]
     if meta["best"].get("epoch", meta["epoch"]) == meta["epoch"]:
         return {}
-    return {"student, best on held-out images": folder / "student_best.pt"}
+    return {"best": ("student, best on held-out images", folder / "student_best.pt")}
 
 
 def training_columns(meta):
@@ -2091,7 +2091,7 @@ def training_columns(meta):
 
 
 def evaluate_files(args, files, folder):
-    """{name: file of a saved model} -> rows of a summary: model, *_acc, epochs, seconds.
+    """{which net: (name, file of a saved model)} -> rows of a summary: model, net, *_acc, epochs.
 
     args: with the flags of add_evaluation_flags. All numbers are in folder/evaluation.json, the
     tables in folder/evaluation.txt; the same call goes on after an interruption. Under torchrun the
@@ -2104,7 +2104,7 @@ def evaluate_files(args, files, folder):
         attacks += [name for name in ("cinic", "ood") if getattr(args, name) is not None]
         names += ["corruptions", "cinic", "cinic_per_class", "ood"]
     result = folder / "evaluation.json"
-    checkpoints = list(dict.fromkeys(str(path) for path in files.values()))
+    checkpoints = list(dict.fromkeys(str(path) for _, path in files.values()))
     argv = [*checkpoints, "--json", str(result), "--attack", *attacks]
     for name in names:
         value = getattr(args, name)
@@ -2113,14 +2113,15 @@ def evaluate_files(args, files, folder):
     if args.test_subset:
         argv += ["--n", str(args.test_subset)]
     if common.rank() == 0:
-        print(f"evaluating {', '.join(files)}: {folder / 'evaluation.txt'}", flush=True)
+        shown = ", ".join(name for name, _ in files.values())
+        print(f"evaluating {shown}: {folder / 'evaluation.txt'}", flush=True)
         text = format_record(evaluate_models(parse_args(argv))) + "\n"
         common.write_atomically(folder / "evaluation.txt", lambda f: f.write(text.encode()))
     common.sync()
     row_of = {row["model"]: row for row in common.read_json(result)["rows"]}
     rows = []
-    for name, path in files.items():
-        row = {"model": name}
+    for which, (name, path) in files.items():
+        row = {"model": name, "net": which}
         for key, value in row_of[str(path)].items():
             if key.endswith("_acc"):
                 row[key] = value

@@ -496,18 +496,19 @@ def prepare(args, data):
 
 def train_and_evaluate(args, data, folder):
     """Train the nets of one seed unless they are finished, and evaluate them -> summary rows."""
-    files = {}  # row of the summary -> file of the model
+    files = {}  # which net -> (row of the summary, file of the model)
     teacher = None
     keep_labels(args, data, folder)
     if args.method in TAUGHT or args.method == "teacher":
-        teacher, files["teacher"] = choose_teacher(args, data)
+        teacher, path = choose_teacher(args, data)
+        files["teacher"] = "teacher", path
     if args.method != "teacher":
         model = common.new_model(data, args.model, args.seed, "student")
         milestones = args.milestones
         if milestones is None:
             milestones = stretch(STANDARD_MILESTONES, STANDARD_EPOCHS, args.epochs)
         train(model, data, folder, "student", args, args.seed, args.epochs, milestones, teacher)
-        files[f"student ({args.method})"] = folder / "student.pt"
+        files["student"] = f"student ({args.method})", folder / "student.pt"
         files |= eval_robustness.best_epoch(folder)
     return eval_robustness.evaluate_files(args, files, folder)
 

@@ -1052,11 +1052,11 @@ def with_extra_data(fingerprint, path):
 
 def train_and_evaluate(args, data, folder):
     """One seed: train what is missing, evaluate all nets -> the rows of the summary."""
-    nets = {}  # row of the table -> (net, numbers on its training)
+    nets = {}  # row of the table -> (which net, the net, numbers on its training)
     teacher = None
     if args.demo:
         recipe = teacher_recipe(args, "st", epochs=args.epochs)
-        nets["standard training"] = train(recipe, data, folder, "standard", args)
+        nets["standard training"] = "standard", *train(recipe, data, folder, "standard", args)
     if needs_teacher(args):
         trainings = teacher_trainings(args)
         teachers = []
@@ -1064,19 +1064,20 @@ def train_and_evaluate(args, data, folder):
             teacher, meta = get_teacher(args, data, training, i)
             teachers.append(teacher)
             number = f" {i + 1}" if len(trainings) > 1 else ""
-            nets[f"teacher{number} ({meta.get('training', 'given')})"] = teacher, meta
+            which = "teacher" if i == 0 else f"teacher{i + 1}"
+            nets[f"teacher{number} ({meta.get('training', 'given')})"] = which, teacher, meta
         if len(teachers) > 1:
             teacher = Ensemble(teachers, ensemble_weights(args.beta, trainings)).eval()
-            nets[f"ensemble of {len(teachers)} teachers"] = teacher, {}
+            nets[f"ensemble of {len(teachers)} teachers"] = "ensemble", teacher, {}
     student, meta = train(student_recipe(args), data, folder, "student", args, teacher)
-    nets[f"student ({args.loss})"] = student, meta
+    nets[f"student ({args.loss})"] = "student", student, meta
     best_epoch = meta["best"].get("epoch")  # None: no images were held out
     if best_epoch is not None and best_epoch != meta["epoch"]:
         best, best_meta = common.load_model(folder / "student_best.pt", data.x_test.device)
-        nets["student, best on held-out images"] = best, best_meta
+        nets["student, best on held-out images"] = "best", best, best_meta
 
     rows = []
-    for name, (net, meta) in nets.items():
+    for name, (which, net, meta) in nets.items():
         print(f"evaluating {name} on {len(data.x_test)} test images", flush=True)
         accuracies = eval_robustness.evaluate(
             net,
@@ -1087,7 +1088,8 @@ def train_and_evaluate(args, data, folder):
             restarts=args.restarts,
             seed=args.seed,
         )
-        rows.append({"model": name} | accuracies | eval_robustness.training_columns(meta))
+        row = {"model": name, "net": which} | accuracies
+        rows.append(row | eval_robustness.training_columns(meta))
     return rows
 
 

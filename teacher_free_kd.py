@@ -588,6 +588,7 @@ def exit_rows(net, exit_weights, data):
         right = exit_logits.argmax(1) == data.y_test
         row = {
             "model": name,
+            "net": name,
             "macs": cost.get(name, cost_of_all_exits),
             "clean_acc": right.double().mean().item(),
         }
@@ -684,12 +685,12 @@ class Gradients(nn.Module):
 
 
 def write_gradients(path, nets):
-    """Write the gradients in nets, {row: (net, meta)}, as <row>/means, <row>/epochs, <row>/layers.
+    """Write the gradients in nets, {row: (which, net, meta)}: <row>/means, /epochs and /layers.
 
     means (epochs, layers), epochs (epochs,), layers (layers,): names.
     """
     arrays = {}
-    for row, (_, meta) in nets.items():
+    for row, (_, _, meta) in nets.items():
         for key, values in meta.get("gradients", {}).items():
             arrays[f"{row}/{key}"] = np.array(values)
     common.write_atomically(path, lambda file: np.savez(file, **arrays))
@@ -942,33 +943,35 @@ def prepare(args, data):
 def train_and_evaluate(args, data, folder):
     """One seed: train what is missing, evaluate all nets -> the rows of the summary."""
     print_defaults(args)
-    nets = {}  # row of the table -> (net, numbers on its training)
+    nets = {}  # row of the table -> (which net, the net, numbers on its training)
     teacher = None
     if METHODS[args.method].teacher_sees:
         teacher, meta = get_teacher(args, data)
-        nets[f"teacher ({meta.get('training', 'given')})"] = teacher, meta
+        nets[f"teacher ({meta.get('training', 'given')})"] = "teacher", teacher, meta
     seen = data
     if args.omit_digit is not None:
         seen = without_digit(data, args.omit_digit)
     if args.method in ALSO_TRAINED_ALONE:
         recipe = student_recipe(args, "plain")
         alone, meta = train(recipe, seen, folder, "student-alone", args)
-        nets["student-alone (plain)"] = alone, meta
+        nets["student-alone (plain)"] = "alone", alone, meta
     recipe = student_recipe(args, args.method)
     student, meta = train(recipe, seen, folder, "student", args, teacher)
-    nets[f"student ({args.method})"] = student, meta
+    nets[f"student ({args.method})"] = "student", student, meta
 
     rows = []
-    for name, (net, net_meta) in nets.items():
-        rows.append(evaluate(name, net, net_meta, data, args))
-        if args.bias_correction and name.startswith("student"):
+    for name, (which, net, net_meta) in nets.items():
+        rows.append(evaluate(which, name, net, net_meta, data, args))
+        if args.bias_correction and which != "teacher":
             raised = correct_bias(net, data, args.omit_digit)
-            rows.append(evaluate(f"{name}, bias corrected", raised, net_meta, data, args))
+            corrected = f"{which}, corrected", f"{name}, bias corrected"
+            rows.append(evaluate(*corrected, raised, net_meta, data, args))
     if args.method == "self-distillation":
         rows += exit_rows(student, meta["exits"], data)
     if meta["best"].get("epoch", meta["epoch"]) != meta["epoch"]:
         best, best_meta = common.load_model(folder / "student_best.pt", data.x_test.device)
-        rows.append(evaluate("student, best on held-out images", best, best_meta, data, args))
+        name = "student, best on held-out images"
+        rows.append(evaluate("best", name, best, best_meta, data, args))
     if args.grad_heatmap:
         path = Path(args.grad_heatmap)
         if args.seeds:
@@ -999,11 +1002,12 @@ def get_teacher(args, data):
     return teacher, meta
 
 
-def evaluate(name, net, meta, data, args):
+def evaluate(which, name, net, meta, data, args):
     """A row of the table: size, accuracies (with --omit-digit, of that digit and of the others)."""
     print(f"evaluating {name} on {len(data.x_test)} test images", flush=True)
     row = {
         "model": name,
+        "net": which,
         "weights": sum(p.numel() for p in net.parameters() if p.dim() > 1),  # as in Table 1
         "parameters": sum(p.numel() for p in net.parameters()),  # with biases
         "macs": macs(net, data),
