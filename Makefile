@@ -12,7 +12,7 @@ soak: .venv/dev
 	$(BIN)/python tests/stress/soak.py --minutes 10
 
 claims: .venv/dev
-	$(BIN)/python benchmark/run.py --prepare
+	$(BIN)/python benchmark/prepare.py cifar10-16
 	$(BIN)/python benchmark/claims.py all
 
 lint: .venv/dev

@@ -426,7 +426,8 @@ def read_data(name: str, root: Path, runs) -> dict:
             path = writable_folder(root, runs) / path.name
         if not path.exists():
             if name == "tiny-imagenet":
-                command = f"python benchmark/prepare.py {name} {root}/tiny-imagenet-200 {path}"
+                command = f"python benchmark/prepare.py {name} {root}/tiny-imagenet-200"
+                command += f" --data-root {path.parent}"
                 advice = f"unpack tiny-imagenet-200.zip in {root}, then: {command}"
                 raise UserError(f"--data {name}: there is no {path}; {advice}")
             print(f"{path} is not there: taking {name} from torchvision", flush=True)

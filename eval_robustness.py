@@ -1519,12 +1519,12 @@ def accuracy_curve(model, x, labels, settings):
 def summary_rows(nets, data, folder, attacks, **settings):
     """Evaluate the nets of a run on the test images -> the rows of its summary.
 
-    nets: {label of the row: (role, net)}, a role being student, best, teacher or alone; attacks and
-    settings: as for `evaluate`. A row has net (the role), model (the label), the accuracies,
-    epochs, seconds and file.
+    nets: {role: (label, net)}, a role being student, best, teacher or alone; attacks and settings:
+    as for `evaluate`. A row has net (the role), model (the label), the accuracies, epochs, seconds
+    and file.
     """
     rows = []
-    for label, (role, net) in nets.items():
+    for role, (label, net) in nets.items():
         print(f"evaluating {label} on {len(data.x_test)} test images", flush=True)
         accuracies = evaluate(net, data.x_test, data.y_test, attacks, **settings)
         row = {"net": role, "model": label} | accuracies

@@ -360,7 +360,7 @@ def main(argv=None):
 
 def train_and_evaluate(args, data, folder):
     """One seed: train what is missing, evaluate all nets -> the rows of the summary."""
-    nets = {}  # label of the row -> (role of the net, the net)
+    nets = {}  # role of the net -> (its label in the table, the net)
     teacher = None
     wrong = with_wrong_labels(args, data)
     if wrong is not data:
@@ -369,7 +369,7 @@ def train_and_evaluate(args, data, folder):
         alone = train(
             common.replace(args, method="student", noise_rate=0.0), wrong, folder, "alone"
         )
-        nets["student alone"] = "alone", alone
+        nets["alone"] = "student alone", alone
     if args.method in TAUGHT or args.method == "teacher":
         teacher = get_teacher(args, wrong if args.method in CORRUPTED_TEACHER else data)
         nets["teacher"] = "teacher", teacher
@@ -378,10 +378,10 @@ def train_and_evaluate(args, data, folder):
         student_args = common.replace(args, noise_rate=rate)
         student_data = wrong if args.method in CORRUPTED_STUDENT else data
         student = train(student_args, student_data, folder, "student", teacher)
-        nets[f"student ({args.method})"] = "student", student
+        nets["student"] = f"student ({args.method})", student
         if student.meta["best"].get("epoch", args.epochs) != args.epochs:
             best = common.load_model(folder / "student_best.pt", data)
-            nets["student, best on held-out images"] = "best", best
+            nets["best"] = "student, best on held-out images", best
 
     attack = {
         "eps": args.eval_eps,

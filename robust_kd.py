@@ -601,26 +601,26 @@ def main(argv=None):
 
 def train_and_evaluate(args, data, folder):
     """One seed: train what is missing, evaluate all nets -> the rows of the summary."""
-    nets = {}  # label of the row -> (role of the net, the net)
+    nets = {}  # role of the net -> (its label in the table, the net)
     teacher = None
     if args.demo:
         own = teacher_args(args, "st")
-        nets["standard training"] = "standard", train(own, data, folder, "standard")
+        nets["standard"] = "standard training", train(own, data, folder, "standard")
     if needs_teacher(args):
         teachers = []
         for number, training in enumerate(args.teacher_training):
             teacher = get_teacher(args, data, training, number)
             teachers.append(teacher)
-            which = f" {number + 1}" if len(args.teacher_training) > 1 else ""
-            nets[f"teacher{which} ({teacher.meta.get('training', 'given')})"] = "teacher", teacher
+            role = "teacher" if number == 0 else f"teacher{number + 1}"
+            nets[role] = f"{role} ({teacher.meta.get('training', 'given')})", teacher
         if len(teachers) > 1:
             teacher = Ensemble(teachers, args.beta).eval()
-            nets[f"ensemble of {len(teachers)} teachers"] = "ensemble", teacher
+            nets["ensemble"] = f"ensemble of {len(teachers)} teachers", teacher
     student = train(args, data, folder, "student", teacher)
-    nets[f"student ({args.loss})"] = "student", student
+    nets["student"] = f"student ({args.loss})", student
     if student.meta["best"].get("epoch", args.epochs) != args.epochs:
         best = common.load_model(folder / "student_best.pt", data)
-        nets["student, best on held-out images"] = "best", best
+        nets["best"] = "student, best on held-out images", best
 
     attacks = ["clean", "pgd20"]
     return eval_robustness.summary_rows(nets, data, folder, attacks, eps=args.eps, seed=args.seed)

@@ -274,20 +274,20 @@ def main(argv=None):
 
 def train_and_evaluate(args, data, folder):
     """One seed: train what is missing, evaluate all nets -> the rows of the summary."""
-    nets = {}  # label of the row -> (role of the net, the net)
+    nets = {}  # role of the net -> (its label in the table, the net)
     teacher = None
     if args.demo:
         alone = train(common.replace(args, method="student"), data, folder, "alone")
-        nets["student alone"] = "alone", alone
+        nets["alone"] = "student alone", alone
     if args.method in TAUGHT or args.method == "teacher":
         teacher = get_teacher(args, data)
         nets["teacher"] = "teacher", teacher
     if args.method != "teacher":
         student = train(args, data, folder, "student", teacher)
-        nets[f"student ({args.method})"] = "student", student
+        nets["student"] = f"student ({args.method})", student
         if student.meta["best"].get("epoch", args.epochs) != args.epochs:
             best = common.load_model(folder / "student_best.pt", data)
-            nets["student, best on held-out images"] = "best", best
+            nets["best"] = "student, best on held-out images", best
 
     attack = {
         "eps": args.eval_eps,

@@ -571,12 +571,12 @@ class Gradients(nn.Module):
 
 
 def write_gradients(path, nets):
-    """Write the gradients of nets, {label: (role, net)}, as <label>/means, /epochs and /layers.
+    """Write the gradients of nets, {role: (label, net)}, as <label>/means, /epochs and /layers.
 
     means (epochs, layers), epochs (epochs,), layers (layers,): names.
     """
     arrays = {}
-    for label, (_, net) in nets.items():
+    for label, net in nets.values():
         for key, values in net.meta.get("gradients", {}).items():
             arrays[f"{label}/{key}"] = np.array(values)
     common.write_atomically(path, lambda file: np.savez(file, **arrays))
@@ -805,27 +805,27 @@ def train_and_evaluate(args, data, folder):
     settings = {flag: getattr(args, flag) for flag in method_defaults(args.method)}
     texts = [f"{flag.replace('_', '-')} {value}" for flag, value in settings.items() if value]
     print(f"{args.method} with {', '.join(texts)}", flush=True)
-    nets = {}  # label of the row -> (role of the net, the net)
+    nets = {}  # role of the net -> (its label in the table, the net)
     teacher = None
     if args.method in TAUGHT_ON_X | TAUGHT_ON_X_ADV:
         teacher = get_teacher(args, data)
-        nets[f"teacher ({teacher.meta.get('training', 'given')})"] = "teacher", teacher
+        nets["teacher"] = f"teacher ({teacher.meta.get('training', 'given')})", teacher
     seen = data
     if args.omit_digit is not None:
         seen = without_digit(data, args.omit_digit)
     if args.method in ALSO_TRAINED_ALONE:
         alone = train(common.replace(args, method="plain"), seen, folder, "student-alone")
-        nets["student-alone (plain)"] = "alone", alone
+        nets["alone"] = "student-alone (plain)", alone
     student = train(args, seen, folder, "student", teacher)
-    nets[f"student ({args.method})"] = "student", student
+    nets["student"] = f"student ({args.method})", student
     if args.bias_correction:
-        for label, (role, net) in list(nets.items()):
-            if role != "teacher":
-                raised = correct_bias(net, data, args.omit_digit)
-                nets[f"{label}, bias corrected"] = f"{role}-corrected", raised
+        for role in [role for role in nets if role != "teacher"]:
+            label, net = nets[role]
+            raised = correct_bias(net, data, args.omit_digit)
+            nets[f"{role}, corrected"] = f"{label}, bias corrected", raised
     if student.meta["best"].get("epoch", args.epochs) != args.epochs:
         best = common.load_model(folder / "student_best.pt", data)
-        nets["student, best on held-out images"] = "best", best
+        nets["best"] = "student, best on held-out images", best
 
     rows = eval_robustness.summary_rows(
         nets, data, folder, args.eval_attack, eps=args.eps, seed=args.seed

@@ -39,21 +39,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from benchmark import plots
+from benchmark import ROOT, plots
 from benchmark.claim_list import ARMS, CLAIMS, REGIMES, WITHOUT_TEACHER
-from benchmark.records import ROOT
 
 PAPERS = {
     1: "noisy collaboration",
     2: "robust distillation",
     3: "distillation in an adversarial context",
 }
-NETS = {  # name after the @ of an arm -> how its row in the summary of a run begins
-    "student": "student (",
-    "best": "student, best",
-    "teacher": "teacher",
-    "alone": "student-alone",
-}
+NETS = ("student", "best", "teacher", "alone")  # after the @ of an arm; `net` in a summary
 VERDICTS = ("holds", "contradicted", "undecided", "regime absent", "not run")
 AUTOATTACK_IMAGES = 1000
 
@@ -65,7 +59,7 @@ def parse_args(argv=None):
     add("claims", nargs="*", metavar="CLAIM", help="claims to run by their names, or the word all")
     add("--list", action="store_true", help="show all claims with their state and run nothing")
     add("--page", action="store_true", help="write the page of the results and run nothing")
-    add("--workers", type="positive int", default=2, help="number of runs at the same time")
+    add("--workers", type=common.whole, default=2, help="number of runs at the same time")
     add("--runs", default="runs/claims", help="folder in which the runs are kept")
     add("--results", default=str(ROOT / "benchmark/claims"), help="folder of the results")
     add("--docs", default=str(ROOT / "docs"), help="folder of CLAIMS.md and claims.png")
@@ -296,11 +290,12 @@ def run_arm(arm, seed, args):
     rows = common.read_json(folder / "summary.json")
     config = common.read_json(folder / "config.json")
     nets, files = {}, {}
-    for net, start in NETS.items():
-        matching = [row for row in rows if row["model"].startswith(start)]
-        if matching:
-            numbers = {k: v for k, v in matching[0].items() if isinstance(v, int | float)}
-            nets[net], files[net] = numbers, folder / matching[0]["file"]
+    row_of = {row["net"]: row for row in rows}
+    for net in NETS:
+        if net in row_of:
+            row = row_of[net]
+            numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
+            nets[net], files[net] = numbers, folder / row["file"]
             gradients = common.load(files[net])["meta"].get("gradients")
             if gradients:  # mean |gradient| over the layers, in thousandths
                 epochs = [1000 * mean(layers) for layers in gradients["means"]]
@@ -361,7 +356,7 @@ def run_claims(claims, args):
     jobs = missing_runs(read_results(args.results), claims)
     needs_small_images = any("cifar10-16" in ARMS[arm] for arm, _ in jobs)
     if needs_small_images and not (ROOT / "data/cifar10-16.npz").exists():
-        raise common.UserError("data/cifar10-16.npz: no such file; run.py --prepare makes it")
+        raise common.UserError("data/cifar10-16.npz: no such file; prepare.py makes it")
     began, done, failures = time.monotonic(), 0, []
     with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
         futures = {pool.submit(run_arm, arm, seed, args): (arm, seed) for arm, seed in jobs}
@@ -629,7 +624,7 @@ PAGE = """# What the papers claim, tested with small nets
 {counts}. One command tests one claim on a laptop, and `make claims` all of them:
 
 ```
-python benchmark/run.py --prepare                # makes data/cifar10-16.npz from CIFAR-10
+python benchmark/prepare.py cifar10-16     # makes data/cifar10-16.npz from CIFAR-10
 python benchmark/claims.py --list
 python benchmark/claims.py early-stopping
 ```

@@ -43,7 +43,7 @@ def parse_args(argv=None):
     add("--out", required=True, metavar="FOLDER", help="folder that the files are written to")
     add(
         "--n",
-        type="positive int",
+        type=common.whole,
         help="number of test images of each severity, those of eval_robustness.py --n (default: "
         "all)",
     )

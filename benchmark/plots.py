@@ -1,4 +1,4 @@
-"""All figures: learning curves of runs, gradients, trajectories, sweeps, the papers' results.
+"""All figures: learning curves of runs, gradients, trajectories, claims.
 
 Usage    python benchmark/plots.py curves RUN RUN ... --labels AT AT AKD --out curves.png
          python benchmark/plots.py curves AT=runs/robust_kd/at-s0 AKD=runs/robust_kd/akd-s0
@@ -7,8 +7,6 @@ Usage    python benchmark/plots.py curves RUN RUN ... --labels AT AT AKD --out c
          python robust_kd.py --loss akd --trajectories --data data/planes-cars.npz --name a
          python benchmark/plots.py trajectories runs/robust_kd/a-s0
          python benchmark/plots.py trajectories RUN RUN --labels A B --out FOLDER
-         python benchmark/plots.py sweep runs/robust_kd/sweep-0123456789.json
-         python benchmark/plots.py results                  # docs/results*.png, as report.py does
 Curves   held-out clean and PGD accuracy after each epoch of the student. Runs with the same label
          are one line, their mean, with a band of one standard deviation; a star marks the best
          epoch (the largest sum of both accuracies, on the mean).
@@ -17,7 +15,7 @@ Gradients  a cell is |dL/dW| of a convolution or linear layer: the mean over its
          layer 1 of stage 2, "2.shortcut" that of its shortcut. The numbers are printed too.
 Trajectories  Figures 5 to 17 of paper 2; numbers in trajectories.json, the figures run-LABEL.png
          (6, 7, 10, 13 to 15), comparison.png (5, 11, 12, 16, 17) and images.png (8, 9: a run of
-         --loss st). The two classes of the paper: python benchmark/run.py --prepare.
+         --loss st). The two classes of the paper: python benchmark/prepare.py planes-cars.
          The paper does not say which p_T a student of an early-stopped teacher is compared with.
          Here: that of its own teacher, as it was stopped, and the cosine is over the epochs that
          both have, the first ones of the student. With --teacher FILE it is that model's for all:
@@ -36,7 +34,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from benchmark import records, tables, trajectories
+from benchmark import trajectories
 from benchmark.commands import add_command, add_commands
 
 NO_MATPLOTLIB = "no figure: matplotlib is not installed; pip install matplotlib"
@@ -62,26 +60,19 @@ def parse_args(argv=None):
     add("--difficulty-of", metavar="FILE", help="model that ranks the images (default: teacher)")
     add(
         "--window",
-        type="positive int",
+        type=common.whole,
         help="images in the running mean (default: a twentieth of all)",
     )
     add(
         "--images",
-        type="nonnegative int",
+        type=common.whole_or_0,
         default=32,
         help="images to show of each class, at each end",
     )
     add("--data-root", default="data", help="folder with the data set of the runs, for --images")
     add("--out", metavar="FOLDER", help="output folder (default: trajectories in the first RUN)")
-    add = add_command(figures, "sweep", "accuracies of a sweep by benchmark/sweep.py")
-    add("file", metavar="FILE.json", help="file written by benchmark/sweep.py")
-    add("--out", metavar="FILE.png", help="file of the figure (default: beside FILE)")
-    add = add_command(figures, "results", "the papers' numbers and ours")
-    add("--results", default=str(records.ROOT / "benchmark/results"), help="folder of the results")
-    add("--out", default=str(records.ROOT / "docs"), metavar="FOLDER", help="folder of the figures")
-
     args = parser.parse_args(argv)
-    is_file = args.figure in ("curves", "gradients", "sweep")
+    is_file = args.figure in ("curves", "gradients")
     if is_file and args.out and Path(args.out).suffix != ".png":
         parser.error(f"--out: expected FILE.png, got {args.out}")
     if args.figure == "curves":
@@ -414,149 +405,7 @@ def plot_trajectories(args):
 
 
 # ------------------------------------------------------------------------------------------------
-# Sweeps
-
-
-def pareto_front(points):
-    """Indices of the (x, y) that no other point beats in one and equals in the other."""
-    front = []
-    for i, (x, y) in enumerate(points):
-        if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in points):
-            front.append(i)
-    return front
-
-
-def draw_one_flag(axis, lines, robust):
-    """Clean and robust accuracy against the one flag that the lines of a sweep vary."""
-    (flag,) = lines[0]["values"]
-    names = [line["values"][flag] for line in lines]
-    numeric = all(re.fullmatch(r"[\d.]+", name) for name in names)
-    places = [float(name) for name in names] if numeric else range(len(names))
-    for metric in ("clean_acc", robust):
-        middle = [100 * line[metric][0] for line in lines]
-        spread = [100 * line[metric][1] for line in lines]
-        axis.errorbar(places, middle, spread, marker="o", label=records.metric_title(metric))
-    axis.set(xlabel=f"--{flag}", ylabel="test accuracy, %", xticks=places)
-    axis.set_xticklabels(names)
-
-
-def draw_plane(axis, lines, robust, baseline):
-    """Robust against clean accuracy of all lines of a sweep, with the Pareto front."""
-    first, *others = lines[0]["values"]
-    points = [(100 * line["clean_acc"][0], 100 * line[robust][0]) for line in lines]
-    spreads = [(100 * line["clean_acc"][1], 100 * line[robust][1]) for line in lines]
-    for value in dict.fromkeys(line["values"][first] for line in lines):  # a colour for each
-        index = [i for i, line in enumerate(lines) if line["values"][first] == value]
-        x, y = zip(*(points[i] for i in index))
-        x_spread, y_spread = zip(*(spreads[i] for i in index))
-        axis.errorbar(x, y, y_spread, x_spread, "o", label=f"{first} {value}")
-    front = sorted(points[i] for i in pareto_front(points))
-    axis.plot(
-        *zip(*front),
-        color="black",
-        linewidth=1,
-        marker="o",
-        markersize=10,
-        markerfacecolor="none",
-        label="Pareto front",
-    )
-    for line, point in zip(lines, points):
-        text = ", ".join(line["values"][flag] for flag in others)
-        axis.annotate(text, point, xytext=(6, 3), textcoords="offset points", fontsize=7)
-    if robust in baseline:
-        x, y = 100 * baseline["clean_acc"][0], 100 * baseline[robust][0]
-        axis.plot(x, y, "k*", markersize=9, label="baseline")
-    axis.set(xlabel="clean test accuracy, %", ylabel=f"{records.metric_title(robust)} accuracy, %")
-    axis.set_title(f"next to each point: {', '.join(others)}")
-    axis.margins(0.1)
-
-
-def draw_sweep(path, record):
-    """Write the figure of a sweep's record; False if it has no numbers, or without matplotlib."""
-    robust = record["robust"]
-    lines = [line for line in record["lines"] if robust in line and "clean_acc" in line]
-    figure = common.new_figure(5.5, 4.5)
-    if figure is None or not lines:
-        return False
-    axis = figure.subplots()
-    if len(lines[0]["values"]) == 1:
-        draw_one_flag(axis, lines, robust)
-    else:
-        draw_plane(axis, lines, robust, record["baseline"])
-    axis.legend()
-    common.save_figure(figure, path)
-    return True
-
-
-def plot_sweep(args):
-    """The sub-command `sweep`."""
-    path = Path(args.out or Path(args.file).with_suffix(".png"))
-    record = common.read_json(Path(args.file))
-    try:
-        drawn = draw_sweep(path, record)
-    except (KeyError, TypeError, ValueError):
-        raise common.UserError(f"{args.file}: no file of benchmark/sweep.py") from None
-    print(f"written: {path}" if drawn else f"no figure of {args.file}: no numbers or no matplotlib")
-
-
-# ------------------------------------------------------------------------------------------------
-# The papers' numbers and ours
-
-
-def draw_printed_against_ours(axis, points_by_paper):
-    """All printed accuracies against ours, with the standard deviations of both."""
-    lowest = min(min(point[:2]) for points in points_by_paper.values() for point in points)
-    axis.plot([lowest, 100], [lowest, 100], color="gray", linewidth=0.5)
-    for paper, points in points_by_paper.items():
-        printed, ours, printed_std, our_std = zip(*points)
-        label = f"{paper[:5]} {paper[5]}"
-        axis.errorbar(printed, ours, our_std, printed_std, fmt="o", label=label)
-    axis.set(xlabel="accuracy printed in the paper, %", ylabel="accuracy here, %")
-    axis.legend()
-
-
-def draw_probabilities(axis, shares):
-    """{line: share of the softmax probabilities, of all classes, in each of equal bins}.
-
-    Figure 8 of the noisy collaboration paper.
-    """
-    for name, share in shares.items():
-        axis.stairs(share, np.linspace(0, 1, len(share) + 1), label=name)
-    axis.set(xlabel="softmax probabilities of all classes", yscale="log", ylabel="share")
-    axis.legend()
-
-
-def draw_results(done, folder):
-    """Write the figures of the records {(run, seed): record}; -> paths, [] without matplotlib."""
-    if common.new_figure(1, 1) is None:
-        return []
-    figures = {}
-    points = records.points_by_paper(done)
-    if points:
-        figures["results.png"] = figure = common.new_figure(5, 4.6)
-        draw_printed_against_ours(figure.subplots(), points)
-    for table in dict.fromkeys(row.table for row in tables.ROWS):
-        curves = records.curves([row for row in tables.ROWS if row.table == table], done)
-        metrics = list(dict.fromkeys(metric for metric, _ in curves))
-        if not metrics:
-            continue
-        figures[f"results-{table}.png"] = figure = common.new_figure(4.5 * len(metrics), 3.5)
-        axes = figure.subplots(1, len(metrics), squeeze=False)[0]
-        for axis, metric in zip(axes, metrics):
-            for (metric_of_line, line), line_points in curves.items():
-                if metric_of_line == metric:
-                    x, middle, spread = zip(*line_points)
-                    axis.errorbar(x, middle, spread, marker="o", label=line)
-            title = f"{table[:5]} {table[5]}, {records.table_title(table)}"
-            axis.set(ylabel=f"{records.metric_title(metric)}, %", title=title)
-            axis.legend()
-    shares = records.probability_shares(done)
-    if shares:
-        figures["results-paper1-figure8.png"] = figure = common.new_figure(5.5, 4)
-        draw_probabilities(figure.subplots(), shares)
-    for name, figure in figures.items():
-        common.save_figure(figure, Path(folder) / name)
-    return [Path(folder) / name for name in figures]
+# Claims
 
 
 def draw_regimes(path, panels):
@@ -613,13 +462,6 @@ def draw_forest(path, lines):
     return True
 
 
-def plot_results(args):
-    """The sub-command `results`."""
-    done = records.read_records(args.results)
-    done = {key: record for key, record in done.items() if record.get("scale") == "full"}
-    print("written:", *draw_results(done, args.out))
-
-
 def main(argv=None):
     """Draw the figure that is asked for."""
     args = parse_args(argv)
@@ -627,8 +469,6 @@ def main(argv=None):
         "curves": plot_curves,
         "gradients": plot_gradients,
         "trajectories": plot_trajectories,
-        "sweep": plot_sweep,
-        "results": plot_results,
     }
     figures[args.figure](args)
 

@@ -1,13 +1,16 @@
-"""Make an .npz of a data set that comes as a folder of image files.
+"""Make an .npz of a data set: parts of CIFAR-10, or what comes as a folder of image files.
 
-Usage    python benchmark/prepare.py cinic10 CINIC-10 data/cinic10.npz
-         python benchmark/prepare.py tiny-imagenet tiny-imagenet-200 data/tiny-imagenet.npz
+Usage    python benchmark/prepare.py cifar10-16      # images of 16 x 16: the claims, the lesson
+         python benchmark/prepare.py planes-cars     # two classes: the paper's trajectories
+         python benchmark/prepare.py tiny-imagenet tiny-imagenet-200
+         python benchmark/prepare.py cinic10 CINIC-10
+Result   NAME.npz in the folder of --data-root; one that is there is left as it is.
+cifar10-16, planes-cars  are made of cifar10.npz in that folder.
+tiny-imagenet  The unpacked tiny-imagenet-200.zip; its validation images are the test images.
 cinic10  CINIC-10 (Darlow et al., 2018, 1810.03505; doi 10.7488/ds/2448), for eval_robustness.py
-         --attack cinic --cinic data/cinic10.npz: x_test, y_test and classes. Only its images from
-         ImageNet are taken, of all three parts, 2,100 of each class as in the noisy collaboration
-         paper, always the same ones; --per-class 21000 takes all.
-tiny-imagenet  The unpacked tiny-imagenet-200.zip, for --data tiny-imagenet; its validation images
-         are the test images.
+         --attack cinic: x_test, y_test and classes. Only its images from ImageNet are taken, of all
+         three parts, 2,100 of each class as in the noisy collaboration paper, always the same ones;
+         --per-class 21000 takes all.
 """
 
 import re
@@ -18,40 +21,67 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from benchmark.commands import add_command, add_commands
+
+PARTS_OF_CIFAR10 = ("cifar10-16", "planes-cars")
+FOLDERS = ("tiny-imagenet", "cinic10")
 
 
 def parse_args(argv=None):
     """The data set and its flags as a namespace; raises UserError."""
     parser = common.Parser(__doc__)
-    data_sets = add_commands(parser, "data_set")
-    for name, doc in {
-        "cinic10": "CINIC-10's images from ImageNet",
-        "tiny-imagenet": "the images of Tiny-ImageNet",
-    }.items():
-        add = add_command(data_sets, name, doc)
-        add("folder", metavar="FOLDER", help="folder of the unpacked data set")
-        add("out", metavar="FILE.npz", help="file to write, which must not be there yet")
-        if name == "cinic10":
-            add("--per-class", type="positive int", default=2100, help="number of images per class")
+    add = parser.add_argument
+    add("name", metavar="NAME", choices=PARTS_OF_CIFAR10 + FOLDERS, help="data set to make")
+    add("folder", metavar="FOLDER", nargs="?", help="folder of the unpacked data set")
+    add("--data-root", default="data", help="folder of the data sets, into which it is written")
+    add("--per-class", type=common.whole, default=2100, help="images of each class of CINIC-10")
     args = parser.parse_args(argv)
-    if Path(args.out).suffix != ".npz":
-        parser.error(f"FILE.npz: expected a name that ends in .npz, got {args.out}")
+    if (args.folder is not None) != (args.name in FOLDERS):
+        parser.error(f"FOLDER: goes with {' and '.join(FOLDERS)} alone, which need it")
     return args
 
 
 def main(argv=None):
-    """Read the folder and write the .npz."""
+    """Make the .npz unless it is there."""
     args = parse_args(argv)
-    folder, out = Path(args.folder), Path(args.out)
-    if out.exists():
-        raise common.UserError(f"{out}: is there already; delete it, or take another name")
-    if args.data_set == "cinic10":
-        arrays = read_cinic10(folder, args.per_class)
+    path = Path(args.data_root) / f"{args.name}.npz"
+    if path.exists():
+        print(f"{path} is there")
+        return
+    if args.name == "cinic10":
+        arrays = read_cinic10(Path(args.folder), args.per_class)
+    elif args.name == "tiny-imagenet":
+        arrays = read_tiny_imagenet(Path(args.folder))
     else:
-        arrays = read_tiny_imagenet(folder)
-    common.write_atomically(out, lambda file: np.savez(file, **arrays))
-    print(f"{out}: {len(arrays['x_test'])} test images of {len(arrays['classes'])} classes")
+        cifar10 = Path(args.data_root) / "cifar10.npz"
+        if not cifar10.exists():
+            advice = "python -c 'import common; common.load_data(\"cifar10\")' makes it"
+            raise common.UserError(f"--data-root: there is no {cifar10}; {advice}")
+        arrays = common.read_npz(cifar10)
+        arrays = small_images(arrays) if args.name == "cifar10-16" else planes_and_cars(arrays)
+    common.write_atomically(path, lambda file: np.savez(file, **arrays))
+    print(f"{path}: {len(arrays['x_test'])} test images of {len(arrays['classes'])} classes")
+
+
+def planes_and_cars(arrays):
+    """The first two classes of CIFAR-10, in their order."""
+    chosen = {"classes": common.CLASS_NAMES["cifar10"][:2]}
+    for part in ("train", "test"):
+        keep = arrays[f"y_{part}"] < 2
+        for key in (f"x_{part}", f"y_{part}"):
+            chosen[key] = arrays[key][keep]
+    return chosen
+
+
+def small_images(arrays):
+    """CIFAR-10 with half as many pixels in each direction: means of 2 x 2, rounded."""
+    small = arrays | {"classes": common.CLASS_NAMES["cifar10"]}
+    for key in ("x_train", "x_test"):
+        x = arrays[key]  # uint8 (N, 32, 32, 3)
+        sums = x[:, ::2, ::2].astype(np.float32)
+        for row, column in ((0, 1), (1, 0), (1, 1)):
+            sums += x[:, row::2, column::2]
+        small[key] = (sums / 4).round().astype(np.uint8)
+    return small
 
 
 def read_cinic10(folder, per_class):
@@ -107,4 +137,4 @@ def read_tiny_imagenet(folder):
 
 
 if __name__ == "__main__":
-    common.start(main, stopped="nothing is written; the same command begins again:")
+    common.start(main, stopped="nothing is half written; the same command begins again:")

@@ -37,9 +37,15 @@ import common
 import eval_robustness
 import robust_kd
 from benchmark.plots import NO_MATPLOTLIB
-from benchmark.records import metric_title
-from benchmark.sweep import SCRIPTS
+from benchmark.report import metric_title
 
+SCRIPTS = (
+    "fickle_teacher",
+    "messy_collab",
+    "robust_kd",
+    "soft_randomization",
+    "teacher_free_kd",
+)
 EXAMPLES = 8  # images shown with their perturbation
 LARGEST_MATRIX = 20  # classes; with more of them the most frequent confusions are listed
 LISTED_CONFUSIONS = 15
@@ -54,7 +60,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a finished run, runs/SCRIPT/NAME-sSEED")
     add("--out", metavar="FILE.html", help="file of the page (default: report.html in RUN)")
-    add("--n", type="positive int", default=1000, help="number of test images that are attacked")
+    add("--n", type=common.whole, default=1000, help="number of test images that are attacked")
     add("--data-root", default="data", help="folder with the data set of the run")
     add(
         "--model",
@@ -106,7 +112,7 @@ def read_run(folder: Path) -> Run:
     if flags.get("method") == "teacher":  # this run has trained no student
         nets = rows
     else:
-        nets = [row for row in rows if row.get("file") == "student.pt"]
+        nets = [row for row in rows if row.get("net") == "student"]
     if not nets or not isinstance(nets[0].get("file"), str):
         advice = "delete it, and the command of the run makes it again"
         raise common.UserError(f"{folder / 'summary.json'}: names no file of a net; {advice}")
@@ -364,7 +370,7 @@ def asked_section(run: Run) -> str:
 
 def summary_table(run: Run) -> str:
     """The table of summary.json."""
-    keys = list(dict.fromkeys(key for row in run.rows for key in row))
+    keys = list(dict.fromkeys(key for row in run.rows for key in row if key != "net"))
     rows = [[cell_text(key, row.get(key)) for key in keys] for row in run.rows]
     return html_table([column_title(key) for key in keys], rows, "results")
 

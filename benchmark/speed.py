@@ -90,29 +90,29 @@ def parse_args(argv=None):
     add("--loss", default="at", choices=["st", "at", "ckd", "akd+"], help="loss of the student")
     add("--model", default="wrn-10-1", help="net that is trained")
     add("--teacher-model", default="wrn-16-1", help="net of the teacher, for ckd and akd+")
-    add("--batch-size", type="positive int", default=128, help="images per training step")
+    add("--batch-size", type=common.whole, default=128, help="images per training step")
     add("--data", default="shapes", help=f"data set: {common.DATA_NAMES}")
     add("--data-root", default="data", help="folder of the data sets")
     add("--device", default="auto", choices=devices, help="auto: CUDA if present")
-    add("--rounds", type="positive int", default=9, help="timed rounds of all rungs, at least 2")
-    add("--steps", type="positive int", default=3, help="training steps of a rung in each round")
+    add("--rounds", type=common.whole, default=9, help="timed rounds of all rungs, at least 2")
+    add("--steps", type=common.whole, default=3, help="training steps of a rung in each round")
     add(
         "--workers",
-        type="nonnegative int",
+        type=common.whole_or_0,
         default=2,
         help="processes of the DataLoader of the first rung",
     )
     add("--keep", action="store_true", help="put the numbers into speed.json and docs/SPEED.md")
 
     add = add_command(jobs, "autoattack", "AutoAttack against a plain rendering of it")
-    add("--n", type="positive int", default=60, help="number of test images")
-    add("--batch-size", type="positive int", default=20, help="images that are attacked together")
-    add("--steps", type="positive int", default=20, help="iterations of APGD and FAB")
-    add("--queries", type="positive int", default=1000, help="queries that Square makes")
-    add("--threads", type="positive int", default=2, help="threads on the CPU")
+    add("--n", type=common.whole, default=60, help="number of test images")
+    add("--batch-size", type=common.whole, default=20, help="images that are attacked together")
+    add("--steps", type=common.whole, default=20, help="iterations of APGD and FAB")
+    add("--queries", type=common.whole, default=1000, help="queries that Square makes")
+    add("--threads", type=common.whole, default=2, help="threads on the CPU")
     add(
         "--repeats",
-        type="positive int",
+        type=common.whole,
         default=2,
         help="times that all run in turn; the fastest counts",
     )
@@ -123,8 +123,8 @@ def parse_args(argv=None):
 
     add = add_command(jobs, "correct", "convolutions, losses and attacks against exact ones")
     add("--model", default="wrn-10-1", help="net whose convolutions and losses are compared")
-    add("--batch-size", type="positive int", default=128, help="images per training step")
-    add("--steps", type="positive int", default=20, help="training steps whose losses are compared")
+    add("--batch-size", type=common.whole, default=128, help="images per training step")
+    add("--steps", type=common.whole, default=20, help="training steps whose losses are compared")
     add(
         "--precision",
         nargs="+",

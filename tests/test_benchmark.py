@@ -1,6 +1,6 @@
-"""benchmark/: the papers' tables as data, the runner, the report, sweeps, figures and speed."""
+"""benchmark/: the printed numbers, the runner, the report, figures and speed."""
 
-import dataclasses
+import csv
 import importlib
 import json
 import re
@@ -15,15 +15,16 @@ from conftest import ROOT
 
 import common
 import robust_kd
-from benchmark import plain, plots, records, report, run, speed, sweep, tables, trajectories
+from benchmark import plain, plots, prepare, report, run, speed, trajectories
 
 SMALL = "--data shapes --model mlp-8 --train-subset 40 --test-subset 10 --val-size 20 --epochs 2"
 SMALL += " --batch-size 16 --device cpu"
 SMALL_ROBUST = f"{SMALL} --steps 1 --eval-steps 2 --teacher-epochs 2 --teacher-batch-size 16"
-ROWS = {row.id: row for row in tables.ROWS}
+NUMBERS = run.read_printed(run.PRINTED)
+COMMANDS = list(dict.fromkeys(row["command"] for row in NUMBERS if row["command"]))
 
 # ------------------------------------------------------------------------------------------------
-# tables.py
+# printed.csv
 
 # Counted by hand in the papers: lines times columns; sizes and accuracies of paper 3's Table 1
 PRINTED = {
@@ -51,368 +52,190 @@ PRINTED = {
 
 
 def test_each_table_has_as_many_numbers_as_the_paper():
-    found = Counter()
-    for row in tables.ROWS:
-        found[row.table] += sum(value is not None for value, _ in row.printed.values())
-    counted = {table: n for table, n in found.items() if n and not table.endswith("-choices")}
+    found = Counter(f"{row['paper']}-{row['table']}" for row in NUMBERS)
+    counted = {table: n for table, n in found.items() if not table.endswith("-choices")}
     assert counted == PRINTED
 
 
-def test_every_figure_and_table_is_there():
-    found = {row.table for row in tables.ROWS}
-    figures = {f"paper1-figure{i}" for i in range(1, 19)}
-    figures |= {f"paper2-figure{i}" for i in range(1, 18)} | {"paper3-figure1"}
-    assert figures | PRINTED.keys() <= found
-
-
 @pytest.mark.parametrize(
-    "row, metric, value, std",
+    "table, line, metric, value, deviation",
     [
-        ("paper1-text-soft-randomization-sigma-0.05", "pgd20_conditional_acc", 16.75, None),
-        ("paper1-figure10-wrn-16-2-corruption-0.25", "clean_acc", 76.07, None),
-        ("paper1-figure10-r-0.5-corruption-0.5", "cinic_acc", 44.68, None),
-        ("paper2-table1-cifar-100-edm-at+", "aa_acc", 32.60, 0.30),
-        ("paper2-table2-x1-16-rkd-rob.", "aa_acc", 32.14, 0.27),
-        ("paper2-table5-cifar-100-ffgsm-4-models", "aa_acc", 25.36, 0.11),
-        ("paper2-table6-cifar-10-ddpm-ard+-alpha-0.8", "clean_acc", 88.03, 0.0),
-        ("paper2-table7-cifar-100-edm-akd+-alpha-0.8", "pgd20_acc", 37.05, 0.40),
-        ("paper2-table11-trades+-teacher-rslad+-alpha-0.8", "pgd20_acc", 62.94, None),
-        ("paper3-table2-two-omitted-distilled", "digit_acc", 92.73, None),
-        ("paper3-table5-at-tf-kd-self", "aa_acc", 48.83, None),
+        ("text", "soft randomization, sigma 0.05", "pgd20_conditional_acc", 16.75, ""),
+        ("figure10", "WRN-16-2, corruption 0.25", "clean_acc", 76.07, ""),
+        ("figure10", "r 0.5, corruption 0.5", "cinic_acc", 44.68, ""),
+        ("table1", "CIFAR-100, EDM, AT+", "aa_acc", 32.60, "0.30"),
+        ("table2", "x1/16, RKD-Rob.", "aa_acc", 32.14, "0.27"),
+        ("table5", "CIFAR-100, FFGSM, 4 models", "aa_acc", 25.36, "0.11"),
+        ("table6", "CIFAR-10, DDPM, ARD+, alpha 0.8", "clean_acc", 88.03, "0.00"),
+        ("table7", "CIFAR-100, EDM, AKD+, alpha 0.8", "pgd20_acc", 37.05, "0.40"),
+        ("table11", "TRADES+ teacher, RSLAD+, alpha 0.8", "pgd20_acc", 62.94, ""),
+        ("table2", "two omitted, distilled", "only_2_acc", 92.73, ""),
+        ("table5", "AT Tf-KD self", "aa_acc", 48.83, ""),
     ],
 )
-def test_printed_values(row, metric, value, std):
-    assert ROWS[row].printed[metric] == (value, std)
+def test_printed_values(table, line, metric, value, deviation):
+    wanted = {"table": table, "line": line, "metric": metric}
+    (row,) = [row for row in NUMBERS if wanted.items() <= row.items()]
+    assert (float(row["printed"]), row["deviation"]) == (value, deviation)
 
 
-def test_rows_are_whole():
-    assert len(ROWS) == len(tables.ROWS)
-    lines = {(row.table, row.name) for row in tables.ROWS}
-    for row in tables.ROWS:
-        assert bool(row.run) != bool(row.reason), row.id
-        assert row.turn in tables.TURNS and row.seeds >= 1
-        assert not row.baseline or (row.table, row.baseline) in lines, row.id
-        assert re.fullmatch(r"\w[\w.,=+-]{0,159}", row.id), row.id
+def test_a_line_and_metric_are_printed_once_and_every_line_is_whole():
+    keys = [(r["paper"], r["table"], r["line"], r["metric"]) for r in NUMBERS]
+    assert len(set(keys)) == len(keys)
+    assert {row["paper"] for row in NUMBERS} == set(report.PAPERS)
+    for row in NUMBERS:
+        assert row["command"] or row["remark"], row
+        assert re.fullmatch(r"[\d.]+", row["printed"]) and None not in row, row
+        assert re.fullmatch(r"(\d+\.\d\d)?", row["deviation"]), row
 
 
-def test_a_choice_says_its_flag_once_and_is_another_run():
-    assert tables.CHOICES.keys() <= ROWS.keys()
-    for row in tables.ROWS:
-        if row.table.endswith("-choices"):
-            flags = re.findall(r"--[\w-]+", row.run)
-            assert len(flags) == len(set(flags)), row.run
-    command = ROWS["paper2-choices-akd+-pgd-7-alpha-0.7"].run
-    assert command == "robust_kd.py --loss akd+ --teacher-es 40 --alpha 0.7"
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_parses_and_gives_the_metrics_of_its_lines(command):
+    python, script, *flags = shlex.split(command)
+    assert python == "python"
+    module = importlib.import_module(script.removesuffix(".py"))
+    args = module.parse_args([*flags, "--name", run.name_of(command), "--seed", "3"])
+    columns = {"clean_acc", "macs", "weights", *run.EVALUATED}
+    if args.given & {"--omit-digit"}:
+        columns |= {f"without_{args.omit_digit}_acc", f"only_{args.omit_digit}_acc"}
+    if hasattr(args, "eval_steps"):
+        columns |= {f"pgd{args.eval_steps}_acc", f"pgd{args.eval_steps}_conditional_acc"}
+    assert {row["metric"] for row in NUMBERS if row["command"] == command} <= columns
+
+
+def test_every_command_has_a_name_of_its_own():
+    assert len({run.name_of(command) for command in COMMANDS}) == len(COMMANDS)
 
 
 def test_the_papers_sizes_are_ours():
-    large = records.counted(ROWS["paper3-table1-large-model-size"].run)
-    assert large["macs"] == large["weights"] == 784 * 1200 + 1200 * 1200 + 1200 * 10 == 2392800
-    assert records.counted("count mlp-400 10 28 1")["macs"] == 317600
-    assert records.counted("count wrn-40-2 10 32 3")["millions"] == 2.243546
+    large = [row for row in NUMBERS if row["line"] == "large model, size"]
+    assert {float(row["printed"]) for row in large} == {784 * 1200 + 1200 * 1200 + 1200 * 10}
+    (wrn,) = [row for row in NUMBERS if row["line"] == "WRN-40-2 parameters"]
+    assert report.measured(wrn, {}) == [2.243546]
 
 
 # ------------------------------------------------------------------------------------------------
-# run.py: commands and order
+# run.py
 
-# What rows may wait for: data that have to be fetched by hand, the teacher of another row
-MAY_WAIT_FOR = (
-    r".*/(cifar\d+_\w+|planes-cars|mnist)\.npz.*",
-    r".*tiny-imagenet.*",
-    r"the teacher of \d+ epochs, which the row paper2-figure4-teacher trains",
+AT = f"python robust_kd.py --loss at {SMALL_ROBUST}"
+LINES = (  # line, net, metric, printed, command; the third metric is not in the summary
+    ("at", "student", "clean_acc", "99.00", AT),
+    ("at", "student", "pgd2_acc", "50.00", AT),
+    ("at", "student", "aa_acc", "40.00", AT),
+    ("an assumption", "", "trainings", "8", ""),
 )
 
 
-@pytest.mark.parametrize("scale", ["full", "tiny"])
-def test_every_command_parses_or_waits_for_something_known(scale, tmp_path):
-    args = run.parse_args(["--scale", scale, "--runs", str(tmp_path)])
-    for command in dict.fromkeys(row.run for row in tables.ROWS if row.run):
-        waits = run.waits_for(command, args)
-        known = waits is None or re.fullmatch("|".join(MAY_WAIT_FOR), waits)
-        assert known, (command, waits)
-
-
 @pytest.fixture
-def only_rows(monkeypatch, tmp_path):
-    """only_rows(*rows): these are all there are -> call(*flags): run.py with folders of a test.
+def only_lines(monkeypatch, tmp_path):
+    """only_lines(*lines): these are all there are -> call(*words): run.py in folders of a test.
 
     The scripts run in this process; with processes=True each in its own, as outside of tests.
     """
 
-    def call_here(script, flags, log_file, seconds, args):
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        with open(log_file, "a") as log:
-            return run.call_here(script, flags, log)
+    def call_here(words):
+        importlib.import_module(words[0].removesuffix(".py")).main(words[1:])
 
-    def set_rows(*rows, processes=False):
-        monkeypatch.setattr(tables, "ROWS", list(rows))
+    def set_lines(*lines, processes=False):
+        with open(tmp_path / "printed.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, NUMBERS[0])
+            writer.writeheader()
+            for line, net, metric, printed, command in lines:
+                row = {"line": line, "net": net, "metric": metric, "printed": printed}
+                writer.writerow({"paper": "paper2", "table": "table9", "command": command} | row)
         if not processes:
             monkeypatch.setattr(run, "call", call_here)
-        folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-        return lambda *flags: run.main([*flags, *folders, "--device", "cpu"])
+        folders = ["--runs", f"{tmp_path}/runs", "--results", f"{tmp_path}/results"]
+        return lambda *words: run.main([*words, *folders, "--printed", f"{tmp_path}/printed.csv"])
 
-    return set_rows
-
-
-def small_row(name, flags="", turn="c", metrics="clean_acc pgd2_acc", loss="at", **more):
-    command = f"robust_kd.py --loss {loss} {SMALL_ROBUST}{flags}"
-    return tables.Row("paper9-table1", name, tables.drawn(metrics), command, turn, **more)
+    return set_lines
 
 
-def read_result(tmp_path, name):
-    return json.loads((tmp_path / "results" / f"{name}.json").read_text())
+def read_results(tmp_path):
+    """The records in the folder of a test."""
+    return [json.loads(path.read_text()) for path in sorted((tmp_path / "results").iterdir())]
 
 
-def test_headline_rows_first_then_their_other_seeds(only_rows):
-    only_rows(
-        small_row("c"),
-        small_row("a", " --lr 0.2", "a"),
-        small_row("d", " --lr 0.3", "d", seeds=1),
-    )
-    jobs = run.list_jobs(run.parse_args([]))
-    order = [(job["turn"], job["seed"]) for job in jobs]
-    assert order == [("a", 0), ("b", 1), ("b", 2), ("c", 0), ("c", 1), ("c", 2), ("d", 0)]
+def test_papers_and_tables_are_chosen_by_their_names(refused):
+    def chosen(*words):
+        return {(row["paper"], row["table"]) for row in run.parse_args([*words]).rows}
+
+    assert chosen("paper2", "table2") == {("paper2", "table2")}
+    assert chosen("table2") == {("paper2", "table2"), ("paper3", "table2")}
+    assert {paper for paper, _ in chosen("paper1", "paper3")} == {"paper1", "paper3"}
+    assert len(run.parse_args(["--list"]).rows) == len(NUMBERS)
+    assert "no lines of paper2 table99" in refused(run.parse_args, ["paper2", "table99"])
+    assert "no lines of paper1 table2" in refused(run.parse_args, ["paper1", "table2"])
+    assert "--list" in refused(run.parse_args, [])
 
 
-def test_tables_are_found_by_every_name(refused):
-    row = ROWS["paper2-table3-akd+-pgd-7"]
-    for name in ("paper2", "table3", "paper2-table3", "paper2-table3-akd+-pgd-7"):
-        assert run.is_selected(row, [name])
-    assert not run.is_selected(row, ["paper1", "table31"])
-    assert "table99" in refused(run.parse_args, ["table99"])
-
-
-# ------------------------------------------------------------------------------------------------
-# run.py: running
-
-
-def test_a_run_writes_one_small_result_and_is_not_run_again(only_rows, tmp_path, capsys):
-    metrics = "clean_acc pgd2_acc pgd3_acc"  # the last one is not in the summary
-    call = only_rows(
-        small_row("at", metrics=metrics, seeds=2), small_row("the same run"), processes=True
-    )
-    call("--list")
-    assert "3 not measured" in capsys.readouterr().out
-    call("--seeds", "1")
-    path = tmp_path / "results" / "paper9-table1-at-s0.json"
-    record = json.loads(path.read_text())
-    assert list(path.parent.iterdir()) == [path] and path.stat().st_size < 8000
-    assert (record["scale"], record["seed"], record["flags"]["epochs"]) == ("full", 0, 2)
-    assert record["commit"] and record["torch"]
-    student = record["stages"]["student"]
-    assert student["epochs"] == 2 and {"last", "best", "seconds_per_epoch"} <= student.keys()
-    for metric in metrics.split():
-        assert 0 <= records.value(record, "student", metric) <= 1
-    before = path.stat().st_mtime_ns
-    assert "1 of 1 runs are done; 0 are left" in capsys.readouterr().out
-    call("--seeds", "1")
-    assert path.stat().st_mtime_ns == before
-    call("--list")
-    out = capsys.readouterr().out
-    assert "1 of 3 runs are done; 2 are left" in out
-    assert "of 2 by what was measured, 0 not measured" in out
-
-
-def test_a_finished_run_is_taken_from_another_folder(only_rows, tmp_path):
-    row = small_row("at", seeds=1)
-    flags = shlex.split(row.run)[1:]
-    robust_kd.main([*flags, "--runs", str(tmp_path / "own"), "--name", "mine"])
-    only_rows(row)("--finished", str(tmp_path / "own"))
-    assert not (tmp_path / "runs" / "robust_kd").exists()
-    assert records.value(read_result(tmp_path, "paper9-table1-at-s0"), "student", "clean_acc")
-
-
-def test_a_row_that_fails_or_waits_does_not_stop_the_next_one(only_rows, tmp_path, capsys):
-    missing = tables.Row("paper9-table1", "gone", {}, "gone.py --method x", "a", seeds=1)
-    call = only_rows(
-        small_row("bad", " --lr 1e30", "a", seeds=1),
-        small_row("waits", " --not-yet 3", "a", seeds=1),
-        missing,
-        small_row("good", seeds=1),
-    )
-    with pytest.raises(SystemExit) as end:
-        call()
-    out = capsys.readouterr().out
-    assert end.value.code == 1 and "1 failed" in out and "not finite" in out
-    assert re.search("waits.*--not-yet", out) and re.search("gone.*gone.py", out)
-    results = [path.name for path in (tmp_path / "results").iterdir()]
-    assert results == ["paper9-table1-good-s0.json"]
-
-
-def test_when_the_minutes_are_over_the_run_stops_and_goes_on_later(only_rows, tmp_path, capsys):
-    call = only_rows(small_row("long", " --epochs 2000", seeds=1), processes=True)
-    logs = []
-    for minutes in ("0.15", "0.4", "1.2"):  # to the first epoch, on a busy machine too
-        if not logs:
-            call("--minutes", minutes)
-            assert "goes on from its last epoch" in capsys.readouterr().out
-        logs = list((tmp_path / "runs").glob("*/*/log.jsonl"))
-    assert not (tmp_path / "results").exists()
-    epochs = len(logs[0].read_text().splitlines())
-    call("--minutes", "0.05")
-    assert epochs <= len(logs[0].read_text().splitlines()) < 2000
-
-
-def test_tiny_results_are_marked_kept_apart_and_never_reported(only_rows, tmp_path):
-    values = {"clean_acc": (10.0, 99.0)}  # any result would reproduce it
-    row = tables.Row("paper2-table1", "at", values, "robust_kd.py --loss at", "a")
-    only_rows(row)("--scale", "tiny")
+def test_a_command_writes_one_small_result_and_is_not_run_again(only_lines, tmp_path, capfd):
+    call = only_lines(*LINES, processes=True)
+    call("paper2")
     (path,) = (tmp_path / "results").iterdir()
     record = json.loads(path.read_text())
-    assert record["scale"] == "tiny" and record["flags"]["train_subset"] == 60
-    readme = make_readme(tmp_path)
-    report.main(report_flags(tmp_path))
-    assert "0 reproduced" in readme.read_text() and "1 not run" in readme.read_text()
-    path.write_text(json.dumps(record | {"scale": "full"}))
-    report.main(report_flags(tmp_path))
-    assert "1 reproduced" in readme.read_text() and "0 not run" in readme.read_text()
-    assert run.parse_args(["--scale", "tiny"]).results.endswith("runs/tiny/results")
+    assert (record["command"], record["seed"]) == (AT, 0) and path.stat().st_size < 8000
+    assert record["commit"] and record["torch"] and record["flags"]["epochs"] == 2
+    student = {row["net"]: row for row in record["rows"]}["student"]
+    assert {"clean_acc", "pgd2_acc", "aa_acc", "digest"} <= student.keys()
+    assert str(tmp_path) not in json.dumps(record["rows"])
+    before = path.stat().st_mtime_ns
+    capfd.readouterr()
+    call("table9")
+    assert path.stat().st_mtime_ns == before and "$ python" not in capfd.readouterr().out
+    call("--list")
+    assert re.search(r"paper2 table9 +0 +python robust_kd", capfd.readouterr().out)
 
 
-def test_an_ensemble_is_of_its_teachers_alone_and_in_their_order(only_rows, tmp_path):
-    metrics = "pgd3_acc"
-    flags = " --teachers 3 --teacher-save-every 1"
-    row = small_row("ensemble", flags, "a", metrics, "akd+", take="ensemble")
-    only_rows(row)("--seeds", "1")
-    assert len(list((tmp_path / "runs/teachers").iterdir())) == 3 + 3  # and early stops
-    folder = tmp_path / "runs/robust_kd/paper9-table1-ensemble-s0"
-    evaluation = json.loads((folder / "ensemble-pgd3.json").read_text())
-    files = re.findall(r"teachers/(\w+)/teacher\.pt", evaluation["command"])
-    args = robust_kd.parse_args(shlex.split(row.run)[1:])
-    seeds = []
-    for name in files:
-        recipe = json.loads((tmp_path / "runs/teachers" / name / "recipe.json").read_text())
-        assert recipe["epochs"] == args.teacher_epochs
-        seeds.append(recipe["seed"])
-    assert seeds == [0, 100, 200]
-    assert evaluation["rows"][0]["model"] == "ensemble of 3"
-    result = read_result(tmp_path, "paper9-table1-ensemble-s0")
-    assert records.value(result, "ensemble", "pgd3_acc") is not None
-    assert {"teacher", "teacher2", "teacher3", "student"} == result["stages"].keys()
-
-
-def commands_of_teachers():
-    """A run for each form of command whose teacher stands in a row of several seeds."""
-    found = {}
-    for row in tables.ROWS:
-        if row.take == "teacher" and row.seeds > 1:
-            found.setdefault((row.run.split()[0], run.form(row.run)), row.run)
-    by_script = {}
-    for (script, _), command in found.items():
-        by_script.setdefault(script, []).append(command)
-    return [command for commands in by_script.values() for command in commands[-1:]]
-
-
-@pytest.mark.parametrize("command", commands_of_teachers())
-def test_rows_of_several_seeds_of_a_teacher_are_of_several_teachers(command, tmp_path, capsys):
-    args = run.parse_args(["--scale", "tiny", "--runs", str(tmp_path)])
-    if run.waits_for(command, args):
-        pytest.skip("needs MNIST")
-    run.prepare(args)
-    digests = set()
-    for seed in ("0", "1"):
-        flags = [*run.flags_of(command, args), "--seed", seed, "--runs", str(tmp_path)]
-        importlib.import_module(run.script_of(command)).main(flags)
-        path = re.findall(r"^teacher: (.+\.pt)$", capsys.readouterr().out, re.M)[0]
-        digests.add(common.weights_digest(path))
-    assert len(digests) == 2
-
-
-def test_seeds_with_the_same_net_count_as_one_seed(only_rows, tmp_path):
-    row = small_row("teacher", loss="akd", take="teacher", metrics="clean_acc")
-    only_rows(row)("--seeds", "2")
-    assert report.cells(row, "clean_acc", records.read_records(tmp_path / "results"))[5] == "2"
-    shared = read_result(tmp_path, "paper9-table1-teacher-s0") | {"seed": 1}
-    (tmp_path / "results/paper9-table1-teacher-s1.json").write_text(json.dumps(shared))
-    cells = report.cells(row, "clean_acc", records.read_records(tmp_path / "results"))
-    assert cells[5] == "1" and "±" not in cells[3]  # two evaluations of one net
-
-
-def test_all_seeds_are_evaluated_on_the_same_other_images(only_rows, tmp_path):
-    command, metrics = "fickle_teacher.py --method student", tables.drawn("cinic_acc mca_acc")
-    row = tables.Row("paper9-table1", "student", metrics, command, seeds=3)
-    only_rows(row)
-    folders = ["--runs", str(tmp_path), "--results", str(tmp_path / "results")]
-    args = run.parse_args(["--scale", "tiny", *folders])
-    run.prepare(args)
-    notes = set()
-    for seed in range(2):
-        args.evaluated.clear()
-        assert run.execute(row.run, seed, [row], 600, {}, args) is None
-        folder = tmp_path / f"fickle_teacher/paper9-table1-student-s{seed}"
-        found = common.read_json(folder / "student-cinic-corruptions.json")["rows"][0]
-        notes.add((found["cinic_note"], found["corruptions"]["note"]))
-        assert 0 <= found["mean19_acc"] <= 1
-    ((cinic, corrupted),) = notes
-    assert (
-        "10 images; sha256 of images" in cinic and corrupted == f"images of {tmp_path}/CIFAR-10-C"
-    )
-
-
-def test_other_images_that_are_not_there_leave_their_metrics_out(tmp_path):
-    args = run.parse_args(["--data", str(tmp_path), "--runs", str(tmp_path / "runs")])
-    pairs = {("student", "clean_acc"), ("student", "cinic_acc"), ("student", "mca_acc")}
-    assert run.attacks_for(pairs, args) == {"student": ["clean"]}
-    (tmp_path / "CIFAR-10-C").mkdir()
-    (tmp_path / "cinic10.npz").touch()
-    attacks = ["cinic", "clean", "corruptions"]
-    assert run.attacks_for(pairs, args) == {"student": attacks}
-    flags = " ".join(run.evaluation_flags("student", ["net.pt"], attacks, {"data": "x"}, args))
-    assert f"--cinic {tmp_path}/cinic10.npz --corruptions {tmp_path}/CIFAR-10-C" in flags
-
-
-# ------------------------------------------------------------------------------------------------
-# run.py: Figure 4 of paper 2, a large teacher and small students
-
-
-def rows_of_figure4():
-    """-> (the row of the teacher, those of the students)."""
-    rows = [row for row in tables.ROWS if row.table == "paper2-figure4"]
-    (teacher,) = (row for row in rows if row.take == "teacher")
-    return teacher, [row for row in rows if row.take == "student"]
-
-
-def test_figure_4_trains_the_teacher_once_and_the_students_by_appendix_a():
-    teacher, students = rows_of_figure4()
-    given = robust_kd.parse_args(shlex.split(teacher.run)[1:])
-    assert (given.model, given.teacher_epochs, given.recipe) == ("wrn-28-10-silu", 400, "at+")
-    points = []
-    for row in students:
-        flags = vars(robust_kd.parse_args(shlex.split(row.run)[1:]))
-        default = vars(robust_kd.parse_args(["--loss", flags["loss"]]))
-        differ = {name for name in flags if flags[name] != default[name]}
-        # 100 epochs, OneCycle, no weight average, ...
-        assert differ <= {"teacher_ckpt", "teacher_model", "alpha", "name", "given"}
-        assert flags["teacher_model"] == "wrn-28-10-silu"
-        row_id, epochs = run.teacher_of_row(row.run)
-        assert row_id == teacher.id
-        assert epochs <= 400 and epochs % given.teacher_save_every == 0
-        points.append((epochs, flags["alpha"] if flags["loss"] == "akd+" else 1.0))
-    assert {(50, 1.0), (400, 1.0), (100, 0.2), (100, 1.0)} <= set(points)
-
-
-def test_the_students_of_figure_4_come_after_their_teacher(tmp_path, capsys):
-    teacher, students = rows_of_figure4()
-    flags = ["--scale", "tiny", "--runs", str(tmp_path), "--results", str(tmp_path / "results")]
-    run.main([*flags, students[0].id])
-    assert f"which the row {teacher.id} trains" in capsys.readouterr().out
-    assert not list((tmp_path / "results").glob("*"))
-    run.main([*flags, "paper2-figure4"])
+def test_a_command_that_fails_does_not_stop_the_next_one(only_lines, tmp_path, capsys):
+    bad = ("bad", "student", "clean_acc", "50.00", f"{AT} --lr 1e30")
+    missing = ("data", "student", "clean_acc", "50.00", f"{AT} --data data/nowhere.npz")
+    call = only_lines(bad, missing, *LINES[:2])
+    with pytest.raises(SystemExit) as end:
+        call("paper2", "--seeds", "0", "1")
     out = capsys.readouterr().out
-    assert "FAILED" not in out and " 0 are left" in out and "0 wait" in out
-    name = run.name_of(teacher.run)
-    names = {path.stem for path in (tmp_path / "results").iterdir()}
-    assert {f"{name}-s0", f"{students[0].id}-s0"} <= names
-    record = read_result(tmp_path, f"{students[0].id}-s0")
-    of_teacher = read_result(tmp_path, f"{name}-s0")
-    given = common.weights_digest(record["flags"]["teacher_ckpt"])
-    assert record["weights"]["teacher"] == of_teacher["weights"]["teacher"] == given
+    assert end.value.code == 1 and "4 failed" in out
+    assert "seed 1: " in out and "not finite" in out and "nowhere.npz: no such file" in out
+    assert [(r["command"], r["seed"]) for r in read_results(tmp_path)] == [(AT, 0), (AT, 1)]
 
 
-def test_early_stops_are_found_where_the_teacher_was_trained(tmp_path):
-    flags = shlex.split(f"--loss akd {SMALL_ROBUST} --teacher-epochs 3 --teacher-save-every 1")
-    robust_kd.main([*flags, "--runs", str(tmp_path), "--name", "a"])
-    folder = tmp_path / "robust_kd/a-s0"
+def test_an_ensemble_is_evaluated_as_its_teachers_together(only_lines, tmp_path, monkeypatch):
+    monkeypatch.setitem(run.EVALUATED, "pgd3_acc", "pgd3")
+    command = f"python robust_kd.py --loss akd+ --teachers 2 {SMALL_ROBUST}"
+    only_lines(("two", "ensemble", "pgd3_acc", "50.00", command))("paper2")
+    (record,) = read_results(tmp_path)
+    nets = {row["net"]: row for row in record["rows"]}
+    assert {"teacher", "teacher2", "ensemble", "student"} <= nets.keys()
+    assert "pgd3_acc" in nets["ensemble"] and "pgd3_acc" not in nets["student"]
+    (path,) = tmp_path.glob("runs/robust_kd/*/ensemble-pgd3_acc.json")
+    evaluation = json.loads(path.read_text())
+    assert evaluation["rows"][0]["model"] == "ensemble of 2"
+    assert len(re.findall(r"teachers/(\w+)/teacher\.pt", evaluation["command"])) == 2
+
+
+def test_seeds_with_the_same_net_count_as_one_seed(only_lines, tmp_path):
+    command = f"python fickle_teacher.py --method hinton {SMALL} --teacher-epochs 1"
+    command += " --teacher-model mlp-8 --restarts 1 --eval-steps 1"
+    only_lines(("teacher", "teacher", "clean_acc", "50.00", command))("paper2", "--seeds", "0", "1")
+    records = run.read_results(tmp_path / "results")
+    row = run.read_printed(tmp_path / "printed.csv")[0]
+    assert len(records) == 2
+    assert len(report.measured(row, records)) == 1
+    assert len(report.measured(row | {"net": "student"}, records)) == 2
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path, refused):
+    (tmp_path / "a.json").write_text("[1]")
+    assert "a.json: not a result" in refused(run.read_results, tmp_path)
+
+
+def test_early_stops_are_found_where_the_teacher_was_trained(tmp_path, capsys):
+    flags = f"{SMALL_ROBUST} --loss akd --teacher-epochs 3 --teacher-save-every 1 --epochs 1"
+    for stop in ("3", "2", "1"):  # as docs/robust_kd.md says: the longest one first
+        argv = [*flags.split(), "--teacher-es", stop, "--runs", str(tmp_path), "--name", stop]
+        robust_kd.main(argv)
+    assert len(re.findall(r"^teacher +\d+/\d+ ", capsys.readouterr().out, re.M)) == 3
+    folder = tmp_path / "robust_kd/3-s0"
     config = json.loads((folder / "config.json").read_text())
     for epochs in (1, 2, 3):
         _, meta = common.load_model(trajectories.teacher_of(folder, config, epochs))
@@ -422,7 +245,7 @@ def test_early_stops_are_found_where_the_teacher_was_trained(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# What the pages say of tables and sweeps
+# What the pages say of tables
 
 PAPER_OF_SCRIPT = {
     "robust_kd": "paper2",
@@ -447,7 +270,7 @@ NOT_COMPUTED = {
 
 
 def labelled_commands():
-    """(script, flags, table or figure as in tables.py) of each command with such a comment."""
+    """(script, flags, table as in printed.csv) of each command with such a comment."""
     found = set()
     for path in [*ROOT.glob("docs/*.md"), *ROOT.glob("*.md"), *ROOT.glob("*.py")]:
         lines = re.findall(r"^ *(?:\w+ +)?python (\w+)\.py([^#`\n]*)# (.*)", path.read_text(), re.M)
@@ -457,7 +280,8 @@ def labelled_commands():
                 for first, last in re.findall(r"(\d+)(?: to (\d+))?", listed):
                     for number in range(int(first), int(last or first) + 1):
                         table = f"{PAPER_OF_SCRIPT[script]}-{kind.lower()}{number}"
-                        found.add((script, flags.strip(), table))
+                        if table in PRINTED:
+                            found.add((script, flags.strip(), table))
     return sorted(found)
 
 
@@ -469,265 +293,55 @@ def computed(script, flags):
 
 
 @pytest.mark.parametrize("script, flags, table", labelled_commands())
-def test_a_command_that_is_said_to_be_of_a_table_is_one_of_its_runs(script, flags, table):
-    runs = {row.run for row in tables.ROWS if row.table == table and row.run}
-    of_script = [text.split(".py", 1)[1] for text in runs if text.startswith(f"{script}.py")]
+def test_a_command_that_is_said_to_be_of_a_table_is_one_of_its_commands(script, flags, table):
+    rows = [row for row in NUMBERS if f"{row['paper']}-{row['table']}" == table and row["command"]]
+    commands = {row["command"].removeprefix("python ") for row in rows}
+    of_script = [text.split(".py", 1)[1] for text in commands if text.startswith(f"{script}.py")]
     assert computed(script, flags) in [computed(script, text) for text in of_script]
 
 
 def test_pages_label_commands_with_tables():
-    assert len(labelled_commands()) > 20
-
-
-def documented_sweeps():
-    """The flags of every documented sweep over the early stops of a teacher."""
-    found = []
-    for path in [*ROOT.glob("docs/*.md"), ROOT / "benchmark/sweep.py"]:
-        found += re.findall(r"python benchmark/sweep\.py (.*teacher-es=.*)", path.read_text())
-    return found
-
-
-@pytest.mark.parametrize("flags", documented_sweeps())
-def test_a_documented_sweep_trains_the_longest_teacher_alone(flags, tmp_path, capsys):
-    argv = shlex.split(flags)
-    stops = [int(stop) for stop in sweep.parse_args(argv).grid["teacher-es"]]
-    every = int(argv[argv.index("--teacher-save-every") + 1])
-    unit = min(stops)
-    grid = "teacher-es=" + ",".join(str(stop // unit) for stop in stops)
-    small = shlex.split(SMALL_ROBUST)
-    small += ["--epochs", "1", "--teacher-epochs", str(max(stops) // unit)]
-    small += ["--teacher-save-every", str(every // unit), "--runs", str(tmp_path)]
-    sweep.main(["robust_kd.py", "--grid", grid, "--", *small])
-    out = capsys.readouterr().out
-    assert len(list(tmp_path.glob("robust_kd/*/summary.json"))) == len(stops)
-    assert len(re.findall(r"^teacher +\d+/\d+ ", out, re.M)) == max(stops) // unit
-
-
-def test_the_documented_sweep_compares_with_the_baseline_of_table_2():
-    (flags,) = re.findall(r"sweep\.py (.*)", (ROOT / "docs/robust_kd.md").read_text())
-    args = sweep.parse_args(shlex.split(flags))
-    command = ROWS["paper2-table2-x1-only-teacher"].run
-    expected = computed("robust_kd", command.split(".py")[1])
-    assert computed("robust_kd", shlex.join(sweep.baseline_flags(args))) == expected
+    assert len(labelled_commands()) > 12
 
 
 # ------------------------------------------------------------------------------------------------
 # report.py
 
 
-def make_readme(tmp_path, text="before\n{}\nold\n{}\nafter\n"):
-    readme = tmp_path / "README.md"
-    readme.write_text(text.format(*report.MARKS))
-    return readme
-
-
-def report_flags(tmp_path, results="results"):
-    flags = {
-        "--results": tmp_path / results,
-        "--page": tmp_path / "page.md",
-        "--readme": tmp_path / "README.md",
-    }
-    return [str(word) for pair in flags.items() for word in pair]
-
-
-@pytest.mark.parametrize(
-    "printed, values, baseline, expected",
-    [
-        ((52.0, 0.5), [52.9, 53.0], [50.0, 50.1], "reproduced"),  # within 2 stds
-        ((52.0, 0.1), [51.4], [50.0], "reproduced"),  # within the band
-        ((52.0, 0.5), [54.0, 54.2], [50.0, 50.1], "direction only"),
-        ((52.0, 0.5), [48.0, 48.1], [50.0, 50.1], "not reproduced"),
-        ((52.0, 0.5), [50.4, 49.8], [49.0, 51.0], "not reproduced"),  # within the error
-        ((52.0, 0.5), [54.0], [], "not reproduced"),  # no baseline here
-        ((52.0, 0.5), [], [50.0], "not run"),
-        ((None, None), [54.0], [50.0], "-"),
-    ],
-)
-def test_the_rule_of_the_verdicts(monkeypatch, printed, values, baseline, expected):
-    """The paper prints 50 +- 0.2 for the baseline."""
-    rows = [
-        tables.Row("paper9-table1", "at", {"aa_acc": (50.0, 0.2)}, "at"),
-        tables.Row("paper9-table1", "akd", {"aa_acc": printed}, "akd", baseline="at"),
-    ]
-    monkeypatch.setattr(tables, "ROWS", rows)
-    done = {}
-    for name, ours in (("at", baseline), ("akd", values)):
-        for seed, value in enumerate(ours):
-            row = {"model": "student (at)", "aa_acc": value / 100}
-            done[name, seed] = {"rows": [row], "scale": "full"}
-    assert report.verdict(rows[1], "aa_acc", done) == expected
-
-
-def test_the_page_shows_paper_and_ours_and_what_may_explain_a_failure(tmp_path):
+def test_the_page_shows_what_ran_printed_beside_measured(only_lines, tmp_path):
+    only_lines(*LINES, ("late", "student", "clean_acc", "1.00", f"{AT} --lr 0.3"))
     (tmp_path / "results").mkdir()
-    values = {"paper2-table3-at": [0.855, 0.464], "paper2-table3-rslad+-pgd-7": [0.79, 0.45]}
     flags = {"eps": 8 / 255, "step_size": None, "restarts": 1, "test_subset": None}
-    for name, (clean, robust) in values.items():
-        for seed in (0, 1):
-            row = {"model": "student (x)", "clean_acc": clean + seed / 1000, "aa_acc": robust}
-            record = {
-                "row": name,
-                "run": ROWS[name].run,
-                "seed": seed,
-                "scale": "full",
-                "rows": [row],
-                "flags": flags,
-                "gpu": "a GPU",
-                "torch": "2",
-                "commit": "c0",
-            }
-            (tmp_path / f"results/{name}-s{seed}.json").write_text(json.dumps(record))
-    (tmp_path / "results/broken.json").write_text("{")
-    readme = make_readme(tmp_path)
-    report.main(report_flags(tmp_path))
+    for seed, clean in ((0, 0.985), (1, 0.995)):
+        rows = [
+            {"net": "student", "clean_acc": clean, "aa_acc": 0.413, "digest": f"{seed}"},
+            {"net": "best", "clean_acc": 0.9, "digest": f"best {seed}"},
+        ]
+        record = {"command": AT, "seed": seed, "rows": rows, "flags": flags}
+        record |= {"gpu": "a GPU", "torch": "2", "commit": "c0"}
+        (tmp_path / f"results/{seed}.json").write_text(json.dumps(record))
+    folders = ["--printed", f"{tmp_path}/printed.csv", "--results", f"{tmp_path}/results"]
+    report.main([*folders, "--page", f"{tmp_path}/page.md"])
     text = (tmp_path / "page.md").read_text()
-    at = "85.54 ± 0.18 | 85.55 ± 0.07 | - | 2 | +0.01 | +0.1 | reproduced |"
-    assert f"| AT | clean | {at}" in text
-    rslad = "83.13 ± 0.61 | 79.05 ± 0.07 | - | 2 | -4.08 | -6.7 | direction only |"
-    assert f"| RSLAD+, PGD-7 | clean | {rslad}" in text
-    rslad = "48.64 ± 0.34 | 45.00 ± 0.00 | - | 2 | -3.64 | -10.7 | not reproduced |"
-    assert f"| RSLAD+, PGD-7 | AutoAttack | {rslad}" in text
-    part = text.split("### Table 3")[1].split("### ")[0]
-    assert "- RSLAD+, PGD-7: Table 3 prints 83.13" in part and "a GPU, torch 2, commit c0" in part
-    assert "AKD+, ST | clean | 87.21 ± 0.03 | - | - | - | - | - | not run |" in part
-    new = readme.read_text()
-    assert new.startswith("before\n") and new.endswith("after\n") and "old" not in new
-    assert "direction only / not reproduced" in new and new.count(report.MARKS[0]) == 1
-
-
-def test_student_rows_are_told_from_the_best_epoch_and_from_other_rows():
-    names = [
-        "student-alone (plain)",
-        "student (vanilla), best on held-out images",
-        "student (vanilla)",
-    ]
-    record = {"rows": [{"model": name, "clean_acc": i / 10} for i, name in enumerate(names)]}
-    assert records.value(record, "student", "clean_acc") == 0.2
-    assert records.value(record, "student", "clean_acc", best=True) == 0.1
-    assert records.value(record, "student-alone", "clean_acc") == 0.0
-    assert records.value(record, "teacher", "clean_acc") is None
+    assert "| at | clean | 99.00 | 99.00 ± 0.71 | 2 | +0.00 | 90.00 ± 0.00 |" in text
+    assert "| at | AutoAttack | 40.00 | 41.30 ± 0.00 | 2 | +1.30 | - |" in text
+    assert "a GPU, torch 2, commit c0; all test images; eps 8/255" in text
+    assert "seeds 0, 1" in text and AT in text
+    assert "late" not in text and "| 5 | 2 |" in text  # of five printed numbers two are measured
 
 
 def test_the_committed_page_is_what_the_committed_results_give(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text((ROOT / "README.md").read_text())
-    report.main(report_flags(tmp_path, ROOT / "benchmark/results"))
-
-    def without_figures(text):
-        return re.sub(r"!\[.*\n\n", "", text)
-
-    page = without_figures((ROOT / "docs/RESULTS.md").read_text())
-    assert without_figures((tmp_path / "page.md").read_text()) == page
-    assert readme.read_text() == (ROOT / "README.md").read_text()
-    for path in ROOT.glob("benchmark/results/*.json"):
-        assert json.loads(path.read_text())["scale"] == "full" and path.stat().st_size < 10_000
-
-
-def test_a_readme_without_marks_is_refused_and_nothing_is_written(tmp_path, refused):
-    make_readme(tmp_path, "hello")
-    assert "results: begin" in refused(report.main, report_flags(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
-
-
-def test_figure_8_is_drawn_from_the_results_of_its_rows(only_rows, tmp_path):
-    rows = [row for row in tables.ROWS if row.table == "paper1-figure8"]
-    known = {f"fickle_teacher.py --method {m}" for m in ("teacher", "student", "hinton")}
-    assert known <= {row.run for row in rows}
-    assert sum("mc-ts --noise-rate" in row.run for row in rows) >= 3
-    flags = f" {SMALL} --teacher-epochs 1 --teacher-model mlp-8 --eval-steps 1 --restarts 1"
-    rows = [dataclasses.replace(row, run=row.run + flags) for row in (rows[0], rows[-1])]
-    only_rows(*rows)("--seeds", "1")
-    done = records.read_records(tmp_path / "results")
-    shares = records.probability_shares(done)
-    assert list(shares) == [row.name for row in rows]
-    for share in shares.values():
-        assert len(share) == 15 and sum(share) == pytest.approx(1)
-    make_readme(tmp_path)
-    report.main(report_flags(tmp_path))
-    assert f"| {rows[0].name} | entropy" in (tmp_path / "page.md").read_text()
-    if new_figures_are_possible():
-        assert (tmp_path / "results-paper1-figure8.png").exists()
-
-
-# ------------------------------------------------------------------------------------------------
-# sweep.py
-
-
-def test_a_sweep_runs_the_grid_once_and_ends_in_a_table(tmp_path, capsys, monkeypatch):
-    reads, read = [], common.load_data
-
-    def counted(*args, **options):
-        reads.append(args)
-        return read(*args, **options)
-
-    monkeypatch.setattr(common, "load_data", counted)
-    argv = ["robust_kd.py", "--grid", "alpha=0.2,0.8", "teacher-es=1,2", "--baseline", "--loss at"]
-    argv += ["--", *shlex.split(SMALL_ROBUST), "--runs", str(tmp_path)]
-    sweep.main(argv)
-    assert len(reads) == 1
-    (file,) = tmp_path.glob("robust_kd/sweep-*.json")
-    first = json.loads(file.read_text())
-    out = capsys.readouterr().out
-    assert out.count("teacher 1/1") == out.count("teacher 2/2") == 1  # shared by the two alphas
-    assert first["lines"][1]["values"] == {"alpha": "0.2", "teacher-es": "2"}
-    assert {"clean_acc", "pgd2_acc", "val_clean_acc", "val_pgd1_acc"} <= first["lines"][1].keys()
-    logs = {path: path.stat().st_mtime_ns for path in tmp_path.glob("robust_kd/*/log.jsonl")}
-    assert len(logs) == 5
-    sweep.main(argv)
-    assert {path: path.stat().st_mtime_ns for path in logs} == logs
-    assert json.loads(file.read_text()) == first
-    out = capsys.readouterr().out
-    assert "RKD-Acc." in out and "RKD-Rob." in out
-    if new_figures_are_possible():
-        file.with_suffix(".png").unlink()
-        plots.main(["sweep", str(file)])
-        assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_a_failed_line_of_a_sweep_is_named_and_the_others_go_on(tmp_path, capsys):
-    argv = ["robust_kd.py", "--grid", "lr=1e30,0.1", "--", "--loss", "at"]
-    with pytest.raises(SystemExit) as end:
-        sweep.main([*argv, *shlex.split(SMALL_ROBUST), "--runs", str(tmp_path)])
-    assert end.value.code == 1
-    (file,) = tmp_path.glob("robust_kd/sweep-*.json")
-    bad, good = json.loads(file.read_text())["lines"]
-    assert "not finite" in bad["failed"] and good["failed"] is None and "clean_acc" in good
-
-
-def test_the_choice_is_made_on_held_out_images_and_keeps_the_condition():
-    def line(name, clean, robust, test):
-        values = {
-            "clean_acc": test,
-            "pgd20_acc": test,
-            "val_clean_acc": clean,
-            "val_pgd7_acc": robust,
-        }
-        return {"values": {"alpha": name}} | {key: (v, 0.0) for key, v in values.items()}
-
-    lines = [line("a", 0.80, 0.40, 0.1), line("b", 0.90, 0.30, 0.9), line("c", 0.75, 0.45, 0.2)]
-    base = line("", 0.78, 0.41, 0.5)
-    accurate, robust = sweep.describe_choices(lines, base, "pgd20_acc")
-    assert "alpha a" in accurate and "test 0.1000" in accurate  # b loses too much robustness
-    assert "alpha a" in robust  # c loses too much accuracy: 0.75 < 0.78 - 0.02
-    assert "alpha b" in sweep.describe_choices(lines, {}, "pgd20_acc")[0]
-    assert "no line" in sweep.describe_choices(lines[1:2], base, "pgd20_acc")[0]
-
-
-@pytest.mark.parametrize(
-    "argv, named",
-    [
-        ("robust_kd.py --grid alfa=1,2", "--alfa"),
-        ("robust_kd.py --grid alpha=0.5,2", "--alpha"),
-        ("robust_kd.py --grid alpha", "--grid"),
-        ("robust_kd.py --grid alpha=1 alpha=2", "--grid"),
-        ("nothing.py --grid alpha=1", "nothing.py"),
-        ("robust_kd.py --grid alpha=1 -- --name x", "--name"),
-        ("robust_kd.py --grid alpha=1 -- --epoch 3", "--epoch"),
-        ("robust_kd.py --grid alpha=1 --baseline=--losses", "--losses"),
-    ],
-)
-def test_a_sweep_refuses_before_any_work(argv, named, refused):
-    assert named in refused(sweep.main, argv.split())
+    report.main(["--page", f"{tmp_path}/page.md"])
+    page = (ROOT / "docs/RESULTS.md").read_text()
+    assert (tmp_path / "page.md").read_text() == page
+    for path in run.RESULTS.iterdir():
+        record = json.loads(path.read_text())
+        assert path.name == f"{run.name_of(record['command'])}-s{record['seed']}.json"
+        assert record["command"] in COMMANDS and path.stat().st_size < 10_000
+    readme = (ROOT / "README.md").read_text()
+    assert f"the {sum(PRINTED.values())} numbers" in readme
+    for number in ("95.68 ± 1.61", "98.73", "98.50"):  # the README quotes the page
+        assert number in page and number in readme
 
 
 # ------------------------------------------------------------------------------------------------
@@ -736,10 +350,6 @@ def test_a_sweep_refuses_before_any_work(argv, named, refused):
 
 def new_figures_are_possible():
     return common.new_figure(1, 1) is not None
-
-
-def test_the_pareto_front():
-    assert plots.pareto_front([(1, 3), (2, 2), (1, 2), (3, 1), (0, 3)]) == [0, 1, 3]
 
 
 @pytest.fixture
@@ -818,12 +428,6 @@ def test_what_are_no_gradients_is_refused(tmp_path, refused):
     np.savez(tmp_path / "pickled.npz", means=np.array([{}], dtype=object))
     assert "pickled.npz" in refused(plots.main, ["gradients", str(tmp_path / "pickled.npz")])
     assert "--out" in refused(plots.main, ["gradients", bad, "--out", "x.pdf"])
-
-
-def test_a_file_that_is_no_sweep_is_refused(tmp_path, refused):
-    (tmp_path / "a.json").write_text("[1]")
-    assert "no file of benchmark/sweep.py" in refused(plots.main, ["sweep", f"{tmp_path}/a.json"])
-    assert "b.json" in refused(plots.main, ["sweep", f"{tmp_path}/b.json"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1053,7 +657,7 @@ def test_a_run_with_trajectories_from_end_to_end(two_classes, tmp_path, capsys, 
 
 
 # ------------------------------------------------------------------------------------------------
-# run.py --prepare
+# prepare.py
 
 
 def test_data_sets_are_made_of_cifar10(tmp_path, refused):
@@ -1063,7 +667,7 @@ def test_data_sets_are_made_of_cifar10(tmp_path, refused):
         arrays[f"x_{part}"] = generator.integers(0, 256, (n, 4, 4, 3), dtype=np.uint8)
         arrays[f"y_{part}"] = np.arange(n) % 10
     np.savez(tmp_path / "cifar10.npz", **arrays)
-    run.main(["--prepare", "--data", str(tmp_path)])
+    prepare.main(["--data-root", str(tmp_path)])
     data = common.load_data(str(tmp_path / "planes-cars.npz"))
     assert data.classes == ["airplane", "automobile"]
     assert data.y_train.tolist() == [0, 1, 0, 1] and data.y_test.tolist() == [0, 1, 0]
@@ -1071,7 +675,8 @@ def test_data_sets_are_made_of_cifar10(tmp_path, refused):
     small = common.load_data(str(tmp_path / "cifar10-16.npz"))
     means = arrays["x_train"].reshape(20, 2, 2, 2, 2, 3).mean((2, 4)).round()
     assert (small.x_train.numpy() == means).all() and small.y_test.tolist() == [*range(10), 0]
-    assert "cifar10.npz" in refused(run.main, ["--prepare", "--data", f"{tmp_path}/no"])
+    assert "cifar10.npz" in refused(prepare.main, ["--data-root", f"{tmp_path}/no"])
+    assert "cifar10-16" in refused(prepare.main, ["cifar10-8"])
 
 
 # ------------------------------------------------------------------------------------------------

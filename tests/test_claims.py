@@ -344,7 +344,7 @@ def test_unknown_claims_and_none_are_refused(refused):
 def test_missing_images_are_named_before_anything_runs(tmp_path, monkeypatch, refused):
     monkeypatch.setattr(claims, "ROOT", tmp_path)
     message = refused(claims.main, ["early-stopping", "--results", str(tmp_path)])
-    assert "cifar10-16.npz" in message and "--prepare" in message
+    assert "cifar10-16.npz" in message and "prepare.py" in message
 
 
 def test_a_stopped_program_stops_its_runs_and_keeps_what_is_finished(only, monkeypatch, tmp_path):

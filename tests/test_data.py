@@ -1,6 +1,5 @@
 """Data sets: read, checked, held out, shuffled and augmented."""
 
-import argparse
 import codecs
 import dataclasses
 

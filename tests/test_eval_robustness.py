@@ -598,17 +598,23 @@ def test_saved_models_are_evaluated_by_name_and_once(files, tmp_path, capsys):
     ev.add_evaluation_flags(parser)
     args = parser.parse_args(["--eval-steps", "2", "--restarts", "1", "--eps", "0.02"])
     vars(args).update(seed=3, data="data.npz", data_root="data", device="cpu", test_subset=30)
-    names = {"teacher": files / "net0.pt", "student": files / "net1.pt", "same": files / "net0.pt"}
+    names = {
+        "teacher": ("a teacher", files / "net0.pt"),
+        "student": ("a student", files / "net1.pt"),
+        "same": ("the teacher again", files / "net0.pt"),
+    }
     rows = ev.evaluate_files(args, names, tmp_path)
-    assert [row["model"] for row in rows] == ["teacher", "student", "same"]
+    assert [row["net"] for row in rows] == ["teacher", "student", "same"]
+    assert [row["model"] for row in rows] == ["a teacher", "a student", "the teacher again"]
     data = common.load_data("data.npz", test_subset=30)
-    for row, path in zip(rows, names.values()):
+    for row, (_, path) in zip(rows, names.values()):
         net, _ = common.load_model(path)
         again = ev.evaluate(
             net, data.x_test, data.y_test, ["clean", "pgd2"], 0.02, args.step_size, seed=3
         )
         assert {key: row[key] for key in again} == again
-        assert set(row) == {*again, "model", "pgd2_conditional_acc", "epochs", "seconds", "file"}
+        kept = {*again, "model", "net", "pgd2_conditional_acc", "epochs", "seconds", "file"}
+        assert set(row) == kept
         assert row["file"] == str(path)
     assert "pgd2" in (tmp_path / "evaluation.txt").read_text()
     before = (tmp_path / "evaluation.json").read_bytes()
@@ -651,7 +657,7 @@ def test_all_attacks_and_other_images_are_asked_for_with_eval_full(tmp_path, mon
 
     monkeypatch.setattr(ev, "evaluate_models", record)
     with pytest.raises(Enough):
-        ev.evaluate_files(args, {"net": Path("net0.pt")}, tmp_path)
+        ev.evaluate_files(args, {"student": ("net", Path("net0.pt"))}, tmp_path)
     (found,) = asked
     expected = "clean pgd20 pgd10 pgd15 calibration corruptions ood"
     assert found.attack == expected.split()

@@ -88,7 +88,8 @@ def test_the_run_folder_holds_what_the_design_says(whole):
     assert wanted | {"stage", "epoch"} == log_of(folder)[0].keys()
     rows = json.loads((folder / "summary.json").read_text())
     assert [row["model"] for row in rows[:2]] == ["teacher (at)", "student (rslad+)"]
-    assert rows[0].keys() == {"model", "clean_acc", "pgd2_acc", "epochs", "seconds", "file"}
+    assert [row["net"] for row in rows] == ["teacher", "student", "best"]
+    assert rows[0].keys() == {"model", "net", "clean_acc", "pgd2_acc", "epochs", "seconds", "file"}
     (teacher,) = (whole / "teachers").iterdir()
     files = [folder / row["file"] for row in rows]
     own = [folder / "student.pt", folder / "student_best.pt"]

@@ -36,7 +36,7 @@ def no_evaluation(monkeypatch):
     """Runs end after their training."""
 
     def evaluate_files(args, files, folder):
-        return [{"model": name} for name in files]
+        return [{"model": name, "net": which} for which, (name, _) in files.items()]
 
     monkeypatch.setattr(eval_robustness, "evaluate_files", evaluate_files)
     monkeypatch.setattr(eval_robustness, "evaluate", lambda *args, **options: {})

@@ -312,7 +312,7 @@ def test_costs_are_multiply_adds_counted_by_hand_and_table_1s():
         ("mlp-400", 317_600, 318_010),  # paper: 313600 + 4000
     ):
         mlp = common.build_model(name, 10, channels=1, size=28).eval()
-        row = tf.evaluate(name, mlp, {}, digits, args)
+        row = tf.evaluate("student", name, mlp, {}, digits, args)
         assert (row["weights"], row["parameters"], row["macs"]) == (weights, parameters, weights)
 
 
@@ -475,7 +475,7 @@ def test_accuracies_with_and_without_a_digit_are_in_strict_float32(mnist, monkey
     model = common.new_model(data, "mlp-16", 0, "student").eval()
     common.set_precision("tf32")
     try:
-        tf.evaluate("a", tf.correct_bias(model, data, 3), {}, data, args)
+        tf.evaluate("student", "a", tf.correct_bias(model, data, 3), {}, data, args)
     finally:
         common.set_precision("bf16")
     assert precisions == {"ieee"}
