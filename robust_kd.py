@@ -121,17 +121,30 @@ def parse_args(argv=None):
     add("--beta", type=probability, nargs="+", help="weight of each teacher (default: all equal)")
     add("--teacher-es", type=whole, help="stop the teacher after this epoch (default: no stop)")
     add("--teacher-epochs", type=whole, default=100, help="epochs of the teacher's schedule")
-    add("--teacher-eps", type=probability, help="radius of the teacher's attack (default: --eps)")
+    add(
+        "--teacher-eps",
+        type=common.pixel_units,
+        help="radius of the teacher's attack (default: --eps)",
+    )
     add("--teacher-model", help="net of the teacher (default: the student's, --model)")
     add("--teacher-lr", type=positive, default=0.1, help="learning rate the teacher starts with")
-    add("--teacher-gamma", type=positive, default=0.9, help="factor on it after each epoch")
+    add("--teacher-gamma", type=common.decay, default=0.9, help="factor on it after each epoch")
     add("--teacher-batch-size", type=whole, default=128, help="images per step of the teacher")
     add("--teacher-ckpt", metavar="FILE", help="file of a finished teacher; none is trained then")
 
     add = parser.add_argument_group("attack").add_argument
-    add("--eps", type=probability, default=8 / 255, help="radius of the attacks in pixel units")
+    add(
+        "--eps",
+        type=common.pixel_units,
+        default=8 / 255,
+        help="radius of the attacks in pixel units",
+    )
     add("--steps", type=whole, default=7, help="number of PGD steps in training")
-    add("--step-size", type=probability, help="PGD step in training (default: a quarter of --eps)")
+    add(
+        "--step-size",
+        type=common.pixel_units,
+        help="PGD step in training (default: a quarter of --eps)",
+    )
     losses = {"choices": ["ce", "kl-teacher"]}
     add("--attack-loss", **losses, help="what x' maximises, see Differs 2 (default: by --loss)")
     add("--attack-bn", choices=["eval", "train"], default="eval", help="BatchNorm in the attack")

@@ -97,14 +97,21 @@ def parse_args(argv=None):
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=whole, default=200, help="epochs of the student's training")
     add("--milestones", **drops, help="epochs after which --gamma is applied (default: in scale)")
-    add("--gamma", type=positive, default=0.2, help="factor on the learning rate at milestones")
+    add("--gamma", type=common.decay, default=0.2, help="factor on the learning rate at milestones")
     add("--lr", type=positive, default=0.1, help="learning rate that both nets start with")
     add("--batch-size", type=whole, default=128, help="images per step of both nets")
     add("--weight-decay", type=nonnegative, default=5e-4, help="weight decay of SGD for both nets")
 
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-eps", type=probability, default=0.031, help="radius of PGD-20 in pixel units")
-    add("--eval-step-size", type=probability, default=0.003, help="step of PGD-20 in pixel units")
+    add(
+        "--eval-eps", type=common.pixel_units, default=0.031, help="radius of PGD-20 in pixel units"
+    )
+    add(
+        "--eval-step-size",
+        type=common.pixel_units,
+        default=0.003,
+        help="step of PGD-20 in pixel units",
+    )
     add("--eval-restarts", type=whole, default=5, help="random starts of PGD-20; the worst counts")
     common.add_run_flags(parser)
     args = common.parse(parser, argv, {"--demo": DEMO})

@@ -201,9 +201,14 @@ def parse_args(argv=None):
     add("--teacher-shift", type=common.whole_or_0, help=shift)
 
     add = parser.add_argument_group("attack").add_argument
-    add("--eps", type=probability, default=8 / 255, help="radius of the attacks in pixel units")
+    add(
+        "--eps",
+        type=common.pixel_units,
+        default=8 / 255,
+        help="radius of the attacks in pixel units",
+    )
     add("--steps", type=whole, default=7, help="number of PGD steps in training")
-    add("--step-size", type=probability, default=2 / 255, help="PGD step in training")
+    add("--step-size", type=common.pixel_units, default=2 / 255, help="PGD step in training")
     add("--attack-bn", choices=["eval", "train"], default="eval", help="BatchNorm in the attack")
     names = {"nargs": "+", "type": attack_name, "metavar": "ATTACK"}
     add("--eval-attack", **names, help="what is evaluated, such as clean pgd20 aa")
@@ -225,7 +230,7 @@ def parse_args(argv=None):
     add("--schedule", **schedules, help="times --gamma at milestones or each epoch, or a cosine")
     drops = "epochs of the student at which --schedule steps lowers the rate; the teacher in scale"
     add("--milestones", **epochs, help=f"{drops} (default: 30, 60 and 80 %% of the training)")
-    add("--gamma", type=positive, help="factor on the rate at a milestone or after an epoch")
+    add("--gamma", type=common.decay, help="factor on the rate at a milestone or after an epoch")
     add("--warmup", type=nonnegative, help="epochs in which the learning rate rises to --lr")
     common.add_run_flags(parser)
     argv = sys.argv[1:] if argv is None else list(argv)
