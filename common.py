@@ -443,7 +443,7 @@ def describe_data(name, x, y, x_test, classes, grey, left_out) -> str:
     if left_out:
         text += f"; {left_out:,} other files left out"
     if grey:
-        text += "; no random crops and flips without --augment crop"
+        text += "; random crops and flips with --augment crop alone"
     return "".join(c if c.isprintable() else "?" for c in text)
 
 

@@ -1254,7 +1254,6 @@ def state_folder(result, flag="--json"):
             owner = (folder / "lock").read_text()
             busy = f"{result}: another evaluation is writing it, process {owner}"
             raise common.UserError(f"{flag}: {busy}; wait for it, or take another {flag}") from None
-        common.delete_torn_files(folder)
         for torn in folder.parent.glob(f".{glob.escape(Path(result).name)}.*.tmp"):
             torn.unlink(missing_ok=True)  # the result itself, half written by a killed process
         try:

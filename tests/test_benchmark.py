@@ -15,7 +15,7 @@ from conftest import ROOT
 
 import common
 import robust_kd
-from benchmark import plain, plots, prepare, report, run, speed, trajectories
+from benchmark import plain, plots, report, run, speed, trajectories
 
 SMALL = "--data shapes --model mlp-8 --train-subset 40 --test-subset 10 --val-size 20 --epochs 2"
 SMALL += " --batch-size 16 --device cpu"
@@ -654,29 +654,6 @@ def test_a_run_with_trajectories_from_end_to_end(two_classes, tmp_path, capsys, 
     np.testing.assert_allclose(found["natural"]["teacher"], p["teacher"], atol=2e-3)  # float16
     np.testing.assert_allclose(found["natural"]["change"], p["student"] - p["teacher"], atol=4e-3)
     assert np.mean(found["adversarial"]["teacher"]) < np.mean(p["teacher"])
-
-
-# ------------------------------------------------------------------------------------------------
-# prepare.py
-
-
-def test_data_sets_are_made_of_cifar10(tmp_path, refused):
-    generator = np.random.default_rng(0)
-    arrays = {}
-    for part, n in (("train", 20), ("test", 11)):
-        arrays[f"x_{part}"] = generator.integers(0, 256, (n, 4, 4, 3), dtype=np.uint8)
-        arrays[f"y_{part}"] = np.arange(n) % 10
-    np.savez(tmp_path / "cifar10.npz", **arrays)
-    prepare.main(["--data-root", str(tmp_path)])
-    data = common.load_data(str(tmp_path / "planes-cars.npz"))
-    assert data.classes == ["airplane", "automobile"]
-    assert data.y_train.tolist() == [0, 1, 0, 1] and data.y_test.tolist() == [0, 1, 0]
-    assert (data.x_test[2].numpy() == arrays["x_test"][10]).all()
-    small = common.load_data(str(tmp_path / "cifar10-16.npz"))
-    means = arrays["x_train"].reshape(20, 2, 2, 2, 2, 3).mean((2, 4)).round()
-    assert (small.x_train.numpy() == means).all() and small.y_test.tolist() == [*range(10), 0]
-    assert "cifar10.npz" in refused(prepare.main, ["--data-root", f"{tmp_path}/no"])
-    assert "cifar10-16" in refused(prepare.main, ["cifar10-8"])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -216,7 +216,7 @@ def test_the_line_says_what_is_unexpected_in_arrays(tmp_path, capsys):
     assert capsys.readouterr().out == (
         f"{tmp_path}/a.npz: 24 training and 24 test images of 8 x 8 pixels, grey; 13 classes "
         "(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...) of 0 to 2 training images; no training image of 0; no "
-        "pixel above 16, where 255 is white; no random crops and flips without --augment crop\n"
+        "pixel above 16, where 255 is white; random crops and flips with --augment crop alone\n"
     )
 
 

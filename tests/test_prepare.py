@@ -1,4 +1,4 @@
-"""benchmark/prepare.py: CINIC-10 and Tiny-ImageNet as .npz files, and how they are then read."""
+"""benchmark/prepare.py: data sets as .npz files, and how they are then read."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def cinic(tmp_path):
 
 def test_of_cinic_only_images_from_imagenet_are_kept_with_labels_by_name(cinic, tmp_path, capsys):
     out = tmp_path / "cinic10.npz"
-    prepare.main(["cinic10", str(cinic), str(out), "--per-class", "12"])
+    prepare.main(["cinic10", str(cinic), "--data-root", str(tmp_path), "--per-class", "12"])
     assert "24 test images of 2 classes" in capsys.readouterr().out
     found = ev.load_other_images(out, ["dog", "cat"])
     assert found.x.shape == (24, 32, 32, 3) and found.labels.bincount().tolist() == [12, 12]
@@ -41,8 +41,9 @@ def test_the_cinic_images_per_class_are_always_the_same_choice(cinic, tmp_path):
         for i, path in enumerate(sorted((cinic / part).rglob("n*.png"))):
             save_image(path, 10 * i + len(part))
     for number, per_class in enumerate((5, 5, 6)):
-        out = tmp_path / f"{number}.npz"
-        prepare.main(["cinic10", str(cinic), str(out), "--per-class", str(per_class)])
+        out = tmp_path / f"{number}/cinic10.npz"
+        flags = ["cinic10", str(cinic), "--data-root", str(out.parent)]
+        prepare.main([*flags, "--per-class", str(per_class)])
         found = ev.load_other_images(out, ["cat", "dog"])
         assert found.labels.bincount().tolist() == [per_class] * 2
         notes.append(found.note)
@@ -52,12 +53,12 @@ def test_the_cinic_images_per_class_are_always_the_same_choice(cinic, tmp_path):
     for part in ("train", "valid", "test"):
         files += sorted((cinic / part / "cat").glob("n*.png"))
     expected = [common.read_image(files[i])[0, 0, 0] for i in sorted(chosen)]
-    assert np.load(tmp_path / "0.npz")["x_test"][:5, 0, 0, 0].tolist() == expected
+    assert np.load(tmp_path / "0/cinic10.npz")["x_test"][:5, 0, 0, 0].tolist() == expected
 
 
 def test_a_net_is_evaluated_on_the_prepared_images_as_on_any_others(cinic, tmp_path):
     out = tmp_path / "cinic10.npz"
-    prepare.main(["cinic10", str(cinic), str(out), "--per-class", "3"])
+    prepare.main(["cinic10", str(cinic), "--data-root", str(tmp_path), "--per-class", "3"])
     rng = np.random.default_rng(0)
     arrays = {f"x_{p}": rng.integers(0, 256, (8, 32, 32, 3), "u1") for p in ("train", "test")}
     arrays |= {f"y_{part}": np.arange(8) % 2 for part in ("train", "test")}
@@ -89,15 +90,15 @@ def test_a_net_is_evaluated_on_the_prepared_images_as_on_any_others(cinic, tmp_p
 )
 def test_a_broken_cinic_folder_is_one_line(cinic, damage, per_class, word, tmp_path, refused):
     damage(cinic)
-    flags = ["cinic10", str(cinic), str(tmp_path / "out.npz"), "--per-class", str(per_class)]
+    flags = ["cinic10", str(cinic), "--data-root", str(tmp_path), "--per-class", str(per_class)]
     assert word in refused(prepare.main, flags)
-    assert not (tmp_path / "out.npz").exists()
+    assert not (tmp_path / "cinic10.npz").exists()
 
 
-def test_tiny_imagenet_is_made_from_its_official_folder(tmp_path, refused):
-    folder, out = tmp_path / "tiny-imagenet-200", tmp_path / "tiny-imagenet.npz"
+def test_tiny_imagenet_is_made_from_its_official_folder(tmp_path, refused, capsys):
+    folder = tmp_path / "tiny-imagenet-200"
     message = refused(common.load_data, "tiny-imagenet", tmp_path)
-    command = f"python benchmark/prepare.py tiny-imagenet {folder} {out}"
+    command = f"python benchmark/prepare.py tiny-imagenet {folder} --data-root {tmp_path}"
     assert message.startswith("--data tiny-imagenet: there is no") and message.endswith(command)
     flags = command.split()[2:]
     assert "tiny-imagenet-200/train: expected class folders" in refused(prepare.main, flags)
@@ -120,5 +121,30 @@ def test_tiny_imagenet_is_made_from_its_official_folder(tmp_path, refused):
     assert data.classes == ["n01", "n02", "n03"] and data.x_train.shape == (6, 64, 64, 3)
     assert data.y_train.tolist() == [0, 0, 1, 1, 2, 2] and data.y_test.tolist() == [1, 0, 2]
     assert data.x_test[2, 0, 0, 0] > 150
-    assert f"{out}: is there already" in refused(prepare.main, flags)
-    assert ".npz" in refused(prepare.parse_args, ["tiny-imagenet", "folder", "out"])
+    prepare.main(flags)
+    assert capsys.readouterr().out.endswith(f"{tmp_path}/tiny-imagenet.npz is there\n")
+
+
+@pytest.mark.parametrize("flags", ["tiny-imagenet", "cifar10-16 folder", "cifar10-8"])
+def test_a_wrong_name_or_folder_is_one_line(flags, refused):
+    error = refused(prepare.parse_args, flags.split())
+    assert error.startswith("NAME: " if "8" in flags else "FOLDER: ")
+
+
+def test_data_sets_are_made_of_cifar10(tmp_path, refused):
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for part, n in (("train", 20), ("test", 11)):
+        arrays[f"x_{part}"] = generator.integers(0, 256, (n, 4, 4, 3), dtype=np.uint8)
+        arrays[f"y_{part}"] = np.arange(n) % 10
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    for name in ("planes-cars", "cifar10-16"):
+        prepare.main([name, "--data-root", str(tmp_path)])
+    data = common.load_data(str(tmp_path / "planes-cars.npz"))
+    assert data.classes == ["airplane", "automobile"]
+    assert data.y_train.tolist() == [0, 1, 0, 1] and data.y_test.tolist() == [0, 1, 0]
+    assert (data.x_test[2].numpy() == arrays["x_test"][10]).all()
+    small = common.load_data(str(tmp_path / "cifar10-16.npz"))
+    means = arrays["x_train"].reshape(20, 2, 2, 2, 2, 3).mean((2, 4)).round()
+    assert (small.x_train.numpy() == means).all() and small.y_test.tolist() == [*range(10), 0]
+    assert "cifar10.npz" in refused(prepare.main, ["cifar10-16", "--data-root", f"{tmp_path}/no"])
