@@ -131,6 +131,22 @@ def test_a_disk_that_is_really_full_is_one_line_and_the_run_goes_on_when_there_i
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.parametrize("job", ["teacher_free_kd", "eval_robustness"])
+def test_a_first_process_that_has_just_ended_is_not_taken_for_a_living_one(
+    job, tmp_path, monkeypatch
+):
+    """Its lock has its number until the next one takes it."""
+    start = faults.start
+
+    def start_and_wait(*given):
+        pid = start(*given)
+        faults.os.waitid(faults.os.P_PID, pid, faults.os.WEXITED | faults.os.WNOWAIT)
+        return pid
+
+    monkeypatch.setattr(faults, "start", start_and_wait)
+    assert faults.twice(job, tmp_path, None, 0)[0] == 0
+
+
 def test_a_finished_evaluation_drops_what_a_kill_left(reference, tmp_path):
     job = "eval_robustness"
     at = faults.functools.partial(faults.at_call, "unlink", 2, faults.die)
