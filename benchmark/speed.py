@@ -215,7 +215,7 @@ def train_with(data, args, tricks):
                 pin_memory=device.type == "cuda",
             )
         for x, labels in batches:
-            if len(x) < args.batch_size:  # the last one of an epoch
+            if len(x) != args.batch_size:  # the last one of an epoch
                 continue
             optimizer.zero_grad()
             loss = step(x.to(device).to(memory_format=layout), labels.to(device))

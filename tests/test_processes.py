@@ -18,7 +18,7 @@ import common
 import robust_kd
 
 SMALL = (
-    "--data shapes --model mlp-16 --train-subset 65 --val-size 20 --test-subset 20 --device cpu "
+    "--data shapes --model mlp-16 --train-subset 66 --val-size 20 --test-subset 20 --device cpu "
     "--batch-size 32 --teacher-batch-size 32 --teacher-epochs 2 --steps 1 --eval-steps 1 "
     # no BatchNorm and no random start of an attack: the numbers may not depend on the processes
     "--loss ckd --teacher-training st --name run"
@@ -43,7 +43,7 @@ def losses_of(folder):
 
 
 def test_three_processes_go_on_where_one_stopped_and_train_as_one(tmp_path, stop_at):
-    # 65 images in batches of 32: the last batch has fewer images than there are processes
+    # 66 images in batches of 32: the last batch has fewer images than there are processes
     flags = f"{SMALL} --epochs 3 --runs"
     robust_kd.main(f"{flags} {tmp_path}/one".split())
     stop_at(robust_kd, f"{flags} {tmp_path}/three", "student", 1)
@@ -52,11 +52,77 @@ def test_three_processes_go_on_where_one_stopped_and_train_as_one(tmp_path, stop
     out = run.communicate(timeout=200)[0]
     assert run.returncode == 0 and out.count("student: goes on after epoch 1") == 1
     one, three = student_folder(tmp_path / "one"), student_folder(tmp_path / "three")
-    # the row of an epoch counts the one image of the last batch three times
+    # the row of an epoch counts the two images of the last batch three times
     np.testing.assert_allclose(losses_of(one), losses_of(three), rtol=0.05)
     weights = common.load(one / "student.pt")["weights"]
     for name, tensor in common.load(three / "student.pt")["weights"].items():
         torch.testing.assert_close(tensor, weights[name], atol=1e-4, rtol=0)
+
+
+COMPLETE = {
+    "WORLD_SIZE": "2",
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.mark.parametrize(
+    "environment, name",
+    [
+        ({"WORLD_SIZE": "2"}, "RANK"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE"),
+        ({"RANK": "1"}, "RANK"),
+        ({"RANK": ""}, "RANK"),
+        ({"WORLD_SIZE": "1", "RANK": "1"}, "RANK"),
+        (COMPLETE | {"RANK": "2"}, "RANK"),
+        (COMPLETE | {"LOCAL_RANK": "x"}, "LOCAL_RANK"),
+        (COMPLETE | {"MASTER_ADDR": ""}, "MASTER_ADDR"),
+        (COMPLETE | {"MASTER_PORT": "port"}, "MASTER_PORT"),
+        ({k: v for k, v in COMPLETE.items() if k != "LOCAL_RANK"}, "LOCAL_RANK"),
+        ({k: v for k, v in COMPLETE.items() if k != "MASTER_ADDR"}, "MASTER_ADDR"),
+    ],
+)
+def test_what_another_job_of_torchrun_left_is_one_line(environment, name, monkeypatch, ended):
+    for key in COMPLETE:
+        monkeypatch.delenv(key, raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    status, error = ended(lambda: pytest.fail("the program has begun"))
+    assert status == 2 and error.count("\n") == 1 and name in error.split(";")[0]
+    assert error.endswith("unset WORLD_SIZE RANK LOCAL_RANK, or start with torchrun\n")
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0"}, COMPLETE]
+)
+def test_what_torchrun_sets_is_taken(environment, monkeypatch, ended):
+    for key in COMPLETE:
+        monkeypatch.delenv(key, raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # which start replaces in the second process
+    common.check_processes()
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("n", [32, 33, 34, 35, 36, 37, 38, 39, 40])
+def test_no_process_gets_a_single_image(n, world, monkeypatch):
+    data = common.load_data("shapes", train_subset=n, test_subset=4, augment="none")
+    sizes, labels = [], []
+    for rank in range(world):
+        monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(common, "world", lambda: world)
+        parts = [part for _, part in common.batches(data, 16, 0, "student", 0)]
+        assert len(parts) == common.steps_per_epoch(data, 16)
+        sizes.append([len(part) for part in parts])
+        labels += parts[:2]
+    assert min(map(min, sizes)) >= 2 and len({len(row) for row in sizes}) == 1
+    assert sum(map(len, labels)) >= 32
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc, as on Linux")
