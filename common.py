@@ -60,13 +60,21 @@ class UserError(Exception):
     """
 
 
-def start(main, stopped="finished epochs are kept; the same command goes on:") -> None:
+def start(main, stopped=None) -> None:
     """Run main() as a program, without a traceback for anything that a user can cause.
 
     Exit status: 2 after a UserError, a file system error or a full GPU memory; 130 after Ctrl-C;
     143 after SIGTERM; 141 when the reader of the output has gone (`| head`). `stopped` is printed
-    after Ctrl-C, SIGTERM and a file system error, followed by the command.
+    after Ctrl-C, SIGTERM and a file system error, followed by the command (default: what a training
+    script has kept).
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what the terminal cannot print becomes \\uXXXX
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        check_processes()
+    except UserError as error:
+        exit_with_error(str(error))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the first process prints everything)
     signal.signal(signal.SIGTERM, _raise_on_sigterm)
@@ -76,7 +84,7 @@ def start(main, stopped="finished epochs are kept; the same command goes on:") -
         main()
         sys.stdout.flush()  # at the interpreter's exit it would be too late to catch the error
     except KeyboardInterrupt as stop:
-        print(f"\nstopped; {stopped}\n{command_line()}", file=sys.stderr)
+        print(f"\nstopped; {stopped or what_is_kept()}\n{command_line()}", file=sys.stderr)
         raise SystemExit(143 if stop.args else 130) from None
     except UserError as error:
         exit_with_error(str(error))
@@ -90,13 +98,33 @@ def start(main, stopped="finished epochs are kept; the same command goes on:") -
             os.dup2(null, 2)  # perhaps the same pipe
             raise SystemExit(141) from None
         name = error.filename or "standard output"
-        exit_with_error(f"{name}: {error.strerror or error}; {stopped} {command_line()}")
+        kept = stopped or what_is_kept()
+        exit_with_error(f"{name}: {error.strerror or error}; {kept} {command_line()}")
     except Exception as error:  # those of torch.compile are not all RuntimeErrors
         if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
             reason = str(error).split("Set TORCH")[0]
             exit_with_error(f"--compile: {reason}; the same command goes on without --compile")
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             exit_with_error(f"process {rank()}: another process has ended; start all of them again")
+        raise
+
+
+run_has_begun = False  # set by run_folder
+
+
+def what_is_kept() -> str:
+    """What a stopped training script leaves, before its command."""
+    kept = "finished epochs are kept" if run_has_begun else "nothing was trained yet"
+    return f"{kept}; the same command goes on:"
+
+
+@contextlib.contextmanager
+def naming(path):
+    """A file system error inside that names no file, such as a full disk, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
 
 
@@ -165,17 +193,20 @@ def _flag_type(expected, parse, low, high):
     return convert
 
 
-LARGEST = sys.float_info.max
+LARGEST = 1e15  # its square is far from the largest float32, 3.4e38
 # Names for `type=` in the scripts: parser.add_argument("--alpha", type="probability")
 FLAG_TYPES = {
     "nonnegative": _flag_type(
-        "a number of at least 0, or a fraction like 8/255", _number, 0, LARGEST
+        f"a number between 0 and {LARGEST:g}, or a fraction like 8/255", _number, 0, LARGEST
     ),
     "probability": _flag_type("a number or a fraction between 0 and 1", _number, 0, 1),
     "probability below 1": _flag_type(
         "a number of at least 0 and below 1", _number, 0, math.nextafter(1, 0)
     ),
-    "positive": _flag_type("a number above 0", _number, sys.float_info.min, LARGEST),
+    "positive": _flag_type(
+        f"a number above 0, at most {LARGEST:g}", _number, sys.float_info.min, LARGEST
+    ),
+    "decay": _flag_type("a number above 0, at most 1", _number, sys.float_info.min, 1),
     "positive int": _flag_type("a whole number of at least 1", _whole, 1, 10**12),
     "nonnegative int": _flag_type("a whole number of at least 0", _whole, 0, 10**12),
 }
@@ -227,7 +258,11 @@ def find_device(name: str) -> torch.device:
         return torch.device("cpu")
     if world() == 1:
         return torch.device("cuda")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    index = int(os.environ["LOCAL_RANK"])
+    if index >= torch.cuda.device_count():
+        there = f"there are {torch.cuda.device_count()} CUDA devices here"
+        raise UserError(f"LOCAL_RANK {index}: {there}; start as many processes with torchrun")
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
 
@@ -278,6 +313,23 @@ def set_matmul_tf32(allowed: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.backends.cuda.matmul.allow_tf32 = allowed  # the old switch sets the new one
+
+
+def check_processes() -> None:
+    """A UserError if the environment has a part of what torchrun sets, as another job leaves it."""
+    advice = "unset WORLD_SIZE RANK LOCAL_RANK, or start with torchrun"
+    for name, lowest in {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "MASTER_PORT": 1}.items():
+        text = os.environ.get(name)
+        is_number = text is None or re.fullmatch(r"\d{1,9}", text)
+        if not is_number or int(text or lowest) < lowest:
+            raise UserError(f"{name}: expected a whole number, got {text!r}; {advice}")
+    if world() > 1:
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise UserError(f"WORLD_SIZE is {world()}, and {name} is not set; {advice}")
+    number = int(os.environ.get("RANK", 0))
+    if number >= world():
+        raise UserError(f"RANK: expected less than WORLD_SIZE {world()}, got {number}; {advice}")
 
 
 def world() -> int:
@@ -610,13 +662,31 @@ def to_float(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2).float() / 255 if x.dtype == torch.uint8 else x.float()
 
 
+def batch_bounds(n: int, batch_size: int) -> list[tuple[int, int]]:
+    """(first, last) of each batch of n images; the last batch may be smaller.
+
+    A last batch of one image is joined to the batch before it: BatchNorm cannot train on it where
+    it has one value per channel.
+    """
+    starts = list(range(0, n, batch_size))
+    if n % batch_size == 1 and n > 1:
+        starts.pop()
+    return list(itertools.pairwise([*starts, n]))
+
+
+def steps_per_epoch(data: Data, batch_size: int) -> int:
+    """The number of batches in an epoch."""
+    return len(batch_bounds(len(data.x_train), batch_size))
+
+
 def batches(data: Data, batch_size: int, seed: int, stage: str, epoch: int):
-    """Yield (x, labels) over the shuffled and augmented training set; the last one may be smaller.
+    """Yield (x, labels) over the shuffled and augmented training set, cut by `batch_bounds`.
 
     x float32 (B, C, H, W) in [0, 1]; labels int64 (B,). The draws depend on (seed, stage, epoch)
     alone, not on the device, the batch size or a global generator; all students of a seed see the
     same batches. The images are on the device already: a batch is one gather, an epoch one copy
-    from the host. Under torchrun each process gets its share of every batch.
+    from the host. Under torchrun each process gets its share of every batch, or all of a batch in
+    which a share would be a single image.
     """
     n, height, width = data.x_train.shape[:3]
     if not stage.startswith("student"):
@@ -628,10 +698,9 @@ def batches(data: Data, batch_size: int, seed: int, stage: str, epoch: int):
     flip = torch.randint(1 + data.flip, (n,), generator=generator)
     plan = torch.stack([order, top, left, flip]).to(data.x_train.device)  # (4, N)
     padded = pad(data.x_train, data.pad)
-    for first in range(0, n, batch_size):
-        last = min(first + batch_size, n)
+    for first, last in batch_bounds(n, batch_size):
         share = slice(first + rank(), last, world())  # all of the batch without torchrun
-        if last - first < world():  # too few to share: every process gets all of them
+        if last - first < 2 * world():
             share = slice(first, last)
         index = plan[0, share]
         yield crop(padded, *plan[:, share], height, width), data.y_train[index]
@@ -1218,7 +1287,7 @@ def write_atomically(path: Path, write) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -1403,12 +1472,19 @@ STYLE = {
 
 
 def new_figure(width: float, height: float):
-    """An empty figure of so many inches in our style; None without matplotlib."""
+    """An empty figure of so many inches in our style; None without matplotlib.
+
+    A UserError if matplotlib is there and does not start, as with a notebook's MPLBACKEND whose
+    package is missing.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure
-    except ImportError:
-        return None
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "matplotlib":
+            return None
+        advice = "unset MPLBACKEND or install matplotlib again"
+        raise UserError(f"matplotlib does not start ({one_line(error)}); {advice}") from None
     matplotlib.rcParams.update(STYLE)
     matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLOURS)
     return Figure((width, height), layout="constrained")
@@ -1417,6 +1493,16 @@ def new_figure(width: float, height: float):
 def save_figure(figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+@contextlib.contextmanager
+def drawing(path):
+    """A figure that cannot be drawn or written inside is a warning: no result depends on it."""
+    try:
+        yield
+    except Exception as error:  # matplotlib raises whatever comes
+        reason = str(error) if isinstance(error, UserError) else one_line(error)
+        print(f"warning: {path} is not drawn: {reason}", flush=True)
 
 
 # ================================================================================================
@@ -1577,6 +1663,7 @@ def run_seeds(script: str, args: argparse.Namespace, job, prepare=None) -> list[
             args.test_subset,
             args.augment,
         )
+        check_single_images(args, data)
         if prepare is not None:
             prepare(args, data)
     summaries = []
@@ -1592,8 +1679,10 @@ def run_seeds(script: str, args: argparse.Namespace, job, prepare=None) -> list[
                         row["file"] = os.path.relpath(row["file"], folder)
                 sync()  # until every process has read what it needs from the folder
                 write_json(folder / "summary.json", rows)
-                delete_checkpoints(folder)
-                draw_run(folder, rows)
+            delete_checkpoints(folder)  # a kill may have come between the summary and this
+            if not (folder / "curves.png").exists():
+                with drawing(folder / "curves.png"):
+                    draw_run(folder, rows)
             files = " ".join(path.name for path in sorted(folder.glob("*.pt")))
             print(
                 f"\n{table(without_files(rows))}\n\n{folder} is finished: log.jsonl {files}",
@@ -1604,6 +1693,26 @@ def run_seeds(script: str, args: argparse.Namespace, job, prepare=None) -> list[
         print(f"\nmean +- std of seeds {' '.join(map(str, seeds))}")
         print(table(without_files(mean_and_std(summaries))), flush=True)
     return summaries
+
+
+def check_single_images(args: argparse.Namespace, data: Data) -> None:
+    """A UserError if batches have one image and a net has BatchNorm on one value per channel."""
+    size, channels = data.x_test.shape[2:]
+    for role in ("teacher_", ""):
+        batch_size = getattr(args, f"{role}batch_size", None) or args.batch_size
+        name = getattr(args, f"{role}model") or args.model
+        width = getattr(args, f"{role}width", None) or getattr(args, "width", 1.0)
+        if 1 not in (batch_size, len(data.x_train)) or (role and args.teacher_ckpt):
+            continue
+        with torch.random.fork_rng([]), torch.no_grad():
+            net = build_model(name, len(data.classes), width, 0.0, channels, size)
+            try:
+                net.train()(torch.zeros(1, channels, size, size))
+            except Exception as error:  # another one comes again where the net is trained
+                if "more than 1 value per channel" in str(error):
+                    flags = f"--batch-size {batch_size}, {len(data.x_train)} training images"
+                    wrong = f"BatchNorm in {name} cannot train on a batch of one image"
+                    raise UserError(f"{flags}: {wrong}; take at least 2") from None
 
 
 def without_files(rows: list[dict]) -> list[dict]:
@@ -1617,9 +1726,18 @@ def read_summary(path: Path) -> list[dict] | None:
     if rows is None:
         return None
     is_list = isinstance(rows, list) and len(rows) > 0
-    if not is_list or not all(isinstance(row, dict) and "model" in row for row in rows):
+    if not is_list or not all(map(is_summary_row, rows)):
         raise UserError(f"{path}: damaged; delete it, and the same command makes it again")
     return rows
+
+
+def is_summary_row(row) -> bool:
+    """Whether it is a row of a summary: the name of a net, perhaps its file, and numbers."""
+    if not isinstance(row, dict) or not isinstance(row.get("model"), str):
+        return False
+    file_is_name = isinstance(row.get("file"), str | None)
+    numbers = [v for k, v in row.items() if k.endswith("_acc") or k in ("epochs", "seconds")]
+    return file_is_name and all(isinstance(v, float | int | None) for v in numbers)
 
 
 def mean_and_std(summaries: list[list[dict]]) -> list[dict]:
@@ -1633,7 +1751,8 @@ def mean_and_std(summaries: list[list[dict]]) -> list[dict]:
         if len(same) < len(summaries):  # a best epoch that is not the last has a row of its own
             continue
         merged = dict(first)
-        shared = first.get("file") is not None and all(row["file"] == first["file"] for row in same)
+        file = first.get("file")
+        shared = file is not None and all(row.get("file") == file for row in same)
         for key, value in first.items():
             values = [row.get(key) for row in same]
             if shared and values.count(value) == len(values):
@@ -1661,8 +1780,9 @@ def run_folder(script: str, args: argparse.Namespace, data: Data):
     if args.tensorboard:
         try:
             import torch.utils.tensorboard  # noqa: F401
-        except ImportError:
-            raise UserError("--tensorboard: not installed; pip install tensorboard") from None
+        except Exception as error:  # it is not there, or does not fit what it is built on
+            reason = f"cannot be imported ({one_line(error)})"
+            raise UserError(f"--tensorboard: {reason}; pip install tensorboard") from None
     folder = Path(args.runs) / script / f"{args.name}-s{args.seed}"
     config_file, flags = folder / "config.json", run_flags(args)
     with locked(folder):
@@ -1673,6 +1793,8 @@ def run_folder(script: str, args: argparse.Namespace, data: Data):
                 write_json(config_file, describe_run(args, data, flags))
             else:
                 check_same_run(folder, config, flags, data)
+        global run_has_begun
+        run_has_begun = True
         yield folder
 
 
@@ -1703,11 +1825,10 @@ def describe_run(args: argparse.Namespace, data: Data, flags: dict) -> dict:
 
 def check_same_run(folder: Path, config, flags: dict, data: Data) -> None:
     """A UserError if config.json of a folder is of other flags or data than those given now."""
-    try:
-        old_flags, old_fingerprint = dict(config["flags"]), config["fingerprint"]
-    except MALFORMED:
+    if not is_config(config):
         advice = "delete it if the folder belongs to this command, or take another --name"
-        raise UserError(f"{folder / 'config.json'}: damaged; {advice}") from None
+        raise UserError(f"{folder / 'config.json'}: damaged; {advice}")
+    old_flags, old_fingerprint = config["flags"], config["fingerprint"]
     for key in sorted(flags.keys() | old_flags.keys()):
         if flags.get(key) != old_flags.get(key):
             values = f"{old_flags.get(key)}, not {flags.get(key)}"
@@ -1717,6 +1838,13 @@ def check_same_run(folder: Path, config, flags: dict, data: Data) -> None:
         raise UserError(
             f"--data: {folder} was made with other images or labels; take another --name"
         )
+
+
+def is_config(config) -> bool:
+    """Whether it is the content of a config.json: its flags and the fingerprint of its data."""
+    if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
+        return False
+    return isinstance(config.get("fingerprint"), int)
 
 
 @contextlib.contextmanager
@@ -1745,7 +1873,8 @@ def locked(folder: Path, wait: bool = False):
             print(f"{folder}: waiting for process {owner}, which is at work there", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
-        print(os.getpid(), end="", file=file, flush=True)
+        with naming(file.name):
+            os.write(file.fileno(), str(os.getpid()).encode())  # unbuffered
         yield
 
 
@@ -1795,12 +1924,25 @@ def average_gradients(model: nn.Module, images: int) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def epoch_row(stage: str, epoch: int, model: nn.Module, history: list, began: float) -> dict:
+# Flags besides the learning rate whose value can make a loss or weights overflow
+STEP_FLAGS = (
+    "--temperature",
+    "--weight-decay",
+    "--momentum",
+    "--sigma",
+    "--trades-beta",
+    "--byot-lambda",
+    "--byot-temperature",
+)
+
+
+def epoch_row(stage: str, epoch: int, model, history: list, began: float, args) -> dict:
     """The row of a finished epoch: stage, epoch, loss, train_acc, images_per_second, seconds.
 
     history: the `metrics` of its steps, read here for the first time; began: time.monotonic() at
-    its start. A UserError if a loss or a weight is not finite. Under torchrun the sums are over all
-    processes, and BatchNorm statistics become those of the first one.
+    its start. A UserError if a loss or a weight is not finite, with the flags of `args` to change.
+    Under torchrun the sums are over all processes, and BatchNorm statistics become those of the
+    first one.
     """
     steps = torch.stack(history).double()
     if world() > 1:
@@ -1814,11 +1956,13 @@ def epoch_row(stage: str, epoch: int, model: nn.Module, history: list, began: fl
     weights_finite = torch.stack([v.isfinite().all() for v in model.state_dict().values()]).all()
     if not all(finite) or not weights_finite:
         step = finite.index(False) + 1 if not all(finite) else len(steps)
-        flag = (
-            "--lr" if stage.startswith("student") else "--teacher-lr (--lr in scripts without it)"
-        )
+        has_own_lr = not stage.startswith("student") and hasattr(args, "teacher_lr")
+        advice = f"try a lower {'--teacher-lr' if has_own_lr else '--lr'}"
+        given = [flag for flag in STEP_FLAGS if flag in args.given]
+        if given:
+            advice += f", or another value of {', '.join(given)}"
         where = f"{stage}, epoch {epoch + 1}, step {step}"
-        raise UserError(f"{where}: loss or weights are not finite; try a lower {flag}")
+        raise UserError(f"{where}: loss or weights are not finite; {advice}")
     loss, correct, images = steps.sum(0).tolist()
     return {
         "stage": stage,
@@ -1900,8 +2044,7 @@ def resume(folder: Path, stage: str, state: dict) -> list[dict]:
             part.load_state_dict(newest["state"][name])
         rows = [dict(row) for row in newest["rows"]]
         last = {"stage": rows[-1]["stage"], "epoch": rows[-1]["epoch"]}
-        plain = all(is_plain(row) for row in rows)
-        if last != {"stage": stage, "epoch": len(rows)} or not plain:
+        if last != {"stage": stage, "epoch": len(rows)} or not all(map(is_epoch_row, rows)):
             raise ValueError
     except MALFORMED:
         advice = "delete its checkpoints, and the stage begins again"
@@ -1909,6 +2052,17 @@ def resume(folder: Path, stage: str, state: dict) -> list[dict]:
     print(f"{stage}: goes on after epoch {len(rows)} ({folder})", flush=True)
     write_log(folder, stage, rows)
     return rows
+
+
+def is_epoch_row(row) -> bool:
+    """Whether it is the row of a finished epoch: the name of its stage, and numbers."""
+    if not isinstance(row, dict) or not isinstance(row.get("stage"), str):
+        return False
+    if not {"epoch", "loss", "images_per_second", "seconds"} <= row.keys():
+        return False
+    numbers = [value for key, value in row.items() if key != "stage"]
+    names_are_text = all(isinstance(key, str) for key in row)
+    return names_are_text and all(isinstance(number, float | int) for number in numbers)
 
 
 def save_epoch(folder, stage, model, state, rows, epochs, tensorboard=False) -> None:
@@ -1939,7 +2093,8 @@ def write_log(folder: Path, stage: str, rows: list[dict]) -> None:
     path, lines = folder / "log.jsonl", []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(*MALFORMED):
-            if json.loads(line)["stage"] != stage:
+            row = json.loads(line)
+            if is_epoch_row(row) and row["stage"] != stage:
                 lines.append(line)
     lines += [json.dumps(row) for row in rows]
     text = "\n".join(lines) + "\n"
@@ -1947,10 +2102,19 @@ def write_log(folder: Path, stage: str, rows: list[dict]) -> None:
 
 
 def read_log(folder: Path) -> dict[str, list[dict]]:
-    """{stage: rows of its epochs} in log.jsonl of a folder; {} if there is none."""
+    """{stage: rows of its epochs} in log.jsonl of a folder; {} if there is none.
+
+    A UserError if a line is damaged.
+    """
     path, stages = folder / "log.jsonl", {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        row = json.loads(line)
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not is_epoch_row(row):
+            raise UserError(f"{path}: damaged: line {number} is not the row of an epoch")
         stages.setdefault(row["stage"], []).append(row)
     return stages
 
@@ -2021,7 +2185,8 @@ def log_to_tensorboard(folder: Path, row: dict) -> None:
     """Write the numbers of an epoch for TensorBoard, in a file of its own."""
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(folder, filename_suffix=f".{row['stage']}-{row['epoch']}") as writer:
+    suffix = f".{row['stage']}-{row['epoch']}"
+    with naming(folder), SummaryWriter(folder, filename_suffix=suffix) as writer:
         for key, value in row.items():
             if isinstance(value, float):
                 writer.add_scalar(f"{row['stage']}/{key}", value, row["epoch"])

@@ -1671,6 +1671,7 @@ class State:
             flags, corruptions = dict(record["flags"]), dict(record["corruptions"])
             attacks = {key: Progress(**fields) for key, fields in record["attacks"].items()}
             valid = all(progress.is_valid() for progress in attacks.values())
+            valid = valid and all(isinstance(name, str) for name in flags)
             for counts in corruptions.values():
                 for name, results in counts.items():
                     shape = torch.tensor(results).shape
@@ -2250,7 +2251,8 @@ def evaluate_all(args, data, others, models, flags, state):
         "rows": rows,
     }
     if args.plot:
-        plot(args.plot, record)
+        with common.drawing(args.plot):
+            plot(args.plot, record)
     return record
 
 

@@ -187,7 +187,7 @@ def parse_args(argv=None):
     add("--teacher-lr", type="positive", default=0.1, help="learning rate the teacher starts with")
     add(
         "--teacher-gamma",
-        type="positive",
+        type="decay",
         default=0.9,
         help="factor on the teacher's learning rate after each epoch (no effect with --schedule "
         "cosine)",
@@ -664,7 +664,7 @@ def train(recipe, data, folder, stage, args, teacher=None):
     after the last finished epoch.
     """
     model = common.new_model(data, recipe.model, recipe.seed, stage, recipe.width)
-    steps_per_epoch = math.ceil(len(data.x_train) / recipe.batch_size)
+    steps_per_epoch = common.steps_per_epoch(data, recipe.batch_size)
     optimizer, schedule = make_optimizer(model, recipe, args, steps_per_epoch)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
     average, kept_model = None, model  # kept_model is validated and saved
@@ -753,7 +753,7 @@ def train(recipe, data, folder, stage, args, teacher=None):
             schedule.step()  # per batch
             if average:
                 average.update(model)
-        row = common.epoch_row(stage, epoch, model, history, began)
+        row = common.epoch_row(stage, epoch, model, history, began, args)
         rows.append(row | common.validate(kept_model, data, validation_attack))
         if trajectories:
             trajectories.record(epoch, kept_model, data, validation_attack)

@@ -159,7 +159,7 @@ def parse_args(argv=None):
         help="numbers of finished epochs after which the student's learning rate is multiplied by "
         "--gamma (default: 60 120 150 for 200 epochs, in proportion for other --epochs)",
     )
-    add("--gamma", type="positive", default=0.2, help="factor on the learning rate at milestones")
+    add("--gamma", type="decay", default=0.2, help="factor on the learning rate at milestones")
     add("--lr", type="positive", default=0.1, help="learning rate that both nets start with")
     add("--batch-size", type="positive int", default=128, help="images per step of both nets")
     add("--momentum", type="probability", default=0.9, help="momentum of SGD for both nets")
@@ -271,7 +271,7 @@ def train(model, data, folder, stage, args, seed, epochs, milestones, teacher=No
             common.average_gradients(model, len(labels))  # under torchrun, otherwise nothing
             optimizer.step()
         schedule.step()  # per epoch
-        row = common.epoch_row(stage, epoch, model, history, began)
+        row = common.epoch_row(stage, epoch, model, history, began, args)
         rows.append(row | common.validate(model, data))
         common.save_epoch(folder, stage, model, state, rows, epochs, args.tensorboard)
     common.save_model(folder / f"{stage}.pt", model, rows)

@@ -299,7 +299,7 @@ def parse_args(argv=None):
         help="epochs of the student at which --schedule steps lowers the rate, the teacher in "
         "proportion (default: 30, 60 and 80 %% of the training)",
     )
-    add("--gamma", type="positive", help="factor on the rate at a milestone or after an epoch")
+    add("--gamma", type="decay", help="factor on the rate at a milestone or after an epoch")
     add("--warmup", type="nonnegative", help="epochs in which the learning rate rises to --lr")
     parser.add_run_flags()
     parser.set_defaults(data=None)
@@ -829,7 +829,7 @@ def train(recipe, data, folder, stage, args, teacher=None):
         weight_decay=recipe.weight_decay,
         fused=True,
     )
-    steps_per_epoch = math.ceil(len(data.x_train) / recipe.batch_size)
+    steps_per_epoch = common.steps_per_epoch(data, recipe.batch_size)
     schedule = LambdaLR(optimizer, lambda step: lr_factor(recipe, step, steps_per_epoch))
     attack = None
     if method.student_sees == "x_adv":
@@ -900,7 +900,7 @@ def train(recipe, data, folder, stage, args, teacher=None):
             common.average_gradients(learner, len(labels))
             optimizer.step()
             schedule.step()  # per batch
-        row = common.epoch_row(stage, epoch, learner, history, began)
+        row = common.epoch_row(stage, epoch, learner, history, began, args)
         rows.append(row | common.validate(model, data, attack))
         common.save_epoch(folder, stage, model, state, rows, recipe.epochs, args.tensorboard)
 

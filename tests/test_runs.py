@@ -1,5 +1,7 @@
 """A run: its folder, its checkpoints, teachers that runs share, and how programs end."""
 
+import errno
+import importlib
 import io
 import json
 import os
@@ -154,8 +156,48 @@ def test_a_damaged_config_or_summary_is_one_line(tmp_path, refused):
     for name in ("summary.json", "config.json"):
         (folder / name).write_text('{"flags": ')
         assert name in refused(run_in, tmp_path, f"{SMALL} --loss st")
-    (folder / "config.json").write_text('{"flags": 3}')
-    assert "config.json: damaged" in refused(run_in, tmp_path, f"{SMALL} --loss st")
+    good = {"flags": {}, "fingerprint": 1}
+    for change in (
+        {"flags": 3},
+        {"flags": [["eps", 0.1]]},
+        {"flags": [[None, None]]},
+        {"fingerprint": None},
+        {"fingerprint": [1]},
+    ):
+        (folder / "config.json").write_text(json.dumps(good | change))
+        assert "config.json: damaged" in refused(run_in, tmp_path, f"{SMALL} --loss st")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"clean_acc": 0.5},
+        {"model": None},
+        {"model": "student", "file": 3},
+        {"model": "student", "clean_acc": "0.5"},
+        {"model": "student", "epochs": [1]},
+    ],
+)
+def test_a_summary_of_another_shape_is_damaged(row, tmp_path, refused):
+    path = tmp_path / "summary.json"
+    good = {"model": "teacher", "clean_acc": 0.5, "pgd2_acc": None, "epochs": 3, "file": "t.pt"}
+    path.write_text(json.dumps([good, row]))
+    assert refused(common.read_summary, path).startswith(f"{path}: damaged")
+    path.write_text(json.dumps([good, good]))
+    assert common.read_summary(path) == [good, good]
+
+
+def test_a_finished_run_drops_the_checkpoints_that_a_kill_left(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "delete_checkpoints", killed)
+        run_in(tmp_path, f"{SMALL} --loss st")
+    folder = tmp_path / "robust_kd" / "x-s0"
+    assert list(folder.glob("*.checkpoint?.pt")) and (folder / "summary.json").exists()
+    run_in(tmp_path, f"{SMALL} --loss st")
+    assert not list(folder.glob("*.checkpoint?.pt"))
 
 
 def test_a_folder_in_use_is_refused_and_taken_over_after_the_end(tmp_path, refused):
@@ -290,6 +332,9 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(stopped, refused):
         {"rows": [], "state": state},
         {"rows": rows[:1] * 2, "state": state},
         {"rows": [row | {"stage": "teacher"} for row in rows], "state": state},
+        {"rows": [row | {"val_clean_acc": "0.5"} for row in rows], "state": state},
+        {"rows": [row | {None: 0.5} for row in rows], "state": state},
+        {"rows": [row | {"seconds": None} for row in rows], "state": state},
         {"rows": rows, "state": {}},
         {"rows": rows, "state": state | {"model": {}}},
         {"rows": rows, "state": state | {"optimizer": {}}},
@@ -337,9 +382,22 @@ def test_the_best_epoch_is_the_first_with_the_highest_sum():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path, refused):
-    message = refused(run_in, tmp_path, f"{SMALL} --loss st --lr 1e30")
-    assert "student, epoch 1, step 2" in message and "try a lower --lr" in message
+    message = refused(run_in, tmp_path, f"{SMALL} --loss st --lr 1e15 --epochs 3")
+    assert "student, epoch 2, step 1" in message and message.endswith("try a lower --lr")
     run_in(tmp_path / "advice", f"{SMALL} --loss st --lr 0.01")
+
+
+@pytest.mark.parametrize(
+    "flags, advice",
+    [
+        ("--loss st --weight-decay 1e14", "a lower --lr, or another value of --weight-decay"),
+        ("--loss akd --temperature 1e15", "a lower --lr, or another value of --temperature"),
+        ("--loss akd --teacher-lr 1e15 --teacher-epochs 3", "a lower --teacher-lr"),
+    ],
+)
+def test_the_advice_names_the_flags_that_were_given(flags, advice, tmp_path, refused):
+    message = refused(run_in, tmp_path, f"{SMALL} --epochs 9 {flags}")
+    assert "not finite" in message and message.endswith(f"try {advice}")
 
 
 def test_weights_that_are_not_finite_stop_the_run_before_the_checkpoint(
@@ -490,15 +548,17 @@ def test_a_killed_run_goes_on_by_the_command_that_it_prints(whole, tmp_path):
 @pytest.mark.parametrize(
     "stop, status, message",
     [
-        (KeyboardInterrupt(), 130, "stopped; finished epochs are kept; the same command goes on:"),
-        (KeyboardInterrupt("SIGTERM"), 143, "stopped; finished epochs are kept"),
+        (KeyboardInterrupt(), 130, "stopped; nothing was trained yet; the same command goes on:"),
+        (KeyboardInterrupt("SIGTERM"), 143, "stopped; nothing was trained yet"),
         (common.UserError("--eps: two\nlines \x1b[2J"), 2, "error: --eps: two lines ?[2J\n"),
         (OSError(28, "No space left on device", "a.pt"), 2, "error: a.pt: No space left on"),
         (torch.OutOfMemoryError("CUDA"), 2, "take a smaller --batch-size"),
         (RuntimeError("[gloo] Connection closed by peer"), 2, "another process has ended"),
     ],
 )
-def test_what_a_user_can_cause_is_one_line(stop, status, message, ended):
+def test_what_a_user_can_cause_is_one_line(stop, status, message, ended, monkeypatch):
+    monkeypatch.setattr(common, "run_has_begun", False)
+
     def main():
         raise stop
 
@@ -523,8 +583,61 @@ def test_ctrl_c_while_the_data_are_loaded_writes_nothing(tmp_path, monkeypatch, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(common, "load_data", interrupted)
+    monkeypatch.setattr(common, "run_has_begun", False)
     argv = [*SMALL.split(), "--runs", str(tmp_path / "runs")]
-    assert ended(lambda: robust_kd.main(argv))[0] == 130 and list(tmp_path.iterdir()) == []
+    status, error = ended(lambda: robust_kd.main(argv))
+    assert status == 130 and "nothing was trained yet" in error and list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_has_begun_says_that_finished_epochs_are_kept(tmp_path, monkeypatch, ended):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(common, "run_has_begun", False)
+    monkeypatch.setattr(common, "save_epoch", full)
+    argv = [*SMALL.split(), "--loss", "st", "--runs", str(tmp_path)]
+    status, error = ended(lambda: robust_kd.main(argv))
+    assert status == 2 and "; finished epochs are kept; the same command goes on:" in error
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch, ended):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "student.pt"
+    status, error = ended(lambda: common.write_atomically(path, full))
+    assert status == 2 and error.startswith(f"error: {path}: No space left on device;")
+    assert list(tmp_path.iterdir()) == []
+    write = os.write
+
+    def write_no_pid(number, content):
+        if content == str(os.getpid()).encode():
+            full()
+        return write(number, content)
+
+    monkeypatch.setattr(os, "write", write_no_pid)
+    argv = [*SMALL.split(), "--loss", "st", "--runs", str(tmp_path)]
+    status, error = ended(lambda: robust_kd.main(argv))
+    lock = tmp_path / "robust_kd" / "x-s0" / "lock"
+    assert status == 2 and error.startswith(f"error: {lock}: No space left on device;")
+
+
+def test_a_terminal_that_cannot_print_a_name_gets_it_escaped(monkeypatch):
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, io.TextIOWrapper(io.BytesIO(), "ascii"))
+
+    def main():
+        print("runs/\u30c6\u30b9\u30c8, \udcff")
+        raise common.UserError("--name \u30c6: no")
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        common.start(main)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    assert end.value.code == 2
+    assert sys.stdout.buffer.getvalue() == b"runs/\\u30c6\\u30b9\\u30c8, \\udcff\n"
+    assert sys.stderr.buffer.getvalue() == b"error: --name \\u30c6: no\n"
 
 
 def test_a_program_without_a_reader_of_its_output_ends_without_a_word():
@@ -661,3 +774,111 @@ def test_a_run_without_matplotlib_has_no_figure(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     run_in(tmp_path)
     assert not list(tmp_path.rglob("*.png")) and list(tmp_path.rglob("summary.json"))
+
+
+@pytest.mark.curves
+def test_a_figure_that_cannot_be_drawn_is_a_warning(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    with monkeypatch.context() as patch:
+        patch.setenv("MPLBACKEND", "nonsense")  # as a notebook's, whose package is missing
+        patch.delitem(sys.modules, "matplotlib")
+        run_in(tmp_path, f"{SMALL} --loss st --seeds 0 1")
+    out = capsys.readouterr().out
+    warnings = [line for line in out.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 2 and all("MPLBACKEND" in line for line in warnings)
+    assert "mean +- std of seeds 0 1" in out and out.count("is finished") == 2
+    run_in(tmp_path, f"{SMALL} --loss st")  # the same command draws what is missing
+    assert (tmp_path / "robust_kd" / "x-s0" / "curves.png").exists()
+
+
+@pytest.mark.curves
+def test_a_full_disk_or_a_damaged_log_costs_a_run_its_figure_alone(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    replace = os.replace
+
+    def full(source, target):
+        if target.name == "curves.png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        folder = run_in(tmp_path, f"{SMALL} --loss st")
+    out = capsys.readouterr().out
+    assert f"warning: {folder / 'curves.png'} is not drawn: OSError" in out
+    assert "is finished" in out and contents(folder).keys() == {
+        folder / name
+        for name in ("config.json", "lock", "log.jsonl", "student.pt", "student_best.pt")
+    } | {folder / "summary.json"}
+    (folder / "log.jsonl").write_text('{"stage": "student"')
+    run_in(tmp_path, f"{SMALL} --loss st")
+    out = capsys.readouterr().out
+    assert "log.jsonl: damaged: line 1 is not the row of an epoch" in out and "is finished" in out
+
+
+# ------------------------------------------------------------------------------------------------
+# Batches of one image
+
+NORM_NET = """
+from torch.nn import BatchNorm1d, Flatten, Linear, Sequential
+
+def net():
+    return Sequential(Flatten(), Linear(3072, 8), BatchNorm1d(8), Linear(8, 10))
+"""
+SCRIPTS = {
+    "robust_kd": "--loss akd --steps 1 --eval-steps 1 --teacher-batch-size 16",
+    "fickle_teacher": "--method hinton --eval-steps 1 --restarts 1",
+    "soft_randomization": "--eval-steps 1 --restarts 1",
+    "messy_collab": "--eval-steps 1 --restarts 1",
+    "teacher_free_kd": "--method tf-kd-self --eval-attack clean",
+}
+
+
+@pytest.fixture
+def norm_net(tmp_path, monkeypatch):
+    """Flags with a net that cannot train on one image."""
+    (tmp_path / "norm_net.py").write_text(NORM_NET)
+    monkeypatch.syspath_prepend(tmp_path)
+    return (
+        "--data shapes --model norm_net:net --teacher-model norm_net:net --device cpu --val-size 0 "
+        f"--test-subset 4 --epochs 2 --teacher-epochs 1 --name x --runs {tmp_path}/runs"
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_last_batch_of_one_image_is_joined_to_the_one_before(script, norm_net, monkeypatch):
+    sizes, metrics = [], common.metrics
+
+    def counted(loss, logits, labels):
+        sizes.append(len(labels))
+        return metrics(loss, logits, labels)
+
+    monkeypatch.setattr(common, "metrics", counted)
+    flags = f"{norm_net} {SCRIPTS[script]} --batch-size 16 --train-subset 33"
+    importlib.import_module(script).main(flags.split())
+    assert sizes == [16, 17] * 3
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("sizes", ["--batch-size 1 --train-subset 8", "--train-subset 1"])
+def test_batchnorm_on_a_single_image_is_refused_before_the_first_epoch(
+    script, sizes, norm_net, tmp_path, refused
+):
+    flags = f"{norm_net} {SCRIPTS[script]} {sizes}"
+    message = refused(importlib.import_module(script).main, flags.split())
+    assert message.startswith("--batch-size ") and "take at least 2" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_nets_that_can_train_on_a_single_image_do(tmp_path):
+    run_in(tmp_path, f"{SMALL} --loss st --train-subset 2 --batch-size 1")
+
+
+def test_all_other_batches_are_cut_as_always():
+    for n in range(1, 40):
+        for size in range(1, 20):
+            bounds = common.batch_bounds(n, size)
+            usual = [(first, min(first + size, n)) for first in range(0, n, size)]
+            if n % size == 1 and n > size > 1:
+                usual[-2:] = [(usual[-2][0], n)]
+            assert bounds == usual
