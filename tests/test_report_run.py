@@ -388,9 +388,9 @@ def test_generated_images_belong_to_the_data_of_a_run(tmp_path, refused):
 # Bad input
 
 
-def without_student_row(run):
+def file_in_rows(run, file):
     rows = json.loads((run / "summary.json").read_text())
-    (run / "summary.json").write_text(json.dumps([{**row, "file": 3} for row in rows]))
+    (run / "summary.json").write_text(json.dumps([{**row, "file": file} for row in rows]))
 
 
 def torn(path):
@@ -412,7 +412,8 @@ BAD = {  # what is done to the folder of the run -> what the line says
     "not finished": (lambda run: (run / "summary.json").unlink(), "not finished"),
     "torn summary": (lambda run: torn(run / "summary.json"), "summary.json: damaged"),
     "no rows": (lambda run: (run / "summary.json").write_text("[]"), "summary.json: damaged"),
-    "no net": (without_student_row, "summary.json: names no file of a net"),
+    "no net": (lambda run: file_in_rows(run, None), "summary.json: names no file of a net"),
+    "a number": (lambda run: file_in_rows(run, 3), "summary.json: damaged"),
     "no student": (lambda run: (run / "student.pt").unlink(), "student.pt: no such checkpoint"),
     "torn student": (lambda run: torn(run / "student.pt"), "student.pt: damaged"),
     "other data": (lambda run: rewrite(run / "config.json", fingerprint=1), "other images or"),

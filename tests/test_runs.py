@@ -384,7 +384,7 @@ def test_the_best_epoch_is_the_first_with_the_highest_sum():
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path, refused):
     message = refused(run_in, tmp_path, f"{SMALL} --loss st --lr 1e15 --epochs 3")
-    assert "student, epoch 1, step 2" in message and message.endswith("try a lower --lr")
+    assert "student, epoch 2, step 1" in message and message.endswith("try a lower --lr")
     run_in(tmp_path / "advice", f"{SMALL} --loss st --lr 0.01")
 
 

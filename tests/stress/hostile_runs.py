@@ -40,6 +40,8 @@ TEXTS = {  # of JSON files
     "wrong types": '{"flags": 1, "fingerprint": [], "rows": 5, "stage": 1, "epoch": "a"}',
     "nested flags": '{"flags": ' + "[" * 50_000,
     "no text": "\udcff\udcfe{",
+    "pairs of null": '{"flags": [[null, null]], "fingerprint": null}',
+    "rows of null": '[{"model": null}, {"stage": null, "epoch": null}]',
 }
 TINY = (
     "--data shapes --model mlp-4 --loss akd --steps 1 --eval-steps 1 --epochs 2 --name x "
@@ -109,6 +111,7 @@ def evaluations(folder):
     for name, change in {
         "other flags": {},
         "no flags": {"flags": 1},
+        "flags without names": {"flags": {None: 1, "--eps": 2}},
         "a list": {"attacks": [1]},
         "a number": {"attacks": {"x": 1}},
         "no tensor": {"attacks": {"x": progress | {"broken_by": [1]}}},
