@@ -1534,7 +1534,8 @@ def add_run_flags(parser, augment=("crop", "none")) -> None:
     precisions = {"choices": ["bf16", "fp32"], "default": "bf16"}
     add("--precision", **precisions, help="arithmetic of training on CUDA; a CPU trains in float32")
     add("--deterministic", action="store_true", help="use deterministic CUDA kernels (slower)")
-    modes = {"nargs": "?", "const": "default", "metavar": "MODE"}
+    modes = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+    modes = {"nargs": "?", "const": "default", "choices": modes, "metavar": "MODE"}
     add("--compile", **modes, help="compile the nets with torch.compile, in MODE")
     add("--runs", default="runs", help="folder in which the run folders are made")
     add("--name", help="name of the run folder (default: made of the flags that were given)")
@@ -1550,14 +1551,24 @@ def parse(parser, argv: list | None, presets: dict) -> argparse.Namespace:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     given = {word.split("=")[0] for word in argv if word.startswith("--")}
+    given = {re.sub("^--no-", "--", flag) for flag in given}  # a switch goes by one name
     asks_for_help = bool({"-h", "--help"} & set(argv))
     for preset, defaults in presets.items():
         words = f" {' '.join(argv)} ".replace("=", " ")
         if f" {preset} " not in words or asks_for_help:
             continue
         parser.set_defaults(**defaults)
-        flags = {f"--{key.replace('_', '-')}": value for key, value in defaults.items()}
-        sets = [f"{flag} {value}" for flag, value in flags.items() if flag not in given]
+        sets = []
+        for key, value in defaults.items():
+            flag = key.replace("_", "-")
+            if f"--{flag}" in given:
+                continue
+            if value is True:
+                sets.append(f"--{flag}")
+            elif value is False:
+                sets.append(f"--no-{flag}")
+            else:
+                sets.append(f"--{flag} {value}")
         print(f"{preset} sets {', '.join(sets) or 'nothing'}")
     args = parser.parse_args(argv)
     args.given = sorted(given)

@@ -31,24 +31,6 @@ def test_pgd_stays_in_the_ball_and_in_the_image_range():
         assert x_adv.min() >= 0 and x_adv.max() <= 1 and not x_adv.requires_grad
 
 
-@pytest.mark.parametrize("name", ["preact-resnet18", "resnet18", "wrn-10-1"])
-def test_the_attacked_net_is_the_net_of_now_without_its_batchnorm(name):
-    width = 1 if "wrn" in name else 1 / 16
-    model, x = common.build_model(name, width=width), torch.rand(8, 3, 32, 32)
-    optimizer, keys = torch.optim.SGD(model.parameters(), 0.1), [*model.state_dict()]
-    for _ in range(3):  # weights and statistics change
-        attacked = common.attacked(model, "eval")
-        assert not model.training and not attacked.training and attacked is not model
-        torch.testing.assert_close(attacked(x), model(x))
-        assert not attacked(x).requires_grad
-        optimizer.zero_grad()
-        F.cross_entropy(model.train()(x), torch.arange(8)).backward()
-        optimizer.step()
-    assert common.attacked(model, "eval") is attacked  # kept, but no part of what is saved
-    assert [*model.state_dict()] == keys and attacked not in model.modules()
-    assert common.attacked(model, "train") is model and model.training
-
-
 def test_pgd_solves_the_linear_model_exactly():
     model, eps = Linear(torch.randn(3, 4, 4)), 0.1
     x, labels = torch.full((6, 3, 4, 4), 0.5), torch.arange(6) % 2

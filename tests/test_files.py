@@ -9,13 +9,14 @@ import common
 
 
 def test_a_model_comes_back_from_its_file(tmp_path):
-    model = common.build_model("preact-resnet18-silu", 4, 1 / 16, mean=[0.3] * 3, std=[0.2] * 3)
+    model = common.build_model("preact-resnet18-w4-silu", 4, mean=[0.3] * 3, std=[0.2] * 3)
     model(torch.rand(4, 3, 32, 32))
     common.save_model(tmp_path / "m.pt", model, epoch=3)
-    again, meta = common.load_model(tmp_path / "m.pt")
+    again = common.load_model(tmp_path / "m.pt")
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(again(x), model.eval()(x)) and not again.training
-    assert meta == {"epoch": 3, "file": f"{tmp_path}/m.pt"}
+    assert not any(p.requires_grad for p in again.parameters())
+    assert again.meta == {"epoch": 3, "file": f"{tmp_path}/m.pt"}
 
 
 class Bomb:
@@ -42,7 +43,7 @@ def test_bad_checkpoints_are_one_line_and_never_run(tmp_path, refused):
     assert "no such checkpoint" in refused(common.load_model, tmp_path / "none.pt")
     assert "expected a wrn-10-1" in refused(common.load_model, good, name="wrn-10-1")
     data = common.load_data("shapes", train_subset=1)
-    assert "3 classes" in refused(common.load_model, good, "cpu", data)
+    assert "3 classes" in refused(common.load_model, good, data)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -18,15 +18,16 @@ DOC = "A program for the tests."
             ("8//255", "-1", "nan", "inf", "1/0", "", "eight", "1e999", "1e300", "9" * 5000),
         ),
         ("probability", {"5/6": 5 / 6, "1": 1.0}, ("1.5", "-0.1", "nan", "x")),
-        ("probability below 1", {"0": 0.0, "0.995": 0.995}, ("1", "nan", "-1")),
+        ("below_1", {"0": 0.0, "0.995": 0.995}, ("1", "nan", "-1")),
         ("positive", {"1e-9": 1e-9, "1/4": 0.25}, ("0", "-1", "inf", "1e300")),
         ("decay", {"1e-9": 1e-9, "1": 1.0}, ("0", "1.01", "1e200", "nan")),
-        ("positive int", {"1": 1, "200": 200}, ("0", "2.5", "-3", "1e3", "9" * 5000, "")),
-        ("nonnegative int", {"0": 0}, ("-1", "0.5")),
+        ("pixel_units", {"8/255": 8 / 255, "1": 1.0}, ("2", "1.01", "-1", "nan")),
+        ("whole", {"1": 1, "200": 200}, ("0", "2.5", "-3", "1e3", "9" * 5000, "")),
+        ("whole_or_0", {"0": 0}, ("-1", "0.5")),
     ],
 )
 def test_numbers_are_read_and_nonsense_is_refused(kind, good, bad):
-    convert = common.FLAG_TYPES[kind]
+    convert = getattr(common, kind)
     for text, value in good.items():
         assert convert(text) == value and type(convert(text)) is type(value)
     for text in bad:
@@ -36,9 +37,9 @@ def test_numbers_are_read_and_nonsense_is_refused(kind, good, bad):
 
 def test_the_error_of_a_flag_names_it_and_no_flag_is_abbreviated(refused):
     parser = common.Parser(DOC)
-    parser.add_argument("--eps", type="probability", default="8/255")
+    parser.add_argument("--eps", type=common.probability)
     parser.add_argument("--loss", choices=["at", "st"])
-    assert parser.parse_args([]).eps == 8 / 255
+    assert parser.parse_args(["--eps", "8/255"]).eps == 8 / 255
     message = refused(parser.parse_args, ["--eps", "8//255"])
     assert message == "--eps: expected a number or a fraction between 0 and 1, got '8//255'"
     assert refused(parser.parse_args, ["--loss", "ta"]).startswith("--loss: invalid choice: 'ta'")
@@ -47,16 +48,17 @@ def test_the_error_of_a_flag_names_it_and_no_flag_is_abbreviated(refused):
 
 
 def run_args(*argv, presets=None):
-    """The namespace of a script with three flags of its own."""
-    parser = common.RunParser(DOC)
+    """The namespace of a script with a few flags of its own."""
+    parser = common.Parser(DOC)
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--teacher-model")
-    parser.add_argument("--width", type="positive", default=1.0)
     parser.add_argument("--loss", choices=["at", "st"], default="at")
-    parser.add_argument("--eps", type="probability", default="8/255")
-    parser.add_argument("--epochs", type="positive int", default=100)
-    parser.add_run_flags()
-    return parser.parse_run(list(argv), presets or {})
+    parser.add_argument("--eps", type=common.probability, default=8 / 255)
+    parser.add_argument("--epochs", type=common.whole, default=100)
+    parser.add_argument("--nesterov", **common.SWITCH)
+    parser.add_argument("--decay-norms", **common.SWITCH | {"default": True})
+    common.add_run_flags(parser)
+    return common.parse(parser, list(argv), presets or {})
 
 
 @pytest.mark.parametrize(
@@ -64,14 +66,15 @@ def run_args(*argv, presets=None):
     [
         ("--model resnet19", "--model: expected resnet18"),
         ("--teacher-model wrn-12-1", "--teacher-model: the depth"),
-        ("--model wrn-16-2 --width 1/4", "--model wrn-16-2: --width"),
+        ("--model wrn-16-2-w8", "--model: expected"),
         ("--name ../up", "--name: "),
         ("--name", "--name: expected one argument"),
-        ("--seeds 1 1", "--seeds: each seed once, got 1 1"),
+        ("--seed 1 1", "--seed: each seed once, got 1 1"),
         ("--seed -1", "--seed: "),
         ("--epochs 1.5", "--epochs: "),
         ("--augment cutmix", "--augment: "),
         ("--precision fp16", "--precision: "),
+        ("--compile fast", "--compile: invalid choice: 'fast'"),
     ],
 )
 def test_flags_of_all_scripts_are_checked(argv, message, refused):
@@ -83,24 +86,44 @@ def test_a_run_is_named_by_its_flags_that_are_not_at_their_default():
     assert run_args("--loss", "st", "--eps", "4/255").name == "cifar10-resnet18-st,eps=0.01569"
     assert run_args("--data", "a/my set.npz").name == "my-set-resnet18-at"
     # what changes no weight is not in the name
-    free = "--seed 3 --seeds 1 2 --device cpu --runs here --graph --compile --tensorboard"
+    free = "--seed 1 2 --device cpu --runs here --compile reduce-overhead --tensorboard"
     assert run_args(*free.split()).name == "cifar10-resnet18-at"
     long = run_args("--data-root", "x", "--teacher-model", "mlp" + "-1000" * 8, "--epochs", "7")
     assert len(long.name) == 64
     assert long.name != run_args("--teacher-model", "mlp" + "-1000" * 8, "--epochs", "8").name
     assert run_args("--name", "own").name == "own"
+    switched = run_args("--nesterov", "--no-decay-norms")
+    assert switched.name == "cifar10-resnet18-at,nesterov=True,decay-norms=False"
+
+
+def test_seed_and_compile_with_and_without_values():
+    args = run_args()
+    assert args.seed == [0] and args.compile is None
+    args = run_args("--compile", "--seed", "3", "1", "2")
+    assert args.seed == [3, 1, 2] and args.compile == "default"
+    assert run_args("--compile", "max-autotune").compile == "max-autotune"
 
 
 def test_presets_set_defaults_and_flags_that_are_given_win(capsys):
-    presets = {"--demo": {"epochs": 5, "model": "mlp-8"}, "--loss st": {"eps": "1/255"}}
+    presets = {"--demo": {"epochs": 5, "model": "mlp-8"}, "--loss st": {"eps": 0.5}}
     args = run_args("--demo", "--model=mlp-4", presets=presets)
     assert capsys.readouterr().out == "--demo sets --epochs 5\n"
     assert (args.epochs, args.model, args.eps) == (5, "mlp-4", 8 / 255)
-    assert args.given == {"--demo", "--model"}
+    assert args.given == ["--demo", "--model"]
     args = run_args("--loss=st", presets=presets)
-    assert capsys.readouterr().out == "--loss st sets --eps 1/255\n" and args.eps == 1 / 255
+    assert capsys.readouterr().out == "--loss st sets --eps 0.5\n" and args.eps == 0.5
     run_args(presets=presets)
     assert capsys.readouterr().out == ""
+
+
+def test_a_preset_prints_switches_as_they_are_typed_and_a_no_that_is_given_wins(capsys):
+    presets = {"--demo": {"nesterov": True, "decay_norms": False}}
+    args = run_args("--demo", presets=presets)
+    assert capsys.readouterr().out == "--demo sets --nesterov, --no-decay-norms\n"
+    assert args.nesterov and not args.decay_norms
+    args = run_args("--demo", "--no-nesterov", presets=presets)
+    assert capsys.readouterr().out == "--demo sets --no-decay-norms\n"
+    assert not args.nesterov and not args.decay_norms
 
 
 def test_help_shows_the_docstring_and_the_defaults_but_not_none(capsys):

@@ -1,4 +1,4 @@
-"""Models: sizes against the published ones, modes, names; the net that attacks differentiate."""
+"""Models: sizes against the published ones, modes, names."""
 
 import pytest
 import torch
@@ -6,15 +6,15 @@ import torch.nn.functional as F
 
 import common
 
-PUBLISHED = {  # name, classes, width -> parameters (He et al.; Zagoruyko and Komodakis; 3x3 stems)
-    ("resnet18", 10, 1.0): 11_173_962,
-    ("resnet50", 10, 1.0): 23_520_842,
-    ("preact-resnet18", 10, 1.0): 11_172_170,  # with the last BatchNorm of He et al. 2016
-    ("wrn-16-2", 100, 1.0): 703_284,
-    ("wrn-40-2", 100, 1.0): 2_255_156,
-    ("wrn-16-2", 10, 1.0): 691_674,
-    ("wrn-28-10", 10, 1.0): 36_479_194,
-    ("wrn-28-10-silu", 100, 1.0): 36_536_884,
+PUBLISHED = {  # name, classes -> parameters (He et al.; Zagoruyko and Komodakis; 3x3 stems)
+    ("resnet18", 10): 11_173_962,
+    ("resnet50", 10): 23_520_842,
+    ("preact-resnet18", 10): 11_172_170,  # with the last BatchNorm of He et al. 2016
+    ("wrn-16-2", 100): 703_284,
+    ("wrn-40-2", 100): 2_255_156,
+    ("wrn-16-2", 10): 691_674,
+    ("wrn-28-10", 10): 36_479_194,
+    ("wrn-28-10-silu", 100): 36_536_884,
 }
 
 
@@ -30,8 +30,18 @@ def test_the_mlp_of_paper_three_has_2_4_million_parameters():
     assert sum(p.numel() for p in model.parameters()) == 2_395_210
 
 
-def test_width_scales_the_channels_and_dropout_is_active_in_train_mode_only():
-    assert common.build_model("resnet18", width=1 / 16).fc.in_features == 32
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "preact-resnet18"])
+def test_a_width_in_the_name_is_the_number_of_channels_in_the_first_stage(name):
+    with torch.device("meta"):
+        plain, narrow = common.build_model(name), common.build_model(f"{name}-w4")
+        same = common.build_model(f"{name}-w64")
+    assert narrow.stem[0].out_channels == 4
+    assert narrow.fc.in_features * 16 == plain.fc.in_features
+    shapes = [{k: v.shape for k, v in net.state_dict().items()} for net in (plain, same)]
+    assert shapes[0] == shapes[1]
+
+
+def test_dropout_is_active_in_train_mode_only():
     model, x = common.build_model("wrn-10-1", dropout=0.5), torch.rand(2, 3, 32, 32)
     model.train()
     assert not torch.equal(model(x), model(x))
@@ -40,11 +50,10 @@ def test_width_scales_the_channels_and_dropout_is_active_in_train_mode_only():
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "resnet50", "preact-resnet18-silu", "wrn-10-1", "mlp-9-8"]
+    "name", ["resnet18-w4", "resnet50-w4", "preact-resnet18-w4-silu", "wrn-10-1", "mlp-9-8"]
 )
 def test_predictions_do_not_depend_on_the_other_images_of_the_batch(name):
-    width = 1 / 16 if "resnet" in name else 1
-    model = common.build_model(name, 7, width, mean=[0.5] * 3, std=[0.2] * 3)
+    model = common.build_model(name, 7, mean=[0.5] * 3, std=[0.2] * 3)
     x = torch.rand(5, 3, 32, 32)
     model(x)  # moves the running statistics away from 0 and 1
     model.eval()
@@ -69,16 +78,28 @@ def test_models_normalise_inside():
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet19", "wrn-17-2", "wrn-16", "mlp", "mlp-0", "wrn-16-2-gelu", ""]
+    "name",
+    [
+        "resnet19",
+        "resnet18-w0",
+        "resnet18-16",
+        "resnet18-silu",
+        "wrn-17-2",
+        "wrn-16",
+        "wrn-16-2-w8",
+        "wrn-16-2-gelu",
+        "mlp",
+        "mlp-0",
+        "",
+    ],
 )
 def test_unknown_models_are_refused_by_the_name_of_the_flag(name, refused):
     message = refused(common.check_model, "--teacher-model", name)
     assert message.startswith("--teacher-model: ") and repr(name) in message
 
 
-def test_width_and_dropout_only_where_they_mean_something(refused):
-    assert "--width" in refused(common.check_model, "--model", "wrn-16-2", 0.5)
-    assert "dropout" in refused(common.check_model, "--model", "resnet18", 1.0, 0.1)
+def test_a_resnet_has_no_dropout(refused):
+    assert "dropout" in refused(common.check_model, "--model", "resnet18-w4", 0.1)
 
 
 def test_a_new_model_fits_the_data_and_is_drawn_from_seed_and_stage():
