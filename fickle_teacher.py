@@ -510,7 +510,7 @@ def prepare(args, data):
     """Check flags and files against the data before anything is written; raises UserError."""
     teacher = eval_robustness.check_evaluation(args, data, teacher_dropout(args))
     if teacher is not None and args.method == "fickle":
-        learned, asked = teacher.arch["dropout"], teacher_dropout(args)
+        learned, asked = teacher.build_arguments["dropout"], teacher_dropout(args)
         if learned != asked:
             wrong = f"learned with dropout {learned:g}, not --dropout {asked:g}"
             raise common.UserError(f"--teacher-ckpt: {wrong}")

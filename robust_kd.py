@@ -43,7 +43,6 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
-import copy
 import dataclasses
 import math
 import shutil
@@ -960,7 +959,10 @@ class WeightAverage(nn.Module):
 
     def __init__(self, model, decay):
         super().__init__()
-        self.module = copy.deepcopy(model)
+        # built again: copy.deepcopy fails for weight_norm and for TorchScript
+        device = next(model.parameters()).device
+        self.module = common.build_model(**model.build_arguments).to(device)
+        self.module.load_state_dict(model.state_dict())
         self.decay = decay
         self.register_buffer("steps", torch.tensor(0))  # stays on the host
 
@@ -970,7 +972,8 @@ class WeightAverage(nn.Module):
         t = int(self.steps)
         decay = min(self.decay, (1 + t) / (10 + t)) if t > 0 else 0.0
         torch._foreach_lerp_([*self.module.parameters()], [*model.parameters()], 1 - decay)
-        torch._foreach_copy_([*self.module.buffers()], [*model.buffers()])
+        for own, given in zip(self.module.buffers(), model.buffers()):
+            own.copy_(given)
         self.steps += 1
 
 

@@ -931,7 +931,7 @@ def prepare(args, data):
         raise common.UserError(f"--delta: {wanted}, got {args.delta:g}")
     teacher = eval_robustness.check_nets(args, data)
     if teacher is not None and args.method in TEACHER_LIKE_STUDENT:
-        name, width = teacher.arch["name"], teacher.arch["width"]
+        name, width = teacher.build_arguments["name"], teacher.build_arguments["width"]
         if (name, width) != (args.model, args.width):
             student = f"the student is a {args.model} of width {args.width:g}"
             raise common.UserError(
