@@ -668,7 +668,9 @@ def train(recipe, data, folder, stage, args, teacher=None):
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
     average, kept_model = None, model  # kept_model is validated and saved
     if args.ema:
-        average = WeightAverage(model, args.ema)
+        # not copy.deepcopy(model): it fails for weight_norm and for TorchScript
+        twin = common.new_model(data, recipe.model, recipe.seed, f"{stage}'s average", recipe.width)
+        average = WeightAverage(twin, args.ema)
         kept_model = average.module
         state["average"] = average
     trajectories = None
@@ -952,17 +954,16 @@ def cutmix(x, targets, area, row, column):
 class WeightAverage(nn.Module):
     """The exponential moving average of a net's weights: update(model) after each step.
 
+    twin: a net of the same kind, which becomes the average; its first weights do not matter.
+
     The first step copies; step t = 1, 2, ... makes it d average + (1 - d) weights, with the ramp
     d = min(decay, (1 + t) / (10 + t)) of Rebuffi et al. (2021). BatchNorm statistics: the model's.
     torch.optim.swa_utils.AveragedModel would make the host wait for CUDA in every step.
     """
 
-    def __init__(self, model, decay):
+    def __init__(self, twin, decay):
         super().__init__()
-        # built again: copy.deepcopy fails for weight_norm and for TorchScript
-        device = next(model.parameters()).device
-        self.module = common.build_model(**model.build_arguments).to(device)
-        self.module.load_state_dict(model.state_dict())
+        self.module = twin
         self.decay = decay
         self.register_buffer("steps", torch.tensor(0))  # stays on the host
 
