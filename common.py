@@ -15,6 +15,7 @@ has its own folders, logs and checkpoints.
 import argparse
 import ast
 import atexit
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -32,10 +33,12 @@ import re
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 import zipfile
 import zlib
@@ -954,15 +957,24 @@ def check_model(flag: str, name: str, dropout: float = 0.0) -> None:
         raise UserError(f"{flag} {name}: a ResNet has no dropout; take a WideResNet or an MLP")
 
 
-def build_model(name, classes=10, dropout=0.0, channels=3, size=32, mean=None, std=None):
+def build_model(
+    name,
+    classes=10,
+    dropout=0.0,
+    channels=3,
+    size=32,
+    mean=None,
+    std=None,
+    class_names=None,
+):
     """A net for images (B, channels, size, size) in [0, 1] that returns logits (B, classes).
 
     MODULE:FUNCTION: see find_function; the net is told neither classes nor size, mean or std.
     resnet18, resnet50, preact-resnet18 (He et al., CIFAR stem: 3x3, no pooling; resnet18-w16 has 16
     channels in its first stage instead of 64), wrn-D-W (Zagoruyko and Komodakis 2016; `dropout`
     between the convolutions of a block), mlp-H-...-H (`dropout` after each layer); suffix -silu for
-    the pre-activation nets.
-    mean, std per channel (None: 0 and 1). `model.arch` keeps what load_model builds it from.
+    the pre-activation nets. mean, std per channel (None: 0 and 1). class_names: of the data, for
+    load_model to compare. `model.build_arguments` keeps what load_model builds the net from.
     """
     check_model("--model", name, dropout)
     arch = {
@@ -971,10 +983,11 @@ def build_model(name, classes=10, dropout=0.0, channels=3, size=32, mean=None, s
         "dropout": dropout,
         "channels": channels,
         "size": size,
+        "class_names": class_names,
     }
     if ":" in name:
         model = call_function(name, dropout)
-        model.arch = arch
+        model.build_arguments = arch  # a net of your own may have an `arch` itself
         return model
     mean, std = mean or [0.0] * channels, std or [1.0] * channels
     numbers = [int(n) for n in re.findall(r"-w?(\d+)", name)]
@@ -1001,7 +1014,7 @@ def build_model(name, classes=10, dropout=0.0, channels=3, size=32, mean=None, s
                 PostActBlock, stem, widths, depths, expansion, expansion=expansion
             )
             model = ConvNet(mean, std, stem, stages, norm_act(stem), [], last, classes)
-    model.arch = arch
+    model.build_arguments = arch
     return model.to(memory_format=torch.channels_last)
 
 
@@ -1025,7 +1038,8 @@ def new_model(data: Data, name: str, seed: int, stage: str, dropout: float = 0.0
     """build_model for the images and classes of `data`, on its device, drawn from (seed, stage)."""
     torch.manual_seed(derive_seed("init", seed, stage))
     size, channels = data.x_train.shape[2:]
-    model = build_model(name, len(data.classes), dropout, channels, size, data.mean, data.std)
+    names = data.classes
+    model = build_model(name, len(names), dropout, channels, size, data.mean, data.std, names)
     device = data.x_train.device
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{stage}: {name}, {parameters:,} parameters, on {device}", flush=True)
@@ -1080,8 +1094,14 @@ def find_function(flag: str, text: str) -> str:
 
 
 def one_line(error) -> str:
-    """An exception as a part of one line: its type and the beginning of its text."""
+    """An exception as a part of one line: its type and the beginning of its text.
+
+    One without a text, as of `assert`, is told by the line that raised it.
+    """
     text = " ".join(str(error).split())
+    frames = traceback.extract_tb(error.__traceback__)
+    if not text and frames:
+        text = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line}"
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
@@ -1095,53 +1115,137 @@ def call_function(name: str, dropout: float = 0.0) -> nn.Module:
         raise UserError(f"is a net of {name[:200]!r}, which no file can import; {advice}")
     try:
         model = FUNCTIONS[name]()
-    except Exception as error:  # whatever the function raises
+    except (Exception, SystemExit) as error:  # whatever the function raises
         raise UserError(f"{name}: {one_line(error)}") from None
+    if isinstance(model, torch.jit.ScriptModule):  # takes no hook and cannot be frozen itself
+        model = nn.Sequential(collections.OrderedDict(module=model))
     if not isinstance(model, nn.Module):
         returned = f"returned a {type(model).__name__}, not a torch.nn.Module"
         raise UserError(f"{name}: {returned}")
+    try:
+        model.train(model.training)
+    except Exception as error:  # a graph of torch.export has no modes
+        raise UserError(f"{name}: {one_line(error)}; return the net that it was made of") from None
     tensors = [*model.state_dict().values()]
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         raise UserError(f"{name}: its state_dict must hold tensors alone")
     lazy = nn.parameter.UninitializedTensorMixin
     if any(tensor.is_meta or isinstance(tensor, lazy) for tensor in tensors):
         raise UserError(f"{name}: has weights without numbers (lazy layers, or on device meta)")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"{name}: has no weights to train")
     if dropout > 0:
         layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
         if not layers:
             raise UserError(f"{name}: has no nn.Dropout for the dropout rate {dropout:g}")
         for layer in layers:
             layer.p = dropout
-    # our batches are channels_last in memory, which code with .view(...) does not expect
-    model.register_forward_pre_hook(lambda module, inputs: inputs[0].contiguous())
+    # The net gets a copy of its own, which it may change in place (x.sub_(mean)), and a contiguous
+    # one: our batches are channels_last in memory, which code with .view(...) does not expect.
+    model.register_forward_pre_hook(
+        lambda module, inputs: inputs[0].clone(memory_format=torch.contiguous_format)
+    )
     return model
 
 
 def load_weights(flag: str, path: str | Path, model: nn.Module) -> None:
     """Load a state_dict from elsewhere, weights only: other pickles are refused, never run.
 
-    It may be below `state_dict`, `model` or `weights`, its names may begin with `module.`. Raises
-    UserError.
+    Where it may be in the file: see state_dicts_in; how its names may differ: see renamings. Of raw
+    and averaged weights side by side the averaged ones are taken, and a line says so: papers that
+    average weights report the average, and timm.models.load_checkpoint takes it by default too.
+    Raises UserError.
     """
-    if not Path(path).is_file():  # reading a pipe would block
-        raise UserError(f"{flag} {path}: no such file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of pickles from elsewhere
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        for key in ("state_dict", "model", "weights"):
-            if isinstance(state.get(key), dict):
-                state = state[key]
-        model.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
-    except Exception as error:  # torch raises half a dozen types for a damaged file
-        reason = one_line(error)
-        if isinstance(error, pickle.UnpicklingError):  # torch would explain how to run it
-            reason = "the file contains Python objects; only tensors and plain values are loaded"
-        raise UserError(f"{flag} {path}: {reason}") from None
+        states = state_dicts_in(load_tensors(path))
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from None
+    fitting = {}
+    for place, state in states.items():
+        for renamed in renamings(state, model):
+            with contextlib.suppress(Exception):  # torch raises several types for what does not fit
+                model.load_state_dict(renamed)
+                fitting.setdefault(place, renamed)
+    if not fitting:
+        raise UserError(f"{flag} {path}: {misfit(states, model)}")
+    taken = next(iter(fitting))
+    model.load_state_dict(fitting[taken])
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise UserError(f"{flag} {path}: weights that are not finite")
+    for other in states:
+        if other != taken and (other in fitting or is_averaged(other) != is_averaged(taken)):
+            places = f"takes the weights at {taken or 'the top'}, not at {other or 'the top'}"
+            program = f"import torch; torch.save(torch.load({str(path)!r}){other}, 'other.pt')"
+            how = f'for these type python -c "{program}" and {flag} other.pt'
+            print_once(f"{flag} {path}: {places}; {how}")
+            break
+
+
+@functools.cache
+def print_once(line: str) -> None:
+    """Print a line that several functions, or several seeds, would repeat."""
+    print(line, flush=True)
+
+
+def state_dicts_in(record, place: str = "", depth: int = 4) -> dict:
+    """{its place, such as "['model']": state_dict} in a file of torch.save, averaged weights first.
+
+    A state_dict is the record itself, or below the keys that training programs use, also nested.
+    """
+    keys = ("state_dict", "model_state_dict", "model", "net", "module", "student", "weights")
+    found = {}
+    if not isinstance(record, dict) or depth == 0:
+        return found
+    if any(isinstance(value, Tensor) for value in record.values()):
+        found[place] = record
+    for key, value in record.items():
+        if isinstance(key, str) and (key in keys or is_averaged(key)):
+            found |= state_dicts_in(value, f"{place}[{key!r}]", depth - 1)
+    return dict(sorted(found.items(), key=lambda item: not is_averaged(item[0])))
+
+
+def is_averaged(key: str) -> bool:
+    """Whether a key of a file is of averaged weights: ema, model_ema, state_dict_ema, swa."""
+    return bool(re.search(r"(?<![a-z])(ema|swa)(?![a-z])", key, re.IGNORECASE))
+
+
+def plain_name(name: str) -> str:
+    """The name of a tensor without what DataParallel, AveragedModel and torch.compile add."""
+    return ".".join(part for part in str(name).split(".") if part not in ("module", "_orig_mod"))
+
+
+def renamings(state: dict, model: nn.Module):
+    """Yield a state_dict with the names that its tensors may have in the net.
+
+    As they are; without each `module.` or `_orig_mod.` at the front; without any of these. In this
+    order, so that a net with a submodule `module` keeps it.
+    """
+    yield state
+    state = {str(name): value for name, value in state.items() if name != "n_averaged"}
+    renamed = state
+    while renamed and all(name.startswith(("module.", "_orig_mod.")) for name in renamed):
+        renamed = {name.partition(".")[2]: value for name, value in renamed.items()}
+        yield renamed
+    name_in_net = {plain_name(name): name for name in model.state_dict()}
+    renamed = {name_in_net.get(plain_name(name), name): v for name, v in state.items()}
+    if len(renamed) == len(state):
+        yield renamed
+
+
+def misfit(states: dict, model: nn.Module) -> str:
+    """Why no state_dict of a file fits a net: the first names or shapes that differ."""
+    if not states:
+        return "no state_dict found; save it alone: torch.save(model.state_dict(), FILE)"
+    wanted = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+    there = {plain_name(name): tensor for name, tensor in next(iter(states.values())).items()}
+    missing = [name for name in wanted if name not in there and "num_batches" not in name]
+    others = [name[:60] for name in there if name not in wanted]
+    if missing or others:
+        wants, has = (", ".join(names[:3]) or "no others" for names in (missing, others))
+        return f"the weights are not of this net: the net wants {wants}; the file has {has}"
+    for name, tensor in wanted.items():
+        shape = tuple(getattr(there.get(name, tensor), "shape", ()))
+        if shape != tuple(tensor.shape):
+            return f"{name} is {tuple(tensor.shape)} in the net, {shape} in the file"
+    return "the names fit the net, the values are no tensors for it"
 
 
 def initial_digest(name: str, seed: int, dropout: float) -> str:
@@ -1334,29 +1438,102 @@ def check_zip(path: str | Path, whole: bool = True) -> None:
             raise ValueError(f"the checksum of {damaged} is wrong")
 
 
-def load(path: str | Path) -> dict:
-    """Read a file of `save` to the CPU, weights only: other pickles are refused, never run.
+# How files begin that are given in place of a checkpoint, what they are, and what to do
+OTHER_FILES = {
+    rb"(\xef\xbb\xbf)?\s*<": "a web page; download the file itself",
+    rb"version https://git-lfs": "a Git LFS pointer; fetch the file itself with git lfs pull",
+    rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!": "a packed archive; unpack it first",
+    rb".{257}ustar": "a tar archive; unpack it first",
+    rb"\x93NUMPY": "a numpy array; save the weights with torch.save",
+    rb".{6}\0\0\{": "a safetensors file; type "
+    "torch.save(safetensors.torch.load_file(FILE), 'weights.pt') in Python",
+    rb"\x89HDF": "an HDF5 file, as Keras writes them; save the weights with torch.save",
+    rb"\x80[\x02-\x05](?!\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.)": "a Python pickle, which is never "
+    "run; save the weights with torch.save",
+}
+ZIP, BEFORE_TORCH_1_6 = b"PK", b"\x80\x02\x8a"
 
-    Every byte is under a CRC-32. Raises UserError.
-    """
-    if not Path(path).is_file():  # reading a pipe would block
-        raise UserError(f"{path}: no such checkpoint")
+
+def check_first_bytes(path: str | Path) -> bytes:
+    """The first bytes of a file; a UserError that says what it is if it cannot be a checkpoint."""
     try:
-        check_zip(path)
+        if Path(path).is_dir():
+            raise UserError(f"{path}: a folder; give a file in it")
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would block
+            raise UserError(f"{path}: not a file")
+        with open(path, "rb") as file:
+            begin = file.read(512)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such checkpoint") from None
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror})") from None
+    if not begin:
+        raise UserError(
+            f"{path}: damaged: an empty file; get it again, or delete it if a run wrote it"
+        )
+    for pattern, what in OTHER_FILES.items():
+        if re.match(pattern, begin, re.DOTALL):
+            raise UserError(f"{path}: {what}")
+    return begin
+
+
+def check_torch_zip(path: str | Path) -> None:
+    """A UserError that says what a zip is, or a ValueError, unless torch.save has written it."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError("its end is missing, as after half a download")
+    with zipfile.ZipFile(path) as file:
+        names = [Path(name).name for name in file.namelist()]
+    if "constants.pkl" in names:
+        advice = "type torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt') in Python"
+        raise UserError(f"{path}: a TorchScript archive; {advice}")
+    if names and all(name.endswith(".npy") for name in names):
+        raise UserError(f"{path}: a numpy .npz file; save the weights with torch.save")
+    if "data.pkl" not in names:
+        raise UserError(f"{path}: a zip archive, not written by torch.save; unpack it first")
+    check_zip(path)
+
+
+def load_tensors(path: str | Path):
+    """Read a file of torch.save to the CPU, weights only: other pickles are refused, never run.
+
+    In a zip every byte is under a CRC-32. A UserError says what the file is instead.
+    """
+    begin = check_first_bytes(path)
+    try:
+        if not begin.startswith(BEFORE_TORCH_1_6):
+            check_torch_zip(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles from elsewhere
-            record = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # torch raises half a dozen types for a damaged file
+        if isinstance(error, PermissionError):
+            raise UserError(f"{path}: not readable ({error.strerror})") from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         if isinstance(error, pickle.UnpicklingError):  # torch would explain how to run it
             reason = "the file contains Python objects; only tensors and plain values are loaded"
-        advice = "if a run wrote it, delete it, and the same command makes it again"
-        raise UserError(
-            f"{path}: damaged, or no checkpoint of these scripts ({reason}); {advice}"
-        ) from None
-    if not isinstance(record, dict) or record.get("format") != 1:
-        raise UserError(f"{path}: not a checkpoint of these scripts")
-    return record
+        advice = "get it again; if a run wrote it, delete it, and the same command makes it again"
+        raise UserError(f"{path}: damaged, or no checkpoint ({reason}); {advice}") from None
+
+
+def load(path: str | Path) -> dict:
+    """Read a file of `save`. Raises UserError."""
+    if check_first_bytes(path).startswith(BEFORE_TORCH_1_6):
+        is_state_dict, record = True, None  # these scripts have never written such a file
+    else:
+        record = load_tensors(path)
+        is_state_dict = bool(state_dicts_in(record))
+    if isinstance(record, dict) and record.get("format") == 1:
+        return record
+    advice = ""
+    if is_state_dict:
+        advice = (
+            f"; for a state_dict type --model NET --weights {path} (eval_robustness.py), or "
+            f"--teacher-model NET --teacher-ckpt {path}; NET is MODULE:FUNCTION, for our nets "
+            "\"common:build_model(name='resnet18')\""
+        )
+    raise UserError(f"{path}: not a checkpoint of these scripts{advice}")
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -1385,8 +1562,9 @@ def load_model(path, data: Data | None = None, name: str | None = None) -> nn.Mo
     """The model in a file of save_model, in eval mode with frozen weights, on the device of `data`.
 
     model.meta: what was kept beside the weights, and the path as `file`. A UserError if the model
-    does not fit `data`, or if it is not a `name`. A net of MODULE:FUNCTION is built if
-    find_function was asked for it before: nothing is imported here.
+    does not fit `data` (the names of its classes too, where both are known), or if it is not a
+    `name`. A net of MODULE:FUNCTION is built if find_function was asked for it before: nothing is
+    imported here.
     """
     record = load(path)
     try:
@@ -1407,6 +1585,11 @@ def load_model(path, data: Data | None = None, name: str | None = None) -> nn.Mo
             raise ValueError("more than numbers, names and tensors beside the weights")
         if not all(v.isfinite().all() for v in weights.values()):
             raise ValueError("weights that are not finite")
+        names = arch.get("class_names")  # None: unknown, as in files of earlier versions
+        if names is not None:
+            strings = isinstance(names, list) and all(isinstance(name, str) for name in names)
+            if not strings or len(names) != arch["classes"]:
+                raise ValueError(f"class_names: expected the names of {arch['classes']} classes")
         model = build_model(**arch)
         model.load_state_dict(weights)
         model.meta = meta | {"file": str(path)}
@@ -1423,6 +1606,13 @@ def load_model(path, data: Data | None = None, name: str | None = None) -> nn.Mo
             model_is = f"{arch['classes']} classes, {arch['size']} x {arch['channels']} images"
             data_has = f"{len(data.classes)} classes, {size} x {channels} images"
             raise UserError(f"{path}: is for {model_is}; {data.name} has {data_has}")
+        numbers = [str(number) for number in range(len(data.classes))]  # no names are known
+        if names not in (None, numbers) and data.classes != numbers:
+            for number, (learned, given) in enumerate(zip(names, data.classes)):
+                if learned != given:
+                    there = f"class {number} is {learned[:50]!r}, in {data.name} it is {given!r}"
+                    advice = "give data with the same names in the same order"
+                    raise UserError(f"{path}: {there}; {advice}")
         model = model.to(data.x_test.device)
     return model.eval().requires_grad_(False)
 
@@ -2139,7 +2329,7 @@ def log_to_tensorboard(folder: Path, row: dict) -> None:
 
 
 def save_model(path: Path, model: nn.Module, rows: list[dict] = (), **meta) -> None:
-    """Write a model: its weights, its `arch` to build it again, and `meta`: numbers and names.
+    """Write a model: its weights, its `build_arguments`, and `meta`: numbers and names.
 
     meta gets from the rows of its training: epoch, seconds and the row of the best epoch. Under
     torchrun all processes find the file afterwards.
@@ -2147,7 +2337,7 @@ def save_model(path: Path, model: nn.Module, rows: list[dict] = (), **meta) -> N
     if rows:
         seconds = sum(row["seconds"] for row in rows)
         meta = {"epoch": len(rows), "seconds": seconds, "best": best_row(rows)} | meta
-    save(path, {"arch": model.arch, "weights": model.state_dict(), "meta": meta})
+    save(path, {"arch": model.build_arguments, "weights": model.state_dict(), "meta": meta})
     sync()
 
 

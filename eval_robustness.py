@@ -991,10 +991,10 @@ def clean_logits(model, x, labels, batch_size=500, classes=None, name="the model
             logits = model(part)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except Exception as error:  # whatever a net of your own raises
             problem = f"{name} does not take images {tuple(part.shape)}"
             raise common.UserError(f"{problem}: {common.one_line(error)}") from None
-        shape = tuple(getattr(logits, "shape", [type(logits).__name__]))
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         if len(shape) != 2 or shape[0] != len(part):
             raise common.UserError(f"{name} must return logits ({len(part)}, K), got {shape}")
         parts.append(logits.float())
@@ -1016,29 +1016,77 @@ def is_probabilities(logits):
     return bool(logits.min() > -1e-5 and (logits.sum(1) - 1).abs().max() < 1e-5)
 
 
+def check_net(model, x, labels, classes, name, attacked=True):
+    """A UserError unless a net returns logits and, if attacked, their gradient reaches the images.
+
+    Its mode and its statistics stay as they are.
+    """
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    with common.evaluating(model):
+        logits = clean_logits(model, x, labels, classes=classes, name=name)
+        refuse_probabilities(logits, name)
+        images, subject = common.to_float(x[:8]).requires_grad_(), f"{name}: cannot be attacked"
+        if attacked and not reaches_any(model, images, labels[:8], [images], subject):
+            need = "which all attacks but square follow"
+            raise common.UserError(f"{name}: no gradient reaches the images, {need}; {NO_GRADIENT}")
+    for buffer, before in zip(model.buffers(), buffers):
+        buffer.data.copy_(before)
+
+
+NO_GRADIENT = "its forward must do without no_grad, inference_mode, detach, numpy and whole numbers"
+
+
+def reaches_any(model, x, labels, tensors, subject):
+    """Whether a gradient of the cross-entropy reaches one of the tensors.
+
+    subject: beginning of the error if it cannot be computed, the net with what needs the gradient.
+    """
+    try:
+        with torch.enable_grad():
+            loss = F.cross_entropy(model(x), labels)
+        if not loss.requires_grad:
+            return False
+        gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a net of your own raises
+        problem = common.one_line(error)
+        raise common.UserError(f"{subject} ({problem})") from None
+    return any(gradient is not None for gradient in gradients)
+
+
 def check_nets(args, data, teacher_dropout=0.0):
     """Try nets of MODULE:FUNCTION on a batch and read --teacher-ckpt, before anything is written.
 
-    In eval mode such a net must return logits, and in training mode a backward pass must work.
-    -> the teacher of --teacher-ckpt, or None. Raises UserError.
+    In eval mode such a net must return logits; one that is trained must have weights that a
+    gradient reaches in training mode. -> the teacher of --teacher-ckpt, or None. Raises UserError.
     """
     size, channels = data.x_train.shape[2:]
-    x, labels = data.x_train[:8], data.y_train[:8]
-    for name, dropout in ((args.model, 0.0), (args.teacher_model, teacher_dropout)):
+    x, labels, classes = data.x_train[:8], data.y_train[:8], len(data.classes)
+    trained = [(args.model, 0.0)]
+    teacher = None
+    if args.teacher_ckpt:
+        teacher = common.given_teacher(args, data, teacher_dropout)
+        name = teacher.build_arguments["name"]
+        if ":" in name:
+            attacked = getattr(args, "eval_attack", None) != ["clean"]
+            check_net(teacher.to(x.device), x, labels, classes, name, attacked)
+    else:
+        trained.append((args.teacher_model, teacher_dropout))
+    for name, dropout in trained:
         if ":" not in (name or ""):
             continue
-        model = common.build_model(name, len(data.classes), dropout, channels, size)
-        model = model.to(x.device).eval()
-        logits = clean_logits(model, x, labels, classes=len(data.classes), name=name)
-        refuse_probabilities(logits, name)
-        try:
-            F.cross_entropy(model.train()(common.to_float(x)), labels).backward()
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            problem = common.one_line(error)
-            raise common.UserError(f"{name}: cannot be trained ({problem})") from None
-    if not args.teacher_ckpt:
-        return None
-    return common.given_teacher(args, data, teacher_dropout)
+        model = common.build_model(name, classes, dropout, channels, size).to(x.device)
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        if not weights:
+            raise common.UserError(
+                f"{name}: has no weights to train; a student needs some with requires_grad"
+            )
+        check_net(model.eval(), x, labels, classes, name)
+        images, subject = common.to_float(x), f"{name}: cannot be trained"
+        if not reaches_any(model.train(), images, labels, weights, subject):
+            raise common.UserError(f"{name}: no gradient reaches its weights; {NO_GRADIENT}")
+    return teacher
 
 
 def refuse_probabilities(logits, name):
@@ -1054,7 +1102,7 @@ def load_models(args, data, device):
     for path in args.checkpoints:
         models[path] = common.load_model(path, data)
         warn_of_other_data(path, args.data)
-    of_checkpoints = [model.arch["name"] for model in models.values()]
+    of_checkpoints = [model.build_arguments["name"] for model in models.values()]
     functions = [name for name in functions if name not in of_checkpoints]
     if args.weights and len(functions) != 1:
         wanted = "goes with one --model that is not the net of a CKPT"
@@ -1066,11 +1114,9 @@ def load_models(args, data, device):
         models[name].to(device).eval()
     if args.model:
         torch.set_float32_matmul_precision("highest")  # whatever their modules have set
+    x, labels = data.x_test[:100], data.y_test[:100]
     for name, model in models.items():
-        with common.evaluating(model):
-            x, labels = data.x_test[:100], data.y_test[:100]
-            logits = clean_logits(model, x, labels, classes=len(data.classes), name=name)
-        refuse_probabilities(logits, name)
+        check_net(model, x, labels, len(data.classes), name, needs_gradient(args))
     if args.ensemble:
         models = {f"ensemble of {len(models)}": Ensemble([*models.values()]).eval()}
         print("ensemble: the attacks get the logarithm of the averaged probabilities as logits")
@@ -1078,6 +1124,14 @@ def load_models(args, data, device):
     if args.weights:
         checksums[args.weights] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()[:16]
     return models, checksums
+
+
+def needs_gradient(args):
+    """Whether a number that is asked for comes from an attack that follows the gradient."""
+    passes = "+".join(VERSIONS.get(name, name) for name in args.attack if name not in NOT_ATTACKS)
+    follows = any(part.partition(":")[0] not in ("square", "") for part in passes.split("+"))
+    calibrates = "calibration" in args.attack and args.norm == "linf"  # on PGD-20 too
+    return follows or calibrates or args.plot is not None
 
 
 def short_name(name):
@@ -1550,8 +1604,7 @@ def main(argv=None):
 def evaluate_models(args):
     """-> the record of --json, after the files are written; goes on where a killed run stopped."""
     for path in args.checkpoints:
-        if not os.path.isfile(path):  # before any data are fetched
-            raise common.UserError(f"{path}: no such checkpoint")
+        common.check_first_bytes(path)  # before any data are fetched
     device = common.find_device(args.device)
     if device.type == "cpu" and args.search != "tf32":
         print(f"--search {args.search}: no effect on a CPU, where everything is in float32")

@@ -358,7 +358,7 @@ def main(argv=None):
 def check_teacher(args, teacher):
     """A UserError if the teacher of --teacher-ckpt (or None) has not learned with --dropout."""
     if teacher is not None and args.method == "fickle":
-        learned = teacher.arch["dropout"]
+        learned = teacher.build_arguments["dropout"]
         if learned != args.dropout:
             wrong = f"learned with dropout {learned:g}, not --dropout {args.dropout:g}"
             raise common.UserError(f"--teacher-ckpt: {wrong}")

@@ -361,7 +361,7 @@ def train(args, data, folder, stage, teacher=None):
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
     average, kept_model = None, model  # kept_model is validated and saved
     if args.ema:
-        average = AveragedModel(model, avg_fn=ema_with_ramp(args.ema))
+        average = weight_average(model, args.ema)
         kept_model = average.module
         state["average"] = average
     common.compile_model(model, args.compile)
@@ -494,6 +494,16 @@ def epoch_file(args, data, folder, stage, epochs):
 
 # ------------------------------------------------------------------------------------------------
 # AT+ (section 4): generated images, CutOut or CutMix, label smoothing, weight average
+
+
+def weight_average(model, decay):
+    """The moving average of a net's weights, for update_parameters(model) after each step."""
+    try:
+        return AveragedModel(model, avg_fn=ema_with_ramp(decay))
+    except RuntimeError as error:  # TorchScript, or torch.nn.utils.weight_norm
+        advice = "leave out --ema, or take torch.nn.utils.parametrizations"
+        problem = f"the net cannot be copied ({common.one_line(error)})"
+        raise common.UserError(f"--ema: {problem}; {advice}") from None
 
 
 def ema_with_ramp(decay):

@@ -800,7 +800,7 @@ def check_teacher(args, data, teacher):
         wanted = f"expected more than {guess:g}, the probability of a guess"
         raise common.UserError(f"--delta: {wanted}, got {args.delta:g}")
     if teacher is not None and args.method in TEACHER_LIKE_STUDENT:
-        name = teacher.arch["name"]
+        name = teacher.build_arguments["name"]
         if name != args.model:
             raise common.UserError(f"{args.teacher_ckpt}: is a {name}, the student a {args.model}")
 

@@ -209,7 +209,7 @@ def test_dropout_is_active_while_the_teacher_teaches_and_the_student_has_none(
     assert modes == [(True, False)] * (10 + 3)  # passes for its spread, batches
     (teacher_path,) = teacher_files(tmp_path).values()
     teacher, _ = common.load_model(teacher_path)
-    assert teacher.arch["dropout"] == 0.3
+    assert teacher.build_arguments["dropout"] == 0.3
     data = common.load_data("shapes", test_subset=20)
     clean_acc = common.accuracy(common.predict(teacher, data.x_test), data.y_test)
     assert rows[0]["clean_acc"] == clean_acc  # it is evaluated in eval mode

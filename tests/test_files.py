@@ -1,11 +1,20 @@
 """Files: written whole or not at all, read without running what they hold; tables."""
 
+import gzip
+import io
+import json
+import os
 import pickle
+import tarfile
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 
 import common
+import eval_robustness
+import robust_kd
 
 
 def test_a_model_comes_back_from_its_file(tmp_path):
@@ -31,7 +40,8 @@ def test_bad_checkpoints_are_one_line_and_never_run(tmp_path, refused):
     content = good.read_bytes()
     for part in range(1, 10):
         (tmp_path / "cut.pt").write_bytes(content[: len(content) * part // 10])
-        assert "damaged, or no checkpoint" in refused(common.load_model, tmp_path / "cut.pt")
+        line = refused(common.load_model, tmp_path / "cut.pt")
+        assert "damaged, or no checkpoint (its end is missing" in line
     (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb()))
     torch.save(Bomb(), tmp_path / "bomb2.pt")
     torch.save({"weights": 1}, tmp_path / "dict.pt")
@@ -44,6 +54,181 @@ def test_bad_checkpoints_are_one_line_and_never_run(tmp_path, refused):
     assert "expected a wrn-10-1" in refused(common.load_model, good, name="wrn-10-1")
     data = common.load_data("shapes", train_subset=1)
     assert "3 classes" in refused(common.load_model, good, data)
+
+
+def torch_bytes(value, **options):
+    """The bytes of torch.save."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **options)
+    return buffer.getvalue()
+
+
+def zip_bytes(**parts):
+    """The bytes of a zip archive with these texts."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, text in parts.items():
+            file.writestr(name, text)
+    return buffer.getvalue()
+
+
+def tar_bytes():
+    """The bytes of a tar archive with one file."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as file:
+        file.addfile(tarfile.TarInfo("weights.pt"), io.BytesIO())
+    return buffer.getvalue()
+
+
+def numpy_bytes(save):
+    """The bytes of np.save or np.savez."""
+    buffer = io.BytesIO()
+    save(buffer, np.zeros(3))
+    return buffer.getvalue()
+
+
+def script_bytes():
+    """The bytes of torch.jit.save."""
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(3, 2)), buffer)
+    return buffer.getvalue()
+
+
+STATE = {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}
+HEADER = json.dumps({"weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+NO_CHECKPOINTS = {
+    "a web page": lambda: b"<!DOCTYPE html><html></html>",
+    "a web page; download": lambda: b"\n <html lang='en'><head>",
+    "a Git LFS pointer": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    "a packed archive; unpack": lambda: gzip.compress(torch_bytes(STATE)),
+    "a tar archive": tar_bytes,
+    "a zip archive, not written by torch.save": lambda: zip_bytes(readme="weights"),
+    "its end is missing": lambda: torch_bytes(STATE)[:600],
+    "its end is missing, as after half": lambda: zip_bytes(readme="weights" * 99)[:300],
+    "an empty file": lambda: b"",
+    "a safetensors file": lambda: len(HEADER).to_bytes(8, "little") + HEADER + bytes(4),
+    "a numpy array": lambda: numpy_bytes(np.save),
+    "a numpy .npz file": lambda: numpy_bytes(np.savez),
+    "an HDF5 file": lambda: b"\x89HDF\r\n\x1a\n" + bytes(90),
+    "a Python pickle": lambda: pickle.dumps({"weight": [1.0]}),
+    "a Python pickle, which is never run": lambda: pickle.dumps(Bomb(), 2),
+    "a TorchScript archive": script_bytes,
+    "the file contains Python objects": lambda: torch_bytes({"state_dict": Bomb()}),
+    "damaged, or no checkpoint (": lambda: b"weights",
+}
+
+
+@pytest.mark.parametrize("what", NO_CHECKPOINTS)
+def test_a_file_that_is_no_checkpoint_is_named_as_what_it_is(what, tmp_path, refused):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(NO_CHECKPOINTS[what]())
+    model = torch.nn.Linear(3, 2)
+    small = "--data shapes --device cpu"
+    teacher = f"--loss akd --model mlp-4 --runs {tmp_path}/runs --teacher-ckpt {path}"
+    for call in (
+        lambda: common.load_weights("--weights", path, model),
+        lambda: common.load_model(path),
+        lambda: eval_robustness.main([str(path), *small.split()]),
+        lambda: robust_kd.main(f"{small} {teacher} --train-subset 20 --val-size 0".split()),
+    ):
+        line = refused(call)
+        assert f"{path}: " in line and what in line
+
+
+def test_half_a_file_of_an_old_torch_is_one_line_and_a_whole_one_is_loaded(tmp_path, refused):
+    content, path = torch_bytes(STATE, _use_new_zipfile_serialization=False), tmp_path / "w.pt"
+    path.write_bytes(content)
+    common.load_weights("--weights", path, torch.nn.Linear(3, 2))
+    assert "type --model NET --weights" in refused(common.load_model, path)
+    for part in (20, len(content) // 2, len(content) - 3):
+        path.write_bytes(content[:part])
+        line = refused(common.load_weights, "--weights", path, torch.nn.Linear(3, 2))
+        assert "damaged, or no checkpoint" in line and "Python objects" not in line
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model_ema"])
+def test_a_state_dict_in_place_of_a_checkpoint_says_what_to_type(key, tmp_path, refused):
+    model, path = common.build_model("mlp-4"), tmp_path / "w.pt"
+    state = model.state_dict()
+    torch.save(state if key is None else {key: state}, path)
+    line = refused(eval_robustness.main, [str(path), "--data", "shapes"])
+    assert f"--model NET --weights {path}" in line
+    assert f"--teacher-model NET --teacher-ckpt {path}" in line
+    # as the line says it for a net of ours
+    argv = ["--model", "common:build_model(name='mlp-4')", "--weights", str(path), "--n", "10"]
+    eval_robustness.main([*argv, "--data", "shapes", "--device", "cpu", "--attack", "clean"])
+
+
+def test_a_file_without_read_permission_is_not_called_damaged(tmp_path, refused):
+    path, model = tmp_path / "w.pt", common.build_model("mlp-4")
+    common.save_model(path, model)
+    path.chmod(0)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)  # root may read everything
+    try:
+        lines = [
+            refused(common.load_model, path),
+            refused(common.load_weights, "--weights", path, model),
+            refused(eval_robustness.main, [str(path), "--data", "shapes"]),
+        ]
+    finally:
+        if is_root:
+            os.seteuid(0)
+    for line in lines:
+        assert f"{path}: not readable (Permission denied)" in line and "delete" not in line
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path, refused):
+    assert "a folder; give a file in it" in refused(common.load_model, tmp_path)
+    line = refused(common.load_weights, "--weights", tmp_path, common.build_model("mlp-4"))
+    assert line == f"--weights {tmp_path}: a folder; give a file in it"
+
+
+# ------------------------------------------------------------------------------------------------
+# Names of classes
+
+
+def named(*names):
+    """Data of drawn images with these names of the ten classes; the others keep theirs."""
+    data = common.load_data("shapes", train_subset=4, test_subset=4)
+    data.classes = [*names, *data.classes[len(names) :]]
+    return data
+
+
+def test_the_names_of_classes_are_kept_and_compared(tmp_path, refused):
+    path = tmp_path / "net.pt"
+    common.save_model(path, common.new_model(named(), "mlp-4", 0, "student"))
+    model, _ = common.load_model(path, "cpu", named())
+    common.save_model(path, model)  # a model that was loaded keeps them
+    assert common.load(path)["arch"]["class_names"] == list(common.SHAPES)
+    for names in (("ring", "disc"), ("disc", "circle")):
+        line = refused(common.load_model, path, "cpu", named(*names))
+        number = 0 if names[0] == "ring" else 1
+        assert f"class {number} is {common.SHAPES[number]!r}, in shapes it is" in line
+        assert repr(names[number]) in line
+    common.load_model(path)
+
+
+def test_unknown_names_of_classes_are_not_compared(tmp_path):
+    path, numbers = tmp_path / "net.pt", [str(number) for number in range(10)]
+    common.save_model(path, common.new_model(named(), "mlp-4", 0, "student"))
+    common.load_model(path, "cpu", named(*numbers))
+    common.save_model(path, common.new_model(named(*numbers), "mlp-4", 0, "student"))
+    common.load_model(path, "cpu", named())
+    record = common.load(path)
+    del record["arch"]["class_names"]  # as in files that were written before there were names
+    common.save(path, record)
+    common.load_model(path, "cpu", named())
+
+
+@pytest.mark.parametrize("names", [["a"], 3, [1] * 10, "abcdefghij", {"a": 1}])
+def test_names_of_classes_in_a_foreign_file_are_checked(names, tmp_path, refused):
+    path = tmp_path / "net.pt"
+    model = common.build_model("mlp-4")
+    model.build_arguments["class_names"] = names
+    common.save_model(path, model)
+    assert "holds no model of these scripts" in refused(common.load_model, path, "cpu", named())
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -74,7 +74,8 @@ class InPlace(nn.Module):
     def forward(self, x):
         y = self.net(x).exp()
         y2 = y * y
-        y.add_(1)
+        if self.training:
+            y.add_(1)
         return y2 if self.training else y2 * 30
 
 def untrainable():
@@ -82,6 +83,86 @@ def untrainable():
 
 def without_weights():
     return nn.Sequential(nn.Flatten(), nn.ReLU())
+
+class Odd(nn.Module):
+    # a linear net whose forward does what its name says
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.net = kind, nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+        if kind == "arch":
+            self.arch = "resnet18"
+            self.net.arch = "resnet18"
+
+    def forward(self, x):
+        if self.kind == "no_grad":
+            with torch.no_grad():
+                return self.net(x)
+        if self.kind == "inference_mode":
+            with torch.inference_mode():
+                return self.net(x)
+        if self.kind == "detach":
+            return self.net(x).detach()
+        if self.kind == "detached":
+            return self.net(x.detach())
+        if self.kind == "numpy":
+            return self.net(torch.from_numpy(x.numpy()))
+        if self.kind == "array":
+            return self.net(x).detach().numpy()
+        if self.kind == "integers":
+            return self.net((255 * x).long() / 255)
+        if self.kind == "assert":
+            assert x.shape[2] == 224
+        if self.kind == "attribute":
+            return self.missing(x)
+        if self.kind == "key":
+            return {}["logits"]
+        if self.kind == "training":
+            assert not self.training, "made for evaluation alone"
+        if self.kind == "in-place":
+            x.sub_(0.5).div_(0.25)
+        if self.kind == "arch":
+            assert self.arch == "resnet18"
+        return self.net(x)
+
+def odd(kind):
+    return Odd(kind)
+
+def frozen():
+    return net().requires_grad_(False)
+
+def buffers_only():
+    n = net(width=4)
+    for module in n.modules():
+        for name, weight in [*module.named_parameters(recurse=False)]:
+            delattr(module, name)
+            module.register_buffer(name, weight.detach())
+    return n
+
+def scripted(traced=False):
+    n = net()
+    return torch.jit.trace(n.eval(), torch.rand(2, 3, 32, 32)) if traced else torch.jit.script(n)
+
+def exported():
+    return torch.export.export(net().eval(), (torch.rand(2, 3, 32, 32),)).module()
+
+def exits():
+    raise SystemExit(0)
+
+def weight_norm(old):
+    wrap = nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm
+    conv = wrap(nn.Conv2d(3, 4, 3, 4, 1))
+    return nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+
+class Parallel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module, self.head = nn.Linear(3072, 10), nn.Linear(10, 10)
+
+    def forward(self, x):
+        return self.head(self.module(x.flatten(1)))
+
+def parallel():
+    return Parallel()
 """
 
 
@@ -265,6 +346,158 @@ def test_a_fickle_teacher_needs_dropout_and_gets_its_rate(refused):
     assert line == "theirs:views: has no nn.Dropout for the dropout rate 0.4"
 
 
+PLACES = {
+    "net": lambda state: {"net": state, "acc": 94.1, "epoch": 3},
+    "model_state_dict": lambda state: {"epoch": 3, "model_state_dict": state},
+    "student": lambda state: {"student": state, "teacher": {"fc.weight": torch.ones(2)}},
+    "nested": lambda state: {"model": {"student": {"state_dict": state}}},
+    "ema alone": lambda state: {"ema": {"decay": 0.999, "module": state}},
+    "compiled": lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},
+    "both": lambda state: {f"module._orig_mod.{name}": value for name, value in state.items()},
+    "both, turned round": lambda state: {
+        "weights": {f"_orig_mod.module.{name}": value for name, value in state.items()}
+    },
+    "swa_utils": lambda state: (
+        {"n_averaged": torch.tensor(3)} | {f"module.{name}": value for name, value in state.items()}
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ["theirs:net", "theirs:parallel", "theirs:scripted"])
+def test_weights_are_found_where_programs_keep_them(place, name, capsys):
+    common.find_function("--model", name)
+    net, other = common.build_model(name), common.build_model(name)
+    torch.save(PLACES[place](net.state_dict()), "weights.pth")
+    common.load_weights("--weights", "weights.pth", other)
+    for key, value in net.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value)
+    assert capsys.readouterr().out == ""
+
+
+def test_weights_of_a_part_that_was_compiled_or_parallel_are_found():
+    common.find_function("--model", "theirs:net")
+    net, other = common.build_model("theirs:net"), common.build_model("theirs:net")
+    names = {"0.weight": "0.module.weight", "5.bias": "5._orig_mod.bias"}
+    torch.save({names.get(name, name): v for name, v in net.state_dict().items()}, "w.pth")
+    common.load_weights("--weights", "w.pth", other)
+    assert torch.equal(other[5].bias, net[5].bias) and torch.equal(other[0].weight, net[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("raw", "averaged"),
+    [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("net", "ema"), ("model", "swa")],
+)
+def test_of_raw_and_averaged_weights_a_line_says_which_are_taken(raw, averaged, capsys):
+    common.find_function("--model", "theirs:net")
+    nets = [common.build_model("theirs:net") for _ in range(3)]
+    torch.save({raw: nets[0].state_dict(), averaged: nets[1].state_dict()}, "weights.pth")
+    common.load_weights("--weights", "weights.pth", nets[2])
+    assert torch.equal(nets[2][0].weight, nets[1][0].weight)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"--weights weights.pth: takes the weights at ['{averaged}'], not at")
+    exec(re.search(r'python -c "(.*)" and', line)[1])  # what the line says gives the others
+    common.load_weights("--weights", "other.pt", nets[2])
+    assert torch.equal(nets[2][0].weight, nets[0][0].weight)
+    assert capsys.readouterr().out == ""
+
+
+def test_averaged_weights_that_do_not_fit_are_not_taken_and_a_line_says_so(capsys):
+    common.find_function("--model", "theirs:net")
+    net, other = common.build_model("theirs:net"), common.build_model("theirs:net")
+    torch.save({"ema": {"a": torch.ones(1)}, "model": net.state_dict()}, "weights.pth")
+    common.load_weights("--weights", "weights.pth", other)
+    assert torch.equal(other[0].weight, net[0].weight)
+    assert "takes the weights at ['model'], not at ['ema']" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------
+# Nets of every kind
+
+
+EVALUATED = "--data shapes --n 10 --device cpu --attack"
+
+
+def evaluated(name, attacks="clean pgd1"):
+    """The row of one net in an evaluation on ten images."""
+    eval_robustness.main(["--model", name, *f"{EVALUATED} {attacks} --json r.json".split()])
+    (row,) = common.read_json(common.Path("r.json"))["rows"]
+    common.Path("r.json").unlink()
+    return row
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "theirs:frozen",
+        "theirs:buffers_only",
+        "theirs:scripted",
+        "theirs:scripted(traced=True)",
+        "theirs:odd(kind='arch')",
+        "theirs:odd(kind='in-place')",
+        "theirs:odd(kind='training')",
+        "theirs:weight_norm(old=True)",
+    ],
+)
+def test_nets_that_need_not_be_trained_are_evaluated_and_teach(name):
+    common.find_function("--model", name)
+    torch.save(common.build_model(name).state_dict(), "w.pth")
+    row = evaluated(name)
+    assert 0 <= row["pgd1_acc"] <= row["clean_acc"]
+    rows = run(robust_kd, f"--teacher-model {name} --teacher-ckpt w.pth --model mlp-4 --loss akd")
+    assert rows[0]["model"].startswith("teacher")
+
+
+@pytest.mark.parametrize("kind", ["no_grad", "inference_mode", "detach", "integers", "numpy"])
+def test_a_net_without_a_gradient_is_evaluated_where_none_is_needed(kind, refused):
+    name = f"theirs:odd(kind={kind!r})"
+    assert 0 <= evaluated(name, "clean square --queries 5")["square_acc"] <= 1
+    for attacks in ("pgd1", "clean aa", "square+apgd-ce", "calibration"):
+        line = refused(evaluated, name, attacks)
+        assert "no gradient reaches the images" in line or "Can't call numpy()" in line
+    flags = f"--method vanilla --model mlp-4 --teacher-model {name} --teacher-ckpt w.pth"
+    common.find_function("--model", name)
+    torch.save(common.build_model(name).state_dict(), "w.pth")
+    assert run(teacher_free_kd, flags)[0]["model"].startswith("teacher")
+
+
+@pytest.mark.parametrize("name", ["theirs:scripted", "theirs:odd(kind='in-place')"])
+def test_scripted_nets_and_nets_that_normalise_in_place_are_trained(name):
+    rows = run(robust_kd, f"--model {name} --loss trades --attack-bn train --ema 0.9 --lr 1e-4")
+    assert rows[0]["model"] == "student (trades)"
+
+
+def test_a_net_that_normalises_in_place_leaves_the_images_alone():
+    common.find_function("--model", "theirs:odd(kind='in-place')")
+    model, x = common.build_model("theirs:odd(kind='in-place')").eval(), torch.rand(4, 3, 32, 32)
+    before, labels = x.clone(), torch.arange(4)
+    common.predict(model, x)
+    x_adv = common.pgd(model, x, labels, 0.03, 0.01, 3)
+    assert torch.equal(x, before)
+    assert (x_adv - x).abs().max() <= 0.03 + 1e-6
+    model(x.requires_grad_()).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_weight_norm_is_averaged(old):
+    run(robust_kd, f"--model theirs:weight_norm(old={old}) --loss at --ema 0.5 --epochs 2")
+    model, _ = common.load_model("runs/robust_kd/x-s0/student.pt")
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_the_check_of_a_net_leaves_its_mode_and_statistics_as_they_are(shapes):
+    common.find_function("--model", "theirs:net")
+    model = common.build_model("theirs:net")
+    model[1].forward = model[1].train().forward
+    model[1].eval = lambda: model[1]  # BatchNorm in training mode, as code of others has it
+    model[1].train = lambda mode: model[1]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    eval_robustness.check_net(model, *shapes, 10, "net")
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 # ------------------------------------------------------------------------------------------------
 # Checkpoints name a function and never import it
 
@@ -272,7 +505,7 @@ def test_a_fickle_teacher_needs_dropout_and_gets_its_rate(refused):
 def test_no_import_happens_when_a_checkpoint_is_loaded(tmp_path, refused):
     (tmp_path / "evil.py").write_text("open('executed', 'w')\ndef net(): return None\n")
     model = common.build_model("mlp-4")
-    model.arch["name"] = "evil:net"
+    model.build_arguments["name"] = "evil:net"
     common.save_model(tmp_path / "evil.pt", model)
     for call in (
         lambda: common.load_model("evil.pt"),
@@ -337,6 +570,20 @@ BAD = {
     "theirs:on_meta": "has weights without numbers",
     "theirs:untrainable": "cannot be trained (RuntimeError",
     "theirs:without_weights": "has no weights to train",
+    "theirs:exported": "theirs:exported: NotImplementedError: Calling train() is not supported",
+    "theirs:exits": "theirs:exits: SystemExit: 0",
+    "theirs:frozen": "has no weights to train",
+    "theirs:odd(kind='no_grad')": "no gradient reaches the images",
+    "theirs:odd(kind='inference_mode')": "no gradient reaches the images",
+    "theirs:odd(kind='detach')": "no gradient reaches the images",
+    "theirs:odd(kind='detached')": "no gradient reaches the images",
+    "theirs:odd(kind='numpy')": "cannot be attacked (RuntimeError: Can't call numpy() on Tensor",
+    "theirs:odd(kind='array')": "must return logits (8, K), got ndarray",
+    "theirs:odd(kind='integers')": "no gradient reaches the images",
+    "theirs:odd(kind='assert')": "(8, 3, 32, 32): AssertionError: theirs.py, line ",
+    "theirs:odd(kind='attribute')": "AttributeError: 'Odd' object has no attribute 'missing'",
+    "theirs:odd(kind='key')": "KeyError: 'logits'",
+    "theirs:odd(kind='training')": "cannot be trained (AssertionError: made for evaluation alone)",
     "theirs:net --width 1/2": "a width of 0.5 is for our ResNets",
 }
 
@@ -351,7 +598,9 @@ def test_bad_nets_get_one_line_and_nothing_is_written(net, tmp_path, refused):
 
 BAD_WEIGHTS = {
     "nowhere.pth": "no such checkpoint",
-    "other.pth": "--teacher-ckpt other.pth: RuntimeError: Error(s) in loading state_dict",
+    "other.pth": "other.pth: the weights are not of this net: the net wants 0.weight, 0.bias, "
+    "1.weight; the file has layers.0.mean, layers.0.std, layers.2.weight",
+    "wide.pth": "0.weight is (8, 3, 3, 3) in the net, (16, 3, 3, 3) in the file",
     "code.pth": "the file contains Python objects",
     "nan.pth": "not finite",
     "short.pth": "--teacher-ckpt short.pth: ",
@@ -364,6 +613,8 @@ def test_bad_weights_get_one_line_and_nothing_is_written(file, tmp_path, refused
     common.find_function("--model", "theirs:net")
     state = common.build_model("theirs:net").state_dict()
     torch.save(common.build_model("mlp-4").state_dict(), "other.pth")
+    wide = common.build_model(common.find_function("--model", "theirs:net(width=16)"))
+    torch.save(wide.state_dict(), "wide.pth")
     torch.save({"state_dict": run}, "code.pth")
     torch.save({key: value * float("nan") for key, value in state.items()}, "nan.pth")
     common.Path("short.pth").write_bytes(common.Path("other.pth").read_bytes()[:300])

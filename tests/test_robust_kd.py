@@ -345,7 +345,7 @@ class Spied(nn.Module):
     def __init__(self):
         super().__init__()
         self.net, self.seen = common.build_model("mlp-8"), []
-        self.arch = self.net.arch
+        self.build_arguments = self.net.build_arguments
 
     def forward(self, x):
         self.seen.append((self.training, x.detach().clone()))
@@ -644,7 +644,7 @@ def save_extra(path, n=30, size=32, **other):
 
 def test_the_average_follows_the_ramp_and_takes_batchnorm_as_it_is():
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    average, expected = robust_kd.WeightAverage(net, 0.6), None
+    average, expected = robust_kd.WeightAverage(copy.deepcopy(net), 0.6), None
     for t in range(12):
         with torch.no_grad():
             for p in net.parameters():

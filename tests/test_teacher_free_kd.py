@@ -578,7 +578,7 @@ def test_student_and_teacher_are_shown_what_the_paper_says(method, tmp_path, mon
         def __init__(self, role):
             super().__init__()
             self.net, self.role = common.build_model("mlp-8"), role
-            self.arch = self.net.arch
+            self.build_arguments = self.net.build_arguments
 
         def forward(self, x):
             forwards.append((self.role, self.training, x.detach().clone()))

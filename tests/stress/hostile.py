@@ -69,7 +69,7 @@ def arrays(**changes):
 def checkpoints(folder):
     """{name: path} of what is no model, or one that is too much."""
     model = common.build_model("mlp-4", 3, size=8)
-    good = {"arch": model.arch, "weights": model.state_dict(), "meta": {"epoch": 1}}
+    good = {"arch": model.build_arguments, "weights": model.state_dict(), "meta": {"epoch": 1}}
     weights, found = good["weights"], {}
 
     def save(name, record):
