@@ -418,7 +418,7 @@ def time_autoattack(args):
     device = common.find_device(args.device)
     if args.checkpoint:
         data = common.load_data(args.data, args.data_root, device, test_subset=args.n)
-        model, _ = common.load_model(args.checkpoint, device, data)
+        model = common.load_model(args.checkpoint, data)
         eps = 8 / 255
     else:
         data = common.load_data("shapes", device=device, train_subset=2000, test_subset=args.n)

@@ -648,7 +648,7 @@ def test_a_run_with_trajectories_from_end_to_end(two_classes, tmp_path, capsys, 
     assert [len(found["entropy"][key]) for key in ("student", "teacher")] == [3, 2]
     data, p = common.load_data(two_classes), {}
     for name, path in (("student", folder / "student.pt"), ("teacher", teacher_path)):
-        model, _ = common.load_model(path)
+        model = common.load_model(path)
         probs = model(common.to_float(data.x_test)).softmax(1).detach().numpy()
         p[name] = probs[np.arange(N_TEST), data.y_test]
     np.testing.assert_allclose(found["natural"]["teacher"], p["teacher"], atol=2e-3)  # float16

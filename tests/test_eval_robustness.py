@@ -608,7 +608,7 @@ def test_saved_models_are_evaluated_by_name_and_once(files, tmp_path, capsys):
     assert [row["model"] for row in rows] == ["a teacher", "a student", "the teacher again"]
     data = common.load_data("data.npz", test_subset=30)
     for row, (_, path) in zip(rows, names.values()):
-        net, _ = common.load_model(path)
+        net = common.load_model(path)
         again = ev.evaluate(
             net, data.x_test, data.y_test, ["clean", "pgd2"], 0.02, args.step_size, seed=3
         )

@@ -208,7 +208,7 @@ def test_dropout_is_active_while_the_teacher_teaches_and_the_student_has_none(
     (rows,) = run("fickle_teacher", tmp_path, flags)
     assert modes == [(True, False)] * (10 + 3)  # passes for its spread, batches
     (teacher_path,) = teacher_files(tmp_path).values()
-    teacher, _ = common.load_model(teacher_path)
+    teacher = common.load_model(teacher_path)
     assert teacher.build_arguments["dropout"] == 0.3
     data = common.load_data("shapes", test_subset=20)
     clean_acc = common.accuracy(common.predict(teacher, data.x_test), data.y_test)
@@ -396,7 +396,7 @@ def test_method_teacher_is_about_the_teacher_of_the_seed_and_students_share_it(s
     assert sorted(files) == [0, 1, 2]
     data = common.load_data("shapes", test_subset=20)
     for seed, (row,) in enumerate(summaries):
-        teacher, _ = common.load_model(files[seed])
+        teacher = common.load_model(files[seed])
         accuracy = common.accuracy(common.predict(teacher, data.x_test), data.y_test)
         assert row["model"] == "teacher" and row["clean_acc"] == accuracy
         assert not any(same_weights(files[seed], files[other]) for other in range(seed))
@@ -417,7 +417,7 @@ def test_the_most_accurate_teacher_teaches(on, tmp_path, capsys):
         x, labels = data.x_test, data.y_test
     accuracies = {}
     for seed, path in teacher_files(tmp_path).items():
-        teacher, _ = common.load_model(path)
+        teacher = common.load_model(path)
         accuracies[seed] = common.accuracy(common.predict(teacher, x), labels)
         assert f"teacher of seed {seed}: {on} accuracy {accuracies[seed]:.4f}" in printed
     assert len(set(accuracies.values())) > 1

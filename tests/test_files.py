@@ -199,7 +199,7 @@ def named(*names):
 def test_the_names_of_classes_are_kept_and_compared(tmp_path, refused):
     path = tmp_path / "net.pt"
     common.save_model(path, common.new_model(named(), "mlp-4", 0, "student"))
-    model, _ = common.load_model(path, "cpu", named())
+    model = common.load_model(path, named())
     common.save_model(path, model)  # a model that was loaded keeps them
     assert common.load(path)["arch"]["class_names"] == list(common.SHAPES)
     for names in (("ring", "disc"), ("disc", "circle")):
@@ -213,13 +213,13 @@ def test_the_names_of_classes_are_kept_and_compared(tmp_path, refused):
 def test_unknown_names_of_classes_are_not_compared(tmp_path):
     path, numbers = tmp_path / "net.pt", [str(number) for number in range(10)]
     common.save_model(path, common.new_model(named(), "mlp-4", 0, "student"))
-    common.load_model(path, "cpu", named(*numbers))
+    common.load_model(path, named(*numbers))
     common.save_model(path, common.new_model(named(*numbers), "mlp-4", 0, "student"))
-    common.load_model(path, "cpu", named())
+    common.load_model(path, named())
     record = common.load(path)
     del record["arch"]["class_names"]  # as in files that were written before there were names
     common.save(path, record)
-    common.load_model(path, "cpu", named())
+    common.load_model(path, named())
 
 
 @pytest.mark.parametrize("names", [["a"], 3, [1] * 10, "abcdefghij", {"a": 1}])

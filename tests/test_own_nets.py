@@ -253,7 +253,7 @@ def test_the_shell_commands_of_the_page_are_understood(tmp_path, monkeypatch):
 def test_a_net_that_views_its_input_as_contiguous_trains_and_is_attacked_as_it_is():
     # BatchNorm1d: the running statistics of a copy made before the training would be old
     run(robust_kd, "--model theirs:views --loss at --epochs 2")
-    model, _ = common.load_model("runs/robust_kd/x-s0/student.pt")
+    model = common.load_model("runs/robust_kd/x-s0/student.pt")
     x = torch.rand(4, 3, 32, 32).to(memory_format=torch.channels_last)
     assert common.attacked(model, "eval") is model
     assert model(x).shape == (4, 10)
@@ -340,7 +340,7 @@ def test_a_teacher_from_a_plain_state_dict_teaches_as_it_is(layout, script, tmp_
 def test_a_fickle_teacher_needs_dropout_and_gets_its_rate(refused):
     run(fickle_teacher, "--dropout 0.3 --teacher-model theirs:net --model mlp-4")
     (path,) = (common.Path("runs") / "teachers").glob("*/teacher.pt")
-    teacher, _ = common.load_model(path)
+    teacher = common.load_model(path)
     assert [m.p for m in teacher.modules() if isinstance(m, nn.Dropout)] == [0.3]
     line = refused(run, fickle_teacher, "--teacher-model theirs:views --model mlp-4 --name y")
     assert line == "theirs:views: has no nn.Dropout for the dropout rate 0.4"
@@ -482,7 +482,7 @@ def test_a_net_that_normalises_in_place_leaves_the_images_alone():
 @pytest.mark.parametrize("old", [True, False])
 def test_weight_norm_is_averaged(old):
     run(robust_kd, f"--model theirs:weight_norm(old={old}) --loss at --ema 0.5 --epochs 2")
-    model, _ = common.load_model("runs/robust_kd/x-s0/student.pt")
+    model = common.load_model("runs/robust_kd/x-s0/student.pt")
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 

@@ -137,7 +137,7 @@ def flags_of(run, **values):
 def data_and_net(folder):
     """The data and the student of the run robust_kd."""
     data = common.load_data("shapes", val_size=20, train_subset=2000, test_subset=60)
-    return data, common.load_model(folder / "student.pt")[0]
+    return data, common.load_model(folder / "student.pt")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -353,7 +353,7 @@ def test_self_distillation_saves_a_plain_net_and_shows_every_exit(tmp_path):
     student = rows["student (self-distillation)"]
     for key in ("clean_acc", "macs"):
         assert rows["exit 3"][key] == student[key]
-    net, _ = common.load_model(file_of(tmp_path))
+    net = common.load_model(file_of(tmp_path))
     assert net.state_dict().keys() == common.build_model("wrn-10-1").state_dict().keys()
     data = common.load_data("shapes", test_subset=20)
     again = eval_robustness.evaluate(net, data.x_test, data.y_test, ["clean"])
