@@ -156,7 +156,7 @@ def parse_args(argv=None):
     )
     add(
         "--teacher-eps",
-        type="probability",
+        type="pixel units",
         help="radius of the teacher's attack in pixel units (default: same as --eps; 2/255 gives "
         "the paper's weakly robust LAT teacher)",
     )
@@ -210,13 +210,13 @@ def parse_args(argv=None):
     add = parser.add_argument_group("attack").add_argument
     add(
         "--eps",
-        type="probability",
+        type="pixel units",
         default="8/255",
         help="radius of the attacks in training and evaluation, in pixel units",
     )
     add("--steps", type="positive int", default=7, help="number of PGD steps in training")
     add(
-        "--step-size", type="nonnegative", help="PGD step in training (default: a quarter of --eps)"
+        "--step-size", type="pixel units", help="PGD step in training (default: a quarter of --eps)"
     )
     add(
         "--attack-loss",
@@ -492,7 +492,8 @@ class Ensemble(nn.Module):
         logs = []
         for weight, model in zip(self.weights, self.models):
             if weight > 0:
-                logs.append(math.log(weight) + model(x).log_softmax(1))
+                # a copy for each net, which may normalise its images in place
+                logs.append(math.log(weight) + model(x.clone()).log_softmax(1))
         return torch.stack(logs).logsumexp(0)
 
 

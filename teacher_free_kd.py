@@ -252,9 +252,9 @@ def parse_args(argv=None):
         help="random shift of the teacher's images, in pixels",
     )
     add = parser.add_argument_group("attack").add_argument
-    add("--eps", type="probability", default="8/255", help="radius, in training and evaluation")
+    add("--eps", type="pixel units", default="8/255", help="radius, in training and evaluation")
     add("--steps", type="positive int", default=7, help="number of PGD steps in training")
-    add("--step-size", type="nonnegative", default="2/255", help="PGD step size in training")
+    add("--step-size", type="pixel units", default="2/255", help="PGD step size in training")
     add(
         "--attack-bn",
         choices=["eval", "train"],
@@ -373,6 +373,9 @@ def check_flags(args, error):
         error(f"--model: {needs}, got {args.model}")
     if args.method == "self-distillation" and args.width * 32 % 1:
         error(f"--width: self-distillation needs a multiple of 1/32, got {args.width:g}")
+    for name in args.eval_attack or ():
+        if args.eval_attack.count(name) > 1:
+            error(f"--eval-attack: expected each name once, got {name} twice")
     other_net = args.teacher_model not in (None, args.model)
     if args.method in TEACHER_LIKE_STUDENT and other_net:
         error(f"--teacher-model: --method {args.method} needs the student's net, {args.model}")
@@ -573,7 +576,6 @@ def exit_rows(net, exit_weights, data):
     """
     exits = Exits(net)
     exits.early_heads.load_state_dict(exit_weights)
-    exits.eval()
     logits, cost = {}, {}  # by the name of the row
     for i in range(len(net.stages)):
         one = OneExit(exits, i)
@@ -601,8 +603,12 @@ def macs(model, data):
 
     size, channels = data.x_test.shape[2:]
     image = torch.zeros(1, channels, size, size, device=data.x_test.device)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()  # in training mode the image would move the statistics of BatchNorm
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
+    for module, training in modes.items():
+        module.training = training
     return counter.get_total_flops() // 2
 
 
