@@ -39,6 +39,7 @@ import re
 import shlex
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,7 +95,7 @@ def parse_args(argv=None):
     add(
         "--eps", type=common.nonnegative, help="radius of the attacks (default: 8/255, with l2 0.5)"
     )
-    add("--step-size", type=common.nonnegative, help="step of PGD (default: a quarter of --eps)")
+    add("--step-size", type=common.pixel_units, help="step of PGD (default: a quarter of --eps)")
     add("--restarts", type=common.whole, default=1, help="random starts of PGD; the worst counts")
     add("--steps", type=common.whole, default=100, help="number of iterations of APGD and FAB")
     add("--queries", type=common.whole, default=5000, help="number of queries of Square")
@@ -150,6 +151,9 @@ def parse_args(argv=None):
 def check_flags(args, error):
     """Call error(line) for flags that do not go together."""
     attacks = [name for name in args.attack if name not in NOT_ATTACKS]
+    for name in args.attack:
+        if args.attack.count(name) > 1:
+            error(f"--attack: expected each name once, got {name} twice")
     models = len(args.checkpoints) + len(args.model)
     if models == 0 or args.weights and not args.model:
         error("expected CKPT..., or --model MODULE:FUNCTION, perhaps with --weights FILE")
@@ -159,7 +163,8 @@ def check_flags(args, error):
     if args.norm == "l2" and any(re.match(r"pgd|.*\+pgd", name) for name in attacks):
         error("--norm l2: pgdN is an L-infinity attack; take apgd-ce")
     if args.norm == "linf" and args.eps is not None and args.eps > 1:
-        error(f"--eps: expected at most 1 in L-infinity, got {args.eps:g}")
+        wanted = "a number in pixel units between 0 and 1, like 8/255"
+        error(f"--eps: expected {wanted}, got {args.eps:g}")
     if args.save_examples and (len(attacks) != 1 or models != 1 and not args.ensemble):
         error("--save-examples: goes with one model (or --ensemble) and one attack")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
@@ -222,12 +227,21 @@ class Batch:
     attack: str
     repeat: int = 0  # number of the random restart or of the target class: 0, 1, ...
     zero_gradients: Tensor | int = 0  # result: starts at which the gradient is zero
-    not_finite: Tensor | int = 0  # result: evaluations with logits that are not finite
+    not_finite: Tensor | int = 0  # result: evaluations with logits or gradients not finite
 
     def draw(self, *shape, use="start"):
         """Uniform (B, *shape) in [0, 1], by seed, attack, repeat, use and image alone."""
         draw = uniform(self.index, self.attack, use, self.settings.seed, self.repeat)
         return draw(*shape).float()
+
+    def count(self, logits, gradient=None, is_start=False):
+        """Add to the results what logits (B, K) and a gradient (B, C, H, W) of a step show."""
+        finite = logits.isfinite().all(1)
+        if gradient is not None:
+            finite = finite & gradient.isfinite().all((1, 2, 3))
+        self.not_finite = self.not_finite + (~finite).sum()
+        if is_start:
+            self.zero_gradients = (gradient.abs().amax((1, 2, 3)) == 0).sum()
 
     def target(self):
         """The wrong class (B,) with the largest clean logit; of repeat 1 the second largest ..."""
@@ -313,12 +327,15 @@ def random_start(batch, radius):
 
 
 def loss_gradient(model, x, loss, eot=1):
-    """-> logits (B, K), loss (B,), its gradient in x alone, averaged over `eot` passes (or 0)."""
+    """-> logits (B, K), loss (B,), its gradient in x alone, averaged over `eot` passes (or 0).
+
+    Here and below the net gets a copy of its images: it may normalise them in place.
+    """
     total = torch.zeros_like(x)
     for _ in range(eot):
         x = x.detach().requires_grad_()
         with torch.enable_grad():
-            logits = model(x).float()
+            logits = model(x.clone()).float()
             value = loss(logits)
         if value.requires_grad:
             (part,) = torch.autograd.grad(value, x, torch.ones_like(value), materialize_grads=True)
@@ -351,12 +368,17 @@ def drop_done(active, x_adv, i, last):
 
 
 def pgd(model, batch):
-    """`common.pgd` with the number of steps in the attack's name, from a uniform start."""
+    """The steps of `common.pgd`, as many as the attack's name says, from a uniform start."""
     settings, eps = batch.settings, batch.settings.eps
     noise = batch.draw(*batch.x.shape[1:]).mul_(2 * eps).sub_(eps)
     step_size = eps / 4 if settings.step_size is None else settings.step_size
-    steps = int(batch.attack.removeprefix("pgd"))
-    return common.pgd(model, batch.x, batch.labels, eps, step_size, steps, noise)
+    low, high = (batch.x - eps).clamp(0, 1), (batch.x + eps).clamp(0, 1)
+    x_adv = torch.clamp(batch.x + noise, low, high)
+    for i in range(int(batch.attack.removeprefix("pgd"))):
+        logits, _, gradient = loss_gradient(model, x_adv, lambda z: ce_loss(z, batch.labels))
+        batch.count(logits, gradient, is_start=i == 0)
+        x_adv = torch.clamp(x_adv + step_size * gradient.sign(), low, high)
+    return x_adv
 
 
 # ------------------------------------------------------------------------------------------------
@@ -417,17 +439,16 @@ def apgd(model, batch, loss):
         target=batch.target() if loss is targeted_dlr_loss else None,
     )
 
-    def move_to(x):
+    def move_to(x, is_start=False):
         """active.now and active.gradient at x -> loss (B,), misclassified (B,)"""
         active.now = x
         logits, value, active.gradient = loss_gradient(
             model, x, lambda z: loss(z, active.labels, active.target), settings.eot
         )
-        batch.not_finite = batch.not_finite + (~logits.isfinite().all(1)).sum()
+        batch.count(logits, active.gradient, is_start)
         return value, misclassified(logits, active.labels)
 
-    value, active.done = move_to(random_start(batch, settings.eps))
-    batch.zero_gradients = (active.gradient.abs().amax((1, 2, 3)) == 0).sum()
+    value, active.done = move_to(random_start(batch, settings.eps), is_start=True)
     active.found = active.best = active.previous = active.now
     active.best_gradient = active.gradient
     active.best_value = active.last_value = active.checkpoint_value = value
@@ -517,18 +538,22 @@ def to_hyperplane(x, w, c, norm, iterations=8):
 
 
 def boundary(model, x, labels, target, norm):
-    """-> z_t - z_y (B,) and its gradient w in x, for the target t (B,).
+    """-> logits (B, K), z_t - z_y (B,) and its gradient w in x, for the target t (B,).
 
     None: the class with the least |z_k - z_y| / |w_k| in the dual norm, one gradient a class.
     """
+    if target is not None:
+
+        def gap_to_target(logits):
+            gaps = logits - logits.gather(1, labels[:, None])
+            return gaps.gather(1, target[:, None])[:, 0]
+
+        return loss_gradient(model, x, gap_to_target)
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        logits = model(x).float()
+        logits = model(x.clone()).float()
         gaps = logits - logits.gather(1, labels[:, None])
         gap_of_class = gaps.unbind(1)
-        if target is not None:
-            df = gaps.gather(1, target[:, None])[:, 0]
-            return df.detach(), torch.autograd.grad(df, x, torch.ones_like(df))[0]
     nearest = torch.full_like(labels, math.inf, dtype=torch.float32)
     df, w = torch.zeros_like(nearest), torch.zeros_like(x)
     for k, gap in enumerate(gap_of_class):
@@ -539,7 +564,7 @@ def boundary(model, x, labels, target, norm):
         nearest = torch.minimum(distance, nearest)
         df = torch.where(nearer, gap.detach(), df)
         w = torch.where(nearer[:, None, None, None], g, w)
-    return df, w
+    return logits.detach(), df, w
 
 
 def fab(model, batch, targeted=False):
@@ -560,7 +585,8 @@ def fab(model, batch, targeted=False):
         size=torch.full((len(batch.x), 1, 1, 1), math.inf, device=batch.x.device),
     )
     for i in range(1, settings.steps + 1):
-        df, w = boundary(model, active.now, active.labels, active.target, settings.norm)
+        logits, df, w = boundary(model, active.now, active.labels, active.target, settings.norm)
+        batch.count(logits, w, is_start=i == 1)
         df_at_x = df + (w * (active.x - active.now)).sum((1, 2, 3))
         # the projections of the current point and of x, in one call
         points = torch.cat([active.now, active.x])
@@ -571,7 +597,9 @@ def fab(model, batch, targeted=False):
         alpha = (r1 / (r1 + r2)).clamp(max=0.1)
         active.now = (1 - alpha) * (active.now + 1.05 * d1) + alpha * (active.x + 1.05 * d2)
         active.now = active.now.clamp_(0, 1)
-        wrong = misclassified(model(active.now).float(), active.labels)[:, None, None, None]
+        logits = model(active.now.clone()).float()
+        batch.count(logits)
+        wrong = misclassified(logits, active.labels)[:, None, None, None]
         d = active.now - active.x
         size = norm_of(d, settings.norm)
         better = wrong & (size < active.size)
@@ -622,7 +650,7 @@ def square(model, batch):
         found=square_start(batch),
         signs=(signs - 0.5).sign(),  # (B, queries, C)
     )
-    active.margin = margin(model(active.found).float(), active.labels)
+    active.margin = margin(model(active.found.clone()).float(), active.labels)
     for i in range(settings.queries):
         row, column, second_row, second_column, turn = draws[i]
         sign = active.signs[:, i, :, None, None]  # (B, C, 1, 1)
@@ -642,7 +670,7 @@ def square(model, batch):
             proposal = l2_proposal(active.x, before, window, second_window, content, settings.eps)
             active.found = proposal
             window = ...
-        value = margin(model(active.found).float(), active.labels)
+        value = margin(model(active.found.clone()).float(), active.labels)
         take = (value < active.margin) | (value <= 0)
         active.found[window] = torch.where(take[:, None, None, None], proposal, before)
         active.margin = torch.where(take, value, active.margin)
@@ -781,7 +809,9 @@ def corruption_accuracy(model, x, labels, folder, batch_size=500, counts=None, s
             predictions = []
             for part in rows.split(batch_size):
                 images = torch.from_numpy(files[name][first + part.numpy()]).to(x.device)
-                predictions.append(common.predict(model, images, batch_size=batch_size).argmax(1))
+                what = f"images under {name}, severity {severity},"
+                logits = common.predict(model, images, batch_size=batch_size, what=what)
+                predictions.append(logits.argmax(1))
             correct = torch.cat(predictions) == labels
             results.append([correct.sum().item(), (correct & correct_clean).sum().item()])
         counts[name] = results
@@ -915,7 +945,7 @@ class OtherImages(NamedTuple):
     note: str  # how many there are, and their checksum
 
 
-def load_other_images(path, classes, size=(32, 32)):
+def load_other_images(path, classes, shape=(32, 32, 3)):
     """-> OtherImages from an .npz with x_test, y_test, or a folder of folders named as `classes`.
 
     An .npz may hold its own `classes`; then they are matched by name too. Raises UserError for a
@@ -929,8 +959,15 @@ def load_other_images(path, classes, size=(32, 32)):
     else:
         files, labels, names = common.list_class_folders(path)
         x = common.read_images(files)
-    if x.shape[1:] != (*size, 3):
-        raise common.UserError(f"{path}: images of {x.shape[1:]}, expected {(*size, 3)}")
+    if x.shape[3] == 1 and shape[2] == 3:
+        x = x.repeat(3, axis=3)
+    elif x.shape[3] == 3 and shape[2] == 1:  # grey files are read with three equal channels
+        if (x != x[..., :1]).any():
+            grey = "the images of --data are grey; convert them to grey"
+            raise common.UserError(f"{path}: images in colour, but {grey}")
+        x = np.ascontiguousarray(x[..., :1])
+    if x.shape[1:] != tuple(shape):
+        raise common.UserError(f"{path}: images of {x.shape[1:]}, expected {tuple(shape)}")
     if labels.max() >= len(names):
         raise common.UserError(f"{path}: label {labels.max()}, but there are {len(names)} classes")
     unknown = sorted(set(names) - set(classes))
@@ -943,16 +980,25 @@ def load_other_images(path, classes, size=(32, 32)):
 
 
 def read_other_images(args, data):
-    """{"cinic" or "ood": OtherImages} as --attack asks; checks the files of the corruptions too."""
-    x = data.x_test
+    """{"cinic" or "ood": OtherImages} as --attack asks; checks the files of the corruptions too.
+
+    -> these, and {words for an error: digest} of all files that --attack asks for.
+    """
+    x, digests = data.x_test, {}
     if "corruptions" in args.attack:
-        read_corruptions(args.corruptions, x, data.y_test)
+        files, _ = read_corruptions(args.corruptions, x, data.y_test)
+        digest = hashlib.sha256()
+        for array in files.values():
+            digest.update(np.ascontiguousarray(array))
+        digests["the files of --corruptions"] = digest.hexdigest()[:16]
     others = {}
     for name in ("cinic", "ood"):
         if name in args.attack:
-            found = load_other_images(getattr(args, name), data.classes, tuple(x.shape[1:3]))
+            found = load_other_images(getattr(args, name), data.classes, x.shape[1:])
+            digest = common.state_digest({"labels": found.labels, "x": found.x})
+            digests[f"the images of --{name}"] = digest
             others[name] = OtherImages(found.x.to(x.device), found.labels.to(x.device), found.note)
-    return others
+    return others, digests
 
 
 # ------------------------------------------------------------------------------------------------
@@ -975,7 +1021,8 @@ class Ensemble(nn.Module):
         logs = []
         for weight, model in zip(self.weights, self.models):
             if weight > 0:
-                logs.append(math.log(weight) + model(x).log_softmax(1))
+                # a copy for each net, which may normalise its images in place
+                logs.append(math.log(weight) + model(x.clone()).log_softmax(1))
         return torch.stack(logs).logsumexp(0)
 
 
@@ -988,7 +1035,7 @@ def clean_logits(model, x, labels, batch_size=500, classes=None, name="the model
     for part in x.split(batch_size):
         part = common.to_float(part)
         try:
-            logits = model(part)
+            logits = model(part.clone())
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a net of your own raises
@@ -1097,7 +1144,10 @@ def refuse_probabilities(logits, name):
 
 
 def load_models(args, data, device):
-    """-> {name of the row: model}, {file: digest of its weights}, from the flags."""
+    """-> {name of the row: model}, {file or words for it: digest of the weights}, from the flags.
+
+    The digest is that of the net in memory: a function may load weights of its own.
+    """
     models, functions = {}, [common.find_function("--model", name) for name in args.model]
     for path in args.checkpoints:
         models[path] = common.load_model(path, data)
@@ -1117,12 +1167,16 @@ def load_models(args, data, device):
     x, labels = data.x_test[:100], data.y_test[:100]
     for name, model in models.items():
         check_net(model, x, labels, len(data.classes), name, needs_gradient(args))
+    checksums = {}
+    for name, model in models.items():
+        weights = model.state_dict() | dict(model.named_buffers())
+        key = name if name in args.checkpoints else f"the weights of {name}"
+        checksums[key] = common.state_digest(weights)
+    if args.weights:
+        checksums[args.weights] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()[:16]
     if args.ensemble:
         models = {f"ensemble of {len(models)}": Ensemble([*models.values()]).eval()}
         print("ensemble: the attacks get the logarithm of the averaged probabilities as logits")
-    checksums = {path: common.weights_digest(path) for path in args.checkpoints}
-    if args.weights:
-        checksums[args.weights] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()[:16]
     return models, checksums
 
 
@@ -1134,9 +1188,18 @@ def needs_gradient(args):
     return follows or calibrates or args.plot is not None
 
 
-def short_name(name):
+def short_name(name, parts=2):
     """The last folder and the file of a path; another name stays as it is."""
-    return "/".join(Path(name).parts[-2:])
+    return "/".join(Path(name).parts[-parts:])
+
+
+def short_names(names):
+    """{name: its last parts}: at least two, and as many as tell all names apart."""
+    for parts in range(2, 100):
+        short = {name: short_name(name, parts) for name in names}
+        if len(set(short.values())) == len(short):
+            return short
+    return {name: name for name in names}
 
 
 def warn_of_other_data(path, name):
@@ -1329,17 +1392,71 @@ def evaluate(
 ):
     """{"clean_acc": ..., "pgd20_acc": ...} of a model, which is used in eval mode and float32.
 
-    x uint8 (N, H, W, C), or float (N, C, H, W) in [0, 1]; labels (N,); attacks: as for --attack;
-    step_size: None for eps / 4; settings: the other fields of Settings.
+    x uint8 (N, H, W, C), or float (N, C, H, W) in [0, 1]; labels: whole numbers (N,) or (N, 1);
+    attacks: a list of `clean` and attacks, see Attacks above; step_size: None for eps / 4;
+    settings: the other fields of Settings. What the command prints as warnings is given to
+    `warnings.warn`. Raises UserError.
     """
-    row = evaluate_model(
-        model, x, labels, attacks, Settings(eps, step_size, restarts, seed, **settings)
-    )
+    settings = Settings(eps, step_size, restarts, seed, **settings)
+    check_settings(settings)
+    check_attacks(attacks)
+    row = evaluate_model(model, x, check_labels(labels, x), attacks, settings)
+    for line in row["warnings"]:
+        warnings.warn(line, stacklevel=2)
     accuracies = {}
     for key, value in row.items():
         if key.endswith("_acc") and "conditional" not in key:
             accuracies[key] = value
     return accuracies
+
+
+def check_settings(settings):
+    """A UserError for a radius or a step that is not in pixel units, or a number below 1."""
+    for name, example in (("eps", "8/255"), ("step_size", "2/255")):
+        value = getattr(settings, name)
+        if value is not None and not 0 <= value <= (1 if settings.norm == "linf" else math.inf):
+            wanted = f"a number in pixel units between 0 and 1, like {example}"
+            raise common.UserError(f"{name}: expected {wanted}, got {value:g}")
+    for name in ("restarts", "batch_size", "steps", "queries", "targets"):
+        value = getattr(settings, name)
+        if not isinstance(value, int) or value < 1:
+            raise common.UserError(f"{name}: expected a whole number of at least 1, got {value!r}")
+
+
+def check_attacks(attacks):
+    """A UserError if `attacks` is no list of different names that `evaluate` can measure."""
+    words = ", ".join(["clean", "pgdN such as pgd20", *VERSIONS, *ATTACKS])
+    expected = f"attacks: expected a list of {words}"
+    if not isinstance(attacks, list | tuple) or not attacks:
+        raise common.UserError(f"{expected}; got {attacks!r}")
+    for name in attacks:
+        if name in NOT_ATTACKS and name != "clean":
+            raise common.UserError(f"{expected}; {name} is measured by the command alone")
+        try:
+            attack_name(name)
+        except (argparse.ArgumentTypeError, AttributeError, TypeError):
+            raise common.UserError(f"{expected}; got {name!r}") from None
+        if attacks.count(name) > 1:
+            raise common.UserError(f"{expected}, each once; got {name!r} twice")
+
+
+def check_labels(labels, x):
+    """Labels (N,) or (N, 1) of any integer type as int64 (N,), on the device of x (N, ...)."""
+    labels = torch.as_tensor(labels, device=x.device)
+    got = f"got {labels.dtype} {tuple(labels.shape)}"
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise common.UserError(f"labels: expected whole numbers, {got}; convert them with .long()")
+    if labels.dim() == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.shape != (len(x),) or len(x) == 0:
+        raise common.UserError(f"labels: expected one for each of the {len(x)} images, {got}")
+    labels = labels.long()
+    if labels.min() < 0:
+        number = int(labels.argmin())
+        raise common.UserError(
+            f"labels: expected 0 to K-1, got {int(labels[number])} for image {number}"
+        )
+    return labels
 
 
 def evaluate_model(model, x, labels, attacks, settings, classes=None, state=None, name=""):
@@ -1349,18 +1466,19 @@ def evaluate_model(model, x, labels, attacks, settings, classes=None, state=None
     kept; name: of the model, for the lines on the terminal (empty: none are printed).
     """
     state = state or State()
-    row, reports, warnings = {}, {}, []
+    row, reports, lines = {}, {}, []
     with common.evaluating(model):
         logits = clean_logits(model, x, labels, settings.batch_size, classes)
         images = Images(x, labels, logits)
-        warnings += model_warnings(model, images, attacks, settings)
+        lines += model_warnings(model, images, attacks, settings)
         for attack in dict.fromkeys(attacks):
             if attack == "clean":
                 row["clean_acc"] = common.accuracy(logits, labels)
             elif attack == "calibration":
                 row["calibration"] = {"clean": calibration(logits, labels)}
                 if settings.norm == "linf":
-                    logits_adv = attacked_logits(model, images, "pgd20", settings)
+                    logits_adv, counts = attacked_logits(model, images, "pgd20", settings)
+                    lines += gradient_warnings("pgd20 of the calibration", *counts)
                     row["calibration"]["pgd20"] = calibration(logits_adv, labels)
             elif attack not in NOT_ATTACKS:
                 progress = run_attack(model, images, attack, settings, state, name)
@@ -1369,14 +1487,14 @@ def evaluate_model(model, x, labels, attacks, settings, classes=None, state=None
                 field = re.sub(r"\W+", "_", attack)
                 row[f"{field}_acc"] = report["stages"][-1]["robust_acc"]
                 row[f"{field}_conditional_acc"] = report["stages"][-1]["conditional_acc"]
-                warnings += attack_warnings(progress, report, logits.shape[1])
+                lines += attack_warnings(progress, report, logits.shape[1])
     gap = row.get("pgd20_acc", 0) - row.get("aa_acc", row.get("aa_plus_acc", 1))
     if gap > 0.06:
         points = f"PGD-20 is {100 * gap:.1f} points above AutoAttack"
-        warnings.append(f"{points}: gradients may be masked")
+        lines.append(f"{points}: gradients may be masked")
     row["n"] = len(x)
     row["seconds"] = sum(stage["seconds"] for r in reports.values() for stage in r["stages"])
-    row["reports"], row["warnings"] = reports, warnings
+    row["reports"], row["warnings"] = reports, lines
     return row
 
 
@@ -1439,7 +1557,9 @@ def search(model, batch):
     with common.convolutions(tf32):
         x_adv = attack(model, batch)
     allowed = is_allowed(x_adv, batch.x, batch.settings)
-    wrong = misclassified(model(x_adv).float(), batch.labels)
+    logits = model(x_adv.clone()).float()
+    batch.count(logits)
+    wrong = misclassified(logits, batch.labels)
     if tf32:
         moved = (x_adv != batch.x).flatten(1).any(1)
         unconfirmed = (moved & allowed & ~wrong).nonzero()[:, 0]
@@ -1458,11 +1578,17 @@ def search(model, batch):
 
 
 def attacked_logits(model, images, attack, settings):
-    """Logits (N, K) under a pgdN, of all images: also of those that are wrong when clean."""
-    parts = []
+    """-> logits (N, K) under a pgdN, of all images: also of those that are wrong when clean.
+
+    And how many starts have a zero gradient, how many evaluations numbers that are not finite.
+    """
+    parts, zero_gradients, not_finite = [], 0, 0
     for _, batch in batches(images, torch.arange(len(images.x)), settings, attack):
         parts.append(model(pgd(model, batch)).detach().float())
-    return torch.cat(parts)
+        batch.count(parts[-1])
+        zero_gradients += int(batch.zero_gradients)
+        not_finite += int(batch.not_finite)
+    return torch.cat(parts), (zero_gradients, not_finite)
 
 
 def attack_report(progress, plan):
@@ -1488,14 +1614,24 @@ def attack_report(progress, plan):
 
 
 def model_warnings(model, images, attacks, settings):
-    """Lines on a model that the attacks would overrate: probabilities, random numbers."""
+    """Lines on a model whose numbers mislead: probabilities, random or batch-dependent logits."""
     lines = []
     if is_probabilities(images.logits):
         lines.append("the model seems to return probabilities: the attacks need logits")
-    x = common.to_float(images.x[: settings.batch_size])
-    calls = torch.stack([F.normalize(model(x).detach().float()) for _ in range(5)])
-    if "aa-rand" not in attacks and (calls - calls[:1]).norm(dim=2).max() > 1e-4:
+    x = common.to_float(images.x[: max(settings.batch_size, 2)])
+    calls = torch.stack([F.normalize(model(x.clone()).detach().float()) for _ in range(5)])
+    randomised = (calls - calls[:1]).norm(dim=2).max() > 1e-4
+    if randomised and "aa-rand" not in attacks:
         lines.append("the model is randomised: only aa-rand does not overstate its robustness")
+    # the first half again, in a batch in reverse order whose other images are inverted
+    half = (len(x) + 1) // 2
+    batch = torch.cat([x[:half], 1 - x[half:]]).flip(0)
+    again = F.normalize(model(batch).detach().float()).flip(0)[:half]
+    if not randomised and (again - calls[0, :half]).norm(dim=1).max() > 1e-4:
+        lines.append(
+            "the logits of an image depend on the other images of its batch (is BatchNorm in "
+            "training mode?): all numbers change with the batch size"
+        )
     return lines
 
 
@@ -1511,11 +1647,23 @@ def attack_warnings(progress, report, classes):
         if classes < needed and attack in attacks:
             numerator = f"with {classes} its numerator is used"
             lines.append(f"{attack}: DLR needs {needed} classes; {numerator}")
-    if progress.zero_gradients:
-        starts = f"zero gradient at {progress.zero_gradients} starting points"
-        lines.append(f"{starts}: APGD may overestimate the robustness")
-    if progress.not_finite:
-        lines.append(f"logits that are not finite at {progress.not_finite} evaluations of APGD")
+    return lines + gradient_warnings(
+        ", ".join(attacks), progress.zero_gradients, progress.not_finite
+    )
+
+
+def gradient_warnings(attacks, zero_gradients, not_finite):
+    """Lines on gradients that are zero, and on gradients and logits that are not finite.
+
+    attacks: their names; zero_gradients, not_finite: the counts of Batch.
+    """
+    lines = []
+    if zero_gradients:
+        starts = f"zero gradient at {zero_gradients} starting points"
+        lines.append(f"{starts}: gradients are masked, {attacks} may overestimate the robustness")
+    if not_finite:
+        evaluations = f"at {not_finite} evaluations of {attacks}"
+        lines.append(f"logits or gradients that are not finite {evaluations}")
     return lines
 
 
@@ -1609,9 +1757,9 @@ def evaluate_models(args):
     if device.type == "cpu" and args.search != "tf32":
         print(f"--search {args.search}: no effect on a CPU, where everything is in float32")
     data = common.load_data(args.data, args.data_root, device, test_subset=args.n)
-    others = read_other_images(args, data)
+    others, digests = read_other_images(args, data)
     models, checksums = load_models(args, data, device)
-    flags = {"the images and labels of --data": data.fingerprint} | checksums
+    flags = {"the images and labels of --data": data.fingerprint} | digests | checksums
     for name, value in vars(args).items():
         if name not in FREE_FLAGS:
             flags[f"--{name.replace('_', '-')}"] = value
@@ -1683,7 +1831,9 @@ def evaluate_all(args, data, others, models, flags, state):
                 row[key] = summary[key]
             row["corruptions"] = summary
         for other, images in others.items():
-            logits = common.predict(model, images.x, batch_size=args.batch_size)
+            logits = common.predict(
+                model, images.x, batch_size=args.batch_size, what=f"images of --{other}"
+            )
             row[f"{other}_acc"] = common.accuracy(logits, images.labels)
             row[f"{other}_note"] = images.note
         if args.plot:
@@ -1732,8 +1882,9 @@ def format_record(record):
         attack = f"l2 eps {record['eps']:g}"
     lines = [f"{record['data']}, {record['n']} test images, {attack}, float32"]
     models, stages, calibrations = [], [], []
+    names = short_names([row["model"] for row in record["rows"]])
     for row in record["rows"]:
-        name = short_name(row["model"])
+        name = names[row["model"]]
         models.append({k: v for k, v in row.items() if not isinstance(v, list | dict)})
         for version, report in row["reports"].items():
             largest = f"{report['max_perturbation']:.7f}"
@@ -1751,8 +1902,14 @@ def format_record(record):
             summary = row["corruptions"]
             lines.append(f"\n{row['model']}: {summary['note']}")
             lines.append(common.table(corruption_rows(summary)))
-        lines += [f"{row['model']}: warning: {line}" for line in row["warnings"]]
-    return "\n".join(lines)
+    return "\n".join(lines + warning_lines(record))
+
+
+def warning_lines(record):
+    """A line for each warning of the record, with the name of its model."""
+    return [
+        f"{row['model']}: warning: {line}" for row in record["rows"] for line in row["warnings"]
+    ]
 
 
 def plot(path, record):
@@ -1760,7 +1917,8 @@ def plot(path, record):
 
     The histogram of the probabilities of all classes is Figure 8 of the noisy collaboration paper.
     """
-    rows = {short_name(row["model"])[-36:]: row for row in record["rows"]}
+    names = short_names([row["model"] for row in record["rows"]])
+    rows = {names[row["model"]]: row for row in record["rows"]}
     calibrated = {name: row["calibration"] for name, row in rows.items() if "calibration" in row}
     corrupted = {name: row["corruptions"] for name, row in rows.items() if "corruptions" in row}
     panels = 1 + (2 if calibrated else 0) + len(corrupted)

@@ -275,7 +275,8 @@ class Ensemble(nn.Module):
         logs = []
         for weight, model in zip(self.weights, self.models):
             if weight > 0:
-                logs.append(math.log(weight) + model(x).log_softmax(1))
+                # a copy for each net, which may normalise its images in place
+                logs.append(math.log(weight) + model(x.clone()).log_softmax(1))
         return torch.stack(logs).logsumexp(0)
 
 
