@@ -12,17 +12,16 @@ GPU      Every loss and method takes one step in float32 on the device and on th
          a run that was not stopped. AutoAttack on 1,000 images with that student. Each result is a
          line of --out, written at once. What the minutes do not suffice for is named.
 Ladder   what each trick is worth, one after the other on top of those before, for --loss st, at,
-         ckd or akd+ of robust_kd.py. The first rung is what most published code does (plain.py), in
-         float32, on CUDA with TF32 convolutions, which are the default of PyTorch.
+         ckd or akd+ of robust_kd.py. The first rung is what most published code does, in float32,
+         on CUDA with TF32 convolutions, which are the default of PyTorch.
          All live in one process and are timed in turn, a few steps each; medians and quartiles.
          The losses of the first two steps of all rungs must agree, but for that of the DataLoader,
          which draws other images. TFLOP/s count the multiply-adds (times two) that the job needs,
          without the gradients that the first rung throws away. The first step, with torch.compile,
          is apart. --keep: into benchmark/speed.json, and docs/SPEED.md of that.
-AutoAttack  eval_robustness.py against a plain rendering (plain.py), in turn. A WRN-10-1 is trained
-         for seconds on the embedded shapes; eps is chosen such that about half of the images
-         survive PGD. On CUDA ours searches in float32 and in TF32, where only what float32 confirms
-         counts. The standard attack: --steps 100 --queries 5000.
+AutoAttack  eval_robustness.py against the authors' code (pip install pyautoattack), in turn. A
+         WRN-10-1 is trained for seconds on the drawn shapes; eps is chosen such that about half of
+         the images survive PGD. The standard attack: --steps 100 --queries 5000.
 """
 
 import argparse
@@ -54,7 +53,7 @@ import messy_collab
 import robust_kd
 import soft_randomization
 import teacher_free_kd
-from benchmark import ROOT, plain
+from benchmark import ROOT
 from benchmark.commands import add_command, add_commands
 
 EPS, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 7  # of the attack in training
@@ -121,7 +120,7 @@ def parse_args(argv=None):
     )
     add("--keep", action="store_true", help="put the numbers into speed.json and docs/SPEED.md")
 
-    add = add_command(jobs, "autoattack", "AutoAttack against a plain rendering of it")
+    add = add_command(jobs, "autoattack", "AutoAttack against the authors' code")
     add("--n", type=common.whole, default=60, help="number of test images")
     add("--batch-size", type=common.whole, default=20, help="images that are attacked together")
     add("--steps", type=common.whole, default=20, help="iterations of APGD and FAB")
@@ -143,12 +142,50 @@ def parse_args(argv=None):
 
 def set_up(args):
     """The device of --device, with the settings of training."""
-    settings = {"precision": "bf16", "deterministic": False, "graph": False, "given": set()}
-    return common.setup_training(argparse.Namespace(device=args.device, **settings))
+    return common.setup_device(
+        argparse.Namespace(device=args.device, deterministic=False, given=[])
+    )
 
 
 # ------------------------------------------------------------------------------------------------
 # A training step
+
+
+class PlainImages(torch.utils.data.Dataset):
+    """The training set as torchvision's own CIFAR10 gives it: one image at a time, transformed."""
+
+    def __init__(self, data):
+        import torchvision.transforms as transforms
+        from PIL import Image
+
+        self.images = [Image.fromarray(x) for x in data.x_train.cpu().numpy()]
+        self.labels = data.y_train.tolist()
+        size = data.x_train.shape[1]
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(size, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+            ]
+        )
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.transform(self.images[i]), self.labels[i]
+
+
+def plain_pgd(model, x, labels, eps, step_size, steps, start):
+    """PGD by loss.backward(): the gradients of the weights are computed and thrown away."""
+    x_adv = (x + start).clamp(0, 1)
+    for _ in range(steps):
+        x_adv.requires_grad_(True)
+        model.zero_grad()
+        F.cross_entropy(model(x_adv), labels).backward()
+        x_adv = x_adv.detach() + step_size * x_adv.grad.sign()
+        x_adv = torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
+    return x_adv
 
 
 def draw_start(x):
@@ -160,7 +197,7 @@ def attack(model, x, labels, tricks):
     """PGD-7 with a set of tricks, BatchNorm in eval mode: -> x_adv."""
     start = draw_start(x)
     if "input gradient" not in tricks:
-        return plain.pgd(model.eval(), x, labels, EPS, STEP_SIZE, STEPS, start)
+        return plain_pgd(model.eval(), x, labels, EPS, STEP_SIZE, STEPS, start)
     return common.pgd(model.eval(), x, labels, EPS, STEP_SIZE, STEPS, start)
 
 
@@ -173,10 +210,10 @@ def train_with(data, args, tricks):
     teacher.eval().requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4, fused=True)
     for net in (model, teacher):
-        if "compile" in tricks:
-            common.compile_model(net)
         if "reduce-overhead" in tricks:
-            net.compile(dynamic=False, mode="reduce-overhead")
+            common.compile_model(net, "reduce-overhead")
+        elif "compile" in tricks:
+            common.compile_model(net, "default")
         if "no compiler" in tricks:
             net.compile(dynamic=False, backend="eager")
 
@@ -185,21 +222,23 @@ def train_with(data, args, tricks):
         with torch.autocast(device.type, torch.bfloat16, **bf16):
             if args.loss in ("at", "akd+"):
                 x_adv = attack(model, x, labels, tricks)
-                model.zero_grad()  # plain.pgd leaves gradients of the weights
+                model.zero_grad()  # plain_pgd leaves gradients of the weights
             model.train()
             match args.loss:
                 case "st":
-                    loss = robust_kd.st_loss(model(x), labels)
+                    loss = F.cross_entropy(model(x), labels)
                 case "at":
-                    loss = robust_kd.at_loss(model(x_adv), labels)
+                    loss = F.cross_entropy(model(x_adv), labels)
                 case "ckd":
-                    loss = robust_kd.ckd_loss(model(x), teacher(x), labels, lam=5 / 6)
+                    targets = robust_kd.mix_labels(teacher(x), labels)
+                    loss = robust_kd.ckd_loss(model(x), targets, labels, lam=5 / 6)
                 case "akd+":
-                    loss = robust_kd.akd_plus_loss(model(x_adv), teacher(x_adv), labels, alpha=0.8)
+                    targets = robust_kd.mix_labels(teacher(x_adv), labels, alpha=0.8)
+                    loss = robust_kd.akd_loss(model(x_adv), targets)
         loss.backward()
         return loss.detach()
 
-    images = None if "gather" in tricks else plain.Images(data)
+    images = None if "gather" in tricks else PlainImages(data)
     epoch = 0
     while True:
         if images is None:
@@ -417,7 +456,11 @@ def choose_eps(model, data):
 
 
 def time_autoattack(args):
-    """The job `autoattack`: print accuracies, seconds and ratios of all ways."""
+    """The job `autoattack`: accuracies, seconds and their ratio to those of the authors' code."""
+    try:
+        from pyautoattack import AutoAttack
+    except ImportError:
+        raise common.UserError("autoattack: pip install pyautoattack") from None
     torch.set_num_threads(args.threads)
     device = common.find_device(args.device)
     if args.checkpoint:
@@ -430,20 +473,23 @@ def time_autoattack(args):
         eps = choose_eps(model, data)
     options = {"batch_size": args.batch_size, "steps": args.steps, "queries": args.queries}
 
-    def run_plain():
+    def run_authors():
+        attack = AutoAttack(model, norm="Linf", eps=eps, seed=0, device=device)
+        for part in (attack.apgd, attack.apgd_targeted, attack.fab):
+            part.n_iter = args.steps
+        attack.square.n_queries = args.queries
+        x = common.to_float(data.x_test)
         with common.evaluating(model):
-            model.requires_grad_(True)  # in a plain rendering weight gradients are made too
-            x = common.to_float(data.x_test)
-            return plain.autoattack(model, x, data.y_test, eps, **options).double().mean().item()
+            x_adv = attack.run_standard_evaluation(x, data.y_test, batch_size=args.batch_size)
+        return common.accuracy(common.predict(model, x_adv), data.y_test)
 
-    def run_ours(search):
-        settings = options | {"eps": eps, "search": search}
-        found = eval_robustness.evaluate(model, data.x_test, data.y_test, ["aa"], **settings)
+    def run_ours():
+        found = eval_robustness.evaluate(
+            model, data.x_test, data.y_test, ["aa"], eps=eps, **options
+        )
         return found["aa_acc"]
 
-    ways = {"plain": run_plain, "ours": lambda: run_ours("fp32")}
-    if device.type == "cuda":
-        ways["ours, search in TF32"] = lambda: run_ours("tf32")
+    ways = {"authors": run_authors, "ours": run_ours}
     seconds, accuracies = {name: [] for name in ways}, {}
     for _ in range(args.repeats):
         for name, run in ways.items():
@@ -456,7 +502,7 @@ def time_autoattack(args):
     print(f"{describe(device)}, torch {torch.__version__}")
     rows = []
     for name, times in seconds.items():
-        ratio = min(times) / min(seconds["plain"])
+        ratio = min(times) / min(seconds["authors"])
         row = {"way": name, "aa_acc": accuracies[name], "seconds": min(times)}
         rows.append(row | {"ratio": f"{ratio:.3f}"})
     print(common.table(rows))
@@ -478,10 +524,10 @@ ONE_STEP = (
     "--teacher-epochs 1 --precision fp32"
 )
 ONE_STEP_OF_SCRIPT = {
-    "robust_kd": "--teacher-batch-size 32 --steps 2 --eval-steps 1",
-    "fickle_teacher": "--eval-steps 1 --restarts 1",
-    "soft_randomization": "--eval-steps 1 --restarts 1",
-    "messy_collab": "--eval-steps 1 --restarts 1",
+    "robust_kd": "--teacher-batch-size 32 --steps 2",
+    "fickle_teacher": "--eval-restarts 1",
+    "soft_randomization": "--eval-restarts 1",
+    "messy_collab": "--eval-restarts 1",
     "teacher_free_kd": "--steps 2 --teacher-batch-size 32 --eval-attack clean",
 }
 LARGEST_GRADIENT_ERROR = 0.01  # relative; rounding turns a sign in the attack now and then
@@ -582,7 +628,7 @@ def stop_and_resume(args, folder):
     flags += ["--device", args.device, "--runs", str(folder)]
     if args.small:
         flags += "--data shapes --train-subset 500 --val-size 0 --test-subset 20 --steps 2".split()
-        flags += "--model mlp-32 --eval-steps 1".split()
+        flags += "--model mlp-32".split()
     stopped = [*flags, "--name", "stopped"]
     log = folder / "robust_kd/stopped-s0/log.jsonl"
     command = [sys.executable, str(ROOT / "robust_kd.py"), *stopped]
@@ -607,7 +653,7 @@ def stop_and_resume(args, folder):
 
 def attack_student(data, path, args):
     """-> the row of AutoAttack on 1,000 test images of a saved student."""
-    model, _ = common.load_model(path, data.x_test.device)
+    model = common.load_model(path, data)
     n, options = (20, {"steps": 2, "queries": 5}) if args.small else (1000, {})
     x, labels = data.x_test[:n], data.y_test[:n]
     began = time.perf_counter()
