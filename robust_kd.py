@@ -275,7 +275,8 @@ class Ensemble(nn.Module):
         logs = []
         for weight, model in zip(self.weights, self.models):
             if weight > 0:
-                logs.append(math.log(weight) + model(x).log_softmax(1))
+                # a copy for each net, which may normalise its images in place
+                logs.append(math.log(weight) + model(x.clone()).log_softmax(1))
         return torch.stack(logs).logsumexp(0)
 
 
@@ -332,15 +333,16 @@ def get_teacher(args, data, training, number):
     runs/teachers/<digest of its flags and the data> keeps it for all runs with the same ones.
     """
     if args.teacher_ckpt:
-        return common.given_teacher(args, data)
-    own = teacher_args(args, training, number)
-    folder = common.teacher_folder(own, data)
-    with common.locked(folder, wait=True):  # another run may be training it
-        if not (folder / "teacher.pt").exists():
-            train(own, data, folder, "teacher")
-        common.delete_checkpoints(folder)
-    print(f"teacher: {folder / 'teacher.pt'}", flush=True)
-    teacher = common.load_model(folder / "teacher.pt", data)
+        teacher = common.given_teacher(args, data)
+    else:
+        own = teacher_args(args, training, number)
+        folder = common.teacher_folder(own, data)
+        with common.locked(folder, wait=True):  # another run may be training it
+            if not (folder / "teacher.pt").exists():
+                train(own, data, folder, "teacher")
+            common.delete_checkpoints(folder)
+        teacher = common.load_model(folder / "teacher.pt", data)
+    print(f"teacher: {teacher.meta['file']}", flush=True)
     common.compile_model(teacher, args.compile)
     return teacher
 
@@ -486,7 +488,7 @@ def collapsed(args, rows):
 
 def epoch_file(args, data, folder, stage, epochs):
     """Where --save-every keeps a net; a teacher is kept where --teacher-es finds it."""
-    if stage != "teacher":
+    if stage != "teacher" or epochs == args.epochs:  # teacher.pt would say that it is finished
         return folder / f"{stage}-epoch{epochs}.pt"
     early_stopped = common.replace(args, epochs=epochs)
     return common.teacher_folder(early_stopped, data) / "teacher.pt"

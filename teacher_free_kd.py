@@ -280,6 +280,9 @@ def check_flags(args, error):
     if args.method == "self-distillation" and (args.model.startswith("mlp") or ":" in args.model):
         needs = "self-distillation needs the stages of our ResNets and WideResNets"
         error(f"--model: {needs}, got {args.model}")
+    for name in args.eval_attack:
+        if args.eval_attack.count(name) > 1:
+            error(f"--eval-attack: expected each name once, got {name} twice")
     other_net = args.teacher_model not in (None, args.model)
     if args.method in TEACHER_LIKE_STUDENT and other_net:
         error(f"--teacher-model: --method {args.method} needs the student's net, {args.model}")
@@ -464,7 +467,6 @@ def exit_rows(net, exit_weights, data):
     """
     exits = Exits(net)
     exits.early_heads.load_state_dict(exit_weights)
-    exits.eval()
     logits, cost = {}, {}  # by the name of the row
     for i in range(len(net.stages)):
         one = OneExit(exits, i)
@@ -493,7 +495,7 @@ def macs(model, data):
 
     size, channels = data.x_test.shape[2:]
     image = torch.zeros(1, channels, size, size, device=data.x_test.device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with common.evaluating(model), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
     return counter.get_total_flops() // 2
 

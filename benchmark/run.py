@@ -181,7 +181,7 @@ def main(argv=None):
     if failures:
         print(f"\n{len(failures)} failed:", *failures, sep="\n")
         raise SystemExit(1)
-    print("\nall of these commands have their results; python benchmark/report.py shows them")
+    print("\nall of these commands have their results; next: python benchmark/report.py")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 import common
 import robust_kd
-from benchmark import plain, plots, report, run, speed, trajectories
+from benchmark import plots, report, run, speed, trajectories
 
 SMALL = "--data shapes --model mlp-8 --train-subset 40 --test-subset 10 --val-size 20 --epochs 2"
 SMALL += " --batch-size 16 --device cpu"
@@ -121,7 +121,7 @@ AT = f"python robust_kd.py --loss at {SMALL_ROBUST}"
 LINES = (  # line, net, metric, printed, command; the third metric is not in the summary
     ("at", "student", "clean_acc", "99.00", AT),
     ("at", "student", "pgd2_acc", "50.00", AT),
-    ("at", "student", "aa_acc", "40.00", AT),
+    ("at", "student", "pgd3_acc", "40.00", AT),
     ("an assumption", "", "trainings", "8", ""),
 )
 
@@ -130,21 +130,22 @@ LINES = (  # line, net, metric, printed, command; the third metric is not in the
 def only_lines(monkeypatch, tmp_path):
     """only_lines(*lines): these are all there are -> call(*words): run.py in folders of a test.
 
-    The scripts run in this process; with processes=True each in its own, as outside of tests.
+    The scripts run in this process, and evaluate PGD-3 where the papers have AutoAttack.
     """
 
     def call_here(words):
+        print(f"$ python {words[0]}")
         importlib.import_module(words[0].removesuffix(".py")).main(words[1:])
 
-    def set_lines(*lines, processes=False):
+    def set_lines(*lines):
         with open(tmp_path / "printed.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, NUMBERS[0])
             writer.writeheader()
             for line, net, metric, printed, command in lines:
                 row = {"line": line, "net": net, "metric": metric, "printed": printed}
                 writer.writerow({"paper": "paper2", "table": "table9", "command": command} | row)
-        if not processes:
-            monkeypatch.setattr(run, "call", call_here)
+        monkeypatch.setattr(run, "call", call_here)
+        monkeypatch.setitem(run.EVALUATED, "pgd3_acc", "pgd3")
         folders = ["--runs", f"{tmp_path}/runs", "--results", f"{tmp_path}/results"]
         return lambda *words: run.main([*words, *folders, "--printed", f"{tmp_path}/printed.csv"])
 
@@ -169,22 +170,28 @@ def test_papers_and_tables_are_chosen_by_their_names(refused):
     assert "--list" in refused(run.parse_args, [])
 
 
-def test_a_command_writes_one_small_result_and_is_not_run_again(only_lines, tmp_path, capfd):
-    call = only_lines(*LINES, processes=True)
+def test_a_command_writes_one_small_result_and_is_not_run_again(only_lines, tmp_path, capsys):
+    call = only_lines(*LINES)
     call("paper2")
     (path,) = (tmp_path / "results").iterdir()
     record = json.loads(path.read_text())
     assert (record["command"], record["seed"]) == (AT, 0) and path.stat().st_size < 8000
     assert record["commit"] and record["torch"] and record["flags"]["epochs"] == 2
     student = {row["net"]: row for row in record["rows"]}["student"]
-    assert {"clean_acc", "pgd2_acc", "aa_acc", "digest"} <= student.keys()
+    assert {"clean_acc", "pgd2_acc", "pgd3_acc", "digest"} <= student.keys()
     assert str(tmp_path) not in json.dumps(record["rows"])
     before = path.stat().st_mtime_ns
-    capfd.readouterr()
+    assert capsys.readouterr().out.count("$ python") >= 2  # training and evaluation
     call("table9")
-    assert path.stat().st_mtime_ns == before and "$ python" not in capfd.readouterr().out
+    assert path.stat().st_mtime_ns == before and "$ python" not in capsys.readouterr().out
     call("--list")
-    assert re.search(r"paper2 table9 +0 +python robust_kd", capfd.readouterr().out)
+    assert re.search(r"paper2 table9 +0 +python robust_kd", capsys.readouterr().out)
+
+
+def test_a_script_runs_in_a_process_of_its_own_and_its_failure_is_named(tmp_path, refused, capfd):
+    error = refused(run.call, ["benchmark/prepare.py", "--data-root", str(tmp_path)])
+    assert error == f"python benchmark/prepare.py --data-root {tmp_path}: status 2"
+    assert "there is no" in capfd.readouterr().err
 
 
 def test_a_command_that_fails_does_not_stop_the_next_one(only_lines, tmp_path, capsys):
@@ -199,8 +206,7 @@ def test_a_command_that_fails_does_not_stop_the_next_one(only_lines, tmp_path, c
     assert [(r["command"], r["seed"]) for r in read_results(tmp_path)] == [(AT, 0), (AT, 1)]
 
 
-def test_an_ensemble_is_evaluated_as_its_teachers_together(only_lines, tmp_path, monkeypatch):
-    monkeypatch.setitem(run.EVALUATED, "pgd3_acc", "pgd3")
+def test_an_ensemble_is_evaluated_as_its_teachers_together(only_lines, tmp_path):
     command = f"python robust_kd.py --loss akd+ --teachers 2 {SMALL_ROBUST}"
     only_lines(("two", "ensemble", "pgd3_acc", "50.00", command))("paper2")
     (record,) = read_results(tmp_path)
@@ -314,7 +320,7 @@ def test_the_page_shows_what_ran_printed_beside_measured(only_lines, tmp_path):
     flags = {"eps": 8 / 255, "step_size": None, "restarts": 1, "test_subset": None}
     for seed, clean in ((0, 0.985), (1, 0.995)):
         rows = [
-            {"net": "student", "clean_acc": clean, "aa_acc": 0.413, "digest": f"{seed}"},
+            {"net": "student", "clean_acc": clean, "pgd3_acc": 0.413, "digest": f"{seed}"},
             {"net": "best", "clean_acc": 0.9, "digest": f"best {seed}"},
         ]
         record = {"command": AT, "seed": seed, "rows": rows, "flags": flags}
@@ -324,7 +330,7 @@ def test_the_page_shows_what_ran_printed_beside_measured(only_lines, tmp_path):
     report.main([*folders, "--page", f"{tmp_path}/page.md"])
     text = (tmp_path / "page.md").read_text()
     assert "| at | clean | 99.00 | 99.00 ± 0.71 | 2 | +0.00 | 90.00 ± 0.00 |" in text
-    assert "| at | AutoAttack | 40.00 | 41.30 ± 0.00 | 2 | +1.30 | - |" in text
+    assert "| at | PGD-3 | 40.00 | 41.30 ± 0.00 | 2 | +1.30 | - |" in text
     assert "a GPU, torch 2, commit c0; all test images; eps 8/255" in text
     assert "seeds 0, 1" in text and AT in text
     assert "late" not in text and "| 5 | 2 |" in text  # of five printed numbers two are measured
@@ -689,14 +695,14 @@ LADDER += " --rounds 2 --steps 1 --workers 0 --device cpu"
 
 
 @pytest.mark.parametrize("loss", ["st", "ckd", "akd+"])
-def test_the_ladder_of_a_cpu_has_five_rungs_that_agree(loss, capsys):
+def test_the_ladder_of_a_cpu_has_four_rungs_that_agree(loss, capsys):
     speed.main(f"{LADDER} --loss {loss}".split())
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("| ")][1:]
     names = [line.split(" | ")[0][2:] for line in lines]
     assert names == list(speed.RUNGS)[: speed.RUNGS_ON_CPU]
     assert all(re.search(r"\| [\d.]+ \([\d.]+ to [\d.]+\) \|", line) for line in lines)
-    assert re.search(r"^ratio \d\.\d{3} \(in the attack BatchNorm", out, re.M)
+    assert re.search(r"^ratio \d\.\d{3} \(channels_last / DataLoader", out, re.M)
 
 
 def test_a_rung_that_trains_another_way_is_an_error(monkeypatch, refused):
@@ -725,54 +731,70 @@ def test_the_page_of_speed_is_made_of_the_numbers_that_were_kept(monkeypatch, tm
     assert (tmp_path / "docs" / "SPEED.md").read_text() == speed.speed_page(new)
 
 
-def test_what_is_fast_is_compared_with_what_is_exact(capsys, refused, monkeypatch):
-    flags = "correct --model wrn-10-1 --batch-size 4 --steps 2 --precision fp32 bf16 --device cpu"
-    monkeypatch.setattr(speed, "STEPS", 1)
-    speed.main(flags.split())
-    out = capsys.readouterr().out
-    assert len(re.findall(r"^\d x \d+ -> \d+, kernel .* (?:fp32|bf16) ", out, re.M)) == 16
-    assert "reference, other starts" in out and "channels_last" in out
-    assert len(re.findall(r"^pgd(?:7|20) +(?:fp32|bf16) +\d\.\d+$", out, re.M)) == 4
-    real_convolve, real_pgd, real_train_with = speed.convolve, common.pgd, speed.train_with
-
-    def wrong_convolve(x, w, *options):
-        y, x_gradient, w_gradient = real_convolve(x, w, *options)
-        return y, x_gradient, w_gradient * (1.02 if x.dtype == torch.float32 else 1)
-
-    def weak_pgd(model, x, *rest):
-        return x if torch.is_autocast_enabled("cpu") else real_pgd(model, x, *rest)
-
-    def wrong_train_with(data, args, tricks):
-        for loss in real_train_with(data, args, tricks):
-            yield loss * (1.5 if "channels_last" in tricks else 1)
-
-    monkeypatch.setattr(speed, "convolve", wrong_convolve)
-    monkeypatch.setattr(common, "pgd", weak_pgd)
-    monkeypatch.setattr(speed, "train_with", wrong_train_with)
-    error = refused(speed.main, flags.split())
-    assert "side 8 in fp32: of w is off by 2.0e-02; " in error and "pgd20 in bf16: loss" in error
-    assert "channels_last: losses differ" in error
-    assert "reference: losses" not in error and "other starts: losses" not in error
+GPU = "gpu --device cpu --small"  # on the CPU: what can be tried without a GPU
 
 
-def test_the_plain_autoattack_breaks_what_pgd_breaks_and_keeps_to_the_ball(small):
-    model, images, labels = small
-    x, labels, eps = common.to_float(images[:40]), labels[:40], 4 / 255
-    model.requires_grad_(True)  # in a plain rendering weight gradients are made too
-    robust = plain.autoattack(model, x, labels, eps, 8, 40, targets=2, batch_size=20)
-    pgd = common.predict(model, images[:40], labels, (eps, eps / 4, 8)).argmax(1) == labels
-    clean = common.predict(model, images[:40]).argmax(1) == labels
-    assert not (robust & ~clean).any() and robust.sum() <= pgd.sum() + 1 < clean.sum()
-    target = (labels + 1) % 10
-    for name in ("apgd-ce", "apgd-t", "fab-t", "square"):
-        x_adv = plain.attack(name, model, x, labels, target, eps, 8, 40)
-        assert (x_adv - x).abs().max() <= eps + 1e-6 and 0 <= x_adv.min() <= x_adv.max() <= 1
-        with torch.no_grad():
-            broken = clean & (model(x_adv).argmax(1) != labels)
-        assert broken.any(), name
+def test_the_job_of_a_new_gpu_does_all_its_parts_and_writes_each_at_once(tmp_path, capsys):
+    speed.main(f"{GPU} --out {tmp_path}/new/gpu.jsonl".split())
+    lines = (tmp_path / "new/gpu.jsonl").read_text().splitlines()
+    about, *rows = map(json.loads, lines)
+    assert {"device", "torch", "commit"} == about.keys()
+    assert Counter(row["part"] for row in rows) == {
+        "gradients": 5, "step": 3, "resume": 1, "autoattack": 1,
+    }  # fmt: skip
+    assert all(row["ok"] for row in rows), rows
+    by_part = {row["part"]: row for row in rows}
+    assert by_part["gradients"]["gradient_error"] == 0 and by_part["step"]["ms"] > 0
+    assert by_part["resume"]["killed_after_epoch"] == 1 and by_part["resume"]["same_weights"]
+    assert by_part["autoattack"]["images"] == 20 and 0 <= by_part["autoattack"]["aa_acc"] <= 1
 
 
-def test_autoattack_is_timed_against_the_plain_one(capsys, monkeypatch):
+def test_what_the_minutes_do_not_suffice_for_is_named_and_not_begun(tmp_path):
+    speed.main(f"{GPU} --minutes 0.001 --out {tmp_path}/gpu.jsonl".split())
+    _, *rows = map(json.loads, (tmp_path / "gpu.jsonl").read_text().splitlines())
+    assert len(rows) == 10
+    assert all(row["left_out"] == "less than 1 s are left" for row in rows)
+
+
+def test_a_loss_that_differs_on_the_device_and_a_part_that_crashes_are_named(
+    monkeypatch, tmp_path, refused
+):
+    st_loss, calls = robust_kd.st_loss, []
+
+    def wrong_on_the_first_device(student_logits, labels):
+        calls.append(1)
+        return st_loss(student_logits, labels) * (1.02 if len(calls) == 1 else 1)
+
+    def crash(*args):
+        raise RuntimeError("output overwritten")
+
+    monkeypatch.setattr(robust_kd, "st_loss", wrong_on_the_first_device)
+    monkeypatch.setattr(speed, "STUDENTS", {"robust_kd": ["--loss st"]})
+    for part in ("time_steps", "stop_and_resume"):
+        monkeypatch.setattr(speed, part, crash)
+    error = refused(speed.main, f"{GPU} --out {tmp_path}/gpu.jsonl".split())
+    assert "robust_kd.py --loss st; akd+, no compile" in error and len(calls) == 2
+    _, first, second, *_, last = map(json.loads, (tmp_path / "gpu.jsonl").read_text().splitlines())
+    assert "no student" in last["left_out"]
+    assert first["gradient_error"] == pytest.approx(0.02) and not first["ok"]
+    assert second["error"] == "RuntimeError: output overwritten"
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_a_step_of_every_loss_and_method_is_compared(small):
+    assert sum(map(len, speed.STUDENTS.values())) >= 40
+    for script, students in speed.STUDENTS.items():
+        parse_args = importlib.import_module(script).parse_args
+        chosen = set()
+        for student in students:
+            args = parse_args(speed.one_step_flags(script, student, small))
+            assert args.train_subset == args.batch_size and args.epochs == 1
+            chosen.add(getattr(args, "loss", None) or args.method)
+        module = importlib.import_module(script)
+        assert chosen == set(module.LOSSES if script == "robust_kd" else module.METHODS)
+
+
+def test_autoattack_is_timed_against_the_code_of_its_authors(capsys, monkeypatch):
     def untrained(data):
         return common.new_model(data, "mlp-4", 0, "student").eval()
 
@@ -780,6 +802,6 @@ def test_autoattack_is_timed_against_the_plain_one(capsys, monkeypatch):
     monkeypatch.setattr(speed, "train_small_net", untrained)
     speed.main("autoattack --n 20 --steps 2 --queries 5 --repeats 1 --device cpu".split())
     out = capsys.readouterr().out
-    ways = re.findall(r"^(plain|ours) +(\d\.\d{4}) +[\d.]+ +\d+\.\d{3}$", out, re.M)
-    assert [name for name, _ in ways] == ["plain", "ours"]
+    ways = re.findall(r"^(authors|ours) +(\d\.\d{4}) +[\d.]+ +\d+\.\d{3}$", out, re.M)
+    assert [name for name, _ in ways] == ["authors", "ours"]
     assert abs(float(ways[0][1]) - float(ways[1][1])) <= 0.1
