@@ -241,13 +241,13 @@ def test_early_stops_are_found_where_the_teacher_was_trained(tmp_path, capsys):
         argv = [*flags.split(), "--teacher-es", stop, "--runs", str(tmp_path), "--name", stop]
         robust_kd.main(argv)
     assert len(re.findall(r"^teacher +\d+/\d+ ", capsys.readouterr().out, re.M)) == 3
-    folder = tmp_path / "robust_kd/3-s0"
-    config = json.loads((folder / "config.json").read_text())
-    for epochs in (1, 2, 3):
-        meta = common.load_model(trajectories.teacher_of(folder, config, epochs)).meta
-        assert meta["epoch"] == epochs
-    last = trajectories.teacher_of(folder, config)
-    assert last == trajectories.teacher_of(folder, config, 3)
+    teachers = {}  # --name -> the file of its teacher
+    for name in ("1", "2", "3"):
+        folder = tmp_path / f"robust_kd/{name}-s0"
+        teachers[name] = folder / common.read_summary(folder)[0]["file"]
+    files = trajectories.epoch_files(teachers["3"])
+    assert [file.resolve() for file in files] == [file.resolve() for file in teachers.values()]
+    assert [common.load_model(file).meta["epoch"] for file in files] == [1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -422,6 +422,12 @@ def test_gradients_of_several_runs_are_one_table(tmp_path, capsys):
     table = capsys.readouterr().out
     assert re.search(r"a: student, epoch 1, stage 1 +1.0e-03 +1.0e-03", table)
     assert re.search(r"b: student, epoch 3, stage 2 +1.0e-03 +-", table)
+    (tmp_path / "x-s0").mkdir()
+    (tmp_path / "y-s0").mkdir()
+    files = [write_gradients(tmp_path / f"{run}-s0/gradients.npz") for run in "xy"]
+    plots.main(["gradients", *files, "--out", str(out)])  # as --grad-heatmap names the files
+    table = capsys.readouterr().out
+    assert "x-s0: student, epoch 1, stage 1" in table and "y-s0: student, epoch 1" in table
     if new_figures_are_possible():
         assert out.read_bytes()[:4] == b"\x89PNG"
 
@@ -447,8 +453,8 @@ def make_trajectories(epochs, shift=0.0, test=N_TEST, train=N_TRAIN):
     of_train, of_test = (rise * np.linspace(0.3, 0.8, n) for n in (train, test))
     made = {}
     for name, probs in {"train": of_train, "test": of_test, "adv": of_test / 2}.items():
-        made[name] = torch.tensor(probs + shift).log().to(torch.float16)
-    return made | {"entropy": torch.linspace(2, 1, epochs)}
+        made[name] = np.log(probs + shift)
+    return made | {"entropy": np.linspace(2, 1, epochs)}
 
 
 @pytest.fixture(scope="module")
@@ -462,25 +468,27 @@ def two_classes(tmp_path_factory):
 
 
 @pytest.fixture
-def make_run(tmp_path, two_classes):
-    """make_run(name, student, teacher) -> a run's folder; {}: without trajectories, None: no net.
+def make_run(tmp_path, two_classes, monkeypatch):
+    """make_run(name, student, teacher) -> the folder of a run whose nets have these trajectories.
 
-    The flags in config.json are those of robust_kd.py; the teacher is given by --teacher-ckpt.
+    What read_trajectories would compute is given here; the test from end to end computes it.
     """
+    kept = {}  # file -> trajectories
+    monkeypatch.setattr(trajectories, "read_trajectories", lambda path, *_: kept[str(path)])
 
-    def make(name, student, teacher=None, **changed):
-        folder, model = tmp_path / name, common.build_model("mlp-2", 2)
-        for file, kept in (("student.pt", student), ("given.pt", teacher)):
-            if kept is not None:
-                meta = {"trajectories": kept} if kept else {}
-                common.save_model(folder / file, model, **meta)
-        argv = ["--data", two_classes, "--val-size", "0", "--model", "mlp-2", "--loss", "at"]
-        if teacher is not None:
-            argv[-1:] = ["akd", "--teacher-ckpt", str(folder / "given.pt")]
-        flags = common.run_flags(robust_kd.parse_args(argv))
-        fingerprint = common.load_data(two_classes).fingerprint
-        config = {"flags": flags, "fingerprint": fingerprint} | changed
-        common.write_json(folder / "config.json", config)
+    def make(name, student, teacher=None, flags=(), **changed):
+        folder = tmp_path / name
+        argv = ["--data", two_classes, "--val-size", "0", "--model", "mlp-2", *flags]
+        args = robust_kd.parse_args(argv)
+        fingerprint = common.load_data(two_classes, train_subset=args.train_subset).fingerprint
+        config = {"flags": common.run_flags(args), "fingerprint": fingerprint}
+        common.write_json(folder / "config.json", config | changed)
+        rows = []
+        for net, numbers in (("student", student), ("teacher", teacher)):
+            if numbers is not None:
+                kept[str(folder / f"{net}.pt")] = numbers
+                rows.append({"net": net, "model": net, "file": f"{net}.pt"})
+        common.write_json(folder / "summary.json", rows)
         return str(folder)
 
     return make
@@ -579,9 +587,9 @@ def test_tables_numbers_and_pictures_of_two_runs(make_run, tmp_path, capsys):
     found = json.loads((out / "trajectories.json").read_text())
     ours = found["runs"]["all"]["natural"]
     assert list(np.argsort(ours["difficulty"])) == list(DESCENDING)
-    np.testing.assert_allclose(ours["change"], 0.1, atol=2e-3)  # float16
-    np.testing.assert_allclose(ours["teacher"], np.linspace(0.3, 0.8, N_TEST), atol=2e-3)
-    np.testing.assert_allclose(found["runs"]["stopped"]["adversarial"]["change"], 0, atol=2e-3)
+    np.testing.assert_allclose(ours["change"], 0.1, atol=1e-5)  # written with five digits
+    np.testing.assert_allclose(ours["teacher"], np.linspace(0.3, 0.8, N_TEST), atol=1e-5)
+    np.testing.assert_allclose(found["runs"]["stopped"]["adversarial"]["change"], 0, atol=1e-5)
     assert found["runs"]["all"]["entropy"]["student"] == pytest.approx([2, 5 / 3, 4 / 3, 1], 1e-4)
     labels = common.make_shapes(N_TRAIN, N_TEST)["y_train"] % 2
     assert found["images"][1]["easiest"] == [i for i in range(N_TRAIN)[::-1] if labels[i] == 1]
@@ -591,7 +599,7 @@ def test_tables_numbers_and_pictures_of_two_runs(make_run, tmp_path, capsys):
 
 
 def test_another_model_ranks_or_is_compared_with(make_run, tmp_path, no_matplotlib, capsys):
-    turned = {name: values.flip(-1) for name, values in make_trajectories(3).items()}
+    turned = {name: values[..., ::-1] for name, values in make_trajectories(3).items()}
     a = make_run("a", make_trajectories(4), make_trajectories(4))
     other = make_run("other", turned)
     found = []
@@ -601,7 +609,7 @@ def test_another_model_ranks_or_is_compared_with(make_run, tmp_path, no_matplotl
         found.append(json.loads(text)["runs"]["a"]["natural"])
     assert list(np.argsort(found[0]["difficulty"])) == list(DESCENDING[::-1])
     np.testing.assert_allclose(found[0]["change"], 0, atol=1e-6)
-    np.testing.assert_allclose(found[1]["change"], np.linspace(-0.5, 0.5, N_TEST), atol=2e-3)
+    np.testing.assert_allclose(found[1]["change"], np.linspace(-0.5, 0.5, N_TEST), atol=1e-5)
     assert "pip install matplotlib" in capsys.readouterr().out
     names = [path.name for path in (tmp_path / "a/trajectories").iterdir()]
     assert names == ["trajectories.json"]
@@ -620,44 +628,61 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(make_run, refused, 
 
     two = make_trajectories(2)
     a = make_run("a", two, two)
-    fewer = make_run("fewer", make_trajectories(2, test=9), make_trajectories(2, test=9))
+    fewer = make_run("fewer", two, two, ["--test-subset", "9"])
     assert "nowhere: not the folder of a run" in refusal(tmp_path / "nowhere")
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.json").write_bytes((tmp_path / "a/config.json").read_bytes())
     assert "its run is not finished" in refusal(tmp_path / "half")
-    without = refusal(make_run("b", two, {}))
-    assert "given.pt: has no trajectories; train with --trajectories" in without
-    assert "fewer: was trained on other images" in refusal(a, fewer)
-    other = make_run("c", two, fingerprint=1)
-    assert "c: was trained on other images" in refusal(a, other)
-    assert "--data-root" in refusal(other)
-    message = refusal(a, "--difficulty-of", f"{fewer}/student.pt")
-    assert "--difficulty-of" in message and "30 training and 9 test images" in message
-    assert "no such checkpoint" in refusal(a, "--teacher", "nowhere.pt")
+    line = refusal(a, fewer)
+    assert "fewer: was trained on other images" in line and "30 training and 9 test images" in line
+    less = make_run("less", two, two, ["--train-subset", "20"])
+    assert "less: was trained on other images" in refusal(a, less)
+    assert "--data-root" in refusal(make_run("c", two, fingerprint=1))
     assert "--window: expected" in refusal(a, "--window", 0)
     assert "--labels" in refusal(a, a)
-    assert "fewer than 5" in refusal(make_run("few", make_trajectories(2, test=4)))
+    assert "fewer than 5" in refusal(make_run("few", two, two, ["--test-subset", "4"]))
     assert not list(tmp_path.rglob("trajectories*"))
 
 
-def test_a_run_with_trajectories_from_end_to_end(two_classes, tmp_path, capsys, no_matplotlib):
+def test_trajectories_are_those_of_the_nets_of_all_epochs(two_classes, tmp_path, capsys, refused):
     flags = f"{SMALL_ROBUST} --data {two_classes} --train-subset 30 --val-size 0 --epochs 3"
-    flags += f" --loss akd --trajectories --name t --runs {tmp_path}"
+    flags += f" --loss akd --ema 0.5 --save-every 1 --name t --runs {tmp_path}"
     robust_kd.main(flags.split())
-    folder = tmp_path / "robust_kd" / "t-s0"
+    folder = tmp_path / "robust_kd/t-s0"
     teacher_path = re.findall(r"^teacher: (.+\.pt)$", capsys.readouterr().out, re.M)[0]
     draw_trajectories(folder, "--out", tmp_path)
     assert "student of 3 epochs, teacher of 2" in capsys.readouterr().out
     found = json.loads((tmp_path / "trajectories.json").read_text())["runs"]["t-s0"]
-    assert [len(found["entropy"][key]) for key in ("student", "teacher")] == [3, 2]
-    data, p = common.load_data(two_classes), {}
+    data, flags = common.load_data(two_classes), common.read_json(folder / "config.json")["flags"]
+    images, p, of_epochs = common.to_float(data.x_test), {}, {}
     for name, path in (("student", folder / "student.pt"), ("teacher", teacher_path)):
         model = common.load_model(path)
-        probs = model(common.to_float(data.x_test)).softmax(1).detach().numpy()
-        p[name] = probs[np.arange(N_TEST), data.y_test]
-    np.testing.assert_allclose(found["natural"]["teacher"], p["teacher"], atol=2e-3)  # float16
-    np.testing.assert_allclose(found["natural"]["change"], p["student"] - p["teacher"], atol=4e-3)
+        p[name] = model(images).softmax(1).numpy()[np.arange(N_TEST), data.y_test]
+        of_epochs[name] = trajectories.read_trajectories(path, data, flags)
+        last = np.exp(of_epochs[name]["test"][-1])
+        np.testing.assert_allclose(last, p[name], atol=1e-5)
+    np.testing.assert_allclose(found["natural"]["teacher"], p["teacher"], atol=2e-5)
+    np.testing.assert_allclose(found["natural"]["change"], p["student"] - p["teacher"], atol=2e-5)
     assert np.mean(found["adversarial"]["teacher"]) < np.mean(p["teacher"])
+    assert [len(found["entropy"][name]) for name in ("student", "teacher")] == [3, 2]
+    first = common.load_model(folder / "student-epoch1.pt")
+    probs = common.predict(first, data.x_train).softmax(1)
+    entropy = -(probs * probs.log()).sum(1).mean().item()
+    assert found["entropy"]["student"][0] == pytest.approx(entropy, abs=2e-5)
+    right = probs[torch.arange(N_TRAIN), data.y_train].log()
+    np.testing.assert_allclose(of_epochs["student"]["train"][0], right, atol=1e-5)
+    assert (np.diff(of_epochs["student"]["adv"], axis=0) != 0).any(1).all()  # each epoch is its own
+    again = trajectories.read_trajectories(folder / "student.pt", data, flags)
+    assert np.array_equal(again["adv"], of_epochs["student"]["adv"])
+
+    argv = [folder, "--out", tmp_path / "more", "--teacher"]
+    assert "no such checkpoint" in refused(draw_trajectories, *argv, "nowhere.pt")
+    common.save_model(tmp_path / "given.pt", common.build_model("mlp-2", 2))
+    assert "after how many epochs" in refused(draw_trajectories, *argv, tmp_path / "given.pt")
+    (folder / "student-epoch2.pt").unlink()
+    line = refused(draw_trajectories, folder, "--out", tmp_path / "more")
+    assert "its net after epoch 2 is not there" in line and "--save-every 1" in line
+    assert not (tmp_path / "more").exists()
 
 
 # ------------------------------------------------------------------------------------------------
