@@ -5,7 +5,7 @@ Paper    "Knowledge Distillation: Current Understanding and Future Directions in
          al., CVPR 2020. Self-distillation: Zhang et al., ICCV 2019. AKD: Maroto et al. 2022, see
          robust_kd.py. S, T: probabilities of student and teacher, S_t, T_t: of logits / t; x' the
          student's adversarial example on x.
-Loss     plain, at          CE(S, y)                                <- plain_loss      on x, x'
+Loss     plain, at          CE(S, y)                                                   on x, x'
          label-smoothing    CE((1-s) y + s/K, S)                    <- smoothing_loss
          vanilla, re-kd     (1-alpha) CE(S, y) + alpha t^2 KL(T_t || S_t)  <- kd_loss  Eqs. 1, 2
          tf-kd-self         the same, T an equal net                <- kd_loss         Eq. 3
@@ -47,6 +47,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import re
 import sys
 import time
 from typing import NamedTuple
@@ -275,6 +276,8 @@ def check_flags(args, error):
     if args.method == "self-distillation" and (args.model.startswith("mlp") or ":" in args.model):
         needs = "self-distillation needs the stages of our ResNets and WideResNets"
         error(f"--model: {needs}, got {args.model}")
+    if args.method == "self-distillation" and re.search(r"-w\d*[13579]\b", args.model):
+        error(f"--model: self-distillation needs an even number after -w, got {args.model}")
     other_net = args.teacher_model not in (None, args.model)
     if args.method in TEACHER_LIKE_STUDENT and other_net:
         error(f"--teacher-model: --method {args.method} needs the student's net, {args.model}")
@@ -576,9 +579,10 @@ def write_gradients(path, nets):
     means (epochs, layers), epochs (epochs,), layers (layers,): names.
     """
     arrays = {}
-    for label, (_, net) in nets.items():
-        for key, values in net.meta.get("gradients", {}).items():
-            arrays[f"{label}/{key}"] = np.array(values)
+    for label, (role, net) in nets.items():
+        if not role.endswith("-corrected"):  # a copy of a net that is there already
+            for key, values in net.meta.get("gradients", {}).items():
+                arrays[f"{label}/{key}"] = np.array(values)
     common.write_atomically(path, lambda file: np.savez(file, **arrays))
     print(f"gradients: {path}; to draw it: python benchmark/plots.py gradients {path}", flush=True)
 
