@@ -1576,11 +1576,13 @@ def teacher_folder(args: argparse.Namespace, data: Data) -> Path:
         flags["augment"] = args.augment
     if ":" in args.model:
         flags["initial_weights"] = initial_digest(
-            args.model, args.seed, getattr(args, "dropout", 0)
+            args.model, args.seed, getattr(args, "dropout", None) or 0.0
         )
     folder = Path(args.runs) / "teachers" / digest_of(flags)
     if not (folder / "recipe.json").exists():
-        write_json(folder / "recipe.json", flags)
+        # a run that has just written the same and locked the folder takes this file for a torn one
+        with contextlib.suppress(FileNotFoundError):
+            write_json(folder / "recipe.json", flags)
     return folder
 
 

@@ -241,9 +241,10 @@ def train(args, data, folder, stage, teacher=None):
 
     teacher: in eval mode with frozen weights, or None: from labels alone. At args.noise_rate the
     labels are drawn anew in each batch. After an interruption the same call goes on after the last
-    finished epoch.
+    finished epoch. stage: teacher, student-alone or student; the two students start from the same
+    weights and see the same batches.
     """
-    model = common.new_model(data, args.model, args.seed, stage)
+    model = common.new_model(data, args.model, args.seed, stage.removesuffix("-alone"))
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
     )
@@ -257,7 +258,7 @@ def train(args, data, folder, stage, teacher=None):
         model.train()
         began, history = time.monotonic(), []
         for x, labels in common.batches(data, args.batch_size, args.seed, stage, epoch):
-            if args.noise_rate > 0:
+            if args.noise_rate:
                 labels = vary_labels(labels, args.noise_rate, len(data.classes), args.label_draw)
             with common.autocast(args, x.device):
                 student_logits = model(x)
@@ -308,10 +309,10 @@ def teacher_args(args):
         seed=args.seed if args.method == "teacher" else 0,  # all students have the same teacher
         epochs=args.teacher_epochs,
         milestones=args.teacher_milestones,
-        noise_rate=args.noise_rate if args.method in VARIED_TEACHER else 0.0,
     )
-    if teacher.noise_rate == 0:
-        teacher.label_draw = None
+    if args.method not in VARIED_TEACHER or args.noise_rate == 0:
+        # it is the teacher of the other scripts too
+        teacher.noise_rate = teacher.label_draw = None
     for flag in vars(args):
         if flag.startswith("teacher_") or flag in NO_EFFECT_ON_TEACHER:
             setattr(teacher, flag, None)
@@ -367,7 +368,7 @@ def train_and_evaluate(args, data, folder):
         keep_labels(wrong.y_train, data, folder)
     if args.demo:
         alone = train(
-            common.replace(args, method="student", noise_rate=0.0), wrong, folder, "alone"
+            common.replace(args, method="student", noise_rate=0.0), wrong, folder, "student-alone"
         )
         nets["student alone"] = "alone", alone
     if args.method in TAUGHT or args.method == "teacher":

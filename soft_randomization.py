@@ -158,9 +158,10 @@ def train(args, data, folder, stage, teacher=None):
 
     teacher: in eval mode with frozen weights, or None: from labels alone. The student of a noisy
     method sees x + noise, its teacher x. After an interruption the same call goes on after the last
-    finished epoch.
+    finished epoch. stage: teacher, student-alone or student; the two students start from the same
+    weights and see the same batches.
     """
-    model = common.new_model(data, args.model, args.seed, stage)
+    model = common.new_model(data, args.model, args.seed, stage.removesuffix("-alone"))
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
     )
@@ -212,7 +213,6 @@ def stretch(schedule, epochs):
 # The whole job
 
 
-# Copied from fickle_teacher.teacher_args
 def teacher_args(args):
     """The flags by which the teacher is trained, made of the student's.
 
@@ -277,7 +277,7 @@ def train_and_evaluate(args, data, folder):
     nets = {}  # label of the row -> (role of the net, the net)
     teacher = None
     if args.demo:
-        alone = train(common.replace(args, method="student"), data, folder, "alone")
+        alone = train(common.replace(args, method="student"), data, folder, "student-alone")
         nets["student alone"] = "alone", alone
     if args.method in TAUGHT or args.method == "teacher":
         teacher = get_teacher(args, data)
