@@ -174,7 +174,7 @@ def number_in(low: float, high: float, expected: str):
 
     def convert(text):
         try:
-            value = float(Fraction(text))  # refuses inf and nan
+            value = float(Fraction(text)) if "/" in text else float(text)
         except (ValueError, ZeroDivisionError, OverflowError):
             value = math.nan
         if not low <= value <= high:
@@ -2054,7 +2054,7 @@ def teacher_folder(args: argparse.Namespace, data: Data) -> Path:
         del flags["augment"]
     if ":" in args.model:
         flags["initial_weights"] = initial_digest(
-            args.model, args.seed, getattr(args, "dropout", 0)
+            args.model, args.seed, getattr(args, "dropout", None) or 0.0
         )
     folder = Path(args.runs) / "teachers" / digest_of(flags)
     if rank() == 0 and not (folder / "recipe.json").exists():

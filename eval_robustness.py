@@ -1489,7 +1489,10 @@ def summary_rows(nets, data, folder, attacks, **settings):
     rows = []
     for role, (label, net) in nets.items():
         print(f"evaluating {label} on {len(data.x_test)} test images", flush=True)
-        accuracies = evaluate(net, data.x_test, data.y_test, attacks, **settings)
+        accuracies = None
+        if common.rank() == 0:
+            accuracies = evaluate(net, data.x_test, data.y_test, attacks, **settings)
+        accuracies = common.from_first_process(accuracies)
         row = {"net": role, "model": label} | accuracies
         rows.append(row | common.training_columns(net, folder))
     return rows

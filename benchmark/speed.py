@@ -478,9 +478,9 @@ def time_autoattack(args):
         for part in (attack.apgd, attack.apgd_targeted, attack.fab):
             part.n_iter = args.steps
         attack.square.n_queries = args.queries
-        x = common.to_float(data.x_test)
+        x = common.to_float(data.x_test).contiguous()  # the package takes views of it
         with common.evaluating(model):
-            x_adv = attack.run_standard_evaluation(x, data.y_test, batch_size=args.batch_size)
+            x_adv, _ = attack.run_standard_evaluation(x, data.y_test, batch_size=args.batch_size)
         return common.accuracy(common.predict(model, x_adv), data.y_test)
 
     def run_ours():
