@@ -2027,8 +2027,11 @@ def teacher_folder(args: argparse.Namespace, data: Data) -> Path:
             args.model, args.seed, getattr(args, "dropout", 0)
         )
     folder = Path(args.runs) / "teachers" / digest_of(flags)
-    if not (folder / "recipe.json").exists():
-        write_json(folder / "recipe.json", flags)
+    if rank() == 0 and not (folder / "recipe.json").exists():
+        with lock_file(
+            folder, wait=True
+        ):  # or `locked` of another run would delete it half-written
+            write_json(folder / "recipe.json", flags)
     return folder
 
 
