@@ -174,7 +174,7 @@ def number_in(low: float, high: float, expected: str):
 
     def convert(text):
         try:
-            value = float(Fraction(text))  # refuses inf and nan
+            value = float(Fraction(text)) if "/" in text else float(text)
         except (ValueError, ZeroDivisionError, OverflowError):
             value = math.nan
         if not low <= value <= high:
@@ -1285,7 +1285,8 @@ def pgd(model, x, targets, eps, step_size, steps, start="uniform") -> Tensor:
         for _ in range(steps):
             x_adv.requires_grad_()
             with torch.enable_grad():
-                loss = F.cross_entropy(model(x_adv), targets, reduction="sum")
+                # a copy for the net, which may normalise its images in place
+                loss = F.cross_entropy(model(x_adv.clone()), targets, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, x_adv)
             x_adv = torch.clamp(x_adv.detach() + step_size * gradient.sign(), low, high)
     return x_adv
@@ -1298,7 +1299,8 @@ def frozen(model: nn.Module):
     A backward pass made by torch.compile would compute the gradients of the weights too.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)
+    for p in trained:
+        p.requires_grad_(False)
     try:
         yield
     finally:
@@ -1330,23 +1332,38 @@ def convolutions(tf32: bool):
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module):
-    """The model in eval mode, its weights frozen, in strict float32 and without torch.compile."""
-    training = model.training
+    """The model in eval mode, its weights frozen, in strict float32 and without torch.compile.
+
+    Afterwards each submodule is in the mode in which it was, and each buffer as it was: a net may
+    move the statistics of its BatchNorm in its own forward pass.
+    """
+    modes = {module: getattr(module, "training", False) for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     eager = contextlib.nullcontext()
     if "torch._dynamo" in sys.modules:  # something is compiled
         eager = torch.compiler.set_stance("force_eager")
     try:
-        with frozen(model.eval()), convolutions(tf32=False), eager:
+        model.eval()
+        with frozen(model), convolutions(tf32=False), eager:
             yield model
     finally:
-        model.train(training)
+        model.train(modes[model])  # some nets do more there than set the mode
+        for module, training in modes.items():
+            module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
 
 
 @torch.no_grad()
-def predict(model: nn.Module, x: Tensor, labels=None, attack=None, batch_size: int = 500) -> Tensor:
+def predict(
+    model: nn.Module, x: Tensor, labels=None, attack=None, batch_size: int = 500, what="images"
+) -> Tensor:
     """Logits (N, K) of x, uint8 (N, H, W, C) or float (N, C, H, W) in [0, 1]; see `evaluating`.
 
     attack: (eps, step_size, steps) of a PGD away from labels (N,); without it x stays as it is.
+    what: the name of the images in the UserError that says that logits are not finite.
     """
     parts = []
     with evaluating(model):
@@ -1354,8 +1371,21 @@ def predict(model: nn.Module, x: Tensor, labels=None, attack=None, batch_size: i
             part = to_float(x[i : i + batch_size])
             if attack is not None:
                 part = pgd(model, part, labels[i : i + batch_size], *attack)
-            parts.append(model(part))
-    return torch.cat(parts)
+            parts.append(model(part.clone()))  # a copy: the net may change its images in place
+    logits = torch.cat(parts)
+    check_finite(logits, what)
+    return logits
+
+
+def check_finite(logits: Tensor, what: str) -> None:
+    """A UserError if logits (N, K) of the images that `what` names are not finite."""
+    not_finite = (~logits.isfinite().all(1)).nonzero()
+    if len(not_finite):
+        numbers = f"{len(not_finite)} of {len(logits)} {what} are not finite"
+        advice = "check the weights, and a division by zero or a logarithm in the net"
+        raise UserError(
+            f"the net's logits of {numbers}, the first is number {int(not_finite[0])}; {advice}"
+        )
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -2024,13 +2054,11 @@ def teacher_folder(args: argparse.Namespace, data: Data) -> Path:
         del flags["augment"]
     if ":" in args.model:
         flags["initial_weights"] = initial_digest(
-            args.model, args.seed, getattr(args, "dropout", 0)
+            args.model, args.seed, getattr(args, "dropout", None) or 0.0
         )
     folder = Path(args.runs) / "teachers" / digest_of(flags)
     if rank() == 0 and not (folder / "recipe.json").exists():
-        with lock_file(
-            folder, wait=True
-        ):  # or `locked` of another run would delete it half-written
+        with lock_file(folder, wait=True):  # whoever locks a folder deletes unfinished files there
             write_json(folder / "recipe.json", flags)
     return folder
 
@@ -2137,9 +2165,11 @@ def validate(model: nn.Module, data: Data, eps: float | None = None) -> dict:
     """
     row = {}
     if rank() == 0 and len(data.x_val):
-        row["val_clean_acc"] = accuracy(predict(model, data.x_val), data.y_val)
+        logits = predict(model, data.x_val, what="held-out images")
+        row["val_clean_acc"] = accuracy(logits, data.y_val)
         if eps is not None:
-            logits = predict(model, data.x_val, data.y_val, (eps, eps / 4, 7))
+            attack = (eps, eps / 4, 7)
+            logits = predict(model, data.x_val, data.y_val, attack, what="attacked held-out images")
             row["val_pgd7_acc"] = accuracy(logits, data.y_val)
     return from_first_process(row)
 
@@ -2353,7 +2383,7 @@ def state_digest(weights: dict) -> str:
     """16 hex digits of a state_dict."""
     digest = hashlib.sha256()
     for name in sorted(weights):
-        digest.update(weights[name].cpu().numpy().tobytes())
+        digest.update(weights[name].cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

@@ -4,10 +4,9 @@ Paper    PGD: Madry et al., ICLR 2018. APGD, DLR loss, AutoAttack: Croce and Hei
          (2003.01690). FAB: Croce and Hein, ICML 2020 (1907.02044). Square: Andriushchenko et al.,
          ECCV 2020 (1912.00049). ECE: Guo et al., ICML 2017. Corruptions: Hendrycks and Dietterich,
          ICLR 2019 (1903.12261). CINIC-10: Darlow et al., 2018 (1810.03505).
-Attacks  pgdN              N steps of size --step-size from --restarts uniform starts
-         aa                AutoAttack, standard: apgd-ce+apgd-t+fab-t+square
-         aa-plus, aa-rand  AutoAttack's longer version; its version for randomised models
-         A+B:5+...         a list of your own of pgdN and attacks, here with five restarts of B
+Attacks  pgdN     N steps of size --step-size from --restarts uniform starts
+         aa       AutoAttack, the standard version: apgd-ce, apgd-t, fab-t and square in turn
+         apgd-ce, apgd-t, fab-t, square   each of them alone
 Usage    python eval_robustness.py CKPT CKPT --attack clean pgd20 aa --json a.json
          python eval_robustness.py CKPT CKPT --ensemble --attack clean aa --n 1000
          python eval_robustness.py --model package.module:function --weights FILE --attack aa
@@ -19,14 +18,14 @@ Numbers  X_acc: share of all N images that are right when clean and that no atta
          the ball and in [0, 1] is misclassified by the model itself, in strict float32.
 Differs  1. Draws depend on (seed, attack, pass, image) alone; all images share Square's squares.
          2. Broken images leave a run at the next compaction; FAB stops at a norm of eps.
-         3. With fewer than 3 (targeted: 4) classes the numerator of DLR is used.
+         3. With fewer than 4 classes the numerator of the targeted DLR loss is used.
          4. Logits that are not finite are no success; the authors' code counts them as one.
+         L-infinity alone is here; docs/use_elsewhere.md runs the authors' package in L2.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import functools
 import glob
 import hashlib
 import importlib
@@ -39,7 +38,7 @@ import re
 import shlex
 import sys
 import time
-import zlib
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -52,14 +51,9 @@ from torch import Tensor
 
 import common
 
-VERSIONS = {
-    "aa": "apgd-ce+apgd-t+fab-t+square",
-    "aa-plus": "apgd-ce:5+apgd-dlr:5+fab:5+square+apgd-t+fab-t",
-    "aa-rand": "apgd-ce+apgd-dlr",  # with 20 gradients averaged in each step
-}
+AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
 # Names of --attack that search for no perturbation
 NOT_ATTACKS = ("clean", "calibration", "corruptions", "cinic", "ood")
-DEFAULT_EPS = {"linf": 8 / 255, "l2": 0.5}
 
 
 def parse_args(argv=None):
@@ -90,22 +84,9 @@ def parse_args(argv=None):
         default=["clean", "pgd20"],
         help=f"what is measured: {', '.join(NOT_ATTACKS)}, or attacks, see Attacks above",
     )
-    add("--norm", default="linf", choices=["linf", "l2"], help="norm of the perturbations")
-    add(
-        "--eps", type=common.nonnegative, help="radius of the attacks (default: 8/255, with l2 0.5)"
-    )
-    add("--step-size", type=common.nonnegative, help="step of PGD (default: a quarter of --eps)")
+    add("--eps", type=common.pixel_units, default=8 / 255, help="radius of the attacks")
+    add("--step-size", type=common.pixel_units, help="step of PGD (default: a quarter of --eps)")
     add("--restarts", type=common.whole, default=1, help="random starts of PGD; the worst counts")
-    add("--steps", type=common.whole, default=100, help="number of iterations of APGD and FAB")
-    add("--queries", type=common.whole, default=5000, help="number of queries of Square")
-    add("--targets", type=common.whole, default=9, help="target classes of targeted APGD and FAB")
-    add(
-        "--search",
-        choices=["tf32", "fp32"],
-        default="tf32",
-        help="arithmetic in which AutoAttack searches on CUDA; what counts is always confirmed in "
-        "strict float32",
-    )
     add = parser.add_argument_group("other images").add_argument
     add(
         "--corruptions",
@@ -127,19 +108,12 @@ def parse_args(argv=None):
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if present")
     add("--json", metavar="FILE", help="file of all numbers; a killed evaluation goes on")
     add(
-        "--save-examples",
-        metavar="FILE",
-        help=".npz file of x_adv, labels and broken; for one model and one attack",
-    )
-    add(
         "--plot",
         metavar="FILE",
         help="figure of accuracy against eps, of the probabilities and of the corruptions",
     )
     args = parser.parse_args(argv)
     check_flags(args, parser.error)
-    if args.eps is None:
-        args.eps = DEFAULT_EPS[args.norm]
     if args.step_size is None:
         args.step_size = args.eps / 4
     argv = sys.argv[1:] if argv is None else argv
@@ -149,22 +123,18 @@ def parse_args(argv=None):
 
 def check_flags(args, error):
     """Call error(line) for flags that do not go together."""
-    attacks = [name for name in args.attack if name not in NOT_ATTACKS]
+    for name in args.attack:
+        if args.attack.count(name) > 1:
+            error(f"--attack: expected each name once, got {name} twice")
     models = len(args.checkpoints) + len(args.model)
     if models == 0 or args.weights and not args.model:
         error("expected CKPT..., or --model MODULE:FUNCTION, perhaps with --weights FILE")
     for name in ("corruptions", "cinic", "ood"):
         if name in args.attack and getattr(args, name) is None:
             error(f"--attack {name}: say where the images are, with --{name}")
-    if args.norm == "l2" and any(re.match(r"pgd|.*\+pgd", name) for name in attacks):
-        error("--norm l2: pgdN is an L-infinity attack; take apgd-ce")
-    if args.norm == "linf" and args.eps is not None and args.eps > 1:
-        error(f"--eps: expected at most 1 in L-infinity, got {args.eps:g}")
-    if args.save_examples and (len(attacks) != 1 or models != 1 and not args.ensemble):
-        error("--save-examples: goes with one model (or --ensemble) and one attack")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         error("--plot: needs matplotlib; pip install matplotlib")
-    for path in (args.json, args.save_examples, args.plot):
+    for path in (args.json, args.plot):
         if path is None:
             continue
         if os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.abspath(path))):
@@ -172,12 +142,10 @@ def check_flags(args, error):
 
 
 def attack_name(text):
-    """The `type=` of --attack: one of NOT_ATTACKS or VERSIONS, or attacks joined by +."""
-    attack = rf"({'|'.join(ATTACKS)}|pgd[1-9]\d{{0,4}})(:[1-9]\d?)?"
-    parts = VERSIONS.get(text, text).split("+")
-    if text not in NOT_ATTACKS and not all(re.fullmatch(attack, part) for part in parts):
-        names = ", ".join([*NOT_ATTACKS, "pgdN", *VERSIONS, *ATTACKS])
-        raise argparse.ArgumentTypeError(f"expected {names} or a list a+b:5, got {text!r}")
+    """The `type=` of --attack: one of NOT_ATTACKS, aa, pgdN or the name of an attack."""
+    names = [*NOT_ATTACKS, "aa", *ATTACKS]
+    if text not in names and not re.fullmatch(r"pgd[1-9]\d{0,4}", text):
+        raise argparse.ArgumentTypeError(f"expected {', '.join(names)} or pgdN, got {text!r}")
     return text
 
 
@@ -187,19 +155,19 @@ def attack_name(text):
 
 @dataclasses.dataclass
 class Settings:
-    """The settings of all attacks; eps and step_size in units of images in [0, 1]."""
+    """The settings of all attacks; eps and step_size in units of images in [0, 1].
+
+    Those below batch_size are AutoAttack's own; fewer make it weaker, and a test faster.
+    """
 
     eps: float = 8 / 255
     step_size: float | None = None  # step of PGD; None: eps / 4
     restarts: int = 1  # random starts of PGD
     seed: int = 0
     batch_size: int = 500
-    norm: str = "linf"  # linf or l2
     steps: int = 100  # iterations of APGD and FAB
     queries: int = 5000  # queries of Square
     targets: int = 9  # target classes of APGD-T and FAB-T
-    search: str = "tf32"  # arithmetic of AutoAttack's search on CUDA: tf32 or fp32
-    eot: int = 1  # gradients averaged in a step of APGD
 
 
 class Images(NamedTuple):
@@ -222,12 +190,21 @@ class Batch:
     attack: str
     repeat: int = 0  # number of the random restart or of the target class: 0, 1, ...
     zero_gradients: Tensor | int = 0  # result: starts at which the gradient is zero
-    not_finite: Tensor | int = 0  # result: evaluations with logits that are not finite
+    not_finite: Tensor | int = 0  # result: evaluations with logits or gradients not finite
 
     def draw(self, *shape, use="start"):
         """Uniform (B, *shape) in [0, 1], by seed, attack, repeat, use and image alone."""
         draw = uniform(self.index, self.attack, use, self.settings.seed, self.repeat)
         return draw(*shape).float()
+
+    def count(self, logits, gradient=None, is_start=False):
+        """Add to the results what logits (B, K) and a gradient (B, C, H, W) of a step show."""
+        finite = logits.isfinite().all(1)
+        if gradient is not None:
+            finite = finite & gradient.isfinite().all((1, 2, 3))
+        self.not_finite = self.not_finite + (~finite).sum()
+        if is_start:
+            self.zero_gradients = (gradient.abs().amax((1, 2, 3)) == 0).sum()
 
     def target(self):
         """The wrong class (B,) with the largest clean logit; of repeat 1 the second largest ..."""
@@ -279,62 +256,51 @@ def misclassified(logits, labels):
     return (logits.argmax(1) != labels) & logits.isfinite().all(1)
 
 
-def norm_of(d, norm):
-    """The L-infinity or L2 norm of each perturbation d (B, C, H, W): (B, 1, 1, 1)."""
-    if norm == "linf":
-        return d.abs().amax((1, 2, 3), keepdim=True)
-    return d.square().sum((1, 2, 3), keepdim=True).sqrt()
+def norm_of(d):
+    """The L-infinity norm of each perturbation d (B, C, H, W): (B, 1, 1, 1)."""
+    return d.abs().amax((1, 2, 3), keepdim=True)
 
 
-def project(v, x, eps, norm):
-    """v into the ball around x, and then into [0, 1]; in L2 scaled first, as AutoAttack does."""
-    if norm == "linf":
-        return torch.clamp(v, x - eps, x + eps).clamp_(0, 1)
-    d = v - x
-    size = norm_of(d, norm)
-    return (x + d / (size + 1e-12) * size.clamp(max=eps)).clamp_(0, 1)
+def project(v, x, eps):
+    """v into the ball around x, and into [0, 1]."""
+    return torch.clamp(v, x - eps, x + eps).clamp_(0, 1)
 
 
-def is_allowed(x_adv, x, settings):
+def is_allowed(x_adv, x, eps):
     """bool (B,): in the ball, up to the rounding of float32, and in [0, 1]."""
-    size = norm_of(x_adv - x, settings.norm)[:, 0, 0, 0]
-    in_ball = size <= settings.eps * (1 + 1e-5) + 1e-7
+    in_ball = norm_of(x_adv - x)[:, 0, 0, 0] <= eps * (1 + 1e-5) + 1e-7
     return in_ball & ((x_adv >= 0) & (x_adv <= 1)).all((1, 2, 3))
 
 
-def random_start(batch, radius):
-    """x plus noise whose largest coordinate (or L2 norm) is `radius`, clipped to [0, 1]."""
-    noise = 2 * batch.draw(*batch.x.shape[1:]) - 1
-    norm = batch.settings.norm
-    if norm == "l2":  # normal: every direction is as likely
-        noise = torch.erfinv(noise.clamp(-1 + 1e-6, 1 - 1e-6))
-    start = batch.x + radius * noise / (norm_of(noise, norm) + 1e-12)
-    return start.clamp_(0, 1).contiguous(memory_format=torch.channels_last)
+def loss_gradient(model, x, loss):
+    """-> logits (B, K), loss (B,), its gradient in x alone (0 where nothing depends on x).
 
-
-def loss_gradient(model, x, loss, eot=1):
-    """-> logits (B, K), loss (B,), its gradient in x alone, averaged over `eot` passes (or 0)."""
-    total = torch.zeros_like(x)
-    for _ in range(eot):
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = model(x).float()
-            value = loss(logits)
-        if value.requires_grad:
-            (part,) = torch.autograd.grad(value, x, torch.ones_like(value), materialize_grads=True)
-            total = total + part / eot
-    return logits.detach(), value.detach(), total
+    Here and below the net gets a copy of its images: it may normalise them in place.
+    """
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(x.clone()).float()
+        value = loss(logits)
+    gradient = torch.zeros_like(x)
+    if value.requires_grad:
+        ones = torch.ones_like(value)
+        (gradient,) = torch.autograd.grad(value, x, ones, materialize_grads=True)
+    return logits.detach(), value.detach(), gradient
 
 
 def drop_done(active, x_adv, i, last):
-    """After steps i = 1, 2, 4, 8, ..., all 50 and the last: what is done leaves `active` for x_adv.
+    """What is done leaves `active` for x_adv; i = 1, 2, ...: the steps that were made of `last`.
 
     active: tensors with a row for each image that is still attacked: row (its row in x_adv), done,
-    found (its result), and what else the attack keeps. -> whether any image is left. The host waits
-    for the device here and nowhere else in an attack.
+    found (its result), and what else the attack keeps. -> whether any image is left. On CUDA this
+    is done after steps 1, 2, 4, 8, ..., all 50 and the last: the host waits for the device here and
+    nowhere else in an attack.
     """
-    power_of_two = i & (i - 1) == 0
-    if not power_of_two and i % 50 != 0 and i != last:
+    if x_adv.is_cuda:
+        power_of_two = i & (i - 1) == 0
+        if not power_of_two and i % 50 != 0 and i != last:
+            return True
+    elif not active.done.any():
         return True
     done = active.done[:, None, None, None]
     x_adv[active.row] = torch.where(done, active.found, x_adv[active.row])
@@ -351,12 +317,17 @@ def drop_done(active, x_adv, i, last):
 
 
 def pgd(model, batch):
-    """`common.pgd` with the number of steps in the attack's name, from a uniform start."""
+    """The steps of `common.pgd`, as many as the attack's name says, from a uniform start."""
     settings, eps = batch.settings, batch.settings.eps
     noise = batch.draw(*batch.x.shape[1:]).mul_(2 * eps).sub_(eps)
     step_size = eps / 4 if settings.step_size is None else settings.step_size
-    steps = int(batch.attack.removeprefix("pgd"))
-    return common.pgd(model, batch.x, batch.labels, eps, step_size, steps, noise)
+    low, high = (batch.x - eps).clamp(0, 1), (batch.x + eps).clamp(0, 1)
+    x_adv = torch.clamp(batch.x + noise, low, high)
+    for i in range(int(batch.attack.removeprefix("pgd"))):
+        logits, _, gradient = loss_gradient(model, x_adv, lambda z: ce_loss(z, batch.labels))
+        batch.count(logits, gradient, is_start=i == 0)
+        x_adv = torch.clamp(x_adv + step_size * gradient.sign(), low, high)
+    return x_adv
 
 
 # ------------------------------------------------------------------------------------------------
@@ -364,7 +335,7 @@ def pgd(model, batch):
 
 
 def margin(logits, labels):
-    """z_y - max_{k != y} z_k (B,), what Square lowers and DLR scales."""
+    """z_y - max_{k != y} z_k (B,), which Square lowers."""
     labels = labels[:, None]
     return logits.gather(1, labels)[:, 0] - logits.scatter(1, labels, -math.inf).amax(1)
 
@@ -372,14 +343,6 @@ def margin(logits, labels):
 def ce_loss(logits, labels, target=None):
     """Cross-entropy (B,) of logits (B, K)."""
     return F.cross_entropy(logits, labels, reduction="none")
-
-
-def dlr_loss(logits, labels, target=None):
-    """Eq. (6): -(z_y - max_{i != y} z_i) / (z_(1) - z_(3)), (B,); the numerator if K < 3."""
-    if logits.shape[1] < 3:
-        return -margin(logits, labels)
-    top = logits.topk(3).values.T
-    return -margin(logits, labels) / (top[0] - top[2] + 1e-12)
 
 
 def targeted_dlr_loss(logits, labels, target):
@@ -417,17 +380,20 @@ def apgd(model, batch, loss):
         target=batch.target() if loss is targeted_dlr_loss else None,
     )
 
-    def move_to(x):
+    def move_to(x, is_start=False):
         """active.now and active.gradient at x -> loss (B,), misclassified (B,)"""
         active.now = x
         logits, value, active.gradient = loss_gradient(
-            model, x, lambda z: loss(z, active.labels, active.target), settings.eot
+            model, x, lambda z: loss(z, active.labels, active.target)
         )
-        batch.not_finite = batch.not_finite + (~logits.isfinite().all(1)).sum()
+        batch.count(logits, active.gradient, is_start)
         return value, misclassified(logits, active.labels)
 
-    value, active.done = move_to(random_start(batch, settings.eps))
-    batch.zero_gradients = (active.gradient.abs().amax((1, 2, 3)) == 0).sum()
+    # a start whose largest coordinate is eps
+    noise = 2 * batch.draw(*batch.x.shape[1:]) - 1
+    start = (batch.x + settings.eps * noise / (norm_of(noise) + 1e-12)).clamp_(0, 1)
+    start = start.contiguous(memory_format=torch.channels_last)
+    value, active.done = move_to(start, is_start=True)
     active.found = active.best = active.previous = active.now
     active.best_gradient = active.gradient
     active.best_value = active.last_value = active.checkpoint_value = value
@@ -436,15 +402,11 @@ def apgd(model, batch, loss):
     active.step = torch.full_like(value, 2 * settings.eps)[:, None, None, None]
     checkpoints = apgd_checkpoints(settings.steps)
     for i in range(1, settings.steps + 1):
-        if settings.norm == "linf":
-            direction = active.gradient.sign()
-        else:
-            direction = active.gradient / (norm_of(active.gradient, "l2") + 1e-12)
-        z = active.now + active.step * direction
-        z = project(z, active.x, settings.eps, settings.norm)
+        z = active.now + active.step * active.gradient.sign()
+        z = project(z, active.x, settings.eps)
         if i > 1:  # momentum
             z = active.now + 0.75 * (z - active.now) + 0.25 * (active.now - active.previous)
-            z = project(z, active.x, settings.eps, settings.norm)
+            z = project(z, active.x, settings.eps)
         active.previous = active.now
         value, wrong = move_to(z)
         active.found = torch.where(wrong[:, None, None, None], z, active.found)
@@ -477,11 +439,6 @@ def apgd_ce(model, batch):
     return apgd(model, batch, ce_loss)
 
 
-def apgd_dlr(model, batch):
-    """APGD on the DLR loss."""
-    return apgd(model, batch, dlr_loss)
-
-
 def apgd_targeted(model, batch):
     """APGD on the DLR loss towards batch.target()."""
     return apgd(model, batch, targeted_dlr_loss)
@@ -491,89 +448,64 @@ def apgd_targeted(model, batch):
 # FAB: Croce and Hein 2020b
 
 
-def to_hyperplane(x, w, c, norm, iterations=8):
+def to_hyperplane(x, w, c, iterations=8):
     """The smallest d (B, C, H, W) with <w, d> = -c and x + d in [0, 1]; if none, to the corner.
 
-    x, w (B, C, H, W), c (B,). Eq. (5): d_i = -sign(w_i) min(r, m_i), m_i the room in the box; in L2
-    min(r |w_i|, m_i). r: Newton's method, without sorting or sync (3 iterations are usual).
+    x, w (B, C, H, W), c (B,). Eq. (5): d_i = -sign(w_i) min(r, m_i), m_i the room in the box. r:
+    Newton's method, without sorting or waiting for the device (3 iterations are usual).
     """
     w = w * torch.where(c < 0, -1.0, 1.0)[:, None, None, None]
-    scale = norm_of(w, "linf") + 1e-38
+    scale = norm_of(w) + 1e-38
     w, c = w / scale, c.abs()[:, None, None, None] / scale
     room, size = torch.where(w > 0, x, 1 - x), w.abs()
-    if norm == "linf":
-        slope, limit = size, room
-    else:
-        slope, limit = size * size, room / size.clamp(min=1e-12)
     gain = size * room
     r = torch.where(gain.sum((1, 2, 3), keepdim=True) > c, 0.0, 1e30)
     for _ in range(iterations):
-        free = limit > r
+        free = room > r
         rest = c - torch.where(free, 0, gain).sum((1, 2, 3), keepdim=True)
-        total = torch.where(free, slope, 0).sum((1, 2, 3), keepdim=True)
+        total = torch.where(free, size, 0).sum((1, 2, 3), keepdim=True)
         r = torch.where(total > 0, rest / total.clamp(min=1e-30), 1e30)
-    move = r if norm == "linf" else r * size
-    return -w.sign() * torch.minimum(move, room)
+    return -w.sign() * torch.minimum(r, room)
 
 
-def boundary(model, x, labels, target, norm):
-    """-> z_t - z_y (B,) and its gradient w in x, for the target t (B,).
+def fab_targeted(model, batch):
+    """FAB towards batch.target(), algorithm 1 -> x_adv (B, C, H, W): the nearest found, else x.
 
-    None: the class with the least |z_k - z_y| / |w_k| in the dual norm, one gradient a class.
-    """
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        logits = model(x).float()
-        gaps = logits - logits.gather(1, labels[:, None])
-        gap_of_class = gaps.unbind(1)
-        if target is not None:
-            df = gaps.gather(1, target[:, None])[:, 0]
-            return df.detach(), torch.autograd.grad(df, x, torch.ones_like(df))[0]
-    nearest = torch.full_like(labels, math.inf, dtype=torch.float32)
-    df, w = torch.zeros_like(nearest), torch.zeros_like(x)
-    for k, gap in enumerate(gap_of_class):
-        (g,) = torch.autograd.grad(gap, x, torch.ones_like(gap), retain_graph=True)
-        dual_norm = g.abs().sum((1, 2, 3)) if norm == "linf" else norm_of(g, "l2")[:, 0, 0, 0]
-        distance = torch.where(labels == k, math.inf, gap.detach().abs() / (dual_norm + 1e-12))
-        nearer = distance < nearest
-        nearest = torch.minimum(distance, nearest)
-        df = torch.where(nearer, gap.detach(), df)
-        w = torch.where(nearer[:, None, None, None], g, w)
-    return df, w
-
-
-def fab(model, batch, targeted=False):
-    """FAB, algorithm 1 -> x_adv (B, C, H, W): the nearest misclassified point found, else x.
-
-    An image is done when its norm is at most eps; 0 looks for the minimum to the end. The first
-    restart begins at x, the others at random points of half the radius.
+    Any wrong class counts. An image is done when its norm is at most eps; 0 looks for the minimum
+    to the end.
     """
     settings, x_adv = batch.settings, batch.x.clone()
-    from_x = targeted or batch.repeat == 0
     active = SimpleNamespace(
         row=torch.arange(len(batch.x), device=batch.x.device),
         x=batch.x,
         labels=batch.labels,
-        target=batch.target() if targeted else None,
-        now=batch.x if from_x else random_start(batch, settings.eps / 2),
+        target=batch.target(),
+        now=batch.x,
         found=batch.x,
         size=torch.full((len(batch.x), 1, 1, 1), math.inf, device=batch.x.device),
     )
+
+    def gap_to_target(logits):  # z_t - z_y (B,)
+        gaps = logits - logits.gather(1, active.labels[:, None])
+        return gaps.gather(1, active.target[:, None])[:, 0]
+
     for i in range(1, settings.steps + 1):
-        df, w = boundary(model, active.now, active.labels, active.target, settings.norm)
+        logits, df, w = loss_gradient(model, active.now, gap_to_target)
+        batch.count(logits, w, is_start=i == 1)
         df_at_x = df + (w * (active.x - active.now)).sum((1, 2, 3))
         # the projections of the current point and of x, in one call
         points = torch.cat([active.now, active.x])
-        moves = to_hyperplane(points, torch.cat([w, w]), torch.cat([df, df_at_x]), settings.norm)
+        moves = to_hyperplane(points, torch.cat([w, w]), torch.cat([df, df_at_x]))
         d1, d2 = moves.chunk(2)
-        r1 = norm_of(d1, settings.norm).clamp(min=1e-8)
-        r2 = norm_of(d2, settings.norm).clamp(min=1e-8)
+        r1, r2 = norm_of(d1).clamp(min=1e-8), norm_of(d2).clamp(min=1e-8)
         alpha = (r1 / (r1 + r2)).clamp(max=0.1)
         active.now = (1 - alpha) * (active.now + 1.05 * d1) + alpha * (active.x + 1.05 * d2)
         active.now = active.now.clamp_(0, 1)
-        wrong = misclassified(model(active.now).float(), active.labels)[:, None, None, None]
+        logits = model(active.now.clone()).float()
+        batch.count(logits)
+        wrong = misclassified(logits, active.labels)[:, None, None, None]
         d = active.now - active.x
-        size = norm_of(d, settings.norm)
+        size = norm_of(d)
         better = wrong & (size < active.size)
         active.found = torch.where(better, active.now, active.found)
         active.size = torch.where(better, size, active.size)
@@ -585,13 +517,8 @@ def fab(model, batch, targeted=False):
     return x_adv
 
 
-def fab_targeted(model, batch):
-    """FAB towards batch.target()."""
-    return fab(model, batch, targeted=True)
-
-
 # ------------------------------------------------------------------------------------------------
-# Square: Andriushchenko et al. 2020, algorithms 1 to 3
+# Square: Andriushchenko et al. 2020, algorithms 1 and 2
 
 
 def square_side(i, height, width):
@@ -603,46 +530,33 @@ def square_side(i, height, width):
 def square(model, batch):
     """Square -> x_adv (B, C, H, W), x where nothing was found. No gradient is used.
 
-    The windows, and in L-infinity their signs, are the same for all images. A corner is drawn below
-    height - side, so that the last position is never used. Both as in the authors' code.
+    The windows and their signs are the same for all images. A corner is drawn below height - side,
+    so that the last position is never used. Both as in the authors' code.
     """
-    settings, norm, device = batch.settings, batch.settings.norm, batch.x.device
+    settings, device = batch.settings, batch.x.device
     x_adv, (n, channels, height, width) = batch.x.clone(), batch.x.shape
     generator = torch.Generator()
     generator.manual_seed(common.derive_seed("queries", settings.seed, batch.repeat))
-    draws = torch.rand(settings.queries, 5, generator=generator).tolist()
-    signs = torch.rand(settings.queries, channels, generator=generator).to(device)
-    signs = signs.expand(n, -1, -1)
-    if norm == "l2":  # others for each image
-        signs = batch.draw(settings.queries, channels, use="signs")
+    corners = torch.rand(settings.queries, 2, generator=generator).tolist()
+    signs = torch.rand(settings.queries, channels, 1, 1, generator=generator).to(device)
+    signs = (signs - 0.5).sign()
+    # vertical stripes of +-eps
+    start = batch.x + settings.eps * (batch.draw(channels, 1, width) - 0.5).sign()
     active = SimpleNamespace(
         row=torch.arange(n, device=device),
         x=batch.x,
         labels=batch.labels,
-        found=square_start(batch),
-        signs=(signs - 0.5).sign(),  # (B, queries, C)
+        found=start.clamp_(0, 1).contiguous(memory_format=torch.channels_last),
     )
-    active.margin = margin(model(active.found).float(), active.labels)
-    for i in range(settings.queries):
-        row, column, second_row, second_column, turn = draws[i]
-        sign = active.signs[:, i, :, None, None]  # (B, C, 1, 1)
+    active.margin = margin(model(active.found.clone()).float(), active.labels)
+    for i, (row, column) in enumerate(corners):
         side = square_side(i, height, width)
-        if norm == "l2":
-            side = min(max(side, 3) // 2 * 2 + 1, height, width)
-        window = square_window(row, column, side, height, width)
-        if norm == "linf":  # in place: only the window changes
-            before = active.found[window].clone()
-            proposal = (active.x[window] + settings.eps * sign).clamp_(0, 1)
-            active.found[window] = proposal
-        else:
-            second_window = square_window(second_row, second_column, side, height, width)
-            shape = bump(side, device)
-            content = sign * (shape.T if turn < 0.5 else shape)
-            before = active.found
-            proposal = l2_proposal(active.x, before, window, second_window, content, settings.eps)
-            active.found = proposal
-            window = ...
-        value = margin(model(active.found).float(), active.labels)
+        top, left = int(row * (height - side)), int(column * (width - side))
+        window = slice(None), slice(None), slice(top, top + side), slice(left, left + side)
+        before = active.found[window].clone()
+        proposal = (active.x[window] + settings.eps * signs[i]).clamp_(0, 1)
+        active.found[window] = proposal  # in place: only the window changes
+        value = margin(model(active.found.clone()).float(), active.labels)
         take = (value < active.margin) | (value <= 0)
         active.found[window] = torch.where(take[:, None, None, None], proposal, before)
         active.margin = torch.where(take, value, active.margin)
@@ -652,66 +566,8 @@ def square(model, batch):
     return x_adv
 
 
-def square_window(row, column, side, height, width):
-    """The index of a square in (B, C, H, W); row, column: its corner, drawn from [0, 1)."""
-    top, left = int(row * (height - side)), int(column * (width - side))
-    return slice(None), slice(None), slice(top, top + side), slice(left, left + side)
-
-
-def square_start(batch):
-    """x with vertical stripes of +-eps; in L2 with a grid of 5 x 5 bumps of norm eps together."""
-    _, channels, height, width = batch.x.shape
-    eps = batch.settings.eps
-    if batch.settings.norm == "linf":
-        start = batch.x + eps * (batch.draw(channels, 1, width) - 0.5).sign()
-        return start.clamp_(0, 1).contiguous(memory_format=torch.channels_last)
-    side = max(min(height, width) // 5, 1)
-    tiles, shape = min(height // side, width // side, 5), bump(side, batch.x.device)
-    signs = (batch.draw(25, channels + 1, 1, 1) - 0.5).sign()[:, : tiles * tiles]
-    grid = torch.where(signs[:, :, -1:] > 0, shape, shape.T) * signs[:, :, :-1]  # (B, T, C, ...)
-    grid = grid.unflatten(1, (tiles, tiles)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-    top, left = (height - tiles * side) // 2, (width - tiles * side) // 2
-    d = torch.zeros_like(batch.x)
-    d[:, :, top : top + tiles * side, left : left + tiles * side] = grid
-    return (batch.x + eps * d / (norm_of(d, "l2") + 1e-12)).clamp_(0, 1)
-
-
-@functools.cache
-def bump(side, device="cpu"):
-    """Eq. (2): two halves of opposite sign, each of nested rectangles, of norm 1: (side, side)."""
-    halves = []
-    for rows in (side // 2, side - side // 2):
-        weights = 1 / torch.arange(1, max(rows, side) // 2 + 2, dtype=torch.float64) ** 2
-        tail = weights.flip(0).cumsum(0).flip(0)  # by the distance from the middle
-        y, x = (torch.arange(rows) - rows // 2).abs(), (torch.arange(side) - side // 2).abs()
-        half = tail[torch.maximum(y[:, None], x)]
-        halves.append(half / half.norm().clamp(min=1e-12))
-    both = torch.cat([halves[0], -halves[1]])
-    return (both / both.norm()).float().to(device)
-
-
-def l2_proposal(x, found, first, second, content, eps):
-    """Algorithm 3: the norm of both windows, and what eps leaves, goes to the first: new x_adv."""
-    d, either = found - x, torch.zeros_like(x[:1, :1])
-    either[first], either[second] = 1, 1
-    spare = (eps**2 - norm_of(d, "l2") ** 2).clamp(min=0) / d.shape[1]
-    budget = (spare + (d * either).square().sum((2, 3), keepdim=True)).sqrt()  # (B, C, 1, 1)
-    new = content + d[first] / (d[first].square().sum((2, 3), keepdim=True).sqrt() + 1e-10)
-    new = new / (new.square().sum((2, 3), keepdim=True).sqrt() + 1e-12) * budget
-    d[second] = 0
-    d[first] = new
-    return (x + eps * d / (norm_of(d, "l2") + 1e-12)).clamp_(0, 1)
-
-
 # By name: f(model, batch) -> x_adv (B, C, H, W)
-ATTACKS = {
-    "apgd-ce": apgd_ce,
-    "apgd-dlr": apgd_dlr,
-    "apgd-t": apgd_targeted,
-    "fab": fab,
-    "fab-t": fab_targeted,
-    "square": square,
-}
+ATTACKS = {"apgd-ce": apgd_ce, "apgd-t": apgd_targeted, "fab-t": fab_targeted, "square": square}
 
 
 class Pass(NamedTuple):
@@ -724,13 +580,12 @@ class Pass(NamedTuple):
 def passes(name, classes, settings):
     """The passes that a name of --attack stands for, in order."""
     plan = []
-    for part in VERSIONS.get(name, name).split("+"):
-        attack, _, repeats = part.partition(":")
-        repeats = int(repeats or 1)
-        if attack.startswith("pgd") and ":" not in part:
+    for attack in AUTOATTACK if name == "aa" else [name]:
+        repeats = 1
+        if attack.startswith("pgd"):
             repeats = settings.restarts
-        if attack.endswith("-t"):
-            repeats *= min(settings.targets, classes - 1)
+        elif attack.endswith("-t"):
+            repeats = min(settings.targets, classes - 1)
         plan += [Pass(attack, repeat) for repeat in range(repeats)]
     return plan
 
@@ -781,7 +636,9 @@ def corruption_accuracy(model, x, labels, folder, batch_size=500, counts=None, s
             predictions = []
             for part in rows.split(batch_size):
                 images = torch.from_numpy(files[name][first + part.numpy()]).to(x.device)
-                predictions.append(common.predict(model, images, batch_size=batch_size).argmax(1))
+                what = f"images under {name}, severity {severity},"
+                logits = common.predict(model, images, batch_size=batch_size, what=what)
+                predictions.append(logits.argmax(1))
             correct = torch.cat(predictions) == labels
             results.append([correct.sum().item(), (correct & correct_clean).sum().item()])
         counts[name] = results
@@ -915,7 +772,7 @@ class OtherImages(NamedTuple):
     note: str  # how many there are, and their checksum
 
 
-def load_other_images(path, classes, size=(32, 32)):
+def load_other_images(path, classes, shape=(32, 32, 3)):
     """-> OtherImages from an .npz with x_test, y_test, or a folder of folders named as `classes`.
 
     An .npz may hold its own `classes`; then they are matched by name too. Raises UserError for a
@@ -929,8 +786,15 @@ def load_other_images(path, classes, size=(32, 32)):
     else:
         files, labels, names = common.list_class_folders(path)
         x = common.read_images(files)
-    if x.shape[1:] != (*size, 3):
-        raise common.UserError(f"{path}: images of {x.shape[1:]}, expected {(*size, 3)}")
+    if x.shape[3] == 1 and shape[2] == 3:
+        x = x.repeat(3, axis=3)
+    elif x.shape[3] == 3 and shape[2] == 1:  # grey files are read with three equal channels
+        if (x != x[..., :1]).any():
+            grey = "the images of --data are grey; convert them to grey"
+            raise common.UserError(f"{path}: images in colour, but {grey}")
+        x = np.ascontiguousarray(x[..., :1])
+    if x.shape[1:] != tuple(shape):
+        raise common.UserError(f"{path}: images of {x.shape[1:]}, expected {tuple(shape)}")
     if labels.max() >= len(names):
         raise common.UserError(f"{path}: label {labels.max()}, but there are {len(names)} classes")
     unknown = sorted(set(names) - set(classes))
@@ -943,16 +807,25 @@ def load_other_images(path, classes, size=(32, 32)):
 
 
 def read_other_images(args, data):
-    """{"cinic" or "ood": OtherImages} as --attack asks; checks the files of the corruptions too."""
-    x = data.x_test
+    """{"cinic" or "ood": OtherImages} as --attack asks; checks the files of the corruptions too.
+
+    -> these, and {words for an error: digest} of all files that --attack asks for.
+    """
+    x, digests = data.x_test, {}
     if "corruptions" in args.attack:
-        read_corruptions(args.corruptions, x, data.y_test)
+        files, _ = read_corruptions(args.corruptions, x, data.y_test)
+        digest = hashlib.sha256()
+        for array in files.values():
+            digest.update(np.ascontiguousarray(array))
+        digests["the files of --corruptions"] = digest.hexdigest()[:16]
     others = {}
     for name in ("cinic", "ood"):
         if name in args.attack:
-            found = load_other_images(getattr(args, name), data.classes, tuple(x.shape[1:3]))
+            found = load_other_images(getattr(args, name), data.classes, x.shape[1:])
+            digest = common.state_digest({"labels": found.labels, "x": found.x})
+            digests[f"the images of --{name}"] = digest
             others[name] = OtherImages(found.x.to(x.device), found.labels.to(x.device), found.note)
-    return others
+    return others, digests
 
 
 # ------------------------------------------------------------------------------------------------
@@ -975,7 +848,8 @@ class Ensemble(nn.Module):
         logs = []
         for weight, model in zip(self.weights, self.models):
             if weight > 0:
-                logs.append(math.log(weight) + model(x).log_softmax(1))
+                # a copy for each net, which may normalise its images in place
+                logs.append(math.log(weight) + model(x.clone()).log_softmax(1))
         return torch.stack(logs).logsumexp(0)
 
 
@@ -988,7 +862,7 @@ def clean_logits(model, x, labels, batch_size=500, classes=None, name="the model
     for part in x.split(batch_size):
         part = common.to_float(part)
         try:
-            logits = model(part)
+            logits = model(part.clone())
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a net of your own raises
@@ -1097,7 +971,10 @@ def refuse_probabilities(logits, name):
 
 
 def load_models(args, data, device):
-    """-> {name of the row: model}, {file: digest of its weights}, from the flags."""
+    """-> {name of the row: model}, {file or words for it: digest of the weights}, from the flags.
+
+    The digest is that of the net in memory: a function may load weights of its own.
+    """
     models, functions = {}, [common.find_function("--model", name) for name in args.model]
     for path in args.checkpoints:
         models[path] = common.load_model(path, data)
@@ -1117,26 +994,37 @@ def load_models(args, data, device):
     x, labels = data.x_test[:100], data.y_test[:100]
     for name, model in models.items():
         check_net(model, x, labels, len(data.classes), name, needs_gradient(args))
+    checksums = {}
+    for name, model in models.items():
+        weights = model.state_dict() | dict(model.named_buffers())
+        key = name if name in args.checkpoints else f"the weights of {name}"
+        checksums[key] = common.state_digest(weights)
+    if args.weights:
+        checksums[args.weights] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()[:16]
     if args.ensemble:
         models = {f"ensemble of {len(models)}": Ensemble([*models.values()]).eval()}
         print("ensemble: the attacks get the logarithm of the averaged probabilities as logits")
-    checksums = {path: common.weights_digest(path) for path in args.checkpoints}
-    if args.weights:
-        checksums[args.weights] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()[:16]
     return models, checksums
 
 
 def needs_gradient(args):
     """Whether a number that is asked for comes from an attack that follows the gradient."""
-    passes = "+".join(VERSIONS.get(name, name) for name in args.attack if name not in NOT_ATTACKS)
-    follows = any(part.partition(":")[0] not in ("square", "") for part in passes.split("+"))
-    calibrates = "calibration" in args.attack and args.norm == "linf"  # on PGD-20 too
-    return follows or calibrates or args.plot is not None
+    follows = set(args.attack) - set(NOT_ATTACKS) - {"square"}
+    return bool(follows) or "calibration" in args.attack or args.plot is not None
 
 
-def short_name(name):
+def short_name(name, parts=2):
     """The last folder and the file of a path; another name stays as it is."""
-    return "/".join(Path(name).parts[-2:])
+    return "/".join(Path(name).parts[-parts:])
+
+
+def short_names(names):
+    """{name: its last parts}: at least two, and as many as tell all names apart."""
+    for parts in range(2, 100):
+        short = {name: short_name(name, parts) for name in names}
+        if len(set(short.values())) == len(short):
+            return short
+    return {name: name for name in names}
 
 
 def warn_of_other_data(path, name):
@@ -1158,16 +1046,14 @@ class Progress:
 
     broken_by: Tensor  # int16 (N,): 0 not broken, -1 wrong when clean, else the pass, from 1 on
     passes_done: int = 0
-    images_done: int = 0  # in the pass after these
     seconds: dict = dataclasses.field(default_factory=dict)  # {attack: seconds}
     zero_gradients: int = 0
     not_finite: int = 0
     max_perturbation: float = 0.0  # norm of the largest one that broke an image
-    checksums: dict = dataclasses.field(default_factory=dict)  # {image: CRC-32 of its example}
 
     def is_valid(self):
         """Whether the fields that come from a file are what they should be."""
-        numbers = (self.passes_done, self.images_done, self.zero_gradients, self.not_finite)
+        numbers = (self.passes_done, self.zero_gradients, self.not_finite)
         tensor = isinstance(self.broken_by, Tensor) and self.broken_by.dtype == torch.int16
         return (
             tensor
@@ -1176,54 +1062,33 @@ class Progress:
             and all(isinstance(number, int) and number >= 0 for number in numbers)
             and all(isinstance(number, float) for number in self.seconds.values())
             and isinstance(self.max_perturbation, float)
-            and isinstance(self.checksums, dict)
         )
-
-
-def state_files(folder):
-    """The files in which the progress of an evaluation is kept, as far as they are there."""
-    return [path for path in (folder / "state0.pt", folder / "state1.pt") if path.exists()]
-
-
-def read_state(path):
-    """The record in a file of a State; None, and a line on the terminal, if it is damaged."""
-    try:
-        record = common.load(path)
-    except common.UserError as error:
-        print(f"{error}; the checkpoint before it is taken, if there is one", flush=True)
-        return None
-    if not isinstance(record.get("saves"), int):
-        wrong = "not the state of an evaluation; delete it to begin again"
-        raise common.UserError(f"{path}: {wrong}")
-    return record
 
 
 class State:
     """How far an evaluation has come: with a folder it is kept there, and a killed one goes on.
 
-    <folder>/state0.pt and state1.pt take turns after each batch: the flags and the progress. If the
-    newer one is damaged, the one before it is taken. With keep_examples <folder>/examples holds the
-    examples, float32 (C, H, W), image i at place i.
+    <folder>/state.pt holds the flags and the progress after each pass, and after each corruption. A
+    file that is damaged is reported, and the evaluation begins again.
     """
 
-    def __init__(self, folder=None, flags=None, keep_examples=False):
-        self.folder, self.flags, self.keep_examples = folder, flags, keep_examples
+    def __init__(self, folder=None, flags=None):
+        self.folder, self.flags = folder, flags
         self.attacks = {}  # {name of the row and of the attack: Progress}
         self.corruptions = {}  # {name of the row: counts of corruption_accuracy}
-        self.saves = 0  # how often it was saved: the larger number is the newer file
-        newest = None
-        for path in state_files(folder) if folder is not None else []:
-            record = read_state(path)
-            if record is not None and (newest is None or record["saves"] > newest["saves"]):
-                newest = record
-        if newest is not None:
-            self.take(newest)
-            print(f"goes on from {folder}", flush=True)
+        if folder is None or not (folder / "state.pt").exists():
+            return
+        try:
+            record = common.load(folder / "state.pt")
+        except common.UserError as error:
+            print(f"{error}; the evaluation begins again", flush=True)
+            return
+        self.take(record)
+        print(f"goes on from {folder}", flush=True)
 
     def take(self, record):
         """Go on from what a file says; a UserError if it is malformed or of other flags."""
         try:
-            self.saves = record["saves"]
             flags, corruptions = dict(record["flags"]), dict(record["corruptions"])
             attacks = {key: Progress(**fields) for key, fields in record["attacks"].items()}
             valid = all(progress.is_valid() for progress in attacks.values())
@@ -1244,44 +1109,8 @@ class State:
         """Put the state on the disk, atomically."""
         if self.folder is not None:
             attacks = {key: dataclasses.asdict(p) for key, p in self.attacks.items()}
-            self.saves += 1
-            record = {
-                "saves": self.saves,
-                "flags": self.flags,
-                "attacks": attacks,
-                "corruptions": self.corruptions,
-            }
-            common.save(self.folder / f"state{self.saves % 2}.pt", record)
-
-    def write_examples(self, progress, index, x_adv):
-        """Keep the examples (B, C, H, W) of the images `index` (B,); call `save` after it."""
-        if not self.keep_examples:
-            return
-        path = self.folder / "examples"
-        path.touch()
-        with open(path, "r+b") as file:
-            for i, image in zip(index.tolist(), x_adv.contiguous().cpu().numpy()):
-                content = image.tobytes()
-                file.seek(i * len(content))
-                file.write(content)
-                progress.checksums[i] = zlib.crc32(content)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def read_examples(self, progress, index, shape):
-        """The examples of the images `index` (B,) as float32 (B, *shape)."""
-        path, examples = self.folder / "examples", np.empty((len(index), *shape), np.float32)
-        if len(index) == 0:
-            return torch.from_numpy(examples)
-        with open(path, "rb") as file:
-            for i, example in zip(index.tolist(), examples):
-                file.seek(i * example.nbytes)
-                content = file.read(example.nbytes)
-                if zlib.crc32(content) != progress.checksums.get(i):
-                    wrong = f"was changed; delete {self.folder} to begin again"
-                    raise common.UserError(f"{path}: {wrong}")
-                example[...] = np.frombuffer(content, np.float32).reshape(shape)
-        return torch.from_numpy(examples)
+            record = {"flags": self.flags, "attacks": attacks, "corruptions": self.corruptions}
+            common.save(self.folder / "state.pt", record)
 
 
 def compare_flags(path, old, new):
@@ -1293,7 +1122,7 @@ def compare_flags(path, old, new):
 
 
 @contextlib.contextmanager
-def state_folder(result, flag="--json"):
+def state_folder(result):
     """Yield the folder <result>.state, which no other evaluation can use meanwhile.
 
     It is removed afterwards unless it holds the progress of an evaluation that was stopped.
@@ -1307,15 +1136,14 @@ def state_folder(result, flag="--json"):
         except common.UserError:
             owner = (folder / "lock").read_text()
             busy = f"{result}: another evaluation is writing it, process {owner}"
-            raise common.UserError(f"{flag}: {busy}; wait for it, or take another {flag}") from None
+            raise common.UserError(f"--json: {busy}; wait for it, or take another --json") from None
         for torn in folder.parent.glob(f".{glob.escape(Path(result).name)}.*.tmp"):
             torn.unlink(missing_ok=True)  # the result itself, half written by a killed process
         try:
             yield folder
         finally:
-            if not state_files(folder):
-                for name in ("examples", "lock"):
-                    (folder / name).unlink(missing_ok=True)
+            if not (folder / "state.pt").exists():
+                (folder / "lock").unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # it holds something of the user's
                     folder.rmdir()
 
@@ -1329,12 +1157,17 @@ def evaluate(
 ):
     """{"clean_acc": ..., "pgd20_acc": ...} of a model, which is used in eval mode and float32.
 
-    x uint8 (N, H, W, C), or float (N, C, H, W) in [0, 1]; labels (N,); attacks: as for --attack;
-    step_size: None for eps / 4; settings: the other fields of Settings.
+    x uint8 (N, H, W, C), or float (N, C, H, W) in [0, 1]; labels: whole numbers (N,) or (N, 1);
+    attacks: a list of `clean` and attacks, see Attacks above; step_size: None for eps / 4;
+    settings: the other fields of Settings. What the command prints as warnings is given to
+    `warnings.warn`. Raises UserError.
     """
-    row = evaluate_model(
-        model, x, labels, attacks, Settings(eps, step_size, restarts, seed, **settings)
-    )
+    settings = Settings(eps, step_size, restarts, seed, **settings)
+    check_settings(settings)
+    check_attacks(attacks)
+    row = measure(model, x, check_labels(labels, x), attacks, settings)
+    for line in row["warnings"]:
+        warnings.warn(line, stacklevel=2)
     accuracies = {}
     for key, value in row.items():
         if key.endswith("_acc") and "conditional" not in key:
@@ -1342,46 +1175,97 @@ def evaluate(
     return accuracies
 
 
-def evaluate_model(model, x, labels, attacks, settings, classes=None, state=None, name=""):
+def check_settings(settings):
+    """A UserError for a radius or a step that is not in pixel units, or a number below 1."""
+    for name, example in (("eps", "8/255"), ("step_size", "2/255")):
+        value = getattr(settings, name)
+        if value is not None and not 0 <= value <= 1:
+            wanted = f"a number in pixel units between 0 and 1, like {example}"
+            raise common.UserError(f"{name}: expected {wanted}, got {value:g}")
+    for name in ("restarts", "batch_size", "steps", "queries", "targets"):
+        value = getattr(settings, name)
+        if not isinstance(value, int) or value < 1:
+            raise common.UserError(f"{name}: expected a whole number of at least 1, got {value!r}")
+
+
+def check_attacks(attacks):
+    """A UserError if `attacks` is no list of different names that `evaluate` can measure."""
+    words = ", ".join(["clean", "pgdN such as pgd20", "aa", *ATTACKS])
+    expected = f"attacks: expected a list of {words}"
+    if not isinstance(attacks, list | tuple) or not attacks:
+        raise common.UserError(f"{expected}; got {attacks!r}")
+    for name in attacks:
+        if name in NOT_ATTACKS and name != "clean":
+            raise common.UserError(f"{expected}; {name} is measured by the command alone")
+        try:
+            attack_name(name)
+        except (argparse.ArgumentTypeError, AttributeError, TypeError):
+            raise common.UserError(f"{expected}; got {name!r}") from None
+        if attacks.count(name) > 1:
+            raise common.UserError(f"{expected}, each once; got {name!r} twice")
+
+
+def check_labels(labels, x):
+    """Labels (N,) or (N, 1) of any integer type as int64 (N,), on the device of x (N, ...)."""
+    labels = torch.as_tensor(labels, device=x.device)
+    got = f"got {labels.dtype} {tuple(labels.shape)}"
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise common.UserError(f"labels: expected whole numbers, {got}; convert them with .long()")
+    if labels.dim() == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.shape != (len(x),) or len(x) == 0:
+        raise common.UserError(f"labels: expected one for each of the {len(x)} images, {got}")
+    labels = labels.long()
+    if labels.min() < 0:
+        number = int(labels.argmin())
+        raise common.UserError(
+            f"labels: expected 0 to K-1, got {int(labels[number])} for image {number}"
+        )
+    return labels
+
+
+def measure(model, x, labels, attacks, settings, classes=None, state=None, name=""):
     """As `evaluate`, but a whole row of the JSON, with the reports of the attacks and warnings.
 
     classes: how many there must be (None: as many as the model has); state: where the progress is
     kept; name: of the model, for the lines on the terminal (empty: none are printed).
     """
     state = state or State()
-    row, reports, warnings = {}, {}, []
+    row, reports, lines = {}, {}, []
     with common.evaluating(model):
         logits = clean_logits(model, x, labels, settings.batch_size, classes)
         images = Images(x, labels, logits)
-        warnings += model_warnings(model, images, attacks, settings)
+        lines += model_warnings(model, images, settings)
         for attack in dict.fromkeys(attacks):
             if attack == "clean":
                 row["clean_acc"] = common.accuracy(logits, labels)
             elif attack == "calibration":
-                row["calibration"] = {"clean": calibration(logits, labels)}
-                if settings.norm == "linf":
-                    logits_adv = attacked_logits(model, images, "pgd20", settings)
-                    row["calibration"]["pgd20"] = calibration(logits_adv, labels)
+                logits_adv, counts = attacked_logits(model, images, "pgd20", settings)
+                lines += gradient_warnings("pgd20 of the calibration", *counts)
+                row["calibration"] = {
+                    "clean": calibration(logits, labels),
+                    "pgd20": calibration(logits_adv, labels),
+                }
             elif attack not in NOT_ATTACKS:
                 progress = run_attack(model, images, attack, settings, state, name)
                 plan = passes(attack, logits.shape[1], settings)
                 reports[attack] = report = attack_report(progress, plan)
-                field = re.sub(r"\W+", "_", attack)
+                field = attack.replace("-", "_")
                 row[f"{field}_acc"] = report["stages"][-1]["robust_acc"]
                 row[f"{field}_conditional_acc"] = report["stages"][-1]["conditional_acc"]
-                warnings += attack_warnings(progress, report, logits.shape[1])
-    gap = row.get("pgd20_acc", 0) - row.get("aa_acc", row.get("aa_plus_acc", 1))
+                lines += attack_warnings(progress, report, logits.shape[1])
+    gap = row.get("pgd20_acc", 0) - row.get("aa_acc", 1)
     if gap > 0.06:
         points = f"PGD-20 is {100 * gap:.1f} points above AutoAttack"
-        warnings.append(f"{points}: gradients may be masked")
+        lines.append(f"{points}: gradients may be masked")
     row["n"] = len(x)
     row["seconds"] = sum(stage["seconds"] for r in reports.values() for stage in r["stages"])
-    row["reports"], row["warnings"] = reports, warnings
+    row["reports"], row["warnings"] = reports, lines
     return row
 
 
 def run_attack(model, images, name, settings, state=None, model_name=""):
-    """Run the passes of `name` on the images that are still right -> Progress, saved each batch.
+    """Run the passes of `name` on the images that are still right -> Progress, saved after each.
 
     A pass cuts one list of all images that are not broken into batches. An image is broken when the
     model itself, in strict float32, misclassifies an allowed example.
@@ -1393,35 +1277,32 @@ def run_attack(model, images, name, settings, state=None, model_name=""):
     if len(progress.broken_by) != len(images.x):
         wrong = "not the state of these images; delete it to begin again"
         raise common.UserError(f"{state.folder}: {wrong}")
-    if name == "aa-rand":
-        settings = dataclasses.replace(settings, eot=20)
-    plan, broken_by = passes(name, images.logits.shape[1], settings), progress.broken_by
+    plan = passes(name, images.logits.shape[1], settings)
     for number in range(progress.passes_done + 1, len(plan) + 1):
         attack, repeat = plan[number - 1]
-        # the images that were not broken when the pass began
-        alive = ((broken_by == 0) | (broken_by == number)).nonzero()[:, 0]
-        to_do, text = alive[progress.images_done :], None
+        began, images_done, text = time.monotonic(), 0, None
+        broken_by = progress.broken_by.clone()
+        seconds_before = progress.seconds.get(attack, 0.0)
+        to_do = (broken_by == 0).nonzero()[:, 0]
         for index, batch in batches(images, to_do, settings, attack, repeat):
-            began = time.monotonic()
             x_adv, broken = search(model, batch)
             newly_broken = index[broken.cpu()]
             broken_by[newly_broken] = number
             if len(newly_broken):
-                largest = norm_of(x_adv[broken] - batch.x[broken], settings.norm).max().item()
+                largest = norm_of(x_adv[broken] - batch.x[broken]).max().item()
                 progress.max_perturbation = max(progress.max_perturbation, largest)
             progress.zero_gradients += int(batch.zero_gradients)
             progress.not_finite += int(batch.not_finite)
-            progress.images_done += len(index)
-            seconds = progress.seconds.get(attack, 0.0) + time.monotonic() - began
-            progress.seconds[attack] = seconds
-            state.write_examples(progress, newly_broken, x_adv[broken])
-            state.save()
+            images_done += len(index)
+            seconds = seconds_before + time.monotonic() - began
             left = (broken_by == 0).double().mean()
-            done = f"pass {number} of {len(plan)}, image {progress.images_done} of {len(alive)}"
+            done = f"pass {number} of {len(plan)}, image {images_done} of {len(to_do)}"
             text = f"{short_name(model_name)}: {attack}, {done}, {left:.4f} left, {seconds:,.0f} s"
             if model_name:
                 common.print_line(text, live=True)
-        progress.passes_done, progress.images_done = number, 0
+        progress.broken_by, progress.passes_done = broken_by, number
+        progress.seconds[attack] = seconds_before + time.monotonic() - began
+        state.save()
         last_of_attack = number == len(plan) or plan[number].attack != attack
         if model_name and text is not None and last_of_attack:
             common.print_line(text)
@@ -1429,17 +1310,20 @@ def run_attack(model, images, name, settings, state=None, model_name=""):
 
 
 @torch.no_grad()
-def search(model, batch):
+def search(model, batch, tf32=True):
     """-> x_adv (B, C, H, W) of batch.attack, and bool (B,): the model itself is wrong there.
 
-    In TF32 a search may stop at an example that float32 does not confirm: it is done again.
+    On CUDA AutoAttack searches in TF32, and what counts is confirmed in strict float32. Where
+    float32 does not confirm what the search has stopped at, it is done again in float32.
     """
-    tf32 = batch.attack in ATTACKS and batch.settings.search == "tf32"
+    tf32 = tf32 and batch.attack in ATTACKS
     attack = ATTACKS.get(batch.attack, pgd)
     with common.convolutions(tf32):
         x_adv = attack(model, batch)
-    allowed = is_allowed(x_adv, batch.x, batch.settings)
-    wrong = misclassified(model(x_adv).float(), batch.labels)
+    allowed = is_allowed(x_adv, batch.x, batch.settings.eps)
+    logits = model(x_adv.clone()).float()
+    batch.count(logits)
+    wrong = misclassified(logits, batch.labels)
     if tf32:
         moved = (x_adv != batch.x).flatten(1).any(1)
         unconfirmed = (moved & allowed & ~wrong).nonzero()[:, 0]
@@ -1449,20 +1333,26 @@ def search(model, batch):
                 batch.labels[unconfirmed],
                 batch.logits[unconfirmed],
                 batch.index[unconfirmed],
-                dataclasses.replace(batch.settings, search="fp32"),
+                batch.settings,
                 batch.attack,
                 batch.repeat,
             )
-            x_adv[unconfirmed], wrong[unconfirmed] = search(model, again)
+            x_adv[unconfirmed], wrong[unconfirmed] = search(model, again, tf32=False)
     return x_adv, allowed & wrong
 
 
 def attacked_logits(model, images, attack, settings):
-    """Logits (N, K) under a pgdN, of all images: also of those that are wrong when clean."""
-    parts = []
+    """-> logits (N, K) under a pgdN, of all images: also of those that are wrong when clean.
+
+    And how many starts have a zero gradient, how many evaluations numbers that are not finite.
+    """
+    parts, zero_gradients, not_finite = [], 0, 0
     for _, batch in batches(images, torch.arange(len(images.x)), settings, attack):
         parts.append(model(pgd(model, batch)).detach().float())
-    return torch.cat(parts)
+        batch.count(parts[-1])
+        zero_gradients += int(batch.zero_gradients)
+        not_finite += int(batch.not_finite)
+    return torch.cat(parts), (zero_gradients, not_finite)
 
 
 def attack_report(progress, plan):
@@ -1487,15 +1377,26 @@ def attack_report(progress, plan):
     }
 
 
-def model_warnings(model, images, attacks, settings):
-    """Lines on a model that the attacks would overrate: probabilities, random numbers."""
+def model_warnings(model, images, settings):
+    """Lines on a model whose numbers mislead: probabilities, random or batch-dependent logits."""
     lines = []
     if is_probabilities(images.logits):
         lines.append("the model seems to return probabilities: the attacks need logits")
-    x = common.to_float(images.x[: settings.batch_size])
-    calls = torch.stack([F.normalize(model(x).detach().float()) for _ in range(5)])
-    if "aa-rand" not in attacks and (calls - calls[:1]).norm(dim=2).max() > 1e-4:
-        lines.append("the model is randomised: only aa-rand does not overstate its robustness")
+    x = common.to_float(images.x[: max(settings.batch_size, 2)])
+    calls = torch.stack([F.normalize(model(x.clone()).detach().float()) for _ in range(5)])
+    randomised = (calls - calls[:1]).norm(dim=2).max() > 1e-4
+    if randomised:
+        advice = "AutoAttack's version `rand` (pip install pyautoattack) averages gradients"
+        lines.append(f"the model is randomised: its robustness is overstated; {advice}")
+    # the first half again, in a batch in reverse order whose other images are inverted
+    half = (len(x) + 1) // 2
+    batch = torch.cat([x[:half], 1 - x[half:]]).flip(0)
+    again = F.normalize(model(batch).detach().float()).flip(0)[:half]
+    if not randomised and (again - calls[0, :half]).norm(dim=1).max() > 1e-4:
+        lines.append(
+            "the logits of an image depend on the other images of its batch (is BatchNorm in "
+            "training mode?): all numbers change with the batch size"
+        )
     return lines
 
 
@@ -1507,15 +1408,25 @@ def attack_warnings(progress, report, classes):
         if stage["attack"] == "square" and before["robust_acc"] - stage["robust_acc"] > 0.002:
             lower = f"{before['robust_acc']:.4f} to {stage['robust_acc']:.4f} without gradients"
             lines.append(f"Square goes from {lower}: they may be masked; try an adaptive attack")
-    for attack, needed in (("apgd-dlr", 3), ("apgd-t", 4)):
-        if classes < needed and attack in attacks:
-            numerator = f"with {classes} its numerator is used"
-            lines.append(f"{attack}: DLR needs {needed} classes; {numerator}")
-    if progress.zero_gradients:
-        starts = f"zero gradient at {progress.zero_gradients} starting points"
-        lines.append(f"{starts}: APGD may overestimate the robustness")
-    if progress.not_finite:
-        lines.append(f"logits that are not finite at {progress.not_finite} evaluations of APGD")
+    if classes < 4 and "apgd-t" in attacks:
+        lines.append(f"apgd-t: DLR needs 4 classes; with {classes} its numerator is used")
+    return lines + gradient_warnings(
+        ", ".join(attacks), progress.zero_gradients, progress.not_finite
+    )
+
+
+def gradient_warnings(attacks, zero_gradients, not_finite):
+    """Lines on gradients that are zero, and on gradients and logits that are not finite.
+
+    attacks: their names; zero_gradients, not_finite: the counts of Batch.
+    """
+    lines = []
+    if zero_gradients:
+        starts = f"zero gradient at {zero_gradients} starting points"
+        lines.append(f"{starts}: gradients are masked, {attacks} may overestimate the robustness")
+    if not_finite:
+        evaluations = f"at {not_finite} evaluations of {attacks}"
+        lines.append(f"logits or gradients that are not finite {evaluations}")
     return lines
 
 
@@ -1553,11 +1464,9 @@ def accuracy_curve(model, x, labels, settings):
         robust = (images.logits.argmax(1) == labels).cpu()
         curve = [(0.0, robust.double().mean().item())]
         for factor in factors:
-            if not robust.any() or settings.norm == "linf" and curve[-1][0] >= 1:
+            if not robust.any() or curve[-1][0] >= 1:
                 break
-            eps = factor * settings.eps
-            if settings.norm == "linf":
-                eps = min(eps, 1.0)
+            eps = min(factor * settings.eps, 1.0)
             now = dataclasses.replace(settings, eps=eps, steps=20)
             for index, batch in batches(images, robust.nonzero()[:, 0], now, "curve"):
                 x_adv = apgd_ce(model, batch)
@@ -1580,7 +1489,10 @@ def summary_rows(nets, data, folder, attacks, **settings):
     rows = []
     for role, (label, net) in nets.items():
         print(f"evaluating {label} on {len(data.x_test)} test images", flush=True)
-        accuracies = evaluate(net, data.x_test, data.y_test, attacks, **settings)
+        accuracies = None
+        if common.rank() == 0:
+            accuracies = evaluate(net, data.x_test, data.y_test, attacks, **settings)
+        accuracies = common.from_first_process(accuracies)
         row = {"net": role, "model": label} | accuracies
         rows.append(row | common.training_columns(net, folder))
     return rows
@@ -1597,46 +1509,38 @@ FREE_FLAGS = {"json", "data_root", "device", "batch_size", "command"}
 def main(argv=None):
     """Evaluate every model, write the files that are asked for, print the tables."""
     args = parse_args(argv)
-    record = evaluate_models(args)
+    record = make_or_find_record(args)
     print(format_record(record))  # last: perhaps nobody reads it
 
 
-def evaluate_models(args):
-    """-> the record of --json, after the files are written; goes on where a killed run stopped."""
+def make_or_find_record(args):
+    """-> the record of --json, after its file is written; goes on where a killed run stopped."""
     for path in args.checkpoints:
         common.check_first_bytes(path)  # before any data are fetched
     device = common.find_device(args.device)
-    if device.type == "cpu" and args.search != "tf32":
-        print(f"--search {args.search}: no effect on a CPU, where everything is in float32")
     data = common.load_data(args.data, args.data_root, device, test_subset=args.n)
-    others = read_other_images(args, data)
+    others, digests = read_other_images(args, data)
     models, checksums = load_models(args, data, device)
-    flags = {"the images and labels of --data": data.fingerprint} | checksums
+    flags = {"the images and labels of --data": data.fingerprint} | digests | checksums
     for name, value in vars(args).items():
         if name not in FREE_FLAGS:
             flags[f"--{name.replace('_', '-')}"] = value
-    result = args.json or args.save_examples
-    if result is None:
-        return evaluate_all(args, data, others, models, flags, State())
-    with state_folder(result, "--json" if args.json else "--save-examples") as folder:
+    if args.json is None:
+        return make_record(args, data, others, models, flags, State())
+    with state_folder(args.json) as folder:
         record = finished_record(args.json, flags)
         if record is not None:
             print(f"{args.json} is finished")
         else:
-            state = State(folder, flags, keep_examples=args.save_examples is not None)
-            record = evaluate_all(args, data, others, models, flags, state)
-            if args.save_examples:
-                save_examples(args.save_examples, data, state)
-            if args.json:
-                common.write_json(Path(args.json), record)
-        for path in state_files(folder):
-            path.unlink()
+            record = make_record(args, data, others, models, flags, State(folder, flags))
+            common.write_json(Path(args.json), record)
+        (folder / "state.pt").unlink(missing_ok=True)
     return record
 
 
 def finished_record(path, flags):
     """The record in the file of --json; None if there is none; a UserError if it is another one."""
-    if path is None or not Path(path).is_file():
+    if not Path(path).is_file():
         return None
     try:
         record = json.loads(Path(path).read_text())
@@ -1649,26 +1553,13 @@ def finished_record(path, flags):
     return record
 
 
-def evaluate_all(args, data, others, models, flags, state):
+def make_record(args, data, others, models, flags, state):
     """-> the record of --json: the rows of all models, and how they were made; draws --plot."""
-    settings = Settings(
-        eps=args.eps,
-        step_size=args.step_size,
-        restarts=args.restarts,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        norm=args.norm,
-        steps=args.steps,
-        queries=args.queries,
-        targets=args.targets,
-        search=args.search,
-    )
+    settings = Settings(args.eps, args.step_size, args.restarts, args.seed, args.batch_size)
     x, labels, rows = data.x_test, data.y_test, []
     for name, model in models.items():
         row = {"model": name}
-        row |= evaluate_model(
-            model, x, labels, args.attack, settings, len(data.classes), state, name
-        )
+        row |= measure(model, x, labels, args.attack, settings, len(data.classes), state, name)
         if "corruptions" in args.attack:
             summary = corruption_accuracy(
                 model,
@@ -1683,7 +1574,9 @@ def evaluate_all(args, data, others, models, flags, state):
                 row[key] = summary[key]
             row["corruptions"] = summary
         for other, images in others.items():
-            logits = common.predict(model, images.x, batch_size=args.batch_size)
+            logits = common.predict(
+                model, images.x, batch_size=args.batch_size, what=f"images of --{other}"
+            )
             row[f"{other}_acc"] = common.accuracy(logits, images.labels)
             row[f"{other}_note"] = images.note
         if args.plot:
@@ -1696,7 +1589,6 @@ def evaluate_all(args, data, others, models, flags, state):
         "gpu": torch.cuda.get_device_name() if x.is_cuda else None,
         "data": data.name,
         "n": len(x),
-        "norm": args.norm,
         "precision": "float32",
         "eps": args.eps,
         "step_size": args.step_size,
@@ -1709,31 +1601,15 @@ def evaluate_all(args, data, others, models, flags, state):
     return record
 
 
-def save_examples(path, data, state):
-    """Write an .npz: x_adv float32 (N, H, W, C), clean where not broken; labels; broken (N,)."""
-    (progress,) = state.attacks.values()
-    broken = progress.broken_by > 0
-    x_adv = common.to_float(data.x_test).cpu()
-    x_adv[broken] = state.read_examples(progress, broken.nonzero()[:, 0], x_adv.shape[1:])
-    arrays = {
-        "x_adv": x_adv.permute(0, 2, 3, 1).numpy(),
-        "labels": data.y_test.cpu().numpy(),
-        "broken": broken.numpy(),
-    }
-    common.write_atomically(Path(path), lambda file: np.savez_compressed(file, **arrays))
-
-
 def format_record(record):
     """The record as text: tables of the models, of their attacks, of their calibration, notes."""
-    if record["norm"] == "linf":
-        eps, step = f"{255 * record['eps']:.4g}/255", f"{255 * record['step_size']:.4g}/255"
-        attack = f"linf eps {eps}, PGD step {step}"
-    else:
-        attack = f"l2 eps {record['eps']:g}"
+    eps, step = f"{255 * record['eps']:.4g}/255", f"{255 * record['step_size']:.4g}/255"
+    attack = f"linf eps {eps}, PGD step {step}"
     lines = [f"{record['data']}, {record['n']} test images, {attack}, float32"]
     models, stages, calibrations = [], [], []
+    names = short_names([row["model"] for row in record["rows"]])
     for row in record["rows"]:
-        name = short_name(row["model"])
+        name = names[row["model"]]
         models.append({k: v for k, v in row.items() if not isinstance(v, list | dict)})
         for version, report in row["reports"].items():
             largest = f"{report['max_perturbation']:.7f}"
@@ -1751,8 +1627,14 @@ def format_record(record):
             summary = row["corruptions"]
             lines.append(f"\n{row['model']}: {summary['note']}")
             lines.append(common.table(corruption_rows(summary)))
-        lines += [f"{row['model']}: warning: {line}" for line in row["warnings"]]
-    return "\n".join(lines)
+    return "\n".join(lines + warning_lines(record))
+
+
+def warning_lines(record):
+    """A line for each warning of the record, with the name of its model."""
+    return [
+        f"{row['model']}: warning: {line}" for row in record["rows"] for line in row["warnings"]
+    ]
 
 
 def plot(path, record):
@@ -1760,7 +1642,8 @@ def plot(path, record):
 
     The histogram of the probabilities of all classes is Figure 8 of the noisy collaboration paper.
     """
-    rows = {short_name(row["model"])[-36:]: row for row in record["rows"]}
+    names = short_names([row["model"] for row in record["rows"]])
+    rows = {names[row["model"]]: row for row in record["rows"]}
     calibrated = {name: row["calibration"] for name, row in rows.items() if "calibration" in row}
     corrupted = {name: row["corruptions"] for name, row in rows.items() if "corruptions" in row}
     panels = 1 + (2 if calibrated else 0) + len(corrupted)
@@ -1770,7 +1653,7 @@ def plot(path, record):
     for name, row in rows.items():
         eps, accuracy = np.array(row["curve"]).T
         axis.plot(255 * eps, accuracy, marker=".", label=name)
-    axis.set(xlabel=f"255 eps ({record['norm']})", ylabel="accuracy (always APGD-CE, 20 steps)")
+    axis.set(xlabel="255 eps", ylabel="accuracy (always APGD-CE, 20 steps)")
     axis.legend(fontsize=7)
     if calibrated:
         histograms = {
@@ -1797,5 +1680,5 @@ def plot(path, record):
 
 
 if __name__ == "__main__":
-    kept = "with --json finished batches are kept, and the same command goes on:"
+    kept = "with --json finished passes are kept, and the same command goes on:"
     common.start(main, stopped=kept)

@@ -234,10 +234,13 @@ def train(args, data, folder, stage, teacher=None):
 
     teacher: in eval mode with frozen weights, or None: from labels alone. By --method it answers
     with active dropout, or its logits are changed. After an interruption the same call goes on
-    after the last finished epoch.
+    after the last finished epoch. stage: teacher, student-alone or student; the two students start
+    from the same weights and see the same batches.
     """
-    dropout = args.dropout if args.method == "teacher" else 0.0
-    model = common.new_model(data, args.model, args.seed, stage, dropout)
+    dropout = 0.0
+    if args.method == "teacher" and args.dropout is not None:
+        dropout = args.dropout
+    model = common.new_model(data, args.model, args.seed, stage.removesuffix("-alone"), dropout)
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
     )
@@ -310,6 +313,7 @@ def teacher_args(args):
         seed=args.seed if args.method == "teacher" else 0,  # all students have the same teacher
         epochs=args.teacher_epochs,
         milestones=args.teacher_milestones,
+        dropout=args.dropout or None,  # without dropout it is the teacher of the other scripts too
     )
     for flag in vars(args):
         if flag.startswith("teacher_") or flag in NO_EFFECT_ON_TEACHER:
@@ -323,15 +327,16 @@ def get_teacher(args, data):
     runs/teachers/<digest of its flags and the data> keeps it for all runs with the same ones.
     """
     if args.teacher_ckpt:
-        return common.given_teacher(args, data, args.dropout)
-    own = teacher_args(args)
-    folder = common.teacher_folder(own, data)
-    with common.locked(folder, wait=True):  # another run may be training it
-        if not (folder / "teacher.pt").exists():
-            train(own, data, folder, "teacher")
-        common.delete_checkpoints(folder)
-    print(f"teacher: {folder / 'teacher.pt'}", flush=True)
-    teacher = common.load_model(folder / "teacher.pt", data)
+        teacher = common.given_teacher(args, data, args.dropout)
+    else:
+        own = teacher_args(args)
+        folder = common.teacher_folder(own, data)
+        with common.locked(folder, wait=True):  # another run may be training it
+            if not (folder / "teacher.pt").exists():
+                train(own, data, folder, "teacher")
+            common.delete_checkpoints(folder)
+        teacher = common.load_model(folder / "teacher.pt", data)
+    print(f"teacher: {teacher.meta['file']}", flush=True)
     common.compile_model(teacher, args.compile)
     return teacher
 
@@ -369,7 +374,7 @@ def train_and_evaluate(args, data, folder):
     nets = {}  # role of the net -> (its label in the table, the net)
     teacher = None
     if args.demo:
-        alone = train(common.replace(args, method="student"), data, folder, "alone")
+        alone = train(common.replace(args, method="student"), data, folder, "student-alone")
         nets["alone"] = "student alone", alone
     if args.method != "student":
         teacher = get_teacher(args, data)

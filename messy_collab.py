@@ -248,9 +248,10 @@ def train(args, data, folder, stage, teacher=None):
 
     teacher: in eval mode with frozen weights, or None: from labels alone. At args.noise_rate the
     labels are drawn anew in each batch. After an interruption the same call goes on after the last
-    finished epoch.
+    finished epoch. stage: teacher, student-alone or student; the two students start from the same
+    weights and see the same batches.
     """
-    model = common.new_model(data, args.model, args.seed, stage)
+    model = common.new_model(data, args.model, args.seed, stage.removesuffix("-alone"))
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
     )
@@ -264,7 +265,7 @@ def train(args, data, folder, stage, teacher=None):
         model.train()
         began, history = time.monotonic(), []
         for x, labels in common.batches(data, args.batch_size, args.seed, stage, epoch):
-            if args.noise_rate > 0:
+            if args.noise_rate:
                 labels = vary_labels(labels, args.noise_rate, len(data.classes), args.label_draw)
             with common.autocast(args, x.device):
                 student_logits = model(x)
@@ -315,10 +316,10 @@ def teacher_args(args):
         seed=args.seed if args.method == "teacher" else 0,  # all students have the same teacher
         epochs=args.teacher_epochs,
         milestones=args.teacher_milestones,
-        noise_rate=args.noise_rate if args.method in VARIED_TEACHER else 0.0,
     )
-    if teacher.noise_rate == 0:
-        teacher.label_draw = None
+    if args.method not in VARIED_TEACHER or args.noise_rate == 0:
+        # it is the teacher of the other scripts too
+        teacher.noise_rate = teacher.label_draw = None
     for flag in vars(args):
         if flag.startswith("teacher_") or flag in NO_EFFECT_ON_TEACHER:
             setattr(teacher, flag, None)
@@ -331,15 +332,16 @@ def get_teacher(args, data):
     runs/teachers/<digest of its flags and the data> keeps it for all runs with the same ones.
     """
     if args.teacher_ckpt:
-        return common.given_teacher(args, data)
-    own = teacher_args(args)
-    folder = common.teacher_folder(own, data)
-    with common.locked(folder, wait=True):  # another run may be training it
-        if not (folder / "teacher.pt").exists():
-            train(own, data, folder, "teacher")
-        common.delete_checkpoints(folder)
-    print(f"teacher: {folder / 'teacher.pt'}", flush=True)
-    teacher = common.load_model(folder / "teacher.pt", data)
+        teacher = common.given_teacher(args, data)
+    else:
+        own = teacher_args(args)
+        folder = common.teacher_folder(own, data)
+        with common.locked(folder, wait=True):  # another run may be training it
+            if not (folder / "teacher.pt").exists():
+                train(own, data, folder, "teacher")
+            common.delete_checkpoints(folder)
+        teacher = common.load_model(folder / "teacher.pt", data)
+    print(f"teacher: {teacher.meta['file']}", flush=True)
     common.compile_model(teacher, args.compile)
     return teacher
 
@@ -374,7 +376,7 @@ def train_and_evaluate(args, data, folder):
         keep_labels(wrong.y_train, data, folder)
     if args.demo:
         alone = train(
-            common.replace(args, method="student", noise_rate=0.0), wrong, folder, "alone"
+            common.replace(args, method="student", noise_rate=0.0), wrong, folder, "student-alone"
         )
         nets["alone"] = "student alone", alone
     if args.method in TAUGHT or args.method == "teacher":

@@ -275,7 +275,8 @@ class Ensemble(nn.Module):
         logs = []
         for weight, model in zip(self.weights, self.models):
             if weight > 0:
-                logs.append(math.log(weight) + model(x).log_softmax(1))
+                # a copy for each net, which may normalise its images in place
+                logs.append(math.log(weight) + model(x.clone()).log_softmax(1))
         return torch.stack(logs).logsumexp(0)
 
 
@@ -332,15 +333,16 @@ def get_teacher(args, data, training, number):
     runs/teachers/<digest of its flags and the data> keeps it for all runs with the same ones.
     """
     if args.teacher_ckpt:
-        return common.given_teacher(args, data)
-    own = teacher_args(args, training, number)
-    folder = common.teacher_folder(own, data)
-    with common.locked(folder, wait=True):  # another run may be training it
-        if not (folder / "teacher.pt").exists():
-            train(own, data, folder, "teacher")
-        common.delete_checkpoints(folder)
-    print(f"teacher: {folder / 'teacher.pt'}", flush=True)
-    teacher = common.load_model(folder / "teacher.pt", data)
+        teacher = common.given_teacher(args, data)
+    else:
+        own = teacher_args(args, training, number)
+        folder = common.teacher_folder(own, data)
+        with common.locked(folder, wait=True):  # another run may be training it
+            if not (folder / "teacher.pt").exists():
+                train(own, data, folder, "teacher")
+            common.delete_checkpoints(folder)
+        teacher = common.load_model(folder / "teacher.pt", data)
+    print(f"teacher: {teacher.meta['file']}", flush=True)
     common.compile_model(teacher, args.compile)
     return teacher
 
@@ -485,10 +487,10 @@ def collapsed(args, rows):
 
 def keep_epoch(args, data, folder, stage, model, rows):
     """Save the net of an epoch for --save-every; a teacher where --teacher-es finds it."""
-    if stage != "teacher":
+    if stage != "teacher" or len(rows) == args.epochs:  # teacher.pt would say that it is finished
         path = folder / f"{stage}-epoch{len(rows)}.pt"
         common.save_model(path, model, rows, training=args.loss)
-    elif len(rows) < args.epochs:  # after the last epoch `train` itself saves the teacher
+    else:
         early_stopped = common.replace(args, epochs=len(rows))
         other = common.teacher_folder(early_stopped, data)
         with common.locked(other, wait=True):  # another run may be training it

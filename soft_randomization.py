@@ -165,9 +165,10 @@ def train(args, data, folder, stage, teacher=None):
 
     teacher: in eval mode with frozen weights, or None: from labels alone. The student of a noisy
     method sees x + noise, its teacher x. After an interruption the same call goes on after the last
-    finished epoch.
+    finished epoch. stage: teacher, student-alone or student; the two students start from the same
+    weights and see the same batches.
     """
-    model = common.new_model(data, args.model, args.seed, stage)
+    model = common.new_model(data, args.model, args.seed, stage.removesuffix("-alone"))
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
     )
@@ -219,7 +220,6 @@ def stretch(schedule, epochs):
 # The whole job
 
 
-# Copied from fickle_teacher.teacher_args
 def teacher_args(args):
     """The flags by which the teacher is trained, made of the student's.
 
@@ -247,15 +247,16 @@ def get_teacher(args, data):
     runs/teachers/<digest of its flags and the data> keeps it for all runs with the same ones.
     """
     if args.teacher_ckpt:
-        return common.given_teacher(args, data)
-    own = teacher_args(args)
-    folder = common.teacher_folder(own, data)
-    with common.locked(folder, wait=True):  # another run may be training it
-        if not (folder / "teacher.pt").exists():
-            train(own, data, folder, "teacher")
-        common.delete_checkpoints(folder)
-    print(f"teacher: {folder / 'teacher.pt'}", flush=True)
-    teacher = common.load_model(folder / "teacher.pt", data)
+        teacher = common.given_teacher(args, data)
+    else:
+        own = teacher_args(args)
+        folder = common.teacher_folder(own, data)
+        with common.locked(folder, wait=True):  # another run may be training it
+            if not (folder / "teacher.pt").exists():
+                train(own, data, folder, "teacher")
+            common.delete_checkpoints(folder)
+        teacher = common.load_model(folder / "teacher.pt", data)
+    print(f"teacher: {teacher.meta['file']}", flush=True)
     common.compile_model(teacher, args.compile)
     return teacher
 
@@ -284,7 +285,7 @@ def train_and_evaluate(args, data, folder):
     nets = {}  # role of the net -> (its label in the table, the net)
     teacher = None
     if args.demo:
-        alone = train(common.replace(args, method="student"), data, folder, "alone")
+        alone = train(common.replace(args, method="student"), data, folder, "student-alone")
         nets["alone"] = "student alone", alone
     if args.method in TAUGHT or args.method == "teacher":
         teacher = get_teacher(args, data)

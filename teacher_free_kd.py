@@ -5,7 +5,7 @@ Paper    "Knowledge Distillation: Current Understanding and Future Directions in
          al., CVPR 2020. Self-distillation: Zhang et al., ICCV 2019. AKD: Maroto et al. 2022, see
          robust_kd.py. S, T: probabilities of student and teacher, S_t, T_t: of logits / t; x' the
          student's adversarial example on x.
-Loss     plain, at          CE(S, y)                                <- plain_loss      on x, x'
+Loss     plain, at          CE(S, y)                                                   on x, x'
          label-smoothing    CE((1-s) y + s/K, S)                    <- smoothing_loss
          vanilla, re-kd     (1-alpha) CE(S, y) + alpha t^2 KL(T_t || S_t)  <- kd_loss  Eqs. 1, 2
          tf-kd-self         the same, T an equal net                <- kd_loss         Eq. 3
@@ -47,6 +47,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import re
 import sys
 import time
 from typing import NamedTuple
@@ -280,6 +281,11 @@ def check_flags(args, error):
     if args.method == "self-distillation" and (args.model.startswith("mlp") or ":" in args.model):
         needs = "self-distillation needs the stages of our ResNets and WideResNets"
         error(f"--model: {needs}, got {args.model}")
+    for name in args.eval_attack:
+        if args.eval_attack.count(name) > 1:
+            error(f"--eval-attack: expected each name once, got {name} twice")
+    if args.method == "self-distillation" and re.search(r"-w\d*[13579]\b", args.model):
+        error(f"--model: self-distillation needs an even number after -w, got {args.model}")
     other_net = args.teacher_model not in (None, args.model)
     if args.method in TEACHER_LIKE_STUDENT and other_net:
         error(f"--teacher-model: --method {args.method} needs the student's net, {args.model}")
@@ -464,7 +470,6 @@ def exit_rows(net, exit_weights, data):
     """
     exits = Exits(net)
     exits.early_heads.load_state_dict(exit_weights)
-    exits.eval()
     logits, cost = {}, {}  # by the name of the row
     for i in range(len(net.stages)):
         one = OneExit(exits, i)
@@ -493,7 +498,7 @@ def macs(model, data):
 
     size, channels = data.x_test.shape[2:]
     image = torch.zeros(1, channels, size, size, device=data.x_test.device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with common.evaluating(model), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
     return counter.get_total_flops() // 2
 
@@ -581,7 +586,9 @@ def write_gradients(path, nets):
     means (epochs, layers), epochs (epochs,), layers (layers,): names.
     """
     arrays = {}
-    for label, net in nets.values():
+    for role, (label, net) in nets.items():
+        if role.endswith(", corrected"):  # a copy of a net that is there already
+            continue
         for key, values in net.meta.get("gradients", {}).items():
             arrays[f"{label}/{key}"] = np.array(values)
     common.write_atomically(path, lambda file: np.savez(file, **arrays))
@@ -628,17 +635,18 @@ def get_teacher(args, data):
     runs/teachers/<digest of its flags and the data> keeps it for all runs with the same ones.
     """
     if args.teacher_ckpt:
-        return common.given_teacher(args, data)
-    own = teacher_args(args)
-    if args.teacher_shift is not None:
-        data = dataclasses.replace(data, pad=args.teacher_shift)
-    folder = common.teacher_folder(own, data)
-    with common.locked(folder, wait=True):  # another run may be training it
-        if not (folder / "teacher.pt").exists():
-            train(own, data, folder, "teacher")
-        common.delete_checkpoints(folder)
-    print(f"teacher: {folder / 'teacher.pt'}", flush=True)
-    teacher = common.load_model(folder / "teacher.pt", data)
+        teacher = common.given_teacher(args, data)
+    else:
+        own = teacher_args(args)
+        if args.teacher_shift is not None:
+            data = dataclasses.replace(data, pad=args.teacher_shift)
+        folder = common.teacher_folder(own, data)
+        with common.locked(folder, wait=True):  # another run may be training it
+            if not (folder / "teacher.pt").exists():
+                train(own, data, folder, "teacher")
+            common.delete_checkpoints(folder)
+        teacher = common.load_model(folder / "teacher.pt", data)
+    print(f"teacher: {teacher.meta['file']}", flush=True)
     common.compile_model(teacher, args.compile)
     return teacher
 

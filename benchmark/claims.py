@@ -283,7 +283,6 @@ def run_arm(arm, seed, args):
     runs = Path(args.runs).resolve()
     log_file = runs / "logs" / f"{arm}-s{seed}.log"
     name = re.sub(r"[^\w.,=+-]", "-", arm)
-    flags = [flag.replace("{run}", f"{runs}/{name}-s{seed}") for flag in flags]
     options = ["--seed", str(seed), "--name", name, "--runs", str(runs), "--device", "cpu"]
     call(script, [*flags, *options], log_file)
     folder = runs / script.removesuffix(".py") / f"{name}-s{seed}"
@@ -580,7 +579,8 @@ def regime_curves(results):
     panels = {}
     for title, (metric, arms) in REGIMES.items():
         for arm in arms:
-            curves = [run["curve"][metric] for run in results[arm].values() if run["curve"]]
+            runs = results[arm].values()
+            curves = [run["curve"][metric] for run in runs if metric in run["curve"]]
             if curves:
                 panels.setdefault(title, {})[arm] = np.array(curves)
     return panels

@@ -2,9 +2,9 @@
 
 Usage    python benchmark/plots.py curves RUN RUN ... --labels AT AT AKD --out curves.png
          python benchmark/plots.py curves AT=runs/robust_kd/at-s0 AKD=runs/robust_kd/akd-s0
-         python teacher_free_kd.py --method tf-kd-self --grad-heatmap a.npz
-         python benchmark/plots.py gradients a.npz b.npz --out both.png
-         python robust_kd.py --loss akd --trajectories --data data/planes-cars.npz --name a
+         python teacher_free_kd.py --method tf-kd-self --grad-heatmap
+         python benchmark/plots.py gradients RUN/gradients.npz RUN/gradients.npz --out both.png
+         python robust_kd.py --loss akd --save-every 1 --data data/planes-cars.npz --name a
          python benchmark/plots.py trajectories runs/robust_kd/a-s0
          python benchmark/plots.py trajectories RUN RUN --labels A B --out FOLDER
 Curves   held-out clean and PGD accuracy after each epoch of the student. Runs with the same label
@@ -18,7 +18,7 @@ Trajectories  Figures 5 to 17 of paper 2; numbers in trajectories.json, the figu
          --loss st). The two classes of the paper: python benchmark/prepare.py planes-cars.
          The paper does not say which p_T a student of an early-stopped teacher is compared with.
          Here: that of its own teacher, as it was stopped, and the cosine is over the epochs that
-         both have, the first ones of the student. With --teacher FILE it is that model's for all:
+         both have, the first ones of the student. With --teacher FILE it is that net's for all:
          what the text says of Figure 11 fits a teacher that was not stopped.
 Style    Okabe-Ito colours, which the colour-blind can tell apart. Needs matplotlib; without it the
          numbers of gradients and trajectories are printed and written all the same.
@@ -54,10 +54,10 @@ def parse_args(argv=None):
     add("files", nargs="+", metavar="FILE.npz", help="file written by --grad-heatmap")
     add("--out", metavar="FILE.png", help="file of the figure (default: beside the first FILE)")
     add = add_command(figures, "trajectories", "what each epoch made of each image")
-    add("runs", nargs="+", metavar="RUN", help="folder of a run with --trajectories")
+    add("runs", nargs="+", metavar="RUN", help="folder of a run of robust_kd.py --save-every 1")
     add("--labels", nargs="+", metavar="LABEL", help="one for each RUN (default: folder names)")
-    add("--teacher", metavar="FILE", help="model to compare with (default: the run's own teacher)")
-    add("--difficulty-of", metavar="FILE", help="model that ranks the images (default: teacher)")
+    add("--teacher", metavar="FILE", help="net to compare with (default: the run's own teacher)")
+    add("--difficulty-of", metavar="FILE", help="net that ranks the images (default: the teacher)")
     add(
         "--window",
         type=common.whole,
@@ -69,7 +69,7 @@ def parse_args(argv=None):
         default=32,
         help="images to show of each class, at each end",
     )
-    add("--data-root", default="data", help="folder with the data set of the runs, for --images")
+    add("--data-root", default="data", help="folder with the data set of the runs")
     add("--out", metavar="FOLDER", help="output folder (default: trajectories in the first RUN)")
     args = parser.parse_args(argv)
     is_file = args.figure in ("curves", "gradients")
@@ -256,7 +256,9 @@ def plot_gradients(args):
     gradients = {}
     for path in args.files:
         for net, parts in read_gradients(path).items():
-            name = f"{Path(path).stem}: {net}" if len(args.files) > 1 else net
+            file = Path(path).resolve()
+            label = file.parent.name if file.stem == "gradients" else file.stem
+            name = f"{label}: {net}" if len(args.files) > 1 else net
             gradients[name] = parts
     lines = gradient_lines(gradients)
     rows = []
@@ -334,7 +336,7 @@ def draw_extreme_images(figure, data, extreme_images):
     axes = figure.subplots(len(extreme_images), 2, squeeze=False)
     for line, ends, name in zip(axes, extreme_images, data.classes):
         for axis, (end, indices) in zip(line, ends.items()):
-            axis.imshow(sheet(data.x_train.numpy()[indices]), interpolation="nearest")
+            axis.imshow(sheet(data.x_train.cpu().numpy()[indices]), interpolation="nearest")
             axis.set_title(f"{name}: {end} to learn")
             axis.set_axis_off()
 
@@ -386,13 +388,14 @@ def plot_trajectories(args):
     """The sub-command `trajectories`: tables, trajectories.json and the figures."""
     runs = []
     for label, folder in zip(args.labels, args.runs):
-        runs.append(trajectories.read_run(folder, label, args.teacher, args.difficulty_of))
+        runs.append(trajectories.find_run(folder, label, args.data_root))
     trajectories.check_same_images(runs)
-    data, extreme_images = None, []
+    for run in runs:
+        trajectories.compute(run, args.teacher, args.difficulty_of)
+    data, extreme_images = runs[0]["data"], []
     if args.images:
-        data = trajectories.read_images(runs[0], args.data_root)
         score = trajectories.difficulty(runs[0]["ranking"]["train"])
-        extreme_images = trajectories.extremes(score, data.y_train.numpy(), args.images)
+        extreme_images = trajectories.extremes(score, data.y_train.cpu().numpy(), args.images)
     window = args.window or max(runs[0]["student"]["test"].shape[1] // 20, 1)
     trajectories.show(runs)
     folder = Path(args.out or runs[0]["folder"] / "trajectories")

@@ -1,6 +1,6 @@
 """Write docs/RESULTS.md: the numbers printed in the papers that have been measured, beside ours.
 
-Usage    python benchmark/report.py                       # after python benchmark/run.py
+Usage    python benchmark/report.py                       # after benchmark/run.py
 Numbers  benchmark/printed.csv and benchmark/results/*.json; nothing in the page is typed by hand.
 """
 
@@ -26,7 +26,6 @@ METRIC_NAMES = {
     "aa_acc": "AutoAttack",
     "cinic_acc": "CINIC-10",
     "mca_acc": "mCA",
-    "parameters": "million parameters",
     "macs": "multiply-adds",
 }
 INTRODUCTION = """\
@@ -63,7 +62,7 @@ def metric_title(metric):
 
 def measured(row, records, net=None):
     """Our values of a line of the CSV, one a seed, in its units: of its net, or of another one."""
-    if row["metric"] == "parameters":
+    if row["metric"] == "million parameters":
         model = common.build_model(row["net"])
         return [] if net else [sum(p.numel() for p in model.parameters()) / 1e6]
     values, digests = [], set()

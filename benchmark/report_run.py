@@ -3,9 +3,8 @@
 Usage    python benchmark/report_run.py runs/robust_kd/my-run-s0
          python benchmark/report_run.py runs/robust_kd/my-run-s0 --n 200 --out my-run.html
 Page     One HTML file that needs nothing else: the images are inside, it has no scripts, and it
-         loads nothing. The command and the flags that are not at their default; the table of
-         summary.json; the learning curves; which class is taken for which, on clean and on attacked
-         images; eight images with their perturbations; versions and files.
+         loads nothing. report_run.html is its text with places to fill. What comes from a file is
+         escaped in `escape` and nowhere else.
 Attack   PGD-20 on the last epoch of the student (--method teacher: of the teacher), with the radius
          and step of the run's own evaluation, from the same random start as its first one there. It
          attacks --n test images, a fixed choice.
@@ -21,6 +20,7 @@ import contextlib
 import html
 import importlib
 import io
+import string
 import sys
 import zipfile
 from collections import Counter
@@ -39,13 +39,8 @@ import robust_kd
 from benchmark.plots import NO_MATPLOTLIB
 from benchmark.report import metric_title
 
-SCRIPTS = (
-    "fickle_teacher",
-    "messy_collab",
-    "robust_kd",
-    "soft_randomization",
-    "teacher_free_kd",
-)
+TEMPLATE = Path(__file__).with_suffix(".html")
+SCRIPTS = ("fickle_teacher", "messy_collab", "robust_kd", "soft_randomization", "teacher_free_kd")
 EXAMPLES = 8  # images shown with their perturbation
 LARGEST_MATRIX = 20  # classes; with more of them the most frequent confusions are listed
 LISTED_CONFUSIONS = 15
@@ -62,11 +57,7 @@ def parse_args(argv=None):
     add("--out", metavar="FILE.html", help="file of the page (default: report.html in RUN)")
     add("--n", type=common.whole, default=1000, help="number of test images that are attacked")
     add("--data-root", default="data", help="folder with the data set of the run")
-    add(
-        "--model",
-        metavar="MODULE:FUNCTION",
-        help="net of your own that the run has trained, named as for the run",
-    )
+    add("--model", metavar="MODULE:FUNCTION", help="net of your own, named as for the run")
     args = parser.parse_args(argv)
     if args.out and Path(args.out).suffix != ".html":
         parser.error(f"--out: expected FILE.html, got {args.out}")
@@ -83,7 +74,6 @@ class Run(NamedTuple):
     folder: Path
     script: str  # robust_kd, ...
     config: dict  # config.json
-    flags: dict  # its flags, those that decide what is computed
     rows: list[dict]  # summary.json
     net: dict  # the row of the net that is attacked
 
@@ -105,30 +95,27 @@ def read_run(folder: Path) -> Run:
         advice = "the command of the run goes on where it stopped"
         raise common.UserError(f"{folder}: not finished, there is no summary.json; {advice}")
     try:
-        flags = dict(config["flags"])
-        check_flags(flags, config["fingerprint"])
+        check_config(config)
     except common.MALFORMED:
         raise common.UserError(f"{folder / 'config.json'}: damaged; not that of a run") from None
-    if flags.get("method") == "teacher":  # this run has trained no student
-        nets = rows
-    else:
-        nets = [row for row in rows if row.get("net") == "student"]
-    if not nets or not isinstance(nets[0].get("file"), str):
-        advice = "delete it, and the command of the run makes it again"
-        raise common.UserError(f"{folder / 'summary.json'}: names no file of a net; {advice}")
-    return Run(folder, script, config, flags, rows, nets[0])
+    wanted_net = "teacher" if config["flags"].get("method") == "teacher" else "student"
+    for row in rows:
+        if row.get("net") == wanted_net and isinstance(row.get("file"), str):
+            return Run(folder, script, config, rows, row)
+    advice = "delete it, and the command of the run makes it again"
+    raise common.UserError(f"{folder / 'summary.json'}: names no file of a net; {advice}")
 
 
-def check_flags(flags: dict, fingerprint):
+def check_config(config: dict):
     """Raise one of MALFORMED if what the page needs of config.json is not that of a run."""
+    flags = config["flags"]
     subsets = [flags[name] for name in ("train_subset", "test_subset") if flags[name] is not None]
-    counts = [flags["val_size"], flags["seed"], fingerprint, *subsets]
+    counts = [flags["val_size"], flags["seed"], config["fingerprint"], *subsets]
     if 0 in subsets or not all(type(count) is int and count >= 0 for count in counts):
         raise ValueError("not counts of images")
     if not isinstance(flags["data"], str) or not isinstance(flags.get("extra_data") or "", str):
         raise ValueError("not names of data")
-    step = evaluation_step(flags) or 0
-    if not 0 <= flags["eps"] <= 1 or not 0 <= step < float("inf"):
+    if not 0 <= flags["eps"] <= 1 or not 0 <= (evaluation_step(flags) or 0) < float("inf"):
         raise ValueError("no radius or no step")
 
 
@@ -140,50 +127,21 @@ def evaluation_step(flags: dict) -> float | None:
 
 def read_data(run: Run, root: str) -> common.Data:
     """The data of a run, on the CPU; a UserError if they are not there or others by now."""
-    flags = run.flags
-    data = common.load_data(
-        flags["data"],
-        root,
-        val_size=flags["val_size"],
-        train_subset=flags["train_subset"],
-        test_subset=flags["test_subset"],
-    )
-    fingerprint = data.fingerprint
-    if flags.get("extra_data"):
-        fingerprint = add_extra_data(fingerprint, Path(flags["extra_data"]))
+    flags = run.config["flags"]
+    counts = {name: flags[name] for name in ("val_size", "train_subset", "test_subset")}
+    data = common.load_data(flags["data"], root, **counts)
+    fingerprint, extra = data.fingerprint, flags.get("extra_data")
+    if extra and not Path(extra).is_file():  # reading a pipe would block
+        raise common.UserError(f"--extra-data of the run: {extra}: no such file")
+    if extra:
+        try:
+            fingerprint = robust_kd.with_extra_data(fingerprint, Path(extra))
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise common.UserError(f"--extra-data of the run: {extra}: damaged ({error})") from None
     if fingerprint != run.config["fingerprint"]:
         other = f"{run.folder} was made with other images or labels than are there now"
         raise common.UserError(f"{flags['data']}: {other}; put its data back")
     return data
-
-
-def add_extra_data(fingerprint: int, path: Path) -> int:
-    """The fingerprint of data with generated images beside them, as robust_kd.prepare makes it."""
-    if not path.is_file():  # reading a pipe would block
-        raise common.UserError(f"--extra-data of the run: {path}: no such file")
-    try:
-        return robust_kd.with_extra_data(fingerprint, path)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise common.UserError(f"--extra-data of the run: {path}: damaged ({error})") from None
-
-
-def read_defaults(run: Run, script) -> tuple[list[str], dict | None]:
-    """-> (the flags that choose the defaults, as words; {flag: default}).
-
-    script: the module. The defaults are None where the script refuses these flags alone.
-    """
-    words = []
-    for name in ("loss", "method", "data", "recipe"):
-        if run.flags.get(name) is not None:
-            words.append(f"--{name}={run.flags[name]}")
-    if run.flags.get("demo"):
-        words.append("--demo")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # a preset prints what it sets
-            defaults = common.run_flags(script.parse_args(words))
-    except common.UserError:
-        defaults = None
-    return words, defaults
 
 
 # ------------------------------------------------------------------------------------------------
@@ -201,16 +159,13 @@ class Attacked(NamedTuple):
 
     def outcomes(self) -> list[str]:
         """For each image: BROKEN, WITHSTANDS or WRONG_BEFORE."""
-        right = (self.probs.argmax(1) == self.labels).tolist()
-        right_adv = (self.probs_adv.argmax(1) == self.labels).tolist()
         outcomes = []
-        for before, after in zip(right, right_adv):
-            if not before:
+        predictions = self.probs.argmax(1).tolist(), self.probs_adv.argmax(1).tolist()
+        for label, before, after in zip(self.labels.tolist(), *predictions):
+            if before != label:
                 outcomes.append(WRONG_BEFORE)
-            elif after:
-                outcomes.append(WITHSTANDS)
             else:
-                outcomes.append(BROKEN)
+                outcomes.append(WITHSTANDS if after == label else BROKEN)
         return outcomes
 
 
@@ -224,7 +179,7 @@ def attack_images(model, data: common.Data, n: int, flags: dict) -> Attacked:
     x, labels = data.x_test.to(device), data.y_test.to(device)
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(x))[:n])
     settings = eval_robustness.Settings(flags["eps"], evaluation_step(flags), seed=flags["seed"])
-    parts = []
+    parts, done = [], 0
     with common.evaluating(model):
         logits = eval_robustness.clean_logits(model, x, labels, classes=len(data.classes))
         images = eval_robustness.Images(x, labels, logits)
@@ -232,7 +187,7 @@ def attack_images(model, data: common.Data, n: int, flags: dict) -> Attacked:
             x_adv = eval_robustness.pgd(model, batch)
             probs, probs_adv = batch.logits.softmax(1), model(x_adv).float().softmax(1)
             parts.append([t.cpu() for t in (batch.x, x_adv, batch.labels, probs, probs_adv)])
-            done = sum(len(part[0]) for part in parts)
+            done += len(x_adv)
             common.print_line(f"attacked {done} of {len(order)} test images", live=True)
     return Attacked(*(torch.cat(tensors) for tensors in zip(*parts)))
 
@@ -242,18 +197,17 @@ def choose_examples(outcomes: list[str]) -> list[int]:
 
     Half of each; where there are too few, the other ones and then those that are wrong before.
     """
-    broken = [i for i, outcome in enumerate(outcomes) if outcome == BROKEN]
-    withstands = [i for i, outcome in enumerate(outcomes) if outcome == WITHSTANDS]
-    wrong = [i for i, outcome in enumerate(outcomes) if outcome == WRONG_BEFORE]
-    half = EXAMPLES // 2
-    n_broken = max(half, EXAMPLES - len(withstands))
-    n_withstands = max(half, EXAMPLES - len(broken))
-    chosen = broken[:n_broken] + withstands[:n_withstands] + wrong
+    places = {BROKEN: [], WITHSTANDS: [], WRONG_BEFORE: []}
+    for i, outcome in enumerate(outcomes):
+        places[outcome].append(i)
+    n_broken = max(EXAMPLES // 2, EXAMPLES - len(places[WITHSTANDS]))
+    n_withstands = max(EXAMPLES // 2, EXAMPLES - len(places[BROKEN]))
+    chosen = places[BROKEN][:n_broken] + places[WITHSTANDS][:n_withstands] + places[WRONG_BEFORE]
     return chosen[:EXAMPLES]
 
 
 # ------------------------------------------------------------------------------------------------
-# Pieces of HTML: what comes from a file is escaped in `escape` and nowhere else
+# Pieces of HTML
 
 
 def escape(value) -> str:
@@ -268,10 +222,8 @@ def code(words: list[str]) -> str:
 
 def image_uri(pixels: np.ndarray) -> str:
     """uint8 (H, W, C) as the address of a PNG image that lies in the page itself."""
-    if pixels.shape[2] == 1:
-        pixels = pixels[:, :, 0]
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
@@ -298,27 +250,15 @@ def html_table(head: list[str], rows: list[list], label: str, kind: str = "numbe
     return scroll_box(f'<table class="{kind}">{"".join(lines)}</table>', label)
 
 
-def pixel_units(value: float) -> str:
-    """A radius or step in pixel units, as a fraction of 255."""
-    return f"{255 * value:.4g}/255"
-
-
 def flag_text(value) -> str:
     """The value of a flag as one types it."""
+    if isinstance(value, list):
+        return " ".join(flag_text(part) for part in value)
     if value is None:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list):
-        return " ".join(flag_text(part) for part in value)
-    return str(value)
-
-
-def column_title(key: str) -> str:
-    """How a column of the summary is called: pgd20_acc is PGD-20, without_1_acc without 1."""
-    return metric_title(key).removesuffix("_acc").replace("_", " ")
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def cell_text(key: str, value) -> str:
@@ -329,50 +269,38 @@ def cell_text(key: str, value) -> str:
         return f"{100 * value:.2f}"
     if isinstance(value, float):
         return f"{value:,.1f}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return str(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 # ------------------------------------------------------------------------------------------------
-# The four sections
+# What is filled into the page
 
 
-def asked_section(run: Run) -> str:
-    """The command, the flags that are not at their default, what the script computes."""
-    script = importlib.import_module(run.script)
-    words, defaults = read_defaults(run, script)
+def asked(run: Run, script) -> dict:
+    """The flags that are not at their default; all of them where the script refuses the rest."""
+    flags, words = run.config["flags"], []
+    for name in ("loss", "method", "data", "recipe"):
+        if flags.get(name) is not None:
+            words.append(f"--{name}={flags[name]}")
+    if flags.get("demo"):
+        words.append("--demo")
     base = code([f"{run.script}.py", *words])
-    changed = []
-    for name, value in run.flags.items():
-        if defaults is None or value != defaults.get(name):
-            default = "?" if defaults is None else flag_text(defaults.get(name))
-            changed.append([f"--{name.replace('_', '-')}", flag_text(value), default])
-    if defaults is None:
-        text = f"All flags are listed: {base} alone is refused, so its defaults are not known."
-    elif changed:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # a preset prints what it sets
+            defaults = common.run_flags(script.parse_args(words))
         text = f"These flags have other values than {base} alone gives them."
-    else:
-        text = f"All flags have the values that {base} alone gives them."
-    table = html_table(["flag", "value", "default"], changed, "flags", "words") if changed else ""
-    # without the first line, which is below the page's title
-    computes = script.__doc__.split("\nUsage")[0].partition("\n")[2].strip()
-    command = str(run.config.get("command")).split(" ")
-    return f"""
-<h2>What was asked</h2>
-<p class="command">{code(command)}</p>
-<p>{text}</p>
-{table}
-<h3>What the script computes</h3>
-<p>The beginning of {run.script}.py, as it is now:</p>
-{scroll_box(f"<pre>{escape(computes)}</pre>", "docstring of the script")}"""
-
-
-def summary_table(run: Run) -> str:
-    """The table of summary.json."""
-    keys = list(dict.fromkeys(key for row in run.rows for key in row if key != "net"))
-    rows = [[cell_text(key, row.get(key)) for key in keys] for row in run.rows]
-    return html_table([column_title(key) for key in keys], rows, "results")
+    except common.UserError:
+        defaults = dict.fromkeys(flags, "?")
+        text = f"All flags are listed: {base} alone is refused, so its defaults are not known."
+    rows = []
+    for name, value in flags.items():
+        default = defaults.get(name)
+        if value != default:
+            rows.append([f"--{name.replace('_', '-')}", flag_text(value), flag_text(default)])
+    if not rows:
+        return {"flags": "", "flags_text": f"All flags have the values that {base} gives them."}
+    table = html_table(["flag", "value", "default"], rows, "flags", "words")
+    return {"flags": table, "flags_text": text}
 
 
 def learning_curves(run: Run) -> str:
@@ -417,51 +345,44 @@ def confusion(title: str, labels: Tensor, probs: Tensor, classes: list[str]) -> 
     lines = [f'<tr><th class="corner">true class</th>{head}</tr>']
     for true, name in enumerate(classes):
         counts = [pairs[true, predicted] for predicted in range(len(classes))]
-        cells = []
+        cells = ""
         for predicted, count in enumerate(counts):
             colour = common.COLOURS[0] if predicted == true else common.COLOURS[1]
             opacity = round(255 * 0.6 * count / max(sum(counts), 1))
             kind = ' class="zero"' if count == 0 else ""
-            cells.append(f'<td{kind} style="background:{colour}{opacity:02x}">{count}</td>')
-        total = f'<td class="total">{sum(counts)}</td>'
+            cells += f'<td{kind} style="background:{colour}{opacity:02x}">{count}</td>'
         row_name = f'<th scope="row" title="{escape(name)}">{escape(name)}</th>'
-        lines.append(f"<tr>{row_name}{''.join(cells)}{total}</tr>")
+        lines.append(f'<tr>{row_name}{cells}<td class="total">{sum(counts)}</td></tr>')
     table = f'<table class="confusion">{"".join(lines)}</table>'
     return f"<div><h4>{caption}</h4>{scroll_box(table, title)}</div>"
 
 
-def result_section(run: Run, attacked: Attacked, data: common.Data) -> str:
-    """The table of the summary, the learning curves and the confusions."""
-    eps, step = run.flags["eps"], evaluation_step(run.flags) or run.flags["eps"] / 4
-    attack = f"radius {pixel_units(eps)} in L-infinity, step {pixel_units(step)}"
+def came_out(run: Run, attacked: Attacked, data: common.Data) -> dict:
+    """The table of the summary and the confusions, with how they were measured."""
+    flags = run.config["flags"]
+    step = evaluation_step(flags) or flags["eps"] / 4
+    attack = f"radius {255 * flags['eps']:.4g}/255 in L-infinity, step {255 * step:.4g}/255"
     measured = f"One seed, {len(data.x_test):,} test images."
     if any(key.startswith("pgd") for row in run.rows for key in row):
-        starts = run.flags.get("restarts", 1)
-        measured += f" PGD: {attack}, random starts for each image: {escape(starts)}."
-    if len(attacked.x) == len(data.x_test):
-        choice = f"all {len(data.x_test):,} test images"
-    else:
+        starts = escape(flags.get("restarts", 1))
+        measured += f" PGD: {attack}, random starts for each image: {starts}."
+    choice = f"all {len(data.x_test):,} test images"
+    if len(attacked.x) < len(data.x_test):
         choice = f"{len(attacked.x):,} of the {len(data.x_test):,} test images, chosen at random"
         choice += " but always the same (<code>--n</code> says how many)"
-    curves = learning_curves(run)
-    tables = confusion("Clean images", attacked.labels, attacked.probs, data.classes)
-    tables += confusion("Under PGD-20", attacked.labels, attacked.probs_adv, data.classes)
+    legend = "A row is a true class, a column what the net takes it for. Blue is right, orange is"
+    legend += " wrong; the stronger, the larger the share of the row."
     if len(data.classes) > LARGEST_MATRIX:
         legend = f"The {LISTED_CONFUSIONS} most frequent confusions."
-    else:
-        legend = """A row is a true class, a column what the net takes it for. Blue is right,
-orange is wrong; the stronger, the larger the share of the row."""
-    return f"""
-<h2>What came out</h2>
-<p>Accuracies in percent. {measured} A row is a net after its last epoch, unless it says “best on
-held-out images”.</p>
-{summary_table(run)}
-<h3>Learning curves</h3>
-{curves}
-<h3>Which class is taken for which</h3>
-<p><b>{escape(run.net["model"])}</b> on {choice}. The attack is PGD-20 with {attack}, one random
-start. {legend} Images that are wrong without an attack are attacked too.</p>
-<div class="two">{tables}</div>"""
+    confusions = confusion("Clean images", attacked.labels, attacked.probs, data.classes)
+    confusions += confusion("Under PGD-20", attacked.labels, attacked.probs_adv, data.classes)
+    keys = dict.fromkeys(key for row in run.rows for key in row if key != "net")
+    rows = [[cell_text(key, row.get(key)) for key in keys] for row in run.rows]
+    summary = html_table([metric_title(key) for key in keys], rows, "results")
+    return {"measured": measured, "attack": attack, "choice": choice, "legend": legend} | {
+        "summary": summary,
+        "confusions": confusions,
+    }
 
 
 def prediction(probs: Tensor, label: int, classes: list[str]) -> str:
@@ -489,163 +410,67 @@ def example(attacked: Attacked, i: int, outcome: str, classes: list[str]) -> str
 <div class="three">{pictures}</div></div>"""
 
 
-def example_section(attacked: Attacked, data: common.Data) -> str:
-    """Some images, their perturbations, and what the net says before and after."""
-    outcomes = attacked.outcomes()
-    counts = Counter(outcomes)
-    cards = ""
-    for i in choose_examples(outcomes):
-        cards += example(attacked, i, outcomes[i], data.classes)
-    return f"""
-<h2>Examples</h2>
-<p>Attacked images: {len(outcomes):,}. Broken by the attack (right before, wrong after):
-{counts[BROKEN]:,}. Right before and after: {counts[WITHSTANDS]:,}. Wrong without an attack:
-{counts[WRONG_BEFORE]:,}. Shown are the first {EXAMPLES // 2} that are broken and the first
-{EXAMPLES // 2} that withstand, in a fixed random order; where there are fewer, more of the other
-kind, then images that are wrong without an attack. Below each image stands what the net takes it
-for, with its probability. The middle picture is the change of each pixel, ten times as large as it
-was: grey is no change, and black and white cut it off. Pixels are rounded to 8 bits for this page
-alone.</p>
-<div class="two">{cards}</div>"""
-
-
-def origin_section(run: Run, data: common.Data, device: torch.device, out: Path) -> str:
+def origin(run: Run, data: common.Data, device: torch.device, out: Path) -> dict:
     """Versions, data and files of the run, and with what the page was made."""
     config = run.config
     train, val, test = (f"{len(x):,}" for x in (data.x_train, data.x_val, data.x_test))
-    facts = [
-        ["folder", run.folder.name],
-        ["seed", run.flags["seed"]],
-        ["commit", config.get("commit") or "unknown"],
-        ["Python", config.get("python")],
-        ["PyTorch", config.get("torch")],
-        ["GPU", config.get("gpu") or "none, trained on the CPU"],
-        ["data", run.flags["data"]],
-        ["images", f"{train} to train, {val} held out, {test} to test"],
-        ["data fingerprint", config["fingerprint"]],
-        ["attacked net", run.net["file"]],
-        ["this page", f"attacked on {device.type}, by PyTorch {torch.__version__}"],
-    ]
+    facts = {
+        "folder": run.folder.name,
+        "seed": config["flags"]["seed"],
+        "commit": config.get("commit") or "unknown",
+        "Python": config.get("python"),
+        "PyTorch": config.get("torch"),
+        "GPU": config.get("gpu") or "none, trained on the CPU",
+        "data": config["flags"]["data"],
+        "images": f"{train} to train, {val} held out, {test} to test",
+        "data fingerprint": config["fingerprint"],
+        "attacked net": run.net["file"],
+        "this page": f"attacked on {device.type}, by PyTorch {torch.__version__}",
+    }
     files = []
     for path in sorted(run.folder.iterdir()):
         hidden = path.name.startswith(".") or path.name == "lock"
         if path.is_file() and not hidden and path != out:
             files.append([path.name, f"{path.stat().st_size:,}"])
-    return f"""
-<h2>Where it comes from</h2>
-<div class="two"><div>{html_table(["what", "value"], facts, "versions and data", "words")}</div>
-<div>{html_table(["file", "bytes"], files, "files")}</div></div>"""
-
-
-# ------------------------------------------------------------------------------------------------
-# The page
-
-# The two themes differ in these colours alone
-THEMES = f"""
-:root {{ color-scheme: light dark; --page: #ffffff; --box: #f5f7f9; --text: #1b1f24;
-  --soft: #57606a; --line: #d5dbe1; --good: {common.COLOURS[0]}; --bad: {common.COLOURS[1]}; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --page: #14171b; --box: #1e2228; --text: #e6e9ec;
-  --soft: #a3adb8; --line: #3a414a; --good: {common.COLOURS[5]}; --bad: {common.COLOURS[1]}; }} }}
-"""
-STYLE = """
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 68rem; background: var(--page);
-  color: var(--text); font: 1rem/1.55 system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
-h1 { margin: 0; font-size: 1.7rem; line-height: 1.25; overflow-wrap: anywhere; }
-h2 { margin: 3rem 0 .8rem; padding-top: 1rem; border-top: 1px solid var(--line);
-  font-size: 1.35rem; }
-h3 { margin: 2rem 0 .5rem; font-size: 1.08rem; }
-h4 { margin: 0 0 .4rem; font-size: 1rem; }
-p { max-width: 46rem; margin: .5rem 0 .9rem; overflow-wrap: anywhere; }
-.soft { color: var(--soft); }
-code, pre { font: .85rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono",
-  monospace; }
-code { display: inline-block; max-width: 100%; overflow-wrap: anywhere; }
-pre { margin: 0; padding: .8rem 1rem; width: max-content; min-width: 100%; }
-.command { max-width: none; padding: .7rem 1rem; border: 1px solid var(--line);
-  border-radius: 6px; background: var(--box); }
-.scroll { overflow-x: auto; max-width: 100%; border: 1px solid var(--line); border-radius: 6px;
-  background: var(--box); }
-table { border-collapse: collapse; min-width: 100%; font-size: .9rem;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .75rem; text-align: right; white-space: nowrap; }
-th:first-child { position: sticky; left: 0; background: var(--box); text-align: left;
-  font-weight: 600; white-space: normal; min-width: min(14rem, 38vw); }
-thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal;
-  min-width: 5rem; }
-tr + tr > *, thead + tr > * { border-top: 1px solid var(--line); }
-.words td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-.words th { text-align: left; }
-.tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin-top: 1.2rem; }
-.tiles div { padding: .6rem 1rem; background: var(--box); border: 1px solid var(--line);
-  border-left: 4px solid var(--good); border-radius: 6px; color: var(--soft); font-size: .9rem; }
-.tiles b { display: block; color: var(--text); font-size: 1.5rem; line-height: 1.3; }
-.two { display: grid; gap: 1.2rem; align-items: start;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-.two > * { min-width: 0; }
-.confusion { font-size: .82rem; }
-.confusion th, .confusion td { padding: .2rem .3rem; border: 0; }
-.confusion td { min-width: 2.1rem; text-align: center; }
-.confusion th:first-child { padding-left: .6rem; min-width: 0; max-width: 7rem;
-  white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
-.confusion th span { display: block; max-height: 6rem; margin: 0 auto; overflow: hidden;
-  writing-mode: vertical-rl; transform: rotate(180deg); }
-.confusion tr:first-child th { vertical-align: bottom; text-align: center; font-weight: 400; }
-.confusion tr:first-child th.corner { text-align: left; color: var(--soft); }
-.confusion .zero, .confusion .total { color: var(--soft); }
-img { display: block; max-width: 100%; height: auto; }
-.wide { width: 100%; min-width: 42rem; }
-.card { padding: .7rem 1rem; background: var(--box); border: 1px solid var(--line);
-  border-left: 4px solid var(--soft); border-radius: 6px; }
-.card.broken { border-left-color: var(--bad); }
-.card.withstands { border-left-color: var(--good); }
-.card p { margin: 0 0 .5rem; }
-.three { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .7rem; }
-figure { margin: 0; }
-figcaption { margin-top: .3rem; color: var(--soft); font-size: .8rem; line-height: 1.4;
-  overflow-wrap: anywhere; }
-figcaption b { color: var(--text); font-weight: 600; }
-.pixels { width: 100%; image-rendering: pixelated; border-radius: 3px; }
-"""
-# Nothing is loaded and nothing runs, whatever the text of a run would say
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-
-def result_tiles(run: Run) -> str:
-    """The accuracies of the attacked net in large type."""
-    tiles = ""
-    for key, value in run.net.items():
-        if key.endswith("_acc") and "conditional" not in key:
-            text = escape(cell_text(key, value))
-            tiles += f"<div><b>{text}&nbsp;%</b>{escape(column_title(key))}</div>"
-    return f'<div class="tiles">{tiles}</div>'
+    return {
+        "facts": html_table(["what", "value"], list(facts.items()), "versions and data", "words"),
+        "files": html_table(["file", "bytes"], files, "files"),
+    }
 
 
 def make_page(run: Run, data: common.Data, attacked: Attacked, device, out: Path) -> str:
     """The whole page; its text is the same for the same run, data and flags."""
-    name = escape(f"{run.script}: {run.folder.name}")
-    doc = importlib.import_module(run.script).__doc__.splitlines()[0]
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{name}</title>
-<style>{THEMES}{STYLE}</style>
-</head>
-<body>
-<h1>{name}</h1>
-<p class="soft">{escape(doc)}</p>
-<p>Test accuracy of <b>{escape(run.net["model"])}</b> after its last epoch:</p>
-{result_tiles(run)}
-{asked_section(run)}
-{result_section(run, attacked, data)}
-{example_section(attacked, data)}
-{origin_section(run, data, device, out)}
-</body>
-</html>
-"""
+    script = importlib.import_module(run.script)
+    title, _, computes = script.__doc__.split("\nUsage")[0].partition("\n")
+    tiles, examples = "", ""
+    for key, value in run.net.items():
+        if key.endswith("_acc") and "conditional" not in key:
+            text = escape(cell_text(key, value))
+            tiles += f"<div><b>{text}&nbsp;%</b>{escape(metric_title(key))}</div>"
+    outcomes = attacked.outcomes()
+    for i in choose_examples(outcomes):
+        examples += example(attacked, i, outcomes[i], data.classes)
+    values = {
+        "title": escape(f"{run.script}: {run.folder.name}"),
+        "script": run.script,
+        "script_title": escape(title),
+        "net": escape(run.net["model"]),
+        "tiles": tiles,
+        "command": code(str(run.config.get("command")).split(" ")),
+        "computes": scroll_box(f"<pre>{escape(computes.strip())}</pre>", "docstring of the script"),
+        "curves": learning_curves(run),
+        "n": f"{len(outcomes):,}",
+        "n_broken": f"{outcomes.count(BROKEN):,}",
+        "n_withstands": f"{outcomes.count(WITHSTANDS):,}",
+        "n_wrong": f"{outcomes.count(WRONG_BEFORE):,}",
+        "half": EXAMPLES // 2,
+        "examples": examples,
+        "blue": common.COLOURS[0],
+        "orange": common.COLOURS[1],
+        "light_blue": common.COLOURS[5],
+    }
+    values |= asked(run, script) | came_out(run, attacked, data) | origin(run, data, device, out)
+    return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
 
 
 def main(argv=None):
@@ -658,7 +483,7 @@ def main(argv=None):
     data = read_data(run, args.data_root)
     device = common.find_device("auto")
     model = common.load_model(run.folder / run.net["file"], data)
-    attacked = attack_images(model, data, args.n, run.flags)
+    attacked = attack_images(model, data, args.n, run.config["flags"])
     page = make_page(run, data, attacked, device, out)
     # a name in a foreign file may hold half a character, which UTF-8 has no bytes for
     common.write_atomically(out, lambda file: file.write(page.encode(errors="replace")))

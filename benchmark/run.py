@@ -2,7 +2,7 @@
 
 Usage    python benchmark/run.py --list paper3              # its commands, and seeds that have run
          python benchmark/run.py paper3 table2              # a table of a paper, with seed 0
-         python benchmark/run.py paper2 --seeds 0 1 2       # all of a paper: take a GPU
+         python benchmark/run.py paper2 --seed 0 1 2        # all of a paper: take a GPU
          python benchmark/report.py                         # then: docs/RESULTS.md
 Numbers  benchmark/printed.csv, a line for each printed number, opens in a spreadsheet.
          paper       paper1: noisy collaboration, paper2: robust distillation (numbered as in the
@@ -42,7 +42,7 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__)
     add = parser.add_argument
     add("words", nargs="*", metavar="WORD", help="papers and tables, such as paper2 table3")
-    add("--seeds", type=common.whole_or_0, nargs="+", default=[0], help="seeds to run, in turn")
+    add("--seed", type=common.whole_or_0, nargs="+", default=[0], help="seeds to run, in turn")
     add("--list", action="store_true", help="show the commands and their results, run nothing")
     add("--printed", default=str(PRINTED), help="CSV file of the printed numbers")
     add("--results", default=str(RESULTS), help="folder of the JSON results")
@@ -171,7 +171,7 @@ def main(argv=None):
         print(common.table(shown))
         return
     failures = []
-    for seed in args.seeds:
+    for seed in args.seed:
         for command, rows in rows_of.items():
             if missing(rows, records.get((command, seed))):
                 try:
@@ -181,7 +181,7 @@ def main(argv=None):
     if failures:
         print(f"\n{len(failures)} failed:", *failures, sep="\n")
         raise SystemExit(1)
-    print("\nall of these commands have their results; python benchmark/report.py shows them")
+    print("\nall of these commands have their results; next: python benchmark/report.py")
 
 
 if __name__ == "__main__":

@@ -1,52 +1,61 @@
-"""How fast it is, and whether what is fast is right: a training step, AutoAttack, precision.
+"""How fast it is, and whether what is fast is right: a new GPU, a training step, AutoAttack.
 
-Usage    python benchmark/speed.py ladder                     # WRN-10-1, batch 128, PGD-7 training
+Usage    python benchmark/speed.py gpu --minutes 10           # what to run first on a new GPU
+         python benchmark/speed.py ladder                     # WRN-10-1, batch 128, PGD-7 training
          python benchmark/speed.py ladder --loss akd+ --model resnet18 --device cuda --keep
          python benchmark/speed.py autoattack --n 60 --batch-size 20 --threads 2
          python benchmark/speed.py autoattack --device cuda --checkpoint CKPT --n 1000
-         python benchmark/speed.py correct --device cuda --model resnet18 --precision fp32 tf32 bf16
+GPU      Every loss and method takes one step in float32 on the device and on the CPU, with the same
+         random numbers: the gradients must agree. Times of a training step of ResNet-18, at and
+         akd+, without torch.compile and in two of its modes. Two epochs of the main command,
+         stopped after the first one of the student and gone on with: the weights must be those of
+         a run that was not stopped. AutoAttack on 1,000 images with that student. Each result is a
+         line of --out, written at once. What the minutes do not suffice for is named.
 Ladder   what each trick is worth, one after the other on top of those before, for --loss st, at,
-         ckd or akd+ of robust_kd.py. The first rung is what most published code does (plain.py), in
-         float32, on CUDA with TF32 convolutions, which are the default of PyTorch.
+         ckd or akd+ of robust_kd.py. The first rung is what most published code does, in float32,
+         on CUDA with TF32 convolutions, which are the default of PyTorch.
          All live in one process and are timed in turn, a few steps each; medians and quartiles.
          The losses of the first two steps of all rungs must agree, but for that of the DataLoader,
          which draws other images. TFLOP/s count the multiply-adds (times two) that the job needs,
-         without the gradients that the first rung throws away. The first step, with torch.compile
-         and the capture, is apart. --keep: into benchmark/speed.json, and docs/SPEED.md of that.
-AutoAttack  eval_robustness.py against a plain rendering (plain.py), in turn. A WRN-10-1 is trained
-         for seconds on the embedded shapes; eps is chosen such that about half of the images
-         survive PGD. On CUDA ours searches in float32 and in TF32, where only what float32 confirms
-         counts. The standard attack: --steps 100 --queries 5000.
-Correct  Convolutions: output and both gradients of each shape in the net, with the layout and the
-         cuDNN settings of training, as |a - b| / |b| against float64 on the CPU. Losses: the first
-         --steps of adversarial training by each rung of the ladder, against float32 without its
-         tricks; the mean difference must be at most twice that of two such runs with other starts
-         of the attack. Attacks: the loss in float32 on what PGD-7 and PGD-20 find in each
-         precision must be within 1 % of that of the attack in float32.
+         without the gradients that the first rung throws away. The first step, with torch.compile,
+         is apart. --keep: into benchmark/speed.json, and docs/SPEED.md of that.
+AutoAttack  eval_robustness.py against the authors' code (pip install pyautoattack), in turn. A
+         WRN-10-1 is trained for seconds on the drawn shapes; eps is chosen such that about half of
+         the images survive PGD. The standard attack: --steps 100 --queries 5000.
 """
 
 import argparse
-import collections
 import contextlib
+import functools
+import importlib
+import io
+import json
 import math
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import eval_robustness
+import fickle_teacher
+import messy_collab
 import robust_kd
-from benchmark import plain
+import soft_randomization
+import teacher_free_kd
+from benchmark import ROOT
 from benchmark.commands import add_command, add_commands
 
-ROOT = Path(__file__).resolve().parent.parent
 EPS, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 7  # of the attack in training
 
 # What is switched on from a rung of the ladder on; the last three are for CUDA
@@ -55,16 +64,13 @@ RUNGS = {
     "images on the device, one gather a batch": {"gather"},
     "in the attack the gradient of x alone": {"input gradient"},
     "channels_last": {"channels_last"},
-    "in the attack BatchNorm in the convolution": {"fold"},
     "bfloat16": {"bf16"},
     "torch.compile": {"compile"},
-    "CUDA graph of attack, forward, backward": {"graph"},
+    "torch.compile, reduce-overhead": {"reduce-overhead"},
 }
-RUNGS_ON_CPU = 5
+RUNGS_ON_CPU = 4
 # By how much (relative) the losses of the first and second step may differ
 AGREEMENT = {"float32": (1e-3, 1e-2), "bf16": (3e-2, 1e-1)}
-# Largest relative error of a convolution: float32, TF32 and bf16 have 24, 11 and 8 bits
-LIMITS = {"fp32": 1e-4, "tf32": 2e-3, "bf16": 1e-2}
 
 PAGE = """# Speed
 
@@ -72,9 +78,9 @@ What each trick is worth for one training step, one on top of the other: made by
 `python benchmark/speed.py ladder --keep` (flags: `--loss`, `--model`, `--teacher-model`,
 `--batch-size`, `--device`) from `benchmark/speed.json`. All rungs live in one process and are timed
 in turn; medians and quartiles. The scripts do what the last line of a CPU table does; on CUDA bf16
-too. torch.compile and the CUDA graph are off without `--compile` and `--graph` until they have been
-measured on a GPU. So far there are no GPU numbers here. `python benchmark/speed.py correct` says
-whether what is fast is right; `python benchmark/speed.py autoattack` times AutoAttack."""
+too. torch.compile is off without `--compile` until it has been measured on a GPU:
+`python benchmark/speed.py gpu` is what to run first on one. So far there are no GPU numbers here.
+The losses of the rungs must agree. `python benchmark/speed.py autoattack` times AutoAttack."""
 PAGE_COLUMNS = (
     "| | ms a step (quartiles) | images/s | TFLOP/s | of the line above | first step, s |"
 )
@@ -85,6 +91,16 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__)
     jobs = add_commands(parser, "job")
     devices = ["auto", "cpu", "cuda"]
+
+    add = add_command(jobs, "gpu", "what to run first on a new GPU")
+    add(
+        "--minutes", type=common.positive, default=10.0, help="time after which nothing more begins"
+    )
+    add("--data", default="cifar10", help=f"data set of the longer parts: {common.DATA_NAMES}")
+    add("--data-root", default="data", help="folder of the data sets")
+    add("--device", default="cuda", choices=devices, help="device that is compared with the CPU")
+    add("--small", action="store_true", help="tiny nets and few images, to try the program itself")
+    add("--out", default="runs/gpu.jsonl", help="file of the results, one JSON object a line")
 
     add = add_command(jobs, "ladder", "what each trick is worth for a training step")
     add("--loss", default="at", choices=["st", "at", "ckd", "akd+"], help="loss of the student")
@@ -104,7 +120,7 @@ def parse_args(argv=None):
     )
     add("--keep", action="store_true", help="put the numbers into speed.json and docs/SPEED.md")
 
-    add = add_command(jobs, "autoattack", "AutoAttack against a plain rendering of it")
+    add = add_command(jobs, "autoattack", "AutoAttack against the authors' code")
     add("--n", type=common.whole, default=60, help="number of test images")
     add("--batch-size", type=common.whole, default=20, help="images that are attacked together")
     add("--steps", type=common.whole, default=20, help="iterations of APGD and FAB")
@@ -121,36 +137,55 @@ def parse_args(argv=None):
     add("--data", default="cifar10", help="data set that the checkpoint was trained on")
     add("--data-root", default="data", help="folder of the data sets")
 
-    add = add_command(jobs, "correct", "convolutions, losses and attacks against exact ones")
-    add("--model", default="wrn-10-1", help="net whose convolutions and losses are compared")
-    add("--batch-size", type=common.whole, default=128, help="images per training step")
-    add("--steps", type=common.whole, default=20, help="training steps whose losses are compared")
-    add(
-        "--precision",
-        nargs="+",
-        choices=LIMITS,
-        default=["fp32"],
-        help="arithmetic precisions to compare with strict float32",
-    )
-    add("--data", default="shapes", help=f"data set: {common.DATA_NAMES}")
-    add("--data-root", default="data", help="folder of the data sets")
-    add("--device", default="auto", choices=devices, help="auto: CUDA if present")
-    args = parser.parse_args(argv)
-    if args.job == "correct":
-        args.loss, args.teacher_model, args.workers = "at", "mlp-8", 0  # as of the ladder
-        if "tf32" in args.precision and not torch.cuda.is_available():
-            parser.error("--precision tf32: there is no CUDA device here")
-    return args
+    return parser.parse_args(argv)
 
 
 def set_up(args):
     """The device of --device, with the settings of training."""
-    settings = {"precision": "bf16", "deterministic": False, "graph": False, "given": set()}
-    return common.setup_training(argparse.Namespace(device=args.device, **settings))
+    return common.setup_device(
+        argparse.Namespace(device=args.device, deterministic=False, given=[])
+    )
 
 
 # ------------------------------------------------------------------------------------------------
 # A training step
+
+
+class PlainImages(torch.utils.data.Dataset):
+    """The training set as torchvision's own CIFAR10 gives it: one image at a time, transformed."""
+
+    def __init__(self, data):
+        import torchvision.transforms as transforms
+        from PIL import Image
+
+        self.images = [Image.fromarray(x) for x in data.x_train.cpu().numpy()]
+        self.labels = data.y_train.tolist()
+        size = data.x_train.shape[1]
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(size, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+            ]
+        )
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.transform(self.images[i]), self.labels[i]
+
+
+def plain_pgd(model, x, labels, eps, step_size, steps, start):
+    """PGD by loss.backward(): the gradients of the weights are computed and thrown away."""
+    x_adv = (x + start).clamp(0, 1)
+    for _ in range(steps):
+        x_adv.requires_grad_(True)
+        model.zero_grad()
+        F.cross_entropy(model(x_adv), labels).backward()
+        x_adv = x_adv.detach() + step_size * x_adv.grad.sign()
+        x_adv = torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
+    return x_adv
 
 
 def draw_start(x):
@@ -162,9 +197,8 @@ def attack(model, x, labels, tricks):
     """PGD-7 with a set of tricks, BatchNorm in eval mode: -> x_adv."""
     start = draw_start(x)
     if "input gradient" not in tricks:
-        return plain.pgd(model.eval(), x, labels, EPS, STEP_SIZE, STEPS, start)
-    target = common.attacked(model, "eval") if "fold" in tricks else model.eval()
-    return common.pgd(target, x, labels, EPS, STEP_SIZE, STEPS, start)
+        return plain_pgd(model.eval(), x, labels, EPS, STEP_SIZE, STEPS, start)
+    return common.pgd(model.eval(), x, labels, EPS, STEP_SIZE, STEPS, start)
 
 
 def train_with(data, args, tricks):
@@ -175,32 +209,36 @@ def train_with(data, args, tricks):
     teacher = common.new_model(data, args.teacher_model, 0, "teacher").to(memory_format=layout)
     teacher.eval().requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4, fused=True)
-    if "compile" in tricks:
-        common.compile_model(model)
-        common.compile_model(teacher)
+    for net in (model, teacher):
+        if "reduce-overhead" in tricks:
+            common.compile_model(net, "reduce-overhead")
+        elif "compile" in tricks:
+            common.compile_model(net, "default")
+        if "no compiler" in tricks:
+            net.compile(dynamic=False, backend="eager")
 
     def step(x, labels):
         bf16 = {"enabled": "bf16" in tricks, "cache_enabled": False}
         with torch.autocast(device.type, torch.bfloat16, **bf16):
             if args.loss in ("at", "akd+"):
                 x_adv = attack(model, x, labels, tricks)
-                model.zero_grad()  # plain.pgd leaves gradients of the weights
+                model.zero_grad()  # plain_pgd leaves gradients of the weights
             model.train()
             match args.loss:
                 case "st":
-                    loss = robust_kd.st_loss(model(x), labels)
+                    loss = F.cross_entropy(model(x), labels)
                 case "at":
-                    loss = robust_kd.at_loss(model(x_adv), labels)
+                    loss = F.cross_entropy(model(x_adv), labels)
                 case "ckd":
-                    loss = robust_kd.ckd_loss(model(x), teacher(x), labels, lam=5 / 6)
+                    targets = robust_kd.mix_labels(teacher(x), labels)
+                    loss = robust_kd.ckd_loss(model(x), targets, labels, lam=5 / 6)
                 case "akd+":
-                    loss = robust_kd.akd_plus_loss(model(x_adv), teacher(x_adv), labels, alpha=0.8)
+                    targets = robust_kd.mix_labels(teacher(x_adv), labels, alpha=0.8)
+                    loss = robust_kd.akd_loss(model(x_adv), targets)
         loss.backward()
         return loss.detach()
 
-    if "graph" in tricks:
-        step = common.Graphs(step, model)
-    images = None if "gather" in tricks else plain.Images(data)
+    images = None if "gather" in tricks else PlainImages(data)
     epoch = 0
     while True:
         if images is None:
@@ -300,6 +338,12 @@ def describe(device):
     return f"{torch.get_num_threads()} CPU threads"
 
 
+def commit():
+    """The commit of this code; "-dirty" after it if files have changed since."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+
 def speed_page(records):
     """The text of docs/SPEED.md, of the records in benchmark/speed.json."""
     lines = [PAGE]
@@ -364,7 +408,6 @@ def time_ladder(args):
                 "first_step_seconds": first_seconds[name],
             }
         )
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     record = {
         "device": describe(device),
         "torch": torch.__version__,
@@ -372,7 +415,7 @@ def time_ladder(args):
         "loss": args.loss,
         "teacher": args.teacher_model,
         "batch_size": args.batch_size,
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "gflop_per_image": flops / args.batch_size / 1e9,
         "rungs": rungs,
     }
@@ -413,7 +456,11 @@ def choose_eps(model, data):
 
 
 def time_autoattack(args):
-    """The job `autoattack`: print accuracies, seconds and ratios of all ways."""
+    """The job `autoattack`: accuracies, seconds and their ratio to those of the authors' code."""
+    try:
+        from pyautoattack import AutoAttack
+    except ImportError:
+        raise common.UserError("autoattack: pip install pyautoattack") from None
     torch.set_num_threads(args.threads)
     device = common.find_device(args.device)
     if args.checkpoint:
@@ -426,20 +473,23 @@ def time_autoattack(args):
         eps = choose_eps(model, data)
     options = {"batch_size": args.batch_size, "steps": args.steps, "queries": args.queries}
 
-    def run_plain():
+    def run_authors():
+        attack = AutoAttack(model, norm="Linf", eps=eps, seed=0, device=device)
+        for part in (attack.apgd, attack.apgd_targeted, attack.fab):
+            part.n_iter = args.steps
+        attack.square.n_queries = args.queries
+        x = common.to_float(data.x_test).contiguous()  # the package takes views of it
         with common.evaluating(model):
-            model.requires_grad_(True)  # in a plain rendering weight gradients are made too
-            x = common.to_float(data.x_test)
-            return plain.autoattack(model, x, data.y_test, eps, **options).double().mean().item()
+            x_adv, _ = attack.run_standard_evaluation(x, data.y_test, batch_size=args.batch_size)
+        return common.accuracy(common.predict(model, x_adv), data.y_test)
 
-    def run_ours(search):
-        settings = options | {"eps": eps, "search": search}
-        found = eval_robustness.evaluate(model, data.x_test, data.y_test, ["aa"], **settings)
+    def run_ours():
+        found = eval_robustness.evaluate(
+            model, data.x_test, data.y_test, ["aa"], eps=eps, **options
+        )
         return found["aa_acc"]
 
-    ways = {"plain": run_plain, "ours": lambda: run_ours("fp32")}
-    if device.type == "cuda":
-        ways["ours, search in TF32"] = lambda: run_ours("tf32")
+    ways = {"authors": run_authors, "ours": run_ours}
     seconds, accuracies = {name: [] for name in ways}, {}
     for _ in range(args.repeats):
         for name, run in ways.items():
@@ -452,164 +502,236 @@ def time_autoattack(args):
     print(f"{describe(device)}, torch {torch.__version__}")
     rows = []
     for name, times in seconds.items():
-        ratio = min(times) / min(seconds["plain"])
+        ratio = min(times) / min(seconds["authors"])
         row = {"way": name, "aa_acc": accuracies[name], "seconds": min(times)}
         rows.append(row | {"ratio": f"{ratio:.3f}"})
     print(common.table(rows))
 
 
 # ------------------------------------------------------------------------------------------------
-# Precision
+# First on a new GPU
+
+STUDENTS = {  # every loss and method that is compared, by script
+    "robust_kd": [f"--loss {loss}" for loss in robust_kd.LOSSES],
+    "fickle_teacher": [f"--method {method}" for method in fickle_teacher.METHODS],
+    "soft_randomization": [f"--method {method}" for method in soft_randomization.METHODS],
+    "messy_collab": [f"--method {method}" for method in messy_collab.METHODS],
+    "teacher_free_kd": [f"--method {method}" for method in teacher_free_kd.METHODS],
+}
+# One step of training on 32 images, and an evaluation that takes no time
+ONE_STEP = (
+    "--data shapes --train-subset 32 --batch-size 32 --val-size 0 --test-subset 8 --epochs 1 "
+    "--teacher-epochs 1 --precision fp32"
+)
+ONE_STEP_OF_SCRIPT = {
+    "robust_kd": "--teacher-batch-size 32 --steps 2",
+    "fickle_teacher": "--eval-restarts 1",
+    "soft_randomization": "--eval-restarts 1",
+    "messy_collab": "--eval-restarts 1",
+    "teacher_free_kd": "--steps 2 --teacher-batch-size 32 --eval-attack clean",
+}
+LARGEST_GRADIENT_ERROR = 0.01  # relative; rounding turns a sign in the attack now and then
+SECONDS = {"gradients": 10, "step": 90, "resume": 150, "autoattack": 120}  # that a part may take
+SECONDS_IF_SMALL = dict.fromkeys(SECONDS, 1)
 
 
-@contextlib.contextmanager
-def computing_in(precision, device):
-    """float32 nets compute as named inside; cuDNN times its kernels, as in training."""
-    bf16 = {"enabled": precision == "bf16", "cache_enabled": False}
-    with common.convolutions(precision == "tf32"):
-        # common.convolutions puts both back
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-        with torch.autocast(device.type, torch.bfloat16, **bf16):
-            yield
+class DrawnOnHost(TorchDispatchMode):
+    """Inside, all random numbers are drawn on the CPU: the same ones for every device."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in op.tags:
+            return op(*args, **kwargs)
+        device = kwargs.get("device")
+        for value in args:
+            if isinstance(value, torch.Tensor):
+                device = value.device
+        if device is None or torch.device(device).type in ("cpu", "meta"):
+            return op(*args, **kwargs)
+        if "device" in kwargs:
+            kwargs = kwargs | {"device": torch.device("cpu")}
+        drawn = op(*tree_map_only(torch.Tensor, torch.Tensor.cpu, args), **kwargs)
+        if op.overloadpacket.__name__.endswith("_"):  # in place
+            return args[0].copy_(drawn)
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), drawn)
 
 
-def convolution_shapes(model, x):
-    """{(input shape, weight shape, stride, padding): how often} of the convolutions in model(x)."""
-    shapes = collections.Counter()
-
-    def count(conv, inputs, output):
-        shapes[tuple(inputs[0].shape), tuple(conv.weight.shape), conv.stride, conv.padding] += 1
-
-    hooks = []
-    for module in model.modules():
-        if type(module) is torch.nn.Conv2d:
-            hooks.append(module.register_forward_hook(count))
-    with torch.no_grad():
-        model(x)
-    for hook in hooks:
-        hook.remove()
-    return shapes
+def one_step_flags(script, student, small):
+    """The flags of a run of one step with a loss or method."""
+    net = "mlp-8" if small and "self-distillation" not in student else "wrn-10-1"
+    flags = f"{student} {ONE_STEP} {ONE_STEP_OF_SCRIPT[script]} --model {net} --teacher-model {net}"
+    return flags.split()
 
 
-def convolve(x, w, stride, padding):
-    """-> (output of a convolution, gradients of its sum of squares in x and in w)."""
-    x, w = x.requires_grad_(), w.requires_grad_()
-    y = F.conv2d(x, w, None, stride, padding)
-    x_gradient, w_gradient = torch.autograd.grad(y.double().square().sum(), (x, w))
-    return y.detach(), x_gradient, w_gradient
+def gradients(script, flags, device, folder):
+    """All gradients of a run in the order of its steps, a teacher's first: float64 (N,)."""
+    found = []
+
+    def keep_gradients(optimizer, *_):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    found.append(parameter.grad.detach().cpu().double().flatten())
+
+    handle = register_optimizer_step_pre_hook(keep_gradients)
+    try:
+        with DrawnOnHost(), contextlib.redirect_stdout(io.StringIO()):
+            options = ["--device", device, "--runs", f"{folder}/{device}", "--name", "run"]
+            importlib.import_module(script).main([*flags, *options])
+    finally:
+        handle.remove()
+    return torch.cat(found)
 
 
-def compare_convolutions(model, x, precisions):
-    """-> (rows of a table, what is wrong): each shape of convolution in each precision."""
-    rows, wrong, generator = [], [], torch.Generator().manual_seed(0)
-    for (x_shape, w_shape, stride, padding), times in convolution_shapes(model, x).items():
-        name = f"{times} x {x_shape[1]} -> {w_shape[0]}, kernel {w_shape[2]}, stride {stride[0]}, "
-        name += f"side {x_shape[2]}"
-        images, weights = (
-            torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
-            for shape in (x_shape, w_shape)
-        )
-        exact = convolve(images.double(), weights.double(), stride, padding)
-        for precision in precisions:
-            with computing_in(precision, x.device):
-                found = convolve(images.to(x.device), weights.to(x.device), stride, padding)
-            row = {"convolution": name, "in": precision}
-            for part, a, b in zip(("output", "gradient of x", "of w"), found, exact):
-                error = float((a.cpu().double() - b).norm() / b.norm())
-                row[part] = f"{error:.1e}"
-                if not error <= LIMITS[precision]:
-                    wrong.append(f"{name} in {precision}: {part} is off by {error:.1e}")
-            rows.append(row)
-    return rows, wrong
+def compare_gradients(script, student, device, small):
+    """-> the row of a loss or method: the relative difference of its gradients on two devices."""
+    flags = one_step_flags(script, student, small)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = gradients(script, flags, device.type, f"{folder}/device")
+        exact = gradients(script, flags, "cpu", f"{folder}/cpu")
+    error = ((ours - exact).norm() / exact.norm()).item()
+    return {"gradient_error": error, "ok": error <= LARGEST_GRADIENT_ERROR}
 
 
-def first_losses(data, args, tricks, strict=False, other_starts=False):
-    """The first --steps losses of training with some tricks; other_starts: of the attack."""
-    loop = train_with(data, args, tricks)
-    # a rung sets its own precision, but for TF32
-    with computing_in("fp32", data.x_train.device) if strict else contextlib.nullcontext():
-        losses = [float(next(loop))]
-        if other_starts:
-            torch.manual_seed(1)  # from the second step on
-        for _ in range(args.steps - 1):
-            losses.append(float(next(loop)))
-    return torch.tensor(losses)
+def time_steps(data, loss, tricks, args, first_losses):
+    """-> the row of a loss and mode of torch.compile: ms a step, seconds of the first one.
+
+    first_losses: {loss: first loss of the first mode}, with which that of other modes must agree.
+    """
+    options = {"loss": loss, "model": "resnet18", "teacher_model": "resnet18", "batch_size": 128}
+    options |= {"rounds": 5, "steps": 5, "workers": 0}
+    if args.small:
+        options |= {"model": "mlp-8", "teacher_model": "mlp-8", "batch_size": 32}
+        options |= {"rounds": 2, "steps": 1}
+        tricks = {"no compiler" if "compile" in trick else trick for trick in tricks}
+    options = argparse.Namespace(**options)
+    set_up(args)  # the comparison of gradients has left float32 behind
+    torch.manual_seed(0)
+    loop, began = train_with(data, options, tricks), time.perf_counter()
+    first_loss = float(next(loop))
+    first_seconds = time.perf_counter() - began
+    expected = first_losses.setdefault(loss, first_loss)
+    seconds = time_in_turn({loss: loop}, options, data.x_train.device)[loss]
+    return {
+        "ms": statistics.median(seconds) * 1e3,
+        "first_step_seconds": first_seconds,
+        "first_loss": first_loss,
+        "images_per_second": options.batch_size / statistics.median(seconds),
+        "ok": abs(first_loss - expected) <= AGREEMENT["bf16"][0] * expected,
+    }
 
 
-def compare_losses(data, args):
-    """-> (rows of a table, what is wrong): the rungs of the ladder against the reference."""
-    reference_tricks = {"gather"}  # without it: the DataLoader draws other images
-    reference = first_losses(data, args, reference_tricks, strict=True)
-    other = first_losses(data, args, reference_tricks, strict=True, other_starts=True)
-    limit = 2 * (other - reference).abs().mean().item()
-    losses = {"reference": reference, "reference, other starts": other}
-    for name, tricks in rungs_on(data.x_train.device).items():
-        if len(tricks) > 1:
-            losses[name] = first_losses(data, args, tricks)
-    rows, wrong = [], []
-    for name, losses_of_way in losses.items():
-        gap = (losses_of_way - reference).abs().mean().item()
-        if losses_of_way is not other and not gap <= limit:
-            wrong.append(f"{name}: losses differ by {gap:.4f}")
-        rows.append(
-            {
-                "losses": name,
-                "last": f"{losses_of_way[-1].item():.4f}",
-                "mean difference": f"{gap:.5f}",
-            }
-        )
-    return rows, wrong
+def stop_and_resume(args, folder):
+    """-> the row of two runs of the main command, of which one is killed and gone on with."""
+    flags = ["--data", args.data, "--data-root", args.data_root, "--epochs", "2"]
+    flags += ["--teacher-epochs", "2", "--teacher-es", "2", "--deterministic"]
+    flags += ["--device", args.device, "--runs", str(folder)]
+    if args.small:
+        flags += "--data shapes --train-subset 500 --val-size 0 --test-subset 20 --steps 2".split()
+        flags += "--model mlp-32".split()
+    stopped = [*flags, "--name", "stopped"]
+    log = folder / "robust_kd/stopped-s0/log.jsonl"
+    command = [sys.executable, str(ROOT / "robust_kd.py"), *stopped]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    ends = time.monotonic() + SECONDS["resume"]
+    while process.poll() is None and time.monotonic() < ends:
+        if log.exists() and log.read_text():
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    epochs = len(log.read_text().splitlines()) if log.exists() else 0
+    with contextlib.redirect_stdout(io.StringIO()):
+        robust_kd.main(stopped)
+        robust_kd.main([*flags, "--name", "whole"])
+    digests = []
+    for name in ("stopped", "whole"):
+        digests.append(common.weights_digest(folder / f"robust_kd/{name}-s0/student.pt"))
+    same = digests[0] == digests[1]
+    return {"killed_after_epoch": epochs, "same_weights": same, "ok": same and epochs == 1}
 
 
-def compare_attacks(data, args):
-    """-> (rows of a table, what is wrong): the loss in float32 of what PGD finds."""
-    tricks = {"gather", "input gradient", "channels_last", "fold"}
-    model = common.new_model(data, args.model, 0, "attacked")
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4)
-    batches = common.batches(data, args.batch_size, 0, "attacked", 0)
-    for _, (x, labels) in zip(range(args.steps), batches):
-        x_adv = attack(model, x, labels, tricks)
-        optimizer.zero_grad()
-        F.cross_entropy(model.train()(x_adv), labels).backward()
-        optimizer.step()
-    x = common.to_float(data.x_test[: 4 * args.batch_size])
-    labels = data.y_test[: 4 * args.batch_size]
-    rows, wrong = [], []
-    with common.evaluating(model):
-        for steps in (7, 20):
-            exact = None  # the loss of the attack in float32
-            for precision in dict.fromkeys(["fp32", *args.precision]):
-                torch.manual_seed(0)
-                with computing_in(precision, x.device):
-                    x_adv = common.pgd(model, x, labels, EPS, STEP_SIZE, steps)
-                loss = F.cross_entropy(model(x_adv), labels).item()
-                exact = exact or loss
-                if not abs(loss / exact - 1) <= 0.01:
-                    wrong.append(f"pgd{steps} in {precision}: loss {loss:.4f}, not {exact:.4f}")
-                rows.append({"attack": f"pgd{steps}", "in": precision, "loss": f"{loss:.4f}"})
-    return rows, wrong
+def attack_student(data, path, args):
+    """-> the row of AutoAttack on 1,000 test images of a saved student."""
+    model = common.load_model(path, data)
+    n, options = (20, {"steps": 2, "queries": 5}) if args.small else (1000, {})
+    x, labels = data.x_test[:n], data.y_test[:n]
+    began = time.perf_counter()
+    found = eval_robustness.evaluate(model, x, labels, ["aa"], eps=EPS, **options)
+    numbers = {key: value for key, value in found.items() if key.endswith("_acc")}
+    return numbers | {"images": n, "seconds": time.perf_counter() - began, "ok": True}
 
 
-def check_correct(args):
-    """The job `correct`: print the three tables; a UserError names what is out of its limit."""
+def check_gpu(args):
+    """The job `gpu`: one part after the other, as far as the minutes go."""
+    ends = time.monotonic() + 60 * args.minutes
     device = set_up(args)
+    if args.small:
+        args.data = "shapes"
     data = common.load_data(args.data, args.data_root, device)
-    model = common.new_model(data, args.model, 0, "convolutions").eval()
-    x = common.to_float(data.x_train[: args.batch_size])
-    convolutions = compare_convolutions(model, x, args.precision)
+    seconds_of = SECONDS_IF_SMALL if args.small else SECONDS
+    best = {"gather", "input gradient", "channels_last"}
+    if device.type == "cuda":
+        best.add("bf16")
+    modes = {
+        "no compile": best,
+        "default": best | {"compile"},
+        "reduce-overhead": best | {"reduce-overhead", "compile"},
+    }
+    folder = tempfile.TemporaryDirectory()
+    runs = Path(folder.name)
+    student = runs / "robust_kd/whole-s0/student.pt"
+    first_losses = {}
+    jobs = []  # (part, name, function that makes the row)
+    for script, students in STUDENTS.items():
+        for text in students[:1] if args.small else students:
+            job = functools.partial(compare_gradients, script, text, device, args.small)
+            jobs.append(("gradients", f"{script}.py {text}", job))
+    for loss in ("akd+",) if args.small else ("at", "akd+"):
+        for mode, tricks in modes.items():
+            job = functools.partial(time_steps, data, loss, tricks, args, first_losses)
+            jobs.append(("step", f"{loss}, {mode}", job))
+    job = functools.partial(stop_and_resume, args, runs)
+    jobs.append(("resume", "two epochs of robust_kd.py", job))
+    job = functools.partial(attack_student, data, student, args)
+    jobs.append(("autoattack", "student of robust_kd.py", job))
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     wrong = []
-    for rows, errors in (convolutions, compare_losses(data, args), compare_attacks(data, args)):
-        print(f"\n{common.table(rows)}")
-        wrong += errors
+    with folder, open(args.out, "a") as out:
+
+        def write(row):
+            values = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
+            print(", ".join(f"{key} {value}" for key, value in zip(row, values)), flush=True)
+            print(json.dumps(row), file=out, flush=True)
+
+        write({"device": describe(device), "torch": torch.__version__, "commit": commit()})
+        for part, name, job in jobs:
+            row = {"part": part, "what": name}
+            if time.monotonic() + seconds_of[part] > ends:
+                write(row | {"left_out": f"less than {seconds_of[part]} s are left"})
+                continue
+            if part == "autoattack" and not student.exists():
+                write(row | {"left_out": "the two epochs have left no student"})
+                continue
+            try:
+                row |= job()
+            except Exception as error:  # a crash of one part must not hide the next
+                row |= {"error": f"{type(error).__name__}: {error}", "ok": False}
+            write(row)
+            if not row["ok"]:
+                wrong.append(name)
     if wrong:
-        raise common.UserError("; ".join(wrong))
+        raise common.UserError(f"{args.out}: not as it should be: {'; '.join(wrong)}")
 
 
 def main(argv=None):
     """Do the job that is asked for."""
     args = parse_args(argv)
-    jobs = {"ladder": time_ladder, "autoattack": time_autoattack, "correct": check_correct}
+    jobs = {
+        "gpu": check_gpu,
+        "ladder": time_ladder,
+        "autoattack": time_autoattack,
+    }
     jobs[args.job](args)
 
 

@@ -4,21 +4,20 @@ Shapes   E epochs, N images; p_S, p_T: what student and teacher give the right c
 Ranks    S(x) = 1/E sum_k CE(f_k(x), y) of the run's teacher             <- difficulty     Eq. 8
 Cosine   of the vectors p_S(x) and p_T(x) over the epochs                <- cosine         Fig. 6
 Change   p_S - p_T after the last epoch of each, with a running mean     <- smooth         Fig. 7
-Files    robust_kd.py --trajectories keeps them in the models it writes  <- read_trajectories
+Files    robust_kd.py --save-every 1 keeps the nets of all epochs        <- read_trajectories
 """
 
-import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import robust_kd
 
-KINDS = {"natural": "test", "adversarial": "adv"}  # kind of images -> its name in a model's file
+KINDS = {"natural": "test", "adversarial": "adv"}  # kind of images -> its name in trajectories
 PARTS = 5  # the table gives the means of fifths of the images
 
 
@@ -107,104 +106,122 @@ def extremes(score, labels, count):
 # Files
 
 
-def read_trajectories(path):
-    """{train, test, adv: log-probabilities (E, N), entropy: nats (E,)} of a model's file."""
-    meta = common.load(path).get("meta", {})
-    if "trajectories" not in meta:
-        raise common.UserError(f"{path}: has no trajectories; train with --trajectories")
-    return {name: values.double().numpy() for name, values in meta["trajectories"].items()}
+def epoch_files(path):
+    """The files of a net after epochs 1, 2, ..., as --save-every 1 keeps them, up to its own.
 
-
-def teacher_of(folder, config, epochs=None):
-    """The file of the teacher of a robust_kd.py run, by the recipe that its flags give; or None.
-
-    A run with --teacher-ckpt names the file; of an ensemble it is the first teacher. epochs: of an
-    early stop that the run keeps with --teacher-save-every.
+    A student has them beside its file, a teacher in the folders of teachers with --teacher-es N.
     """
-    args = argparse.Namespace(**config["flags"], runs=str(folder.resolve().parent.parent))
-    if args.teacher_ckpt:
-        return Path(args.teacher_ckpt)
-    if not robust_kd.needs_teacher(args):
-        return None
-    training = robust_kd.teacher_trainings(args)[0]
-    recipe = dataclasses.asdict(robust_kd.teacher_recipe(args, training, epochs=epochs))
-    try:
-        return common.teacher_file(args, argparse.Namespace(**config["data"]), recipe)
-    except common.MALFORMED:
-        missing = "an older version wrote it, without all that names the teacher's file"
-        advice = "give --teacher FILE"
-        raise common.UserError(f"{folder / 'config.json'}: {missing}; {advice}") from None
+    path, files = Path(path), []
+    epochs = common.load_model(path).meta.get("epoch")
+    if epochs is None:
+        raise common.UserError(f"{path}: does not say after how many epochs it was kept")
+    recipe = common.read_json(path.parent / "recipe.json")  # the flags that name a teacher's folder
+    for epoch in range(1, epochs + 1):
+        if recipe is None:
+            file = path.with_name(f"{path.stem}-epoch{epoch}.pt")
+        else:
+            digest = common.digest_of(recipe | {"epochs": epoch})
+            file = path.parent.parent / digest / path.name
+        if not file.exists():
+            missing = f"its net after epoch {epoch} is not there ({file})"
+            raise common.UserError(f"{path}: {missing}; train with --save-every 1")
+        files.append(file)
+    return files
 
 
-def describe_images(model):
-    """Of how many images a model has trajectories, in words."""
-    return f"{model['train'].shape[1]} training and {model['test'].shape[1]} test images"
+def read_trajectories(path, data, flags):
+    """{train, test, adv: log-probabilities (E, N), entropy: nats (E,)} of a net after each epoch.
 
-
-def read_run(folder, label, teacher_path=None, ranking_path=None):
-    """{label, folder, flags, fingerprint, student, teacher or None, ranking, ranked_by} of a run.
-
-    The last two say by whose trajectories the images are ranked. Raises UserError.
+    train, test: of the right class of the clean images; adv: of the test images under the PGD by
+    which the run trained; entropy: the mean over the training images.
     """
+    attack = flags["eps"], flags["step_size"], flags["steps"]
+    values = {"train": [], "test": [], "adv": [], "entropy": []}
+    files = epoch_files(path)
+    for epoch, file in enumerate(files):
+        common.print_line(f"{path}: epoch {epoch + 1}/{len(files)}", live=True)
+        model = common.load_model(file, data)
+        common.seed_epoch(flags["seed"], "trajectories", epoch)
+        train = common.predict(model, data.x_train).log_softmax(1)  # (N, K)
+        test = common.predict(model, data.x_test).log_softmax(1)
+        adv = common.predict(model, data.x_test, data.y_test, attack).log_softmax(1)
+        values["train"].append(train.gather(1, data.y_train[:, None])[:, 0])
+        values["test"].append(test.gather(1, data.y_test[:, None])[:, 0])
+        values["adv"].append(adv.gather(1, data.y_test[:, None])[:, 0])
+        values["entropy"].append(-(train.exp() * train).sum(1).mean())
+    common.print_line("", live=True)
+    return {name: torch.stack(rows).double().cpu().numpy() for name, rows in values.items()}
+
+
+def find_run(folder, label, data_root):
+    """{label, folder, flags, data, student_file, teacher_file or None} of a run; or a UserError."""
     folder = Path(folder)
     try:
         config = common.read_json(folder / "config.json")
         flags, fingerprint = config["flags"], config["fingerprint"]
+        names = ("data", "val_size", "train_subset", "test_subset", "extra_data")
+        name, val_size, train_subset, test_subset, extra_data = (flags[key] for key in names)
     except (TypeError, KeyError, common.UserError):
-        missing = "there is no config.json of a run in it"
+        missing = "there is no config.json of robust_kd.py in it"
         raise common.UserError(f"{folder}: not the folder of a run: {missing}") from None
-    if not (folder / "student.pt").exists():
-        raise common.UserError(f"{folder}: has no student.pt; its run is not finished")
-    student, teacher = read_trajectories(folder / "student.pt"), None
-    path = teacher_path or teacher_of(folder, config)
-    if path:
-        teacher = read_trajectories(path)
-    if ranking_path:
-        ranking, ranked_by = read_trajectories(ranking_path), ranking_path
-    elif teacher:
-        ranking, ranked_by = teacher, teacher_path or f"the teacher of {label}"
-    else:
-        ranking, ranked_by = student, f"the student of {label}"
-    for name, other in [(path, teacher), (f"--difficulty-of {ranking_path}", ranking)]:
-        if other and describe_images(other) != describe_images(student):
-            own = f"the student of {folder} has {describe_images(student)}"
-            raise common.UserError(f"{name}: has {describe_images(other)}, {own}")
-    run = {
+    summary = common.read_summary(folder)
+    if summary is None:
+        raise common.UserError(f"{folder}: has no summary.json; its run is not finished")
+    device = common.find_device("auto")
+    data = common.load_data(name, data_root, device, val_size, train_subset, test_subset)
+    if extra_data:
+        data = robust_kd.add_extra_data(data, extra_data)
+    if data.fingerprint != fingerprint:
+        trained_on = f"is not what {folder} was trained on"
+        raise common.UserError(f"--data-root: {data.name} in {data_root} {trained_on}")
+    files = {row["net"]: folder / row["file"] for row in summary if row.get("file")}
+    return {
         "label": label,
         "folder": folder,
         "flags": flags,
-        "fingerprint": fingerprint,
-        "student": student,
-        "teacher": teacher,
-        "ranking": ranking,
-        "ranked_by": ranked_by,
+        "data": data,
+        "student_file": files["student"],
+        "teacher_file": files.get("teacher"),
     }
-    if teacher:
-        run["numbers"] = analyse(student, teacher, ranking)
-    return run
+
+
+def compute(run, teacher_file=None, ranking_file=None):
+    """Add to a run: student, teacher (or None), ranking, ranked_by and, with a teacher, numbers.
+
+    teacher_file: of a net to compare with instead of the run's own teacher, the first one of an
+    ensemble; ranking_file: of the net by whose trajectories the images are ranked.
+    """
+    data, flags = run["data"], run["flags"]
+    run["student"] = read_trajectories(run["student_file"], data, flags)
+    run["teacher"] = None
+    run["ranking"], run["ranked_by"] = run["student"], f"the student of {run['label']}"
+    if teacher_file or run["teacher_file"]:
+        run["teacher"] = read_trajectories(teacher_file or run["teacher_file"], data, flags)
+        run["ranking"] = run["teacher"]
+        run["ranked_by"] = teacher_file or f"the teacher of {run['label']}"
+    if ranking_file:
+        run["ranking"] = read_trajectories(ranking_file, data, flags)
+        run["ranked_by"] = ranking_file
+    if run["teacher"]:
+        run["numbers"] = analyse(run["student"], run["teacher"], run["ranking"])
+
+
+def describe_images(data):
+    """How many images a run has, in words."""
+    return f"{len(data.y_train)} training and {len(data.y_test)} test images"
 
 
 def check_same_images(runs):
     """A UserError if runs were trained on different images, or have too few test images."""
     first = runs[0]
     for run in runs:
-        images, images_of_first = describe_images(run["student"]), describe_images(first["student"])
-        if images != images_of_first or run["fingerprint"] != first["fingerprint"]:
+        images, images_of_first = describe_images(run["data"]), describe_images(first["data"])
+        if images != images_of_first or run["data"].fingerprint != first["data"].fingerprint:
             both = f"{images}, {first['folder']} {images_of_first}"
             other = "was trained on other images than the first run"
             raise common.UserError(f"{run['folder']}: {other}: {both}")
-    if first["student"]["test"].shape[1] < PARTS:
+    if len(first["data"].y_test) < PARTS:
         raise common.UserError(f"{first['folder']}: has fewer than {PARTS} test images")
-
-
-def read_images(run, root):
-    """The data of a run, whose order is that of its trajectories; raises UserError."""
-    counts = (run["flags"][name] for name in ("val_size", "train_subset", "test_subset"))
-    data = common.load_data(run["flags"]["data"], root, "cpu", *counts)
-    if data.fingerprint != run["fingerprint"]:
-        trained_on = f"is not what {run['folder']} was trained on"
-        raise common.UserError(f"--data-root: {data.name} in {root} {trained_on}")
-    return data
 
 
 # ------------------------------------------------------------------------------------------------

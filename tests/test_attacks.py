@@ -1,11 +1,14 @@
 """Attacks and evaluation: against closed forms."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import eval_robustness as ev
 
 
 class Linear(nn.Module):
@@ -126,6 +129,138 @@ def test_evaluating_puts_everything_back():
         assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert model.training
     assert [p.requires_grad for p in model.parameters()] == [False, True, True, True]
+
+
+class Wrapped(nn.Module):
+    """A net in a wrapper that nobody has put into eval mode."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def modes_and_buffers(model):
+    return [m.training for m in model.modules()], [b.clone() for b in model.buffers()]
+
+
+LOOKS = {
+    "predict": lambda model, x, labels: common.predict(model, x),
+    "attacked": lambda model, x, labels: common.predict(model, x, labels, (0.1, 0.05, 2)),
+    "evaluate": lambda model, x, labels: ev.evaluate(model, x, labels, ["clean", "pgd2"]),
+    "aa": lambda model, x, labels: ev.evaluate(model, x, labels, ["aa"], steps=2, queries=3),
+    "curve": lambda model, x, labels: ev.accuracy_curve(model, x, labels, ev.Settings(eps=1.0)),
+    "validate": lambda model, x, labels: common.validate(
+        model, SimpleNamespace(x_val=x, y_val=labels), (0.1, 0.05, 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_no_look_at_a_net_changes_its_modes_its_statistics_or_its_answers(look):
+    torch.manual_seed(0)
+    net = common.build_model("wrn-10-1", dropout=0.5).eval()
+    net.stages[1].train()  # modes of all kinds, as in fine-tuning
+    net.stages[1][0].eval()
+    net.fc.requires_grad_(False)
+    model, x, labels = Wrapped(net), torch.rand(4, 3, 32, 32), torch.arange(4)
+    before, trained = modes_and_buffers(model), [p.requires_grad for p in model.parameters()]
+    LOOKS[look](model, x, labels)
+    after = modes_and_buffers(model)
+    assert model.training and after[0] == before[0]
+    assert all(torch.equal(a, b) for a, b in zip(after[1], before[1]))
+    assert [p.requires_grad for p in model.parameters()] == trained
+
+
+class TrainingInside(nn.Module):
+    """Puts its BatchNorm into training mode in its own forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc = nn.BatchNorm2d(3), nn.Linear(48, 10)
+
+    def forward(self, x):
+        return self.fc(self.norm.train()(x).flatten(1))
+
+
+@pytest.mark.filterwarnings("ignore:the logits of an image depend")
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_net_that_moves_its_own_statistics_gets_them_back(look):
+    model, x, labels = TrainingInside().eval(), torch.rand(4, 3, 4, 4), torch.arange(4)
+    before = modes_and_buffers(model)
+    LOOKS[look](model, x, labels)
+    after = modes_and_buffers(model)
+    assert after[0] == before[0] == [False] * 3
+    assert all(torch.equal(a, b) for a, b in zip(after[1], before[1]))
+
+
+def test_a_net_that_does_more_in_its_change_of_mode_is_told_of_it():
+    class Merging(nn.Linear):  # as adapters do, which are merged into the weights in eval mode
+        merged = False
+
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+
+    model = nn.Sequential(nn.Flatten(), Merging(48, 10))
+    common.predict(model, torch.rand(2, 3, 4, 4))
+    assert model.training and model[1].training and not model[1].merged
+
+
+class InPlace(nn.Module):
+    """Normalises its images in place, as many nets from elsewhere do, or out of place."""
+
+    def __init__(self, net, in_place):
+        super().__init__()
+        self.net, self.in_place = net, in_place
+
+    def forward(self, x):
+        return self.net(x.sub_(0.4).div_(0.2) if self.in_place else x.sub(0.4).div(0.2))
+
+
+def test_a_net_that_normalises_in_place_is_attacked_as_out_of_place():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 5)).eval()
+    x = torch.rand(12, 3, 4, 4)
+    labels = common.predict(InPlace(net, False), x).argmax(1)
+    attacks = ["clean", "pgd3", "apgd-ce", "apgd-t", "fab", "fab-t", "square", "aa"]
+    found, kept = [], x.clone()
+    for in_place in (False, True):
+        torch.manual_seed(1)
+        model = InPlace(net, in_place)
+        rows = [ev.evaluate(model, x, labels, [a], 0.02, steps=4, queries=30) for a in attacks]
+        rows.append(common.predict(model, x, labels, (0.02, 0.01, 2)).tolist())
+        rows.append(ev.evaluate(ev.Ensemble([model, model]), x, labels, ["clean", "pgd3"], 0.02))
+        rows.append(common.pgd(model, x, labels, 0.02, 0.01, 3, "none").tolist())
+        found.append(rows)
+    assert found[0] == found[1] and torch.equal(x, kept)
+    assert found[0][6]["square_acc"] > 0 and found[0][7]["aa_acc"] < 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error_and_never_a_class(value, refused):
+    class Hole(nn.Module):
+        def forward(self, x):
+            logits = torch.ones(len(x), 3) * x.mean((1, 2, 3))[:, None]
+            return torch.where(logits > 0.9, value, logits)
+
+    x, labels = torch.zeros(5, 3, 4, 4), torch.zeros(5).long()
+    assert common.predict(Hole(), x).shape == (5, 3)
+    x[3] = 1
+    message = refused(common.predict, Hole(), x, batch_size=2)
+    assert "1 of 5 images are not finite, the first is number 3" in message
+    data = SimpleNamespace(x_val=x, y_val=labels)
+    assert "1 of 5 held-out images" in refused(common.validate, Hole(), data)
+
+
+def test_digests_follow_every_weight_of_any_type():
+    weights = {"a": torch.zeros(3, dtype=torch.bfloat16), "b": torch.zeros(()), "c": torch.ones(0)}
+    digests = {common.state_digest(weights)}
+    digests.add(common.state_digest(weights | {"a": torch.ones(3, dtype=torch.bfloat16)}))
+    digests.add(common.state_digest(weights | {"b": torch.ones(())}))
+    assert len(digests) == 3
 
 
 def test_evaluating_is_in_strict_float32_and_puts_the_precision_back():

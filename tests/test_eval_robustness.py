@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +15,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from conftest import ROOT, Made, linear_problem
 
 import common
 import eval_robustness as ev
+import robust_kd
+import teacher_free_kd as tf
 from benchmark import corruptions
 
 # ------------------------------------------------------------------------------------------------
@@ -264,6 +268,96 @@ def test_dlr_of_few_classes_is_told():
         assert "DLR" not in warnings_with(model, x, labels, ["apgd-ce"])
 
 
+class Killed(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.factor * gradient, None
+
+
+class Masked(Made):
+    """A net whose gradient is multiplied by a number, for some of the images."""
+
+    def __init__(self, model, factor, share=1.0):
+        super().__init__(model, None)
+        self.factor, self.share = factor, share
+
+    def forward(self, x):
+        masked = int(self.share * len(x))
+        return self.model(torch.cat([Killed.apply(x[:masked], self.factor), x[masked:]]))
+
+
+@pytest.mark.parametrize("attack", ["pgd20", "pgd2", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t"])
+def test_zero_gradients_are_told_with_every_gradient_attack(small, attack):
+    model, x, labels = small
+    right = int((model(common.to_float(x)).argmax(1) == labels).sum())
+    options = {"attacks": [attack], "steps": 2, "targets": 1, "batch_size": 500}
+    found = warnings_with(Masked(model, 0.0), x, labels, **options)
+    assert f"zero gradient at {right} starting points: " in found and f"masked, {attack}" in found
+    found = warnings_with(Masked(model, 0.0, share=0.5), x, labels, **options)
+    assert f"zero gradient at {right // 2} starting points" in found
+    assert warnings_with(model, x, labels, **options) == ""
+
+
+def test_gradients_cut_off_are_told_by_the_default_attack(small):
+    model, x, labels = small
+    detached = Made(model, lambda z: z.detach())
+    assert "zero gradient at " in warnings_with(detached, x, labels, ["clean", "pgd20"])
+    assert "pgd20 of the calibration" in warnings_with(detached, x, labels, ["calibration"])
+
+
+def test_a_saturated_softmax_is_told_by_pgd(small):
+    model, x, labels = small
+    steep = Made(model, lambda z: 1e4 * z)  # beyond what float32 resolves next to 1
+    assert "zero gradient at " in warnings_with(steep, x, labels, ["pgd20"])
+
+
+@pytest.mark.parametrize("attack", ["pgd20", "apgd-ce", "apgd-t", "fab-t"])
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_gradients_that_are_not_finite_are_told(small, attack, factor):
+    model, x, labels = small
+    options = {"attacks": [attack], "steps": 2, "targets": 1}
+    found = warnings_with(Masked(model, factor), x, labels, **options)
+    assert "logits or gradients that are not finite at " in found and attack in found
+
+
+class OwnStatistics(Made):
+    """Its forward pass takes the statistics of the batch, whatever the mode."""
+
+    def forward(self, x):
+        return self.model(nn.functional.batch_norm(x, None, None, training=True))
+
+
+def test_logits_that_depend_on_the_batch_are_told_also_in_the_clean_evaluation(small):
+    model, x, labels = small
+    in_order = Made(model, lambda z: z + torch.arange(len(z))[:, None] * torch.eye(10)[0])
+    for other in (OwnStatistics(model, None), in_order):
+        for batch_size in (1, 7, 80):
+            found = warnings_with(other, x, labels, ["clean"], batch_size=batch_size)
+            assert "depend on the other images of its batch" in found
+    dropout = Made(model, lambda z: nn.functional.dropout(z, 0.5, training=True))
+    assert "randomised" in warnings_with(dropout, x, labels, ["clean"])
+    for number in (1, 2, 3, 80):
+        assert warnings_with(model, x[:number], labels[:number], ["clean"]) == ""
+
+
+def test_the_warnings_of_the_command_reach_the_caller_of_evaluate(small):
+    model, x, labels = small
+    with pytest.warns(UserWarning, match="zero gradient at"):
+        ev.evaluate(Masked(model, 0.0), x, labels, ["pgd2"])
+    with pytest.warns(UserWarning, match="other images of its batch"):
+        ev.evaluate(OwnStatistics(model, None), x, labels, ["clean"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ev.evaluate(model, x, labels, ["clean", "pgd2", "aa"], steps=3, queries=5)
+
+
 def test_logits_that_are_not_finite_are_no_success_and_are_told(small):
     class Hole(Made):
         def forward(self, x):
@@ -322,9 +416,78 @@ def test_calibration_of_certain_and_uniform_models():
 
 def test_float_images_outside_of_the_box_are_refused(small, refused):
     model, x, labels = small
-    assert "[0, 1]" in refused(ev.evaluate, model, 2 * common.to_float(x), labels, [])
+    assert "[0, 1]" in refused(ev.evaluate, model, 2 * common.to_float(x), labels, ["clean"])
     inside = ev.evaluate(model, common.to_float(x), labels, ["clean", "apgd-ce"], steps=3)
     assert inside == ev.evaluate(model, x, labels, ["clean", "apgd-ce"], steps=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", [(80,), (80, 1)])
+def test_labels_of_any_integer_type_and_of_one_column_are_taken(small, dtype, shape):
+    model, x, labels = small
+    attacks = ["clean", "pgd2", "apgd-ce"]
+    expected = ev.evaluate(model, x, labels, attacks, steps=2)
+    assert ev.evaluate(model, x, labels.to(dtype).view(shape), attacks, steps=2) == expected
+    assert 0 < expected["pgd2_acc"] < expected["clean_acc"]
+    assert ev.evaluate(model, x, labels.tolist(), attacks, steps=2) == expected
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda y: y.float(), "whole numbers, got torch.float32"),
+        (lambda y: y == 0, "whole numbers, got torch.bool"),
+        (lambda y: nn.functional.one_hot(y), "got torch.int64 (80, 10)"),
+        (lambda y: y[None], "one for each of the 80 images, got torch.int64 (1, 80)"),
+        (lambda y: y[:1], "got torch.int64 (1,)"),
+        (lambda y: y[0], "got torch.int64 ()"),
+        (lambda y: y[:79], "got torch.int64 (79,)"),
+        (lambda y: torch.cat([y, y]), "got torch.int64 (160,)"),
+        (lambda y: y - 1, "expected 0 to K-1, got -1 for image "),
+        (lambda y: y + 1, "10 logits, the data has 11 classes"),
+    ],
+)
+def test_other_labels_are_refused(small, change, words, refused):
+    model, x, labels = small
+    assert words in refused(ev.evaluate, model, x, change(labels), ["clean", "pgd2"])
+
+
+@pytest.mark.parametrize(
+    "attacks, words",
+    [
+        (["pgd"], "got 'pgd'"),
+        (["clean", "PGD20"], "got 'PGD20'"),
+        (["autoattack"], "got 'autoattack'"),
+        ([20], "got 20"),
+        ("clean", "got 'clean'"),
+        ([], "got []"),
+        (None, "got None"),
+        (["clean", "pgd20", "clean"], "'clean' twice"),
+        (["corruptions"], "corruptions is measured by the command alone"),
+        (["calibration"], "calibration is measured by the command alone"),
+    ],
+)
+def test_words_that_are_no_list_of_attacks_are_refused_with_those_that_are(
+    small, attacks, words, refused
+):
+    message = refused(ev.evaluate, *small, attacks)
+    assert words in message and "a list of clean, pgdN such as pgd20, aa, " in message
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"eps": 8}, "eps: expected a number in pixel units between 0 and 1, like 8/255, got 8"),
+        ({"step_size": 2}, "step_size: expected a number in pixel units"),
+        ({"eps": -0.1}, "eps: "),
+        ({"eps": math.nan}, "eps: "),
+        ({"restarts": 0}, "restarts: expected a whole number of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size: "),
+        ({"steps": 2.5}, "steps: "),
+    ],
+)
+def test_radii_in_levels_and_numbers_below_one_are_refused(small, options, words, refused):
+    assert words in refused(ev.evaluate, *small, ["clean", "pgd2"], **options)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -355,6 +518,16 @@ def files(tmp_path_factory, small):
         "    return nn.Sequential(net(), nn.Softmax(1))\n"
         "def broken():\n"
         "    return nn.Sequential(net(), nn.Threshold(1e9, float('nan')))\n"
+        "class Hole(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        import torch\n"
+        "        bright = x.mean((1, 2, 3)) > 0.99\n"
+        "        return torch.where(bright, float('nan'), 1.0)[:, None] * self.weight\n"
+        "def hole():\n"
+        "    hole = Hole()\n"
+        "    import torch\n"
+        "    hole.weight = nn.Parameter(torch.arange(10.0))\n"
+        "    return hole\n"
         "def seven():\n"
         "    return nn.Sequential(net(), nn.Linear(10, 7))\n"
         "def large():\n"
@@ -414,6 +587,141 @@ def test_another_file_of_data_or_weights_is_refused_and_the_labels_count(tmp_pat
     np.savez("own.npz", **arrays)
     common.save_model(Path("own.pt"), common.build_model("mlp-4", size=8))
     assert "own.pt" in refused(ev.main, [*argv, "--data", "own.npz"])
+
+
+def test_a_finished_json_is_refused_for_weights_that_a_function_loads(tmp_path, refused, capsys):
+    (tmp_path / "own_weights.py").write_text(
+        "import torch, foreign\n"
+        "def net():\n"
+        "    net = foreign.net()\n"
+        f"    net.load_state_dict(torch.load({str(tmp_path / 'own')!r}))\n"
+        "    return net\n"
+        "def buffer():\n"
+        f"    net, numbers = foreign.net(), torch.load({str(tmp_path / 'own')!r})\n"
+        "    net.register_buffer('scale', numbers['4.bias'], persistent=False)\n"
+        "    for p in net.parameters():\n"
+        "        torch.nn.init.zeros_(p)\n"
+        "    return net\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        import foreign
+
+        for name in ("net", "buffer"):
+            argv = ["--model", f"own_weights:{name}", "--attack", "clean", "--json"]
+            argv += [tmp_path / f"{name}.json"]
+            weights = foreign.net().state_dict()
+            torch.save(weights, tmp_path / "own")
+            main(*argv)
+            main(*argv)
+            assert "is finished" in capsys.readouterr().out
+            torch.save(weights | {"4.bias": weights["4.bias"] + 1}, tmp_path / "own")
+            message = refused(main, *argv)
+            assert f"the weights of own_weights:{name}: " in message and f"{name}.json" in message
+    finally:
+        sys.path.remove(str(tmp_path))
+
+
+def test_a_finished_json_is_refused_for_other_images_in_the_same_file(tmp_path, refused, small):
+    _, x, labels = small
+    argv = ["net0.pt", "--attack", "clean", "ood", "--ood", tmp_path / "ood.npz"]
+    argv += ["--json", tmp_path / "out.json"]
+    np.savez(tmp_path / "ood.npz", x_test=x[:9], y_test=labels[:9])
+    main(*argv)
+    main(*argv)
+    for changed_x, changed_labels in ((255 - x[:9], labels[:9]), (x[:9], labels[1:10])):
+        np.savez(tmp_path / "ood.npz", x_test=changed_x, y_test=changed_labels)
+        assert "the images of --ood: " in refused(main, *argv)
+    np.savez(tmp_path / "ood.npz", x_test=x[:9], y_test=labels[:9])
+    main(*argv)
+
+
+def test_a_finished_json_is_refused_for_other_files_of_corruptions(tmp_path, refused):
+    common.save_model(tmp_path / "net.pt", common.build_model("mlp-4"))
+    arrays = common.make_shapes(10, 10)
+    np.savez(tmp_path / "data.npz", **arrays)
+    five_times = np.tile(arrays["x_test"], (5, 1, 1, 1))
+    for name in ev.CORRUPTIONS:
+        np.save(tmp_path / f"{name}.npy", five_times)
+    np.save(tmp_path / "labels.npy", np.tile(arrays["y_test"], 5))
+    argv = [tmp_path / "net.pt", "--data", tmp_path / "data.npz", "--attack", "corruptions"]
+    argv += ["--corruptions", tmp_path, "--json", tmp_path / "out.json"]
+    argv = [str(word) for word in argv]
+    ev.main(argv)
+    ev.main(argv)
+    np.save(tmp_path / "fog.npy", 255 - five_times)
+    assert "the files of --corruptions: " in refused(ev.main, argv)
+
+
+@pytest.fixture
+def grey(tmp_path):
+    """Arguments of the command for a net and a data set of grey images of 8 x 8."""
+    g = np.random.default_rng(0)
+    x, labels = g.integers(0, 256, (30, 8, 8), np.uint8), np.arange(30) % 10
+    np.savez(tmp_path / "grey.npz", x_train=x, y_train=labels, x_test=x, y_test=labels)
+    net = common.build_model("mlp-4", channels=1, size=8)
+    common.save_model(tmp_path / "grey.pt", net)
+    argv = [tmp_path / "grey.pt", "--data", tmp_path / "grey.npz", "--attack", "clean", "ood"]
+    return [*map(str, argv), "--ood"], x, labels
+
+
+def other_images_acc(argv, path, tmp_path):
+    ev.main([*argv, str(path), "--json", str(tmp_path / f"{path.stem}.json")])
+    (row,) = json.loads((tmp_path / f"{path.stem}.json").read_text())["rows"]
+    return row["ood_acc"], row["clean_acc"]
+
+
+def test_grey_images_are_other_images_of_grey_data(grey, tmp_path, refused):
+    from PIL import Image
+
+    argv, x, labels = grey
+    np.savez(tmp_path / "flat.npz", x_test=x, y_test=labels)
+    np.savez(tmp_path / "deep.npz", x_test=x[..., None], y_test=labels)
+    np.savez(tmp_path / "rgb.npz", x_test=np.repeat(x[..., None], 3, 3), y_test=labels)
+    for number, (image, label) in enumerate(zip(x, labels)):
+        folder = tmp_path / "folder" / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number}.png")
+    for name in ("flat.npz", "deep.npz", "rgb.npz", "folder"):
+        found, clean = other_images_acc(argv, tmp_path / name, tmp_path)
+        assert found == clean
+    coloured = np.repeat(x[..., None], 3, 3)
+    coloured[3, 0, 0, 1] ^= 128
+    np.savez(tmp_path / "colour.npz", x_test=coloured, y_test=labels)
+    message = refused(ev.main, [*argv, str(tmp_path / "colour.npz")])
+    assert "images in colour, but the images of --data are grey" in message
+    corruptions = [*argv[:3], "--attack", "corruptions", "--corruptions", str(tmp_path)]
+    assert "needs colour images of 32 x 32" in refused(ev.main, corruptions)
+
+
+def test_grey_images_are_other_images_of_colour_data(tmp_path, small):
+    _, x, labels = small
+    grey = x[..., 0].numpy()
+    argv = ["net0.pt", "--data", "data.npz", "--attack", "clean", "ood", "--ood"]
+    found = []
+    for name, images in (("flat", grey), ("rgb", np.repeat(grey[..., None], 3, 3))):
+        np.savez(tmp_path / f"{name}.npz", x_test=images, y_test=labels)
+        found.append(other_images_acc(argv, tmp_path / f"{name}.npz", tmp_path))
+    assert found[0] == found[1]
+
+
+def test_logits_of_other_images_and_corruptions_that_are_not_finite_are_an_error(
+    tmp_path, refused, small
+):
+    class Hole(nn.Module):
+        def forward(self, x):
+            return torch.where(x.amax((1, 2, 3)) > 0.99, math.nan, 1.0)[:, None].expand(-1, 10)
+
+    x = torch.full((4, 32, 32, 3), 128, dtype=torch.uint8)
+    message = refused(ev.corruption_accuracy, Hole(), x, torch.zeros(4).long())
+    assert "of 4 images under " in message and "are not finite" in message
+    _, x, labels = small
+    bright = x[:9].clone()
+    bright[4] = 255
+    np.savez(tmp_path / "ood.npz", x_test=bright, y_test=labels[:9])
+    argv = ["--model", "foreign:hole", "--attack", "clean", "ood", "--ood", tmp_path / "ood.npz"]
+    message = refused(main, *argv)
+    assert "1 of 9 images of --ood are not finite, the first is number 4" in message
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -548,6 +856,28 @@ def test_a_plot_shows_both_histograms_and_the_corruptions(monkeypatch, tmp_path)
     assert names == list(ev.CORRUPTIONS)
 
 
+def test_every_checkpoint_gets_its_own_curve_and_name(tmp_path, monkeypatch, capsys):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn, paths = [], []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, file, **options: drawn.append(self))
+    for number, folder in enumerate(("at/run-s0", "akd/run-s0", f"{'long' * 12}/a", "b")):
+        path = tmp_path / folder / "student.pt"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(Path(f"net{number % 2}.pt").read_bytes())
+        paths.append(path)
+    main(*paths, "--attack", "clean", "--plot", tmp_path / "p.png")
+    lines = drawn[0].axes[0].get_lines()
+    names = ["at/run-s0/student.pt", "akd/run-s0/student.pt"]
+    names += [f"{'long' * 12}/a/student.pt", f"{tmp_path.name}/b/student.pt"]
+    assert [line.get_label() for line in lines] == names
+    table = capsys.readouterr().out
+    assert all(name in table for name in names)
+    curves = [line.get_ydata().tolist() for line in lines]
+    assert curves[0] == curves[2] and curves[1] == curves[3]
+    assert ev.short_names(["./a.pt", "a.pt"]) == {"./a.pt": "./a.pt", "a.pt": "a.pt"}
+    assert ev.short_names(["x/y/z/a.pt", "b.pt"]) == {"x/y/z/a.pt": "z/a.pt", "b.pt": "b.pt"}
+
+
 def test_a_plot_without_matplotlib_names_the_package(monkeypatch, tmp_path, refused):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in refused(main, "net0.pt", "--plot", tmp_path / "p.png")
@@ -567,7 +897,9 @@ BAD = {
     "too many images": (["net0.pt", "--n", "81"], "--n: too large; data.npz has 80 "),
     "unknown attack": (["net0.pt", "--attack", "aa-fast"], "'aa-fast'"),
     "pgd in L2": (["net0.pt", "--norm", "l2"], "--norm l2"),
-    "eps above 1": (["net0.pt", "--eps", "8"], "--eps"),
+    "eps above 1": (["net0.pt", "--eps", "8"], "--eps: expected a number in pixel units"),
+    "step above 1": (["net0.pt", "--step-size", "2"], "--step-size: expected a number in pixel"),
+    "attack twice": (["net0.pt", "--attack", "clean", "clean"], "--attack: expected each name"),
     "examples of two": (["net0.pt", "--attack", "aa", "pgd2", "--save-examples", "e"], "--save-"),
     "no folder": (["net0.pt", "--json", "nowhere/out.json"], "expected a file, in a folder"),
     "a folder": (["net0.pt", "--json", "."], ".: expected a file"),
@@ -591,6 +923,46 @@ def test_bad_input_gets_one_line_and_nothing_is_written(case, files, refused):
 
 # ------------------------------------------------------------------------------------------------
 # What the training scripts call
+
+
+def evaluation_flags(argv):
+    parser = common.Parser("")
+    ev.add_evaluation_flags(parser)
+    return parser.parse_args(argv)
+
+
+@pytest.mark.parametrize("parse", [evaluation_flags, robust_kd.parse_args, tf.parse_args])
+@pytest.mark.parametrize("flag", ["--eps", "--step-size"])
+def test_radii_and_steps_of_training_scripts_are_in_pixel_units(parse, flag, refused):
+    assert f"{flag}: expected a number in pixel units" in refused(parse, [flag, "2"])
+    assert vars(parse([flag, "2/255"]))[flag[2:].replace("-", "_")] == 2 / 255
+
+
+def test_an_attack_that_is_named_twice_is_refused_before_the_training(refused):
+    argv = ["--eval-attack", "clean", "pgd2", "pgd2"]
+    assert "--eval-attack: expected each name once" in refused(tf.parse_args, argv)
+
+
+def test_a_full_evaluation_by_pgd_10_names_no_attack_twice_and_prints_warnings(
+    files, tmp_path, monkeypatch, capsys
+):
+    args = evaluation_flags(["--eval", "full", "--eval-steps", "10", "--restarts", "1"])
+    vars(args).update(seed=0, data="data.npz", data_root="data", device="cpu", test_subset=20)
+    found = []
+
+    def without_corruptions(args):
+        found.extend(args.attack)
+        args.attack = ["clean", "pgd2"]
+        return evaluate_models(args)
+
+    evaluate_models = ev.evaluate_models
+    monkeypatch.setattr(ev, "evaluate_models", without_corruptions)
+    net = common.build_model("mlp-16", size=8)
+    net.layers[5].weight.data.zero_()  # the same logits for every image: no gradient
+    common.save_model(tmp_path / "steep.pt", net)
+    ev.evaluate_files(args, {"student": tmp_path / "steep.pt"}, tmp_path)
+    assert found == ["clean", "pgd10", "pgd15", "corruptions", "calibration"]
+    assert "steep.pt: warning: zero gradient at " in capsys.readouterr().out
 
 
 def test_saved_models_are_evaluated_by_name_and_once(files, tmp_path, capsys):

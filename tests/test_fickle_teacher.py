@@ -19,7 +19,6 @@ import eval_robustness
 import fickle_teacher
 import messy_collab
 import soft_randomization
-from benchmark import corruptions
 
 SCRIPTS = {
     "fickle_teacher": fickle_teacher,
@@ -28,8 +27,8 @@ SCRIPTS = {
 }
 SMALL = (
     "--data shapes --model mlp-8 --teacher-model mlp-12 --device cpu --train-subset 48 --lr 0.05 "
-    "--test-subset 20 --val-size 20 --batch-size 16 --teacher-epochs 2 --epochs 3 --restarts 2 "
-    "--eval-steps 2 --name x"
+    "--test-subset 20 --val-size 20 --batch-size 16 --teacher-epochs 2 --epochs 3 "
+    "--eval-restarts 1 --name x"
 )
 
 
@@ -42,6 +41,20 @@ def student_file(script, runs, flags=""):
     """Run a script with SMALL and the flags; -> the student of seed 0."""
     run(script, runs, flags)
     return runs / script / "x-s0" / "student.pt"
+
+
+def roles(rows):
+    """The roles of the nets in a summary, but that of a best epoch that is not the last."""
+    return [row["net"] for row in rows if row["net"] != "best"]
+
+
+def teacher_of(script, runs, flags):
+    """Run a script for one epoch of each net; -> the file of the teacher in its summary."""
+    name = f"run{len([*runs.glob('*/run*')])}"
+    (rows,) = run(script, runs, f"--epochs 1 --teacher-epochs 1 {flags} --name {name}")
+    (file,) = [row["file"] for row in rows if row["net"] == "teacher"]
+    (folder,) = runs.glob(f"{script}/{name}-s*")
+    return (folder / file).resolve()
 
 
 def teacher_files(runs):
@@ -168,53 +181,71 @@ def test_a_fickle_teacher_varies_by_dropout_and_keeps_its_running_statistics(mod
             assert torch.equal(value, before[name]), name
 
 
-def test_the_spread_of_answers_by_hand():
-    answers = [  # of two passes: probabilities of two classes for four images
-        [[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.5, 0.5]],
-        [[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.1, 0.9]],
-    ]
-    passes = iter(torch.tensor(answers).log())
-    labels = torch.tensor([0, 0, 0, 0])
-    right, wrong = fickle_teacher.spread_of_answers(lambda _: next(passes), None, labels, passes=2)
-    # the deviations of two numbers that are d apart: d / sqrt(2)
-    assert right == pytest.approx((0.0 + 0.2) / math.sqrt(2) / 2)
-    assert wrong == pytest.approx((0.0 + 0.4) / math.sqrt(2) / 2)
-
-
-def test_a_fickle_run_says_how_far_its_teacher_varies(tmp_path, capsys):
-    run("fickle_teacher", tmp_path, "--model wrn-10-1 --teacher-model wrn-10-1 --epochs 1")
-    printed = capsys.readouterr().out
-    line = re.search(r"in (\d+) test images .* by ([\d.]+) where .* by ([\d.]+) where", printed)
-    assert int(line[1]) == 20 and float(line[3]) > 0
-
-
-def test_dropout_is_active_while_the_teacher_teaches_and_the_student_has_none(
-    tmp_path, monkeypatch
+@pytest.mark.parametrize("mode", ["dropout", "train"])
+def test_dropout_is_active_while_the_teacher_teaches_and_off_when_it_is_evaluated(
+    mode, tmp_path, monkeypatch
 ):
     modes = []  # of the teacher's dropout and BatchNorm, at each batch that it sees
-    get_teacher = common.get_teacher
+    get_teacher = fickle_teacher.get_teacher
 
-    def record_modes(*arguments):
-        teacher, meta, path = get_teacher(*arguments)
+    def record_modes(args, data):
+        teacher = get_teacher(args, data)
         dropout = next(m for m in teacher.modules() if isinstance(m, nn.Dropout))
         norm = next(m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d))
         teacher.register_forward_pre_hook(
             lambda *_: modes.append((dropout.training, norm.training))
         )
-        return teacher, meta, path
+        return teacher
 
-    monkeypatch.setattr(common, "get_teacher", record_modes)
-    flags = "--teacher-model wrn-10-1 --dropout 0.3 --epochs 1 --teacher-epochs 1"
-    (rows,) = run("fickle_teacher", tmp_path, flags)
-    assert modes == [(True, False)] * (10 + 3)  # passes for its spread, batches
+    monkeypatch.setattr(fickle_teacher, "get_teacher", record_modes)
+    flags = f"--teacher-mode {mode} --teacher-model wrn-10-1 --dropout 0.3 --epochs 1"
+    (rows,) = run("fickle_teacher", tmp_path, f"{flags} --teacher-epochs 1 --test-subset 5")
+    assert modes[:3] == [(True, mode == "train")] * 3  # three batches
+    assert len(modes) > 3 and set(modes[3:]) == {(False, False)}
     (teacher_path,) = teacher_files(tmp_path).values()
     teacher = common.load_model(teacher_path)
     assert teacher.build_arguments["dropout"] == 0.3
-    data = common.load_data("shapes", test_subset=20)
-    clean_acc = common.accuracy(common.predict(teacher, data.x_test), data.y_test)
-    assert rows[0]["clean_acc"] == clean_acc  # it is evaluated in eval mode
+    data = common.load_data("shapes", test_subset=5)
+    attack = {"eps": 0.031, "step_size": 0.003, "restarts": 1, "seed": 0}
+    accuracies = eval_robustness.evaluate(
+        teacher, data.x_test, data.y_test, ["clean", "pgd20"], **attack
+    )
+    assert rows[0]["net"] == "teacher" and rows[0] == rows[0] | accuracies
     student = common.load(tmp_path / "fickle_teacher" / "x-s0" / "student.pt")
     assert student["arch"]["dropout"] == 0.0
+
+
+CHANGED_LOGITS = {  # flags -> what they make of the teacher's logits
+    "--method hinton": lambda z: z,
+    "--method signal --sigma 0.5": lambda z: fickle_teacher.signal_noise(z, 0.5, "logit"),
+    "--method signal --sigma 0.5 --noise-per image": lambda z: fickle_teacher.signal_noise(
+        z, 0.5, "image"
+    ),
+    "--method swap --swap all --swap-probability 0.5 --swap-threshold 0.9 --swap-gap absolute": (
+        lambda z: fickle_teacher.swap_logits(z, 2.0, "all", 0.5, 0.9, "absolute")
+    ),
+    "--method swap --swap-probability 0.6 --swap-threshold 1": (
+        lambda z: fickle_teacher.swap_logits(z, 2.0, "top2", 0.6, 1.0, "relative")
+    ),
+}
+
+
+@pytest.mark.parametrize("flags", CHANGED_LOGITS)
+def test_the_first_step_has_the_loss_of_the_method_and_its_flags(flags, tmp_path):
+    flags_of_loss = "--alpha 0.3 --temperature 2 --epochs 1"
+    args = fickle_teacher.parse_args([*SMALL.split(), *flags.split(), *flags_of_loss.split()])
+    args.seed = 0
+    data = common.load_data("shapes", train_subset=16)
+    teacher = common.new_model(data, "mlp-12", 7, "teacher").eval().requires_grad_(False)
+    fickle_teacher.train(args, data, tmp_path, "student", teacher)
+    (row,) = common.read_log(tmp_path)["student"]  # of one step
+    model = common.new_model(data, "mlp-8", 0, "student")
+    ((x, labels),) = common.batches(data, 16, 0, "student", 0)
+    common.seed_epoch(0, "student", 0)
+    teacher_logits = CHANGED_LOGITS[flags](teacher(x))
+    assert torch.equal(teacher_logits, teacher(x)) == (flags == "--method hinton")
+    expected = fickle_teacher.hinton_loss(model(x), teacher_logits, labels, 0.3, 2.0)
+    assert row["loss"] == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +266,7 @@ def test_dropout_is_active_while_the_teacher_teaches_and_the_student_has_none(
 )
 def test_the_schedule_follows_the_rate_of_dropout(flags, epochs, milestones):
     args = fickle_teacher.parse_args(flags.split())
-    assert fickle_teacher.student_schedule(args) == (epochs, milestones)
+    assert (args.epochs, args.milestones) == (epochs, milestones)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -248,13 +279,12 @@ def test_the_schedule_follows_the_rate_of_dropout(flags, epochs, milestones):
 )
 def test_every_method_runs_and_ends_in_finite_numbers(script, method, tmp_path):
     (rows,) = run(script, tmp_path, f"--method {method} --epochs 1 --teacher-epochs 1")
-    names = {row["model"] for row in rows}
-    assert ("teacher" in names) == (method not in ("student", "gaussian"))
-    assert (f"student ({method})" in names) == (method != "teacher")
+    expected = [] if method in ("student", "gaussian") else ["teacher"]
+    if method != "teacher":
+        expected.append("student")
+    assert roles(rows) == expected
     for row in rows:
-        assert 0 <= row["clean_acc"] <= 1 and row["epochs"] == 1
-        expected = (row["pgd2_conditional_acc"] or 0.0) * row["clean_acc"]
-        assert row["pgd2_acc"] == pytest.approx(expected)
+        assert 0 <= row["pgd20_acc"] <= row["clean_acc"] <= 1 and row["epochs"] == 1
     logs = [*tmp_path.rglob("log.jsonl")]
     assert logs
     for log in logs:
@@ -263,25 +293,30 @@ def test_every_method_runs_and_ends_in_finite_numbers(script, method, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_demo_ends_with_one_table_of_its_baselines_and_its_method(script, tmp_path, capsys):
+def test_the_demo_ends_with_one_table_of_a_net_alone_and_the_nets_of_its_method(
+    script, tmp_path, capsys
+):
     module = SCRIPTS[script]
     method = module.parse_args(["--demo"]).method
-    capsys.readouterr()
-    flags = f"{SMALL} --demo --epochs 1 --teacher-epochs 1".replace("--name x", "").split()
-    (rows,) = module.main([*flags, "--runs", str(tmp_path)])
+    flags = f"{SMALL} --epochs 2 --teacher-epochs 1 --runs {tmp_path}".replace("--name x", "")
+    (rows,) = module.main(f"{flags} --demo".split())
     printed = capsys.readouterr().out
-    compared = [*module.DEMO_BASELINES, method]
-    students = [row["model"] for row in rows if row["model"].startswith("student")]
-    assert students == [f"student ({name})" for name in compared]
-    end = printed[printed.index("all nets of the demo") :]
-    assert all(end.count(f"\n{name}") == 1 for name in students)
-    assert end.endswith(f"{module.DEMO_SHOWS}\n") and "clean_acc" in module.DEMO_SHOWS
-    folders = [path.name for path in tmp_path.glob(f"{script}/*")]
-    assert len(folders) == 3 and all(name.startswith("demo-shapes") for name in folders)
-    for _ in range(2):  # with a name too, and once it is finished
-        module.main([*flags, "--name", "own", "--runs", str(tmp_path)])
-    names = {path.name for path in tmp_path.glob(f"{script}/own*")}
-    assert names == {f"own-{name}-s0" for name in compared}
+    assert roles(rows) == ["alone", "teacher", "student"]
+    labels = ["student alone", "teacher", f"student ({method})"]
+    assert [row["model"] for row in rows if row["net"] != "best"] == labels
+    end = printed[printed.rindex("clean_acc") :]
+    assert all(end.count(f"\n{label} ") == 1 for label in labels)
+    (folder,) = tmp_path.glob(f"{script}/*")
+    assert folder.name.startswith("demo-shapes")
+    assert module.main(f"{flags} --demo".split()) == [rows]  # it is finished
+    # alone is the net of --method student, with the same wrong labels and none beside them
+    wrong = "--corruption-rate 0.5" if script == "messy_collab" else ""
+    module.main(f"{flags} --method student {wrong} --name student".split())
+    student = tmp_path / script / "student-s0" / "student.pt"
+    assert same_weights(folder / "student-alone.pt", student)
+    assert not same_weights(folder / "student.pt", student)
+    module.main(f"{flags} --demo --name own".split())
+    assert (tmp_path / script / "own-s0" / "summary.json").exists()
 
 
 LIMITS = [
@@ -350,17 +385,93 @@ def test_a_baseline_is_the_same_in_each_script_and_its_teacher_is_trained_once(m
     assert list(teacher_files(tmp_path)) == ([] if method == "student" else [0])
 
 
-def test_a_teacher_is_shared_if_nothing_differs_that_it_depends_on():
-    def recipe(flags):
-        return fickle_teacher.teacher_recipe(fickle_teacher.parse_args(flags.split()), 0)
+TEACHER_KEPT = {
+    "fickle_teacher": [
+        "--method hinton --epochs 3 --milestones 2",
+        "--method hinton --alpha 0.2 --temperature 2",
+        "--method hinton --model mlp-3 --eval-eps 0.1 --eval-step-size 0.01 --eval-restarts 2",
+        "--method hinton --test-subset 10 --compile",
+        "--method signal --sigma 0.5 --noise-per image",
+        "--method swap --swap all --swap-probability 1 --swap-threshold 1 --swap-gap absolute",
+        "--method fickle --dropout 0 --teacher-mode train",
+        "--method teacher",
+    ],
+    "soft_randomization": ["", "--sigma 0.3 --clip", "--demo --method hinton"],
+    "messy_collab": ["--method mc-s --noise-rate 0.4", "--method mc-t --noise-rate 0"],
+}
+TEACHER_CHANGED = [
+    "--teacher-milestones 1",
+    "--teacher-epochs 1 --teacher-milestones 1 2 2",
+    "--teacher-model mlp-11",
+    "--augment none",
+    "--gamma 0.5",
+    "--lr 0.2",
+    "--batch-size 8",
+    "--weight-decay 0",
+    "--train-subset 47",
+    "--val-size 10",
+    "--precision fp32",
+    "--dropout 0.4",
+    "--method teacher --seed 1",
+]
 
-    plain = recipe("--method hinton")
-    for flags in ("--epochs 3 --milestones 2", "--alpha 0.2", "--teacher-seeds 2", "--model mlp-3"):
-        assert recipe(f"--method hinton {flags}") == plain, flags
-    assert recipe("--method signal") == recipe("--method swap --swap all") == plain
-    assert recipe("--method hinton --dropout 0.4") == recipe("--method fickle") != plain
-    for flags in ("--teacher-milestones 1", "--augment none", "--lr 0.2", "--batch-size 64"):
-        assert recipe(f"--method hinton {flags}") != plain, flags
+
+def teacher_folder(script, runs, flags):
+    """The folder in which a script would look for the teacher of SMALL and the flags."""
+    args = SCRIPTS[script].parse_args([*SMALL.split(), *flags.split(), "--runs", str(runs)])
+    data = common.load_training_data(args, torch.device("cpu"))
+    args.seed = args.seed[0]
+    return common.teacher_folder(SCRIPTS[script].teacher_args(args), data)
+
+
+def test_a_teacher_is_shared_if_nothing_differs_that_it_depends_on(tmp_path):
+    plain = teacher_folder("fickle_teacher", tmp_path, "--method hinton")
+    for script, kept in TEACHER_KEPT.items():
+        for flags in kept:
+            assert teacher_folder(script, tmp_path, flags) == plain, flags
+    folders = {plain}
+    for flags in TEACHER_CHANGED:
+        folders.add(teacher_folder("fickle_teacher", tmp_path, f"--method hinton {flags}"))
+    assert len(folders) == 1 + len(TEACHER_CHANGED)
+
+
+def test_runs_with_the_same_teacher_train_it_once(tmp_path):
+    def teacher(flags):
+        return teacher_of("fickle_teacher", tmp_path, flags)
+
+    fickle, plain = teacher("--dropout 0.4"), teacher("--method signal --sigma 0.2")
+    written = [path.stat().st_mtime_ns for path in (fickle, plain)]
+    assert teacher("--method hinton --dropout 0.4 --alpha 0.2 --temperature 2") == fickle
+    assert teacher("--dropout 0.4 --seed 7") == fickle
+    assert teacher("--method teacher --dropout 0.4 --seed 0") == fickle
+    assert teacher("--method signal --sigma 0.4 --noise-per image") == plain
+    assert teacher("--method swap --swap all --seed 3") == plain
+    assert teacher_of("soft_randomization", tmp_path, "--sigma 0.2") == plain
+    assert teacher_of("messy_collab", tmp_path, "--method mc-s --noise-rate 0.4") == plain
+    others = ("--method teacher --seed 3", "--gamma 0.5", "--lr 0.2", "--weight-decay 0.1")
+    for flags in others:
+        if "--method" not in flags:
+            flags += " --method hinton"
+        assert teacher(flags) not in (fickle, plain), flags
+    assert written == [path.stat().st_mtime_ns for path in (fickle, plain)]
+    assert len([*tmp_path.glob("teachers/*/teacher.pt")]) == 2 + len(others)
+
+
+def test_runs_that_begin_at_once_do_not_delete_each_others_files(tmp_path, monkeypatch):
+    """Another run writes the same recipe and locks the folder while this one writes its own."""
+    fsync, folders = os.fsync, []
+
+    def another_run(descriptor):
+        fsync(descriptor)
+        if not folders:
+            folders.extend(tmp_path.glob("teachers/*"))
+            common.write_json(folders[0] / "recipe.json", {"seed": 0})
+            with common.locked(folders[0]):
+                pass
+
+    monkeypatch.setattr(os, "fsync", another_run)
+    folder = teacher_folder("fickle_teacher", tmp_path, "--method hinton")
+    assert folders == [folder] and (folder / "recipe.json").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -368,11 +479,7 @@ def test_the_milestones_of_a_teacher_are_60_120_150_of_200_stretched(script):
     module = SCRIPTS[script]
 
     def milestones(flags):
-        args = module.parse_args(flags.split())
-        if script == "messy_collab":
-            data = common.load_data("shapes", train_subset=20)
-            return module.teacher_recipe(args, data, 0)["milestones"]
-        return module.teacher_recipe(args, 0)["milestones"]
+        return module.teacher_args(module.parse_args(flags.split())).milestones
 
     assert milestones("") == [60, 120, 150]
     assert milestones("--teacher-epochs 4") == [2, 3, 3]
@@ -381,7 +488,7 @@ def test_the_milestones_of_a_teacher_are_60_120_150_of_200_stretched(script):
 
 
 def test_seeds_share_the_teacher_and_draw_other_students(tmp_path):
-    run("fickle_teacher", tmp_path, "--dropout 0.2 --seeds 3 5")
+    run("fickle_teacher", tmp_path, "--dropout 0.2 --seed 3 5")
     assert list(teacher_files(tmp_path)) == [0]
     students = [tmp_path / f"fickle_teacher/x-s{seed}/student.pt" for seed in (3, 5)]
     assert not same_weights(*students)
@@ -391,41 +498,37 @@ def test_seeds_share_the_teacher_and_draw_other_students(tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_method_teacher_is_about_the_teacher_of_the_seed_and_students_share_it(script, tmp_path):
-    summaries = run(script, tmp_path, "--method teacher --seeds 0 1 2")
+    summaries = run(script, tmp_path, "--method teacher --seed 0 1 2")
     files = teacher_files(tmp_path)
     assert sorted(files) == [0, 1, 2]
     data = common.load_data("shapes", test_subset=20)
     for seed, (row,) in enumerate(summaries):
         teacher = common.load_model(files[seed])
         accuracy = common.accuracy(common.predict(teacher, data.x_test), data.y_test)
-        assert row["model"] == "teacher" and row["clean_acc"] == accuracy
+        assert row["net"] == "teacher" and row["clean_acc"] == accuracy
+        assert (tmp_path / script / f"x-s{seed}" / row["file"]).resolve() == files[seed].resolve()
         assert not any(same_weights(files[seed], files[other]) for other in range(seed))
     times = {seed: path.stat().st_mtime_ns for seed, path in files.items()}
-    run(script, tmp_path, "--method hinton --teacher-seeds 3 --seed 5 --epochs 1")
+    run(script, tmp_path, "--method hinton --seed 5 --epochs 1")
     assert teacher_files(tmp_path) == files  # none was trained
     assert {seed: path.stat().st_mtime_ns for seed, path in files.items()} == times
 
 
-@pytest.mark.parametrize("on", ["val", "test"])
-def test_the_most_accurate_teacher_teaches(on, tmp_path, capsys):
-    flags = f"--method hinton --teacher-seeds 3 --pick-teacher {on} --teacher-epochs 1"
-    (rows,) = run("messy_collab", tmp_path, flags)
-    printed = capsys.readouterr().out
-    data = common.load_data("shapes", val_size=20, train_subset=48, test_subset=20)
-    x, labels = data.x_val, data.y_val
-    if on == "test":
-        x, labels = data.x_test, data.y_test
-    accuracies = {}
-    for seed, path in teacher_files(tmp_path).items():
-        teacher = common.load_model(path)
-        accuracies[seed] = common.accuracy(common.predict(teacher, x), labels)
-        assert f"teacher of seed {seed}: {on} accuracy {accuracies[seed]:.4f}" in printed
-    assert len(set(accuracies.values())) > 1
-    best = teacher_files(tmp_path)[max(sorted(accuracies), key=accuracies.get)]
-    flags = f"--method hinton --teacher-ckpt {best} --name given"
-    (given_rows,) = run("messy_collab", tmp_path, flags)
-    students = [tmp_path / f"messy_collab/{name}-s0/student.pt" for name in ("x", "given")]
-    assert same_weights(*students) and rows[0]["clean_acc"] == given_rows[0]["clean_acc"]
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_teacher_that_a_file_holds_teaches_as_if_it_had_been_trained_now(script, tmp_path):
+    (rows,) = run(script, tmp_path, "--method hinton --seed 1")
+    run(script, tmp_path, "--method teacher --seed 1 --name t")
+    files, students = teacher_files(tmp_path), {}
+    for seed, file in files.items():
+        flags = f"--method hinton --seed 1 --name given{seed} --teacher-ckpt {file}"
+        (given,) = run(script, tmp_path, flags)
+        students[seed] = tmp_path / script / f"given{seed}-s1" / "student.pt"
+        if seed == 0:  # the teacher of all students
+            assert [row["clean_acc"] for row in given] == [row["clean_acc"] for row in rows]
+            assert given[0]["net"] == "teacher" and given[0]["pgd20_acc"] == rows[0]["pgd20_acc"]
+    assert teacher_files(tmp_path) == files and sorted(files) == [0, 1]
+    assert same_weights(students[0], tmp_path / script / "x-s1" / "student.pt")
+    assert not same_weights(students[0], students[1])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -451,7 +554,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(script, tmp_path, stop_at):
 # Two processes see equal images and labels: what they compute differs by what they draw alone
 EQUAL_IMAGES = (
     "--data mnist --train-subset 16 --val-size 0 --test-subset 2 --batch-size 8 --model mlp-8 "
-    "--epochs 2 --teacher-epochs 2 --device cpu --eval-steps 1 --restarts 1 --teacher-model mlp-8 "
+    "--epochs 2 --teacher-epochs 2 --device cpu --eval-restarts 1 --teacher-model mlp-8 "
     "--name x"
 )
 JOBS = {  # what is drawn: script, flags, the losses that depend on it
@@ -525,8 +628,8 @@ def test_processes_draw_different_noise_and_nothing_else_differs(tmp_path):
     recorded = [json.loads((tmp_path / f"losses{rank}.json").read_text()) for rank in (0, 1)]
     for job, (_, _, drawn) in JOBS.items():
         first, second = recorded[0][job], recorded[1][job]
-        assert len(second["cross_entropy"]) == 8 and len(second["kl"]) == 4
-        # 2 epochs of 2 steps for each net; the first process evaluates after them
+        assert len(second["kl"]) == 4
+        # 2 epochs of 2 steps for each net; the processes evaluate after them
         steps = {"teacher": slice(0, 4), "student": slice(4, 8)}
         differing = []
         for name, part in steps.items():
@@ -543,19 +646,18 @@ def test_processes_draw_different_noise_and_nothing_else_differs(tmp_path):
 # Evaluation and refusals
 
 
-def test_the_full_evaluation_has_every_measure_of_the_paper(tmp_path):
-    np.savez(tmp_path / "other.npz", **common.make_shapes(10, 20))
-    corrupted = tmp_path / "corrupted"
-    corruptions.main(["--data", "shapes", "--n", "10", "--out", str(corrupted)])
-    flags = f"--method student --eval full --ood {tmp_path / 'other.npz'} --test-subset 10"
-    flags += f" --corruptions {corrupted}"
-    (rows,) = run("fickle_teacher", tmp_path, f"{flags} --epochs 1")
-    accuracies = {key for key in rows[0] if key.endswith("_acc")}
-    assert {"clean_acc", "pgd10_acc", "pgd15_acc", "mca_acc", "mean19_acc", "ood_acc"} <= accuracies
-    folder = tmp_path / "fickle_teacher" / "x-s0"
-    record = json.loads((folder / "evaluation.json").read_text())["rows"][0]
-    assert sum(record["calibration"]["clean"]["confidence"]) == pytest.approx(1)
-    assert "gaussian_noise" in (folder / "evaluation.txt").read_text()
+def test_the_evaluation_script_gives_a_finished_student_the_numbers_of_its_summary(
+    tmp_path, capsys
+):
+    (rows,) = run("fickle_teacher", tmp_path, "--method student --eval-eps 0.1 --eval-restarts 2")
+    student = tmp_path / "fickle_teacher" / "x-s0" / "student.pt"
+    # a row names its file as seen from the folder of the run
+    assert student == (student.parent / rows[0]["file"])
+    flags = "--data shapes --n 20 --eps 0.1 --step-size 0.003 --restarts 2 --device cpu"
+    capsys.readouterr()
+    eval_robustness.main([str(student), *flags.split(), "--attack", "clean", "pgd20"])
+    line = re.search(rf"^{student} .*", capsys.readouterr().out, re.M)[0]
+    assert line.split()[1:3] == [f"{rows[0][key]:.4f}" for key in ("clean_acc", "pgd20_acc")]
 
 
 BAD_FLAGS = [
@@ -570,14 +672,10 @@ BAD_FLAGS = [
     ("--alpha 1.1", "--alpha: expected"),
     ("--temperature 0", "--temperature: expected a number above 0"),
     ("--teacher-ckpt none.pt", "none.pt: no such checkpoint"),
-    ("--cinic none", "--cinic: expected a file or a folder"),
-    ("--corruptions none", "--corruptions: there is no folder none"),
-    ("--teacher-seeds 2 --val-size 0", "--pick-teacher val: needs held-out images"),
-    ("--method teacher --teacher-seeds 2", "--teacher-seeds 2: --method teacher trains the"),
-    ("--teacher-ckpt a.pt --teacher-seeds 2", "--teacher-seeds: has no effect"),
     ("--method student --alpha 0.5", "--alpha: has no effect with --method student"),
-    ("--method student --teacher-seeds 2", "--teacher-seeds: has no effect with --method student"),
-    ("--pick-teacher test", "--pick-teacher: there is one teacher"),
+    ("--eval-eps 2", "--eval-eps: expected"),
+    ("--eval-restarts 0", "--eval-restarts: expected a whole number of at least 1"),
+    ("--seed 1 1", "--seed: each seed once"),
     ("--milestones 0", "--milestones: expected a whole number of at least 1"),
 ]
 
@@ -609,17 +707,15 @@ def test_a_run_killed_in_its_evaluation_goes_on_from_a_damaged_checkpoint(tmp_pa
     """The epoch that is trained again takes other seconds: student.pt has other bytes then."""
     (expected,) = run("fickle_teacher", tmp_path / "whole", "--method hinton")
 
-    def die(state):
-        save(state)
+    def die(*args, **kwargs):
         raise KeyboardInterrupt
 
-    save = eval_robustness.State.save
     with monkeypatch.context() as patch:
-        patch.setattr(eval_robustness.State, "save", die)
+        patch.setattr(eval_robustness, "evaluate", die)
         with pytest.raises(KeyboardInterrupt):
             run("fickle_teacher", tmp_path / "killed", "--method hinton")
     folder = tmp_path / "killed" / "fickle_teacher" / "x-s0"
-    assert (folder / "evaluation.json.state" / "state1.pt").exists()
+    assert not (folder / "summary.json").exists()
     newest = folder / "student.checkpoint1.pt"  # after 3 epochs
     newest.write_bytes(newest.read_bytes()[:-100])
     (found,) = run("fickle_teacher", tmp_path / "killed", "--method hinton")
@@ -628,7 +724,7 @@ def test_a_run_killed_in_its_evaluation_goes_on_from_a_damaged_checkpoint(tmp_pa
 
 
 def test_a_teacher_that_all_seeds_share_has_no_deviation(tmp_path, capsys):
-    run("fickle_teacher", tmp_path, "--method hinton --seeds 0 1")
+    run("fickle_teacher", tmp_path, "--method hinton --seed 0 1")
     out = capsys.readouterr().out
     teacher, student = re.findall(r"^(?:teacher|student \(hinton\)) .*", out, re.M)[-2:]
     assert "+-" not in teacher and "+-" in student and "teacher.pt" not in teacher

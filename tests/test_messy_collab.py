@@ -13,8 +13,8 @@ import messy_collab
 
 SMALL = (
     "--data shapes --model mlp-8 --teacher-model mlp-12 --device cpu --train-subset 48 --lr 0.05 "
-    "--test-subset 20 --val-size 20 --batch-size 16 --teacher-epochs 2 --epochs 2 --restarts 1 "
-    "--eval-steps 1 --name x"
+    "--test-subset 20 --val-size 20 --batch-size 16 --teacher-epochs 2 --epochs 2 "
+    "--eval-restarts 1 --name x"
 )
 N = 40_000
 
@@ -102,20 +102,20 @@ def test_each_method_disturbs_the_labels_of_whom_it_says(method, tmp_path, monke
     labels_of_epoch = {}  # (stage, epoch): labels (N,) from which the net has learned
     accuracies = {}  # (stage, epoch): train_acc, and what it should be
     batches = []  # of the current epoch: labels, how many predictions agree with them
-    epoch_row, metrics = common.epoch_row, common.metrics
+    epoch_row, step_sums = common.epoch_row, common.step_sums
 
     def record_batch(loss, logits, labels):
         batches.append((labels, int((logits.argmax(1) == labels).sum())))
-        return metrics(loss, logits, labels)
+        return step_sums(loss, logits, labels)
 
-    def record_epoch(stage, epoch, *more):
-        row = epoch_row(stage, epoch, *more)
+    def record_epoch(args, stage, epoch, *more):
+        row = epoch_row(args, stage, epoch, *more)
         labels_of_epoch[stage, epoch] = torch.cat([labels for labels, _ in batches])
         accuracies[stage, epoch] = row["train_acc"], sum(correct for _, correct in batches) / 48
         batches.clear()
         return row
 
-    monkeypatch.setattr(common, "metrics", record_batch)
+    monkeypatch.setattr(common, "step_sums", record_batch)
     monkeypatch.setattr(common, "epoch_row", record_epoch)
     noise = "--noise-rate 0.3" if varied else ""
     folder = run(tmp_path, f"--method {method} --corruption-rate 0.25 {noise}")
@@ -154,35 +154,77 @@ def test_each_method_disturbs_the_labels_of_whom_it_says(method, tmp_path, monke
         ("--method mc-s --corruption-rate 0.1", (0, 0.25), (0.1, 0.1)),
     ],
 )
-def test_the_defaults_disturb_by_the_method(flags, noise_rates, corruption_rates):
-    args = messy_collab.parse_args(flags.split())
-    for i, role in enumerate(("teacher", "student")):
-        assert messy_collab.noise_rate(args, role) == noise_rates[i]
-        assert messy_collab.corruption_rate(args, role) == corruption_rates[i]
+def test_the_defaults_disturb_by_the_method(
+    flags, noise_rates, corruption_rates, tmp_path, monkeypatch
+):
+    given, train = {}, messy_collab.train  # stage: noise rate, share of wrong labels
+    clean = common.load_data("shapes", val_size=20, train_subset=48)
+
+    def record(args, data, folder, stage, teacher=None):
+        wrong = (data.y_train != clean.y_train).double().mean().item()
+        given[stage] = args.noise_rate or 0, wrong
+        return train(args, data, folder, stage, teacher)
+
+    monkeypatch.setattr(messy_collab, "train", record)
+    run(tmp_path, f"{flags} --epochs 1 --teacher-epochs 1")
+    roles = ["teacher"] if "--method teacher" in flags else ["teacher", "student"]
+    assert list(given) == roles
+    for role, noise_rate, corruption_rate in zip(roles, noise_rates, corruption_rates):
+        assert given[role] == (noise_rate, round(corruption_rate * 48) / 48), role
 
 
-def test_a_teacher_is_shared_if_its_labels_are_the_same():
-    data = common.load_data("shapes", val_size=20, train_subset=48)
+def test_the_net_alone_of_the_demo_has_the_fixed_wrong_labels_and_no_noise(tmp_path, monkeypatch):
+    given, train = {}, messy_collab.train
 
-    def recipe(flags):
-        return messy_collab.teacher_recipe(messy_collab.parse_args(flags.split()), data, 0)
+    def record(args, data, folder, stage, teacher=None):
+        given[stage] = args.noise_rate or 0, data.y_train
+        return train(args, data, folder, stage, teacher)
 
-    plain = recipe("--method hinton")
-    assert recipe("--method mc-s --noise-rate 0.4") == plain
-    assert recipe("--method flc-s") == plain
-    assert recipe("--method mc-t") == recipe("--method mc-ts --noise-rate 0.25")
-    assert recipe("--method flc-t") == recipe("--method hinton --corruption-rate 0.25")
-    others = [
-        recipe("--method mc-t"),
-        recipe("--method mc-t --noise-rate 0.5"),
-        recipe("--method mc-t --label-draw inclusive"),
-        recipe("--method flc-t"),
-        recipe("--method flc-t --label-draw inclusive"),
-        recipe("--method flc-t --corruption-rate 0.5"),
-        recipe("--method flc-t --corruption-seed 1"),
-    ]
-    for i, other in enumerate(others):
-        assert other != plain and other not in others[:i]
+    monkeypatch.setattr(messy_collab, "train", record)
+    folder = run(tmp_path, "--demo --noise-rate 0.4 --epochs 1 --teacher-epochs 1")
+    assert {stage: rate for stage, (rate, _) in given.items()} == {
+        "student-alone": 0,
+        "teacher": 0,
+        "student": 0.4,
+    }
+    wrong_labels = common.load(folder / "labels.pt")["labels"]
+    assert all(torch.equal(labels, wrong_labels) for _, labels in given.values())
+
+
+def test_a_teacher_is_shared_if_its_labels_are_the_same(tmp_path):
+    def teacher(flags):
+        """The file of the teacher of a run with these flags."""
+        name = f"run{len([*tmp_path.glob('messy_collab/*')])}"
+        flags = f"{SMALL} --epochs 1 --teacher-epochs 1 {flags} --name {name} --runs {tmp_path}"
+        (rows,) = messy_collab.main(flags.split())
+        (file,) = [row["file"] for row in rows if row["net"] == "teacher"]
+        return (tmp_path / "messy_collab" / f"{name}-s0" / file).resolve()
+
+    plain = teacher("--method hinton")
+    assert teacher("--method mc-s --noise-rate 0.4") == plain
+    assert teacher("--method mc-s --noise-rate 0.4 --label-draw inclusive") == plain
+    assert teacher("--method flc-s") == plain
+    varied = teacher("--method mc-t")
+    assert teacher("--method mc-ts --noise-rate 0.25") == varied
+    assert teacher("--method teacher --noise-rate 0.25") == varied
+    corrupted = teacher("--method flc-t")
+    labels_file = tmp_path / "messy_collab" / "run7-s0" / "labels.pt"
+    assert teacher("--method hinton --corruption-rate 0.25") == corrupted
+    assert teacher("--method teacher --corruption-rate 0.25") == corrupted
+    assert teacher("--method mc-s --corruption-rate 0.25") == corrupted
+    assert teacher(f"--method flc-ts --labels-file {labels_file}") == corrupted
+    assert teacher(f"--method flc-s --labels-file {labels_file}") == plain
+    others = [plain, varied, corrupted]
+    for flags in (
+        "--method mc-t --noise-rate 0.5",
+        "--method mc-t --label-draw inclusive",
+        "--method mc-t --corruption-rate 0.25",
+        "--method flc-t --label-draw inclusive",
+        "--method flc-t --corruption-rate 0.5",
+        "--method flc-t --corruption-seed 1",
+    ):
+        others.append(teacher(flags))
+        assert others[-1] not in others[:-1], flags
 
 
 # ------------------------------------------------------------------------------------------------
@@ -207,14 +249,15 @@ def test_the_true_labels_of_corrupted_images_are_never_used(tmp_path):
 
 
 def test_all_seeds_and_runs_have_the_same_corrupted_labels_and_held_out_ones_are_true(tmp_path):
-    run(tmp_path, "--method flc-s --corruption-rate 0.5 --seeds 0 4 --epochs 1")
+    run(tmp_path, "--method flc-s --corruption-rate 0.5 --seed 0 4 --epochs 1")
     run(tmp_path, "--method student --corruption-rate 0.5 --epochs 1 --name y")
     labels = [common.load(path)["labels"] for path in tmp_path.glob("messy_collab/*/labels.pt")]
     assert len(labels) == 3
     data = common.load_data("shapes", val_size=20, train_subset=48)
     args = messy_collab.parse_args(["--method", "student", "--corruption-rate", "0.5"])
-    for other in labels:
-        assert torch.equal(other, messy_collab.labels_of(args, data, "student"))
+    wrong = messy_collab.with_wrong_labels(args, data)
+    assert all(torch.equal(other, wrong.y_train) for other in labels)
+    assert torch.equal(wrong.y_val, data.y_val) and torch.equal(wrong.y_test, data.y_test)
     assert (labels[0] != data.y_train).sum() == 24
     fresh = common.load_data("shapes", val_size=20, train_subset=48)
     assert torch.equal(data.y_train, fresh.y_train) and torch.equal(data.y_val, fresh.y_val)

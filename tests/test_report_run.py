@@ -152,6 +152,9 @@ def test_a_run_of_every_script_has_a_page_with_its_numbers(finished, name):
     shown = page.table("model")
     assert [row[0] for row in shown] == [row["model"] for row in rows]
     columns = next(first for first, *_ in page.tables if first[0] == "model")
+    nets = [row["net"] for row in rows]  # a field for programs, which is not shown
+    assert len(set(nets)) == len(nets) and {"student", "teacher"} & set(nets)
+    assert "net" not in columns
     clean, pgd = columns.index("clean"), [c for c in columns if re.fullmatch(r"PGD-\d+", c)]
     for cells, row in zip(shown, rows):
         assert cells[clean] == f"{100 * row['clean_acc']:.2f}"
@@ -255,7 +258,7 @@ def test_the_attack_is_that_of_the_evaluation(finished):
     folder = finished("robust_kd")
     data, net = data_and_net(folder)
     run = report_run.read_run(folder)
-    attacked = report_run.attack_images(net, data, 1000, run.flags)
+    attacked = report_run.attack_images(net, data, 1000, run.config["flags"])
     assert (attacked.x_adv - attacked.x).abs().max() <= 2 / 255 + 1e-6
     # the image and its start are the same as in the evaluation, whatever the order
     withstands = attacked.outcomes().count(report_run.WITHSTANDS)
@@ -266,8 +269,8 @@ def test_the_attack_is_that_of_the_evaluation(finished):
 
 
 def test_the_step_is_that_of_the_evaluation_and_not_of_the_training(finished):
-    fickle = report_run.read_run(finished("fickle_teacher")).flags
-    robust = report_run.read_run(finished("robust_kd")).flags
+    fickle = report_run.read_run(finished("fickle_teacher")).config["flags"]
+    robust = report_run.read_run(finished("robust_kd")).config["flags"]
     assert report_run.evaluation_step(fickle) == fickle["step_size"] == 0.003
     assert report_run.evaluation_step(robust | {"step_size": 0.5}) is None
 
@@ -275,7 +278,9 @@ def test_the_step_is_that_of_the_evaluation_and_not_of_the_training(finished):
 def test_examples_show_the_images_and_what_the_net_says(finished):
     folder = finished("robust_kd")
     data, net = data_and_net(folder)
-    attacked = report_run.attack_images(net, data, 1000, report_run.read_run(folder).flags)
+    attacked = report_run.attack_images(
+        net, data, 1000, report_run.read_run(folder).config["flags"]
+    )
     page = page_of(folder)
     cards = re.findall(r'<div class="card (\w+)">(.*?)</div></div>', page.source, re.S)
     kinds = [kind for kind, _ in cards]

@@ -8,8 +8,8 @@ import soft_randomization
 
 SMALL = (
     "--data shapes --model mlp-8 --teacher-model mlp-12 --device cpu --train-subset 48 --lr 0.05 "
-    "--test-subset 20 --val-size 20 --batch-size 16 --teacher-epochs 1 --epochs 1 --restarts 1 "
-    "--eval-steps 1 --name x"
+    "--test-subset 20 --val-size 20 --batch-size 16 --teacher-epochs 1 --epochs 1 "
+    "--eval-restarts 1 --name x"
 )
 
 
@@ -39,10 +39,11 @@ def test_the_noise_is_clipped_only_if_asked_and_none_at_sigma_zero():
 
 def test_the_student_sees_noise_and_its_teacher_the_same_images_without(tmp_path, monkeypatch):
     seen = {"teacher": [], "student": [], "teaching": []}
-    new_model, get_teacher = common.new_model, common.get_teacher
+    new_model, get_teacher = common.new_model, soft_randomization.get_teacher
+    stages = iter(["teacher", "student"])
 
-    def record_inputs_while_training(data, name, seed, stage):
-        model = new_model(data, name, seed, stage)
+    def record_inputs_while_training(*arguments):
+        model, stage = new_model(*arguments), next(stages)
 
         def record(module, inputs):
             if module.training:
@@ -51,18 +52,19 @@ def test_the_student_sees_noise_and_its_teacher_the_same_images_without(tmp_path
         model.register_forward_pre_hook(record)
         return model
 
-    def record_inputs_of_the_teacher(*arguments):
-        teacher, meta, path = get_teacher(*arguments)
+    def record_inputs_of_the_teacher(args, data):
+        teacher = get_teacher(args, data)
         teacher.register_forward_pre_hook(lambda _, inputs: seen["teaching"].append(inputs[0]))
-        return teacher, meta, path
+        return teacher
 
     monkeypatch.setattr(common, "new_model", record_inputs_while_training)
-    monkeypatch.setattr(common, "get_teacher", record_inputs_of_the_teacher)
+    monkeypatch.setattr(soft_randomization, "get_teacher", record_inputs_of_the_teacher)
     soft_randomization.main([*SMALL.split(), "--sigma", "0.1", "--runs", str(tmp_path)])
     data = common.load_data("shapes", val_size=20, train_subset=48)
     batches = [x for x, _ in common.batches(data, 16, 0, "student", 0)]
-    assert len(batches) == len(seen["student"]) == len(seen["teaching"]) == 3
-    for x, noisy, clean in zip(batches, seen["student"], seen["teaching"]):
+    assert len(batches) == len(seen["student"]) == 3
+    taught = seen["teaching"][:3]  # after them it is evaluated
+    for x, noisy, clean in zip(batches, seen["student"], taught, strict=True):
         assert torch.equal(clean, x)
         assert (noisy - x).std().item() == pytest.approx(0.1, rel=0.1)
     assert len(seen["teacher"]) == 3
@@ -73,9 +75,10 @@ def test_the_student_sees_noise_and_its_teacher_the_same_images_without(tmp_path
 def test_the_teacher_of_soft_randomization_is_a_plain_one():
     clean = soft_randomization.parse_args(["--method", "hinton"])
     noisy = soft_randomization.parse_args(["--sigma", "0.3", "--clip"])
-    assert soft_randomization.teacher_recipe(clean, 0) == soft_randomization.teacher_recipe(
-        noisy, 0
+    first, second = (
+        common.run_flags(soft_randomization.teacher_args(args)) for args in (clean, noisy)
     )
+    assert first == second and first["method"] == "teacher"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,7 @@ def test_the_teacher_of_soft_randomization_is_a_plain_one():
         ("--method soft", "--method: invalid choice"),
         ("--model resnet19", "--model: expected resnet18"),
         ("--teacher-model wrn-9-1", "--teacher-model"),
-        ("--eval half", "--eval: invalid choice"),
+        ("--eval-step-size -1", "--eval-step-size: expected"),
     ],
 )
 def test_bad_flags_are_one_line_and_write_nothing(flags, message, tmp_path, refused):

@@ -1,6 +1,7 @@
 """teacher_free_kd.py: its losses, exits, omitted digit, gradients, defaults and its loop."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -82,7 +83,7 @@ def mean_over_batch(of_image):
 
 def test_plain_and_smoothed_losses_are_their_equations():
     plain = mean_over_batch(lambda s, t, label: cross_entropy(one_hot(label), s))
-    assert tf.plain_loss(STUDENT, LABELS).item() == pytest.approx(plain, rel=1e-5)
+    assert tf.smoothing_loss(STUDENT, LABELS, 0.0).item() == pytest.approx(plain, rel=1e-5)
 
     def smoothed(s, t, label):
         return cross_entropy([0.8 * p + 0.2 / CLASSES for p in one_hot(label)], s)
@@ -99,11 +100,8 @@ def test_kd_is_equations_2_3_and_6(tau2, temperature):
         distilled = factor * divergence(softmax(t, temperature), s, temperature)
         return 0.7 * cross_entropy(one_hot(label), s) + 0.3 * distilled
 
-    loss = tf.kd_loss(STUDENT, TEACHER, LABELS, 0.3, temperature, tau2, "batchmean").item()
+    loss = tf.kd_loss(STUDENT, TEACHER, LABELS, 0.3, temperature, tau2).item()
     assert loss == pytest.approx(mean_over_batch(of_image), rel=1e-5)
-    over_classes = tf.kd_loss(STUDENT, TEACHER, LABELS, 1.0, temperature, tau2, "mean")
-    over_images = tf.kd_loss(STUDENT, TEACHER, LABELS, 1.0, temperature, tau2, "batchmean")
-    assert over_classes.item() * CLASSES == pytest.approx(over_images.item())
 
 
 @pytest.mark.parametrize("tau2", [True, False])
@@ -123,7 +121,7 @@ def test_reg_is_equation_4_in_each_form(form, tau2):
             distilled = divergence(probs, s)
         return 0.6 * cross_entropy(one_hot(label), s) + 0.4 * distilled
 
-    loss = tf.reg_loss(STUDENT, LABELS, 0.4, temperature, delta, form, tau2, "batchmean").item()
+    loss = tf.reg_loss(STUDENT, LABELS, 0.4, temperature, delta, form, tau2).item()
     assert loss == pytest.approx(mean_over_batch(of_image), rel=1e-5)
 
 
@@ -149,7 +147,7 @@ def test_self_distillation_is_the_sum_over_its_exits(tau2):
             soft = divergence(softmax(last, 3.0), s, 3.0) * (9 if tau2 else 1)
             distance = math.dist(features[early][image].tolist(), features[2][image].tolist())
             total += 0.7 * cross_entropy(one_hot(label), s) + 0.3 * soft + 0.05 * distance
-    loss = tf.self_distillation_loss(exits, features, LABELS, 0.3, 0.05, 3.0, tau2, "batchmean")
+    loss = tf.self_distillation_loss(exits, features, LABELS, 0.3, 0.05, 3.0, tau2)
     assert loss.item() == pytest.approx(total / BATCH, rel=1e-5)
 
 
@@ -173,13 +171,13 @@ def assert_same_gradient(first, second):
 
 
 def plain(s):
-    return tf.plain_loss(s, LABELS)
+    return F.cross_entropy(s, LABELS)
 
 
 def test_alpha_zero_is_cross_entropy():
     for loss in (
-        lambda s: tf.kd_loss(s, TEACHER, LABELS, 0.0, 6.0, True, "batchmean"),
-        lambda s: tf.reg_loss(s, LABELS, 0.0, 20.0, 0.99, "repo", True, "batchmean"),
+        lambda s: tf.kd_loss(s, TEACHER, LABELS, 0.0, 6.0, True),
+        lambda s: tf.reg_loss(s, LABELS, 0.0, 20.0, 0.99, "repo", True),
         lambda s: tf.at_kd_loss(s, TEACHER, LABELS, 0.0, 1.0),
     ):
         assert loss(STUDENT).item() == pytest.approx(plain(STUDENT).item())
@@ -202,7 +200,7 @@ def test_tf_kd_reg_with_delta_one_is_cross_entropy_plus_a_known_term(form):
         return (1 - alpha) * plain(s) + alpha * known_term
 
     def loss(s):
-        return tf.reg_loss(s, LABELS, alpha, temperature, 1.0, form, True, "batchmean")
+        return tf.reg_loss(s, LABELS, alpha, temperature, 1.0, form, True)
 
     assert loss(STUDENT).item() == pytest.approx(expected(STUDENT).item(), rel=1e-5)
     assert_same_gradient(loss, expected)
@@ -214,7 +212,7 @@ def test_tf_kd_reg_in_its_plain_form_is_label_smoothing():
     alpha, delta = 0.3, 0.8
     smoothing = alpha * (1 - delta) * CLASSES / (CLASSES - 1)
     assert_same_gradient(
-        lambda s: tf.reg_loss(s, LABELS, alpha, 9.0, delta, "plain", True, "batchmean"),
+        lambda s: tf.reg_loss(s, LABELS, alpha, 9.0, delta, "plain", True),
         lambda s: tf.smoothing_loss(s, LABELS, smoothing),
     )
 
@@ -226,14 +224,14 @@ def test_the_repo_form_forgets_delta_and_is_nearly_label_smoothing():
     assert targets.min().item() == pytest.approx(0.0995, abs=1e-4)
     of_half, _ = tf.soften(tf.virtual_teacher(LABELS % 3, 10, 0.5), 20.0, "repo")
     assert (targets - of_half).abs().max() < 3e-3
-    repo = gradient(lambda s: tf.reg_loss(s, LABELS, 0.1, 20.0, 0.99, "repo", True, "batchmean"))
+    repo = gradient(lambda s: tf.reg_loss(s, LABELS, 0.1, 20.0, 0.99, "repo", True))
     smoothed = gradient(lambda s: tf.smoothing_loss(s, LABELS, 0.1))
     assert (repo - smoothed).abs().max() < 0.02 * smoothed.abs().max()
 
 
 def test_the_kl_goes_from_the_teacher_to_the_student_and_is_zero_when_they_agree():
     def distilled(s, t):
-        return tf.kd_loss(s, t, LABELS, 1.0, 2.0, True, "batchmean").item()
+        return tf.kd_loss(s, t, LABELS, 1.0, 2.0, True).item()
 
     assert distilled(TEACHER, TEACHER) == pytest.approx(0, abs=1e-6)
     assert distilled(STUDENT, TEACHER) != pytest.approx(distilled(TEACHER, STUDENT), rel=1e-2)
@@ -242,7 +240,7 @@ def test_the_kl_goes_from_the_teacher_to_the_student_and_is_zero_when_they_agree
 def test_tau2_keeps_the_scale_of_the_gradient():
     def norm(temperature):
         s = (STUDENT / 10).requires_grad_()
-        loss = tf.kd_loss(s, TEACHER / 10, LABELS, 1.0, temperature, True, "batchmean")
+        loss = tf.kd_loss(s, TEACHER / 10, LABELS, 1.0, temperature, True)
         return torch.autograd.grad(loss, s)[0].norm().item()
 
     assert 0.5 < norm(20.0) / norm(1.0) < 2
@@ -250,13 +248,13 @@ def test_tau2_keeps_the_scale_of_the_gradient():
 
 def test_no_gradient_reaches_a_teacher_nor_the_last_exit_by_the_others():
     t, s = TEACHER.clone().requires_grad_(), STUDENT.clone().requires_grad_()
-    tf.kd_loss(s, t, LABELS, 0.5, 2.0, True, "batchmean").backward()
+    tf.kd_loss(s, t, LABELS, 0.5, 2.0, True).backward()
     tf.at_kd_loss(s, t, LABELS, 0.5, 2.0).backward()
     assert t.grad is None
     exits = [random_logits(7).requires_grad_(), TEACHER.clone().requires_grad_()]
     features = [random_logits(8).requires_grad_(), random_logits(9).requires_grad_()]
-    tf.self_distillation_loss(exits, features, LABELS, 0.5, 1.0, 3.0, True, "batchmean").backward()
-    by_labels_alone = torch.autograd.grad(tf.plain_loss(exits[1], LABELS), exits[1])[0]
+    tf.self_distillation_loss(exits, features, LABELS, 0.5, 1.0, 3.0, True).backward()
+    by_labels_alone = torch.autograd.grad(F.cross_entropy(exits[1], LABELS), exits[1])[0]
     torch.testing.assert_close(exits[1].grad, by_labels_alone)
     assert features[1].grad is None and features[0].grad.abs().max() > 0
 
@@ -265,11 +263,9 @@ def test_no_gradient_reaches_a_teacher_nor_the_last_exit_by_the_others():
 # Exits and costs
 
 
-@pytest.mark.parametrize(
-    "name, width", [("resnet18", 1 / 32), ("resnet50", 1 / 32), ("wrn-10-1", 1)]
-)
-def test_exits_have_the_right_shapes_and_growing_costs(name, width):
-    net = common.build_model(name, 10, width)
+@pytest.mark.parametrize("name", ["resnet18-w2", "resnet50-w2", "wrn-10-1"])
+def test_exits_have_the_right_shapes_and_growing_costs(name):
+    net = common.build_model(name, 10)
     exits = tf.Exits(net).eval()
     x = torch.rand(3, 3, 32, 32)
     logits, features = exits(x)
@@ -303,16 +299,15 @@ def macs_by_hand(net, size=32):
 
 def test_costs_are_multiply_adds_counted_by_hand_and_table_1s():
     data = common.load_data("shapes", test_subset=1)
-    net = common.build_model("resnet18", 10, 1 / 8).eval()
+    net = common.build_model("resnet18-w8", 10).eval()
     assert tf.macs(net, data) == macs_by_hand(net)
     digits = dataclasses.replace(data, x_test=torch.zeros(1, 28, 28, 1, dtype=torch.uint8))
-    args = tf.parse_args(["--method", "vanilla"])
     for name, weights, parameters in (
         ("mlp-1200-1200", 2_392_800, 2_395_210),  # paper: 940800 + 1440000 + 12000
         ("mlp-400", 317_600, 318_010),  # paper: 313600 + 4000
     ):
         mlp = common.build_model(name, 10, channels=1, size=28).eval()
-        row = tf.evaluate("student", name, mlp, {}, digits, args)
+        row = tf.size_columns(mlp, digits)
         assert (row["weights"], row["parameters"], row["macs"]) == (weights, parameters, weights)
 
 
@@ -322,11 +317,11 @@ def test_ensembles_are_of_all_exits_and_every_exit_is_evaluated_in_strict_float3
     precisions, head = set(), tf.Exits.head
 
     def spied(self, i, h):
-        precisions.add((torch.backends.cudnn.conv.fp32_precision, self.training))
+        if len(h) > 1:  # macs counts on one image, whatever the precision
+            precisions.add((torch.backends.cudnn.conv.fp32_precision, self.training))
         return head(self, i, h)
 
     monkeypatch.setattr(tf.Exits, "head", spied)
-    monkeypatch.setattr(tf, "macs", lambda *args: 0)  # it counts, whatever the precision
     data = common.load_data("shapes", test_subset=40)
     common.set_precision("tf32")
     try:
@@ -358,6 +353,19 @@ def test_self_distillation_saves_a_plain_net_and_shows_every_exit(tmp_path):
     data = common.load_data("shapes", test_subset=20)
     again = eval_robustness.evaluate(net, data.x_test, data.y_test, ["clean"])
     assert again["clean_acc"] == student["clean_acc"]
+
+
+def test_the_last_exit_answers_as_the_student_does_on_every_image(tmp_path):
+    run(tmp_path, "--method self-distillation --model wrn-10-1 --epochs 1 --eval-attack clean")
+    net, meta = common.load_model(file_of(tmp_path))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    data = common.load_data("shapes", test_subset=100)
+    student = common.predict(net, data.x_test).argmax(1)
+    rows = tf.exit_rows(net, meta["exits"], dataclasses.replace(data, y_test=student))
+    assert {row["model"]: row["clean_acc"] for row in rows}["exit 3"] == 1.0
+    assert rows[-1]["macs"] > rows[2]["macs"] == tf.macs(net.train(), data)
+    assert net.training  # as it was handed over
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_self_distillation_trains_the_exits_and_the_trunk_through_them(tmp_path):
@@ -413,8 +421,8 @@ def test_omitted_digits_never_reach_the_students_batches(mnist, tmp_path, monkey
             yield x, labels
 
     monkeypatch.setattr(common, "batches", spied)
-    flags = f"{DIGITS} --omit-digit 7 --bias-correction --data-root {mnist} --runs {tmp_path}"
-    (summary,) = tf.main(flags.split())
+    flags = f"{DIGITS} --omit-digit 7 --bias-correction --grad-heatmap --data-root {mnist}"
+    (summary,) = tf.main([*flags.split(), "--runs", str(tmp_path)])
     data = common.load_data("mnist", mnist, val_size=40)
 
     def digits(stage):
@@ -428,6 +436,11 @@ def test_omitted_digits_never_reach_the_students_batches(mnist, tmp_path, monkey
     assert torch.equal(torch.cat(images["student"]), torch.cat(images["student-alone"]))
     assert len(digits("teacher")) == 3 * len(data.y_train) and (digits("teacher") == 7).any()
     rows = {row["model"]: row for row in summary}
+    nets = [row["net"] for row in summary if row["net"] != "best"]
+    assert nets == ["teacher", "alone", "student", "alone, corrected", "student, corrected"]
+    with np.load(file_of(tmp_path, "gradients.npz")) as file:
+        recorded = {name.split("/")[0] for name in file}
+    assert recorded == {"student-alone (plain)", "student (vanilla)"}
     for name in ("student-alone (plain)", "student (vanilla)"):
         row, raised = rows[name], rows[f"{name}, bias corrected"]
         assert raised["only_7_acc"] >= row["only_7_acc"]
@@ -471,11 +484,10 @@ def test_accuracies_with_and_without_a_digit_are_in_strict_float32(mnist, monkey
     monkeypatch.setattr(common.MLP, "forward", spied)
     monkeypatch.setattr(tf, "macs", lambda *args: 0)
     data = common.load_data("mnist", mnist)
-    args = tf.parse_args("--method plain --data mnist --omit-digit 3 --device cpu".split())
     model = common.new_model(data, "mlp-16", 0, "student").eval()
     common.set_precision("tf32")
     try:
-        tf.evaluate("student", "a", tf.correct_bias(model, data, 3), {}, data, args)
+        tf.digit_columns(tf.correct_bias(model, data, 3), data, 3)
     finally:
         common.set_precision("bf16")
     assert precisions == {"ieee"}
@@ -493,7 +505,7 @@ def test_the_heat_map_is_a_gradient_computed_by_hand_on_a_two_layer_net():
     total = {"1.1": 0.0, "1.2": 0.0}
     for _ in range(2):  # two minibatches: means of absolute values, not of their sum
         x = torch.rand(BATCH, 1, 2, 2)
-        loss = tf.plain_loss(net(x), LABELS)
+        loss = F.cross_entropy(net(x), LABELS)
         for epoch in (1, 2):  # the first is not recorded
             gradients.add(loss, epoch)
         flat = x.flatten(1).double()
@@ -509,36 +521,42 @@ def test_the_heat_map_is_a_gradient_computed_by_hand_on_a_two_layer_net():
 
 
 def test_the_layers_of_a_resnet_are_its_convolutions_by_stage():
-    layers = list(tf.Gradients(common.build_model("resnet18", 10, 1 / 16), [1], 1).weights)
+    layers = list(tf.Gradients(common.build_model("resnet18-w4", 10), [1], 1).weights)
     convolutions = [f"{stage}.{number}" for stage in (1, 2, 3, 4) for number in (1, 2, 3, 4)]
     assert sorted(layers) == sorted([*convolutions, "2.shortcut", "3.shortcut", "4.shortcut"])
     layers = list(tf.Gradients(common.build_model("wrn-10-1"), [1], 1).weights)
     assert layers[:5] == ["1.1", "1.2", "2.1", "2.2", "2.shortcut"]
 
 
-def test_the_heat_map_of_all_nets_is_written_with_the_command_that_draws_it(tmp_path, capsys):
-    path = tmp_path / "out.npz"
-    flags = "--method tf-kd-self --model wrn-10-1 --teacher-epochs 1"
-    run(tmp_path / "runs", f"{flags} --grad-heatmap {path}")
+def test_the_heat_map_of_the_students_is_written_with_the_command_that_draws_it(tmp_path, capsys):
+    run(tmp_path, "--method tf-kd-self --model wrn-10-1 --teacher-epochs 1 --grad-heatmap")
+    path = file_of(tmp_path, "gradients.npz")
     assert f"python benchmark/plots.py gradients {path}" in capsys.readouterr().out
     with np.load(path) as file:
         means = file["student (tf-kd-self)/means"]
         assert means.shape == (2, 8) and (means > 0).all()
         assert file["student (tf-kd-self)/epochs"].tolist() == [1, 2]
         assert file["student (tf-kd-self)/layers"].tolist()[-1] == "3.shortcut"
-        assert file["teacher (plain)/epochs"].tolist() == [1]
+    # the teacher is the same with and without it
+    teachers = [*tmp_path.glob("teachers/*/teacher.pt")]
+    run(tmp_path, "--method tf-kd-self --model wrn-10-1 --teacher-epochs 1")
+    assert [*tmp_path.glob("teachers/*/teacher.pt")] == teachers
+    assert len(teachers) == 1 and len([*tmp_path.glob("*/*/gradients.npz")]) == 1
 
 
 def test_own_and_cross_entropy_gradients_differ_and_train_the_same_net(tmp_path):
     flags = "--method tf-kd-reg --reg-form repo --alpha 0.9 --model mlp-8 --grad-epochs 2"
     means = {}
     for kind in ("own", "ce"):
-        path = tmp_path / f"{kind}.npz"
-        run(tmp_path / kind, f"{flags} --grad-loss {kind} --grad-heatmap {path}")
-        means[kind] = np.load(path)["student (tf-kd-reg)/means"]
+        run(tmp_path / kind, f"{flags} --grad-loss {kind} --grad-heatmap")
+        gradients = np.load(file_of(tmp_path / kind, "gradients.npz"))
+        means[kind] = gradients["student (tf-kd-reg)/means"]
+    run(tmp_path / "none", flags.replace("--grad-epochs 2", ""))
     # own weighs the labels with 0.1
     assert means["own"].shape == (1, 2) and (means["own"] < 0.7 * means["ce"]).all()
     assert same_weights(file_of(tmp_path / "own"), file_of(tmp_path / "ce"))
+    assert same_weights(file_of(tmp_path / "own"), file_of(tmp_path / "none"))
+    assert [*(tmp_path / "none").rglob("gradients.npz")] == []
 
 
 # ------------------------------------------------------------------------------------------------
@@ -554,11 +572,12 @@ def test_each_method_runs_and_ends_in_a_table(method, tmp_path):
     student = rows[f"student ({method})"]
     assert 0 <= student["clean_acc"] <= 1 and "pgd2_acc" in student
     attacked = method.startswith("at")
-    if tf.METHODS[method].teacher_sees:
-        assert f"teacher ({'at' if attacked else 'plain'})" in rows
+    if method in tf.TAUGHT_ON_X | tf.TAUGHT_ON_X_ADV:
+        assert rows[f"teacher ({'at' if attacked else 'plain'})"]["net"] == "teacher"
     assert ("student-alone (plain)" in rows) == (method in ("vanilla", "re-kd"))
+    assert student["net"] == "student"
     log = file_of(tmp_path, "log.jsonl").read_text()
-    assert ("val_pgd2_acc" in log) == attacked
+    assert ("val_pgd7_acc" in log) == attacked
 
 
 SHOWN = {  # method -> what the student, what the teacher is shown
@@ -596,8 +615,8 @@ def test_student_and_teacher_are_shown_what_the_paper_says(method, tmp_path, mon
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     monkeypatch.setattr(common, "pgd", attack)
     monkeypatch.setattr(common, "new_model", lambda *settings: student)
-    monkeypatch.setattr(common, "load_model", lambda *settings: (None, {}))
-    tf.train(tf.student_recipe(args, method), data, tmp_path, "student", args, teacher)
+    monkeypatch.setattr(common, "load_model", lambda *settings: None)
+    tf.train(common.replace(args, seed=0), data, tmp_path, "student", teacher)
     student_sees, teacher_sees = SHOWN[method]
     images = {"x": forwards[0][2]}
     assert len(attacks) == (student_sees == "x_adv")
@@ -617,6 +636,48 @@ def test_student_and_teacher_are_shown_what_the_paper_says(method, tmp_path, mon
         assert not mode and torch.equal(x, images[teacher_sees])
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
+
+
+KD = "--alpha 0.3 --temperature 2"
+FIRST_LOSS = {  # method -> its flags, the loss of logits of student and teacher, and labels
+    "plain": ("", lambda s, t, y: F.cross_entropy(s, y)),
+    "label-smoothing": ("--smoothing 0.2", lambda s, t, y: tf.smoothing_loss(s, y, 0.2)),
+    "vanilla": (KD, lambda s, t, y: tf.kd_loss(s, t, y, 0.3, 2.0)),
+    "re-kd": (f"{KD} --no-tau2", lambda s, t, y: tf.kd_loss(s, t, y, 0.3, 2.0, False)),
+    "tf-kd-self": (KD, lambda s, t, y: tf.kd_loss(s, t, y, 0.3, 2.0)),
+    "tf-kd-reg": (
+        f"{KD} --delta 0.9 --no-tau2",
+        lambda s, t, y: tf.reg_loss(s, y, 0.3, 2.0, 0.9, "paper", False),
+    ),
+    "at": ("", lambda s, t, y: F.cross_entropy(s, y)),
+    "at-kd": (KD, lambda s, t, y: tf.at_kd_loss(s, t, y, 0.3, 2.0)),
+    "at-tf-kd-self": (KD, lambda s, t, y: tf.kd_loss(s, t, y, 0.3, 2.0)),
+    "at-tf-kd-reg": (
+        f"{KD} --delta 0.9 --reg-form repo",
+        lambda s, t, y: tf.reg_loss(s, y, 0.3, 2.0, 0.9, "repo"),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", FIRST_LOSS)
+def test_the_first_step_has_the_loss_of_the_method(method, tmp_path):
+    flags, loss = FIRST_LOSS[method]
+    args = parse(f"--method {method} {flags} --model mlp-8 --epochs 1")
+    args.seed = 0
+    data = common.load_data("shapes", train_subset=16)
+    teacher = common.new_model(data, "mlp-8", 7, "teacher").eval().requires_grad_(False)
+    tf.train(args, data, tmp_path, "student", teacher)
+    (row,) = common.read_log(tmp_path)["student"]  # of one step
+    model = common.new_model(data, "mlp-8", 0, "student")
+    ((x, labels),) = common.batches(data, 16, 0, "student", 0)
+    common.seed_epoch(0, "student", 0)
+    student_x, teacher_x = x, x
+    if method in tf.ATTACKED:
+        student_x = common.pgd(model.eval(), x, labels, 8 / 255, 2 / 255, 2)
+    if method == "at-kd":
+        teacher_x = student_x
+    expected = loss(model(student_x), teacher(teacher_x), labels)
+    assert row["loss"] == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_the_student_alone_starts_from_the_weights_of_the_student(tmp_path, monkeypatch):
@@ -649,8 +710,7 @@ def test_attack_bn_train_attacks_in_train_mode(tmp_path, monkeypatch):
 def factors(flags, steps_per_epoch=10):
     """The factor on the student's learning rate as a function of the epoch."""
     args = tf.parse_args(flags.split())
-    recipe = tf.student_recipe(args, args.method)
-    return lambda epoch: tf.lr_factor(recipe, round(epoch * steps_per_epoch), steps_per_epoch)
+    return lambda epoch: tf.lr_factor(args, round(epoch * steps_per_epoch), steps_per_epoch)
 
 
 def test_learning_rates_follow_the_recipes():
@@ -667,45 +727,98 @@ def test_learning_rates_follow_the_recipes():
 
 def test_a_teachers_milestones_are_in_proportion_and_its_stop_does_not_shorten_the_schedule():
     args = parse("--method re-kd --epochs 10 --milestones 2 5 --teacher-epochs 20 --teacher-es 7")
-    recipe = tf.teacher_recipe(args)
-    assert recipe.epochs == 7 and recipe.schedule_epochs == 20
-    assert [tf.lr_factor(recipe, epoch, 1) for epoch in (3, 4, 9, 10)] == pytest.approx(
+    teacher = tf.teacher_args(args)
+    assert teacher.epochs == 7 and teacher.schedule_epochs == 20
+    assert [tf.lr_factor(teacher, epoch, 1) for epoch in (3, 4, 9, 10)] == pytest.approx(
         [1, 0.2, 0.2, 0.04]
     )
 
 
-def test_a_teacher_is_shared_by_all_runs_with_its_recipe_and_by_no_other(tmp_path, capsys):
-    flags = "--model mlp-8 --epochs 1 --eval-attack clean --teacher-epochs 2 "
-    run(tmp_path, f"{flags} --method tf-kd-self")
-    run(tmp_path, f"{flags} --method tf-kd-self --alpha 0.5")
-    assert len(list(tmp_path.glob("teachers/*/teacher.pt"))) == 1
-    for change in ("--teacher-es 1", "--teacher-lr 0.05", "--seed 1", "--gamma 0.5"):
-        run(tmp_path, f"{flags} --method tf-kd-self {change}")
-    assert len(list(tmp_path.glob("teachers/*/teacher.pt"))) == 5
-    # what has no effect on this teacher is not in its recipe
-    clean, attacked = (
-        tf.teacher_recipe(parse(f"--method {method} --eps 4/255 --alpha 0.5"))
-        for method in ("tf-kd-self", "at-kd")
-    )
-    assert (clean.method, clean.eps, clean.attack_bn) == ("plain", None, None)
-    assert (attacked.method, attacked.eps, attacked.attack_bn) == ("at", 4 / 255, "eval")
+TEACHER_KEPT = (
+    "--alpha 0.5 --temperature 2 --no-tau2",
+    "--eval-attack pgd3 --test-subset 10",
+    "--grad-heatmap --grad-epochs 1 --grad-loss ce",
+    "--eps 4/255 --steps 3 --step-size 1/255 --attack-bn train",  # the teacher learns from x
+    "--method re-kd --model mlp-9 --teacher-model mlp-8",
+    "--teacher-lr 0.1 --teacher-batch-size 16 --teacher-epochs 2",  # those of the student
+)
+TEACHER_CHANGED = (
+    "--teacher-epochs 3",
+    "--teacher-es 1",
+    "--teacher-lr 0.05",
+    "--lr 0.06",
+    "--teacher-batch-size 8",
+    "--weight-decay 0",
+    "--warmup 0",
+    "--gamma 0.5",
+    "--milestones 1",
+    "--schedule cosine",
+    "--teacher-shift 1",
+    "--augment none",
+    "--val-size 10",
+    "--model mlp-9",
+    "--seed 1",
+    "--method at-tf-kd-self",
+    "--method at-tf-kd-self --eps 4/255",
+    "--method at-tf-kd-self --step-size 1/255",
+    "--method at-tf-kd-self --steps 3",
+    "--method at-tf-kd-self --attack-bn train",
+)
+
+
+def test_a_teacher_is_shared_by_all_runs_with_its_flags_and_by_no_other(tmp_path, monkeypatch):
+    class Trained(Exception):
+        """A teacher would be trained in the folder that its argument names."""
+
+    def train(args, data, folder, stage, teacher=None):
+        raise Trained(folder.name)
+
+    monkeypatch.setattr(tf, "train", train)
+    data_of = functools.cache(common.load_data)
+
+    def folder(flags):
+        args = parse(f"--method tf-kd-self --model mlp-8 {flags} --runs {tmp_path}")
+        args.seed = args.seed[0]
+        data = data_of("shapes", val_size=args.val_size, train_subset=40, augment=args.augment)
+        with pytest.raises(Trained) as end:
+            tf.get_teacher(args, data)
+        return str(end.value)
+
+    plain = folder("")
+    assert all(folder(flags) == plain for flags in TEACHER_KEPT)
+    found = [plain]
+    for flags in TEACHER_CHANGED:
+        found.append(folder(flags))
+        assert found[-1] not in found[:-1], flags
+    assert folder("--method at-kd --alpha 0.5") == folder("--method at-tf-kd-self --no-tau2")
+
+
+def test_a_teacher_that_is_there_is_not_trained_again(tmp_path):
+    flags = "--method tf-kd-self --model mlp-8 --eval-attack clean --epochs 1 --teacher-epochs 2"
+    run(tmp_path, flags)
+    (path,) = tmp_path.glob("teachers/*/teacher.pt")
+    written = path.stat().st_mtime_ns
+    rows = run(tmp_path, f"{flags} --alpha 0.5")
+    assert [*tmp_path.glob("teachers/*/teacher.pt")] == [path]
+    assert path.stat().st_mtime_ns == written
+    assert rows["teacher (plain)"]["file"].endswith(f"{path.parent.name}/teacher.pt")
 
 
 def test_seeds_share_no_numbers_and_end_in_their_mean(tmp_path, capsys):
-    flags = "--method tf-kd-self --teacher-epochs 1 --model mlp-8 --seeds 0 1 --eval-attack clean"
-    heatmap = tmp_path / "a.npz"
-    tf.main(f"{TINY} {flags} --grad-heatmap {heatmap} --runs {tmp_path}".split())
+    flags = "--method tf-kd-self --teacher-epochs 1 --model mlp-8 --seed 0 1 --eval-attack clean"
+    tf.main(f"{TINY} {flags} --grad-heatmap --runs {tmp_path}".split())
     assert "mean +- std of seeds 0 1" in capsys.readouterr().out
     for pattern in ("*/*/student.pt", "teachers/*/teacher.pt"):
         first, second = (common.load(path)["weights"] for path in tmp_path.glob(pattern))
         assert not torch.equal(first["layers.2.weight"], second["layers.2.weight"])
-    assert sorted(path.name for path in tmp_path.glob("*.npz")) == ["a-s0.npz", "a-s1.npz"]
+    gradients = [np.load(path)["student (tf-kd-self)/means"] for path in tmp_path.rglob("*.npz")]
+    assert len(gradients) == 2 and not np.array_equal(*gradients)
 
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, stop_at):
     flags = (
         f"{TINY} --method self-distillation --model wrn-10-1 --epochs 3 "
-        f"--grad-heatmap {tmp_path}/a.npz --runs {tmp_path}"
+        f"--grad-heatmap --runs {tmp_path}"
     )
     tf.main(f"{flags}/whole".split())
     stop_at(tf, f"{flags}/resumed", "student", 2)
@@ -740,14 +853,13 @@ BAD_FLAGS = {
     "--method tf-kd-self --teacher-model mlp-4": "--teacher-model",
     "--method tf-kd-self --teacher-ckpt none.pt": "none.pt",
     "--method self-distillation": "--model: self-distillation needs",
-    "--method self-distillation --model resnet18 --width 1/3": "--width",
+    "--method self-distillation --model resnet18-w1": "--model: self-distillation needs an even",
+    "--method self-distillation --model preact-resnet18-w13-silu": "--model: self-distillation",
     "--model wrn-9-1": "--model",
     "--method re-kd --teacher-model resnet19": "--teacher-model",
     "--teacher-es 9": "--teacher-es 9: --teacher-epochs is only 2",
     "--grad-epochs 3": "--grad-epochs 3: --epochs is only 2",
-    "--grad-heatmap out.txt": "--grad-heatmap",
-    "--grad-heatmap /no/such/out.npz": "--grad-heatmap",
-    "--grad-heatmap out.npz --graph": "--grad-heatmap",
+    "--grad-heatmap out.npz": "out.npz",
     "--eval-attack fgsm": "--eval-attack",
     "--eval-attack clean calibration": "--eval-attack",
     "--eps 8//255": "--eps",
@@ -762,19 +874,19 @@ def test_bad_flags_are_one_line_and_write_nothing(flags, tmp_path, refused):
 
 
 def test_every_flag_of_a_loss_names_methods_that_there_are():
-    for methods in tf.FLAG_METHODS.values():
+    for methods in tf.HAS_EFFECT.values():
         assert methods and methods <= tf.METHODS.keys()
     for name, method in tf.METHODS.items():
         for flag, default in (("--alpha", method.alpha), ("--temperature", method.temperature)):
-            assert (name in tf.FLAG_METHODS[flag]) == (default is not None)
+            assert (name in tf.HAS_EFFECT[flag]) == (default is not None)
 
 
 def test_a_teacher_of_another_architecture_is_refused_where_it_must_be_the_same(tmp_path, refused):
     path = tmp_path / "teacher.pt"
-    for name, width in (("preact-resnet18", 1 / 16), ("resnet18", 1 / 32)):
-        common.save_model(path, common.build_model(name, 10, width), training="at")
+    for name in ("preact-resnet18-w4", "resnet18-w2"):
+        common.save_model(path, common.build_model(name), training="at")
         for method in ("tf-kd-self", "at-tf-kd-self"):
-            flags = f"--method {method} --model resnet18 --width 1/16 --teacher-ckpt {path}"
+            flags = f"--method {method} --model resnet18-w4 --teacher-ckpt {path}"
             assert str(path) in refused(run, tmp_path / "runs", flags)
     assert not (tmp_path / "runs").exists()
     # vanilla takes any
@@ -782,7 +894,7 @@ def test_a_teacher_of_another_architecture_is_refused_where_it_must_be_the_same(
     assert "teacher (at)" in rows
 
 
-def test_defaults_follow_the_method_and_the_data():
+def test_defaults_follow_the_method_alone():
     def given(flags):
         return tf.parse_args(flags.split())
 
@@ -791,7 +903,10 @@ def test_defaults_follow_the_method_and_the_data():
     assert table_1.teacher_model == "mlp-1200-1200"
     assert (table_1.alpha, table_1.temperature, table_1.lr) == (1.0, 10.0, 0.02)
     alone = given("--method plain --data mnist --model mlp-400")
-    assert (alone.epochs, alone.lr, alone.schedule) == (table_1.epochs, table_1.lr, "cosine")
+    plain = given("--method plain")
+    assert (alone.epochs, alone.lr, alone.schedule) == (plain.epochs, plain.lr, "steps")
+    assert given("--method vanilla --data cifar10").model == "mlp-400"
+    assert (table_1.epochs, table_1.schedule, table_1.teacher_shift) == (20, "cosine", 2)
     re_kd = given("--method re-kd")
     assert (re_kd.data, re_kd.model, re_kd.teacher_model) == ("cifar10", "resnet50", "resnet18")
     at = given("--method at-tf-kd-self")
