@@ -426,15 +426,14 @@ def train(args, data, folder, stage, teacher=None):
             optimizer.step()
             schedule.step()  # per batch
             if average is not None:
-                average.update_parameters(model)
+                update_average(average, model)
             history.append(common.step_sums(loss, logits, labels))  # the GPU is not waited for
 
         row = common.epoch_row(args, stage, epoch, model, history, began)
         rows.append(row | common.validate(kept_model, data, args.eps))
         if args.save_every and len(rows) % args.save_every == 0 and not collapsed(args, rows):
             # before the checkpoint: a run that is killed in between repeats the epoch and this
-            path = epoch_file(args, data, folder, stage, len(rows))
-            common.save_model(path, kept_model, rows, training=args.loss)
+            keep_epoch(args, data, folder, stage, kept_model, rows)
         common.save_epoch(folder, stage, kept_model, state, rows, args)
 
     meta = {"training": args.loss}
@@ -486,12 +485,16 @@ def collapsed(args, rows):
     return args.loss == "ffgsm" and bool(accuracies) and max(accuracies) - accuracies[-1] > 0.2
 
 
-def epoch_file(args, data, folder, stage, epochs):
-    """Where --save-every keeps a net; a teacher is kept where --teacher-es finds it."""
-    if stage != "teacher" or epochs == args.epochs:  # teacher.pt would say that it is finished
-        return folder / f"{stage}-epoch{epochs}.pt"
-    early_stopped = common.replace(args, epochs=epochs)
-    return common.teacher_folder(early_stopped, data) / "teacher.pt"
+def keep_epoch(args, data, folder, stage, model, rows):
+    """Save the net of an epoch for --save-every; a teacher where --teacher-es finds it."""
+    if stage != "teacher" or len(rows) == args.epochs:  # teacher.pt would say that it is finished
+        path = folder / f"{stage}-epoch{len(rows)}.pt"
+        common.save_model(path, model, rows, training=args.loss)
+    else:
+        early_stopped = common.replace(args, epochs=len(rows))
+        other = common.teacher_folder(early_stopped, data)
+        with common.locked(other, wait=True):  # another run may be training it
+            common.save_model(other / "teacher.pt", model, rows, training=args.loss)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -499,7 +502,7 @@ def epoch_file(args, data, folder, stage, epochs):
 
 
 def weight_average(model, decay):
-    """The moving average of a net's weights, for update_parameters(model) after each step."""
+    """The moving average of a net's weights, for update_average after each step."""
     try:
         average = AveragedModel(model, avg_fn=ema_with_ramp(decay))
         average.requires_grad_(False)  # impossible for what TorchScript copies
@@ -518,10 +521,21 @@ def ema_with_ramp(decay):
     """
 
     def update(average, weights, t):
-        d = ((1 + t) / (10 + t)).clamp(max=decay)  # a tensor: the host does not wait for the GPU
-        return average.lerp(weights, 1 - d)
+        d = ((1 + t) / (10 + t)).clamp(max=decay)
+        return average.lerp(weights, float(1 - d))
 
     return update
+
+
+@torch.no_grad()
+def update_average(average, model):
+    """average.update_parameters(model), which would copy t to the GPU and wait for it each time."""
+    t = average.n_averaged  # on the host
+    for averaged, weights in zip(average.module.parameters(), model.parameters()):
+        averaged.copy_(average.avg_fn(averaged, weights, t) if t > 0 else weights)
+    for averaged, buffer in zip(average.module.buffers(), model.buffers()):
+        averaged.copy_(buffer)
+    average.n_averaged += 1
 
 
 def augment(x, labels, data, args):

@@ -19,7 +19,7 @@ import robust_kd
 
 SMALL = (
     "--data shapes --model mlp-16 --train-subset 66 --val-size 20 --test-subset 20 --device cpu "
-    "--batch-size 32 --teacher-batch-size 32 --teacher-epochs 2 --steps 1 --eval-steps 1 "
+    "--batch-size 32 --teacher-batch-size 32 --teacher-epochs 2 --steps 1 "
     # no BatchNorm and no random start of an attack: the numbers may not depend on the processes
     "--loss ckd --teacher-training st --name run"
 )
@@ -43,8 +43,8 @@ def losses_of(folder):
 
 
 def test_three_processes_go_on_where_one_stopped_and_train_as_one(tmp_path, stop_at):
-    # 66 images in batches of 32: the last batch has fewer images than there are processes
-    flags = f"{SMALL} --epochs 3 --runs"
+    # 130 images in batches of 32: the last batch has fewer images than there are processes
+    flags = f"{SMALL} --train-subset 130 --epochs 3 --runs"
     robust_kd.main(f"{flags} {tmp_path}/one".split())
     stop_at(robust_kd, f"{flags} {tmp_path}/three", "student", 1)
     argv = f"{flags} {tmp_path}/three".split()
@@ -57,6 +57,46 @@ def test_three_processes_go_on_where_one_stopped_and_train_as_one(tmp_path, stop
     weights = common.load(one / "student.pt")["weights"]
     for name, tensor in common.load(three / "student.pt")["weights"].items():
         torch.testing.assert_close(tensor, weights[name], atol=1e-4, rtol=0)
+
+
+def test_two_processes_wait_for_a_teacher_find_it_and_train_the_next_one_together(tmp_path):
+    flags = f"{SMALL} --epochs 2 --runs"
+    for seed in (0, 1):
+        robust_kd.main(f"{flags} {tmp_path}/one --seed {seed}".split())
+    robust_kd.main(f"{flags} {tmp_path}/two --name first".split())
+    (folder,) = tmp_path.glob("two/teachers/*")
+    with common.locked(folder):  # as if this process were training the teacher of seed 0
+        argv = f"{flags} {tmp_path}/two --seed 0 1".split()
+        run = torchrun(2, ROOT / "robust_kd.py", *argv, stdout=subprocess.PIPE)
+        for line in run.stdout:
+            if "waiting for process" in line:
+                break
+        else:
+            pytest.fail("nobody waited")
+        time.sleep(0.5)
+        assert run.poll() is None
+    out = run.communicate(timeout=200)[0]
+    assert run.returncode == 0
+    # that of seed 0 was found, that of seed 1 was not
+    assert out.count("teacher 1/2") == out.count("teacher 2/2") == 1
+    assert out.count("student 2/2") == out.count("is finished") == 2
+    for file in ("robust_kd/run-s0/student.pt", "robust_kd/run-s1/student.pt"):
+        weights = common.load(tmp_path / "one" / file)["weights"]
+        for name, tensor in common.load(tmp_path / "two" / file)["weights"].items():
+            torch.testing.assert_close(tensor, weights[name], atol=1e-4, rtol=0)
+    teachers = [{f.name for f in tmp_path.glob(f"{runs}/teachers/*")} for runs in ("one", "two")]
+    assert teachers[0] == teachers[1] and len(teachers[0]) == 2
+
+
+def test_two_processes_are_refused_a_folder_in_use_and_end(tmp_path):
+    folder = student_folder(tmp_path)
+    with common.locked(folder):
+        argv = f"{SMALL} --epochs 1 --runs {tmp_path}".split()
+        run = torchrun(2, ROOT / "robust_kd.py", *argv, stderr=subprocess.PIPE)
+        errors = run.communicate(timeout=100)[1]
+    assert run.returncode != 0
+    assert f"error: {folder}: in use by process {os.getpid()}; wait for it" in errors
+    assert not (folder / "config.json").exists()
 
 
 COMPLETE = {
@@ -159,7 +199,7 @@ def test_when_one_process_is_killed_the_others_end_and_the_command_goes_on(
 
 NOISY = (
     "--data mnist --train-subset 16 --val-size 0 --test-subset 2 --batch-size 8 --model mlp-8 "
-    "--epochs 2 --teacher-epochs 2 --device cpu --eval-steps 1 --restarts 1 --name run"
+    "--epochs 2 --teacher-epochs 2 --device cpu --eval-restarts 1 --name run"
 )
 JOBS = {  # what is drawn -> script, flags
     "nothing": ("fickle_teacher", "--method hinton --teacher-model mlp-8"),
@@ -185,17 +225,12 @@ DIFFERENT = {  # what is drawn -> the losses that depend on it
     "labels": {"teacher's cross-entropy", "student's cross-entropy"},
 }
 DRIVER = """
-import importlib, json, os, sys, time
+import importlib, json, os, sys
 import torch.nn.functional as F
 
 folder, root, jobs, flags = sys.argv[1:]
 sys.path.insert(0, root)
-replace, losses = os.replace, {}
-
-def replace_late(source, target):
-    if str(target).endswith("labels.pt"):
-        time.sleep(2)  # the other process must wait for it
-    replace(source, target)
+losses = {}
 
 def recorded(name, function):
     def call(*args, **kwargs):
@@ -204,7 +239,6 @@ def recorded(name, function):
         return loss
     return call
 
-os.replace = replace_late
 F.cross_entropy = recorded("cross-entropy", F.cross_entropy)
 F.kl_div = recorded("kl", F.kl_div)
 for job, (script, more) in json.loads(jobs).items():
@@ -252,7 +286,7 @@ def test_processes_draw_different_noise_and_nothing_else_differs(job, two_proces
     assert {name for name in first if first[name] != second[name]} == DIFFERENT[job]
 
 
-def test_corrupted_labels_are_read_when_the_first_process_has_written_them(two_processes):
+def test_the_processes_train_on_the_labels_that_the_first_one_has_written(two_processes):
     path = two_processes / "fixed labels" / "messy_collab" / "run-s0" / "labels.pt"
     assert (common.load(path)["labels"] != 3).all()
 
@@ -272,17 +306,10 @@ def test_processes_seed_their_epochs_by_rank_and_the_first_one_as_one_alone(monk
 @pytest.mark.parametrize("rank, order", [(0, ["data", "sync"]), (1, ["sync", "data"])])
 def test_the_first_process_downloads_and_unpacks_for_the_others(monkeypatch, rank, order):
     seen = []
-
-    class Stop(Exception):
-        pass
-
-    def run_folder(*_):
-        raise Stop
-
     monkeypatch.setattr(common, "rank", lambda: rank)
     monkeypatch.setattr(common, "load_data", lambda *_: seen.append("data"))
+    monkeypatch.setattr(common, "check_single_images", lambda *_: None)
     monkeypatch.setattr(common, "sync", lambda: seen.append("sync"))
-    monkeypatch.setattr(common, "run_folder", run_folder)
-    with pytest.raises(Stop):
-        common.run_seeds("robust_kd", robust_kd.parse_args(SMALL.split()), None)
+    args = robust_kd.parse_args(SMALL.split())
+    common.load_training_data(args, torch.device("cpu"))
     assert seen == order

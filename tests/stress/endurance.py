@@ -18,8 +18,8 @@ SMALL = (
     "--data shapes --model mlp-4 --device cpu --train-subset 32 --test-subset 8 --val-size 8 "
     "--batch-size 16 --epochs 2 --teacher-epochs 2 --eps 4/255 "
 )
-LOSS = SMALL + "--teacher-batch-size 16 --steps 1 --eval-steps 1 "
-METHOD = SMALL + "--teacher-model mlp-4 --eval-steps 1 --restarts 1 "
+LOSS = SMALL + "--teacher-batch-size 16 --steps 1 "
+METHOD = SMALL.replace("--eps", "--eval-eps") + "--teacher-model mlp-4 --eval-restarts 1 "
 FREE = SMALL + "--teacher-model mlp-4 --steps 1 --eval-attack clean "
 
 

@@ -36,14 +36,11 @@ TINY = (
     "--data shapes --model mlp-4 --teacher-model mlp-4 --device cpu --train-subset 48 "
     "--test-subset 10 --val-size 10 --batch-size 16 --teacher-epochs 3 --epochs 4 "
 )
-PGD = "--eval-steps 1 --restarts 1 "
 JOBS = {  # script: its flags
-    "robust_kd": TINY
-    + PGD
-    + "--teacher-batch-size 16 --loss rslad+ --steps 1 --teacher-save-every 1",
-    "fickle_teacher": TINY + PGD + "--method fickle --dropout 0.2",
-    "soft_randomization": TINY + PGD + "--method soft-randomization",
-    "messy_collab": TINY + PGD + "--method flc-ts",
+    "robust_kd": TINY + "--teacher-batch-size 16 --loss rslad+ --steps 1 --save-every 1",
+    "fickle_teacher": TINY + "--eval-restarts 1 --method fickle --dropout 0.2",
+    "soft_randomization": TINY + "--eval-restarts 1 --method soft-randomization",
+    "messy_collab": TINY + "--eval-restarts 1 --method flc-ts",
     "teacher_free_kd": TINY + "--method at-tf-kd-self --steps 1 --eval-attack clean",
     "eval_robustness": (
         "--data shapes --device cpu --n 6 --batch-size 3 --attack clean pgd2 aa corruptions "

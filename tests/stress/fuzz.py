@@ -113,7 +113,7 @@ def checkpoints(folder, examples, seed=None):
     def check(content):
         path.write_bytes(content)
         if found := ends_well(lambda: common.load_model(path)):
-            assert all(value.equal(good[key]) for key, value in found[0].state_dict().items())
+            assert all(value.equal(good[key]) for key, value in found.state_dict().items())
 
     return tried(changed(path.read_bytes()), examples, check, seed)
 

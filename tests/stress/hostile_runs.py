@@ -44,7 +44,7 @@ TEXTS = {  # of JSON files
     "rows of null": '[{"model": null}, {"stage": null, "epoch": null}]',
 }
 TINY = (
-    "--data shapes --model mlp-4 --loss akd --steps 1 --eval-steps 1 --epochs 2 --name x "
+    "--data shapes --model mlp-4 --loss akd --steps 1 --epochs 2 --name x "
     "--train-subset 16 --test-subset 4 --val-size 4 --batch-size 16 --device cpu "
     "--teacher-epochs 1 --teacher-batch-size 16 --runs"
 )
@@ -211,7 +211,7 @@ def cases(folder):
     add("runs", runs, robust_kd.main)
     add("evaluations", evaluations, eval_robustness.main)
     data = common.load_data("shapes", train_subset=16)
-    add("extra", hostile.extra_files, lambda path: robust_kd.load_extra(path, data))
+    add("extra", hostile.extra_files, lambda path: robust_kd.add_extra_data(data, path))
     add("labels", labels, lambda path: messy_collab.read_labels(path, data))
     add("torchvision", torchvision_files, lambda pair: common.load_data(*pair))
     return found

@@ -40,12 +40,14 @@ def parse_args(argv=None):
     """The flags of this program."""
     parser = common.Parser(__doc__)
     add = parser.add_argument
-    add("--minutes", type="positive", default=10.0, help="minutes for all parts together, about")
     add(
-        "--seed",
-        type="nonnegative int",
-        help="seed of the faults and the fuzz (default: drawn and printed)",
+        "--minutes",
+        type=common.positive,
+        default=10.0,
+        help="minutes for all parts together, about",
     )
+    seeds = "seed of the faults and the fuzz (default: drawn and printed)"
+    add("--seed", type=common.whole_or_0, help=seeds)
     add("--page-only", action="store_true", help="test nothing, only write the page again")
     return parser.parse_args(argv)
 

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import faults
 import pytest
@@ -92,12 +93,12 @@ def test_a_checkpoint_cut_anywhere_is_found_and_the_one_before_is_taken(
 
 
 def test_a_damaged_checkpoint_is_never_kept_for_the_good_one(tmp_path):
-    net = torch.nn.Linear(1, 1)
+    net, args = torch.nn.Linear(1, 1), SimpleNamespace(epochs=9, tensorboard=False)
     row = {"stage": "student", "loss": 0.0, "images_per_second": 1.0, "seconds": 1.0}
 
     def save(epochs):
         rows = [row | {"epoch": epoch} for epoch in range(1, epochs + 1)]
-        common.save_epoch(tmp_path, "student", net, {"model": net}, rows, 9)
+        common.save_epoch(tmp_path, "student", net, {"model": net}, rows, args)
         return common.checkpoint_file(tmp_path, "student", epochs)
 
     def finished():
