@@ -128,7 +128,8 @@ def naming(path):
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
 
 
@@ -1962,6 +1963,7 @@ def describe_run(args: argparse.Namespace, data: Data) -> dict:
         "gpu": torch.cuda.get_device_name() if data.x_train.is_cuda else None,
         "fingerprint": data.fingerprint,
         "data": training_data(data),
+        "given": args.given,
         "flags": run_flags(args),
     }
 
@@ -2140,13 +2142,8 @@ def epoch_row(args, stage: str, epoch: int, model: nn.Module, history: list, beg
     weights_finite = torch.stack([v.isfinite().all() for v in model.state_dict().values()]).all()
     if not all(finite) or not weights_finite:
         step = finite.index(False) + 1 if not all(finite) else len(steps)
-        has_own_lr = not stage.startswith("student") and hasattr(args, "teacher_lr")
-        advice = f"try a lower {'--teacher-lr' if has_own_lr else '--lr'}"
-        given = [flag for flag in STEP_FLAGS if flag in args.given]
-        if given:
-            advice += f", or another value of {', '.join(given)}"
         where = f"{stage}, epoch {epoch + 1}, step {step}"
-        raise UserError(f"{where}: loss or weights are not finite; {advice}")
+        raise UserError(f"{where}: loss or weights are not finite; {calmer(args, stage)}")
     loss, correct, images = steps.sum(0).tolist()
     return {
         "stage": stage,
@@ -2158,19 +2155,33 @@ def epoch_row(args, stage: str, epoch: int, model: nn.Module, history: list, beg
     }
 
 
-def validate(model: nn.Module, data: Data, eps: float | None = None) -> dict:
+def calmer(args: argparse.Namespace, stage: str) -> str:
+    """The flags to change when a training has diverged, as a part of an error."""
+    has_own_lr = not stage.startswith("student") and hasattr(args, "teacher_lr")
+    advice = f"try a lower {'--teacher-lr' if has_own_lr else '--lr'}"
+    given = [flag for flag in STEP_FLAGS if flag in args.given]
+    if given:
+        advice += f", or another value of {', '.join(given)}"
+    return advice
+
+
+def validate(args, stage: str, model: nn.Module, data: Data, eps: float | None = None) -> dict:
     """{val_clean_acc, val_pgd7_acc} on the held-out training images; {} if there are none.
 
-    eps: radius of the PGD, 7 steps of eps / 4; None: only clean images.
+    eps: radius of the PGD, 7 steps of eps / 4; None: only clean images. A UserError if logits are
+    not finite, with the flags of `args` to change.
     """
     row = {}
     if rank() == 0 and len(data.x_val):
-        logits = predict(model, data.x_val, what="held-out images")
-        row["val_clean_acc"] = accuracy(logits, data.y_val)
-        if eps is not None:
-            attack = (eps, eps / 4, 7)
-            logits = predict(model, data.x_val, data.y_val, attack, what="attacked held-out images")
-            row["val_pgd7_acc"] = accuracy(logits, data.y_val)
+        try:
+            logits = predict(model, data.x_val, what="held-out images")
+            row["val_clean_acc"] = accuracy(logits, data.y_val)
+            if eps is not None:
+                attack, what = (eps, eps / 4, 7), "attacked held-out images"
+                logits = predict(model, data.x_val, data.y_val, attack, what=what)
+                row["val_pgd7_acc"] = accuracy(logits, data.y_val)
+        except UserError as error:
+            raise UserError(f"{stage}: {error}; {calmer(args, stage)}") from None
     return from_first_process(row)
 
 

@@ -22,7 +22,6 @@ import importlib
 import io
 import string
 import sys
-import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -90,7 +89,7 @@ def read_run(folder: Path) -> Run:
     config = common.read_json(folder / "config.json")
     if config is None:
         raise common.UserError(f"{folder}: has no config.json; {wanted}")
-    rows = common.read_summary(folder / "summary.json")
+    rows = common.read_summary(folder)
     if rows is None:
         advice = "the command of the run goes on where it stopped"
         raise common.UserError(f"{folder}: not finished, there is no summary.json; {advice}")
@@ -115,14 +114,18 @@ def check_config(config: dict):
         raise ValueError("not counts of images")
     if not isinstance(flags["data"], str) or not isinstance(flags.get("extra_data") or "", str):
         raise ValueError("not names of data")
-    if not 0 <= flags["eps"] <= 1 or not 0 <= (evaluation_step(flags) or 0) < float("inf"):
+    eps, step_size = evaluation_attack(flags)
+    if not 0 <= eps <= 1 or not 0 <= step_size <= 1:
         raise ValueError("no radius or no step")
+    if not all(isinstance(flag, str) for flag in config["given"]):
+        raise ValueError("not names of flags")
 
 
-def evaluation_step(flags: dict) -> float | None:
-    """The step of PGD in the evaluation of a run, in pixel units; None: a quarter of the radius."""
-    # --step-size of the scripts with --eval is that of the evaluation, elsewhere of the training
-    return flags["step_size"] if "eval" in flags else None
+def evaluation_attack(flags: dict) -> tuple[float, float]:
+    """Radius and step of PGD in the evaluation of a run, in pixel units."""
+    if "eval_eps" in flags:  # scripts that train without an attack
+        return flags["eval_eps"], flags["eval_step_size"]
+    return flags["eps"], flags["eps"] / 4
 
 
 def read_data(run: Run, root: str) -> common.Data:
@@ -130,15 +133,10 @@ def read_data(run: Run, root: str) -> common.Data:
     flags = run.config["flags"]
     counts = {name: flags[name] for name in ("val_size", "train_subset", "test_subset")}
     data = common.load_data(flags["data"], root, **counts)
-    fingerprint, extra = data.fingerprint, flags.get("extra_data")
-    if extra and not Path(extra).is_file():  # reading a pipe would block
-        raise common.UserError(f"--extra-data of the run: {extra}: no such file")
+    extra = flags.get("extra_data")
     if extra:
-        try:
-            fingerprint = robust_kd.with_extra_data(fingerprint, Path(extra))
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise common.UserError(f"--extra-data of the run: {extra}: damaged ({error})") from None
-    if fingerprint != run.config["fingerprint"]:
+        data = robust_kd.add_extra_data(data, extra)
+    if data.fingerprint != run.config["fingerprint"]:
         other = f"{run.folder} was made with other images or labels than are there now"
         raise common.UserError(f"{flags['data']}: {other}; put its data back")
     return data
@@ -178,7 +176,7 @@ def attack_images(model, data: common.Data, n: int, flags: dict) -> Attacked:
     device = next(model.parameters()).device
     x, labels = data.x_test.to(device), data.y_test.to(device)
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(x))[:n])
-    settings = eval_robustness.Settings(flags["eps"], evaluation_step(flags), seed=flags["seed"])
+    settings = eval_robustness.Settings(*evaluation_attack(flags), seed=flags["seed"])
     parts, done = [], 0
     with common.evaluating(model):
         logits = eval_robustness.clean_logits(model, x, labels, classes=len(data.classes))
@@ -277,7 +275,7 @@ def cell_text(key: str, value) -> str:
 
 
 def asked(run: Run, script) -> dict:
-    """The flags that are not at their default; all of them where the script refuses the rest."""
+    """The flags that were given, with their defaults where the script tells them."""
     flags, words = run.config["flags"], []
     for name in ("loss", "method", "data", "recipe"):
         if flags.get(name) is not None:
@@ -288,15 +286,14 @@ def asked(run: Run, script) -> dict:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # a preset prints what it sets
             defaults = common.run_flags(script.parse_args(words))
-        text = f"These flags have other values than {base} alone gives them."
     except common.UserError:
         defaults = dict.fromkeys(flags, "?")
-        text = f"All flags are listed: {base} alone is refused, so its defaults are not known."
     rows = []
     for name, value in flags.items():
-        default = defaults.get(name)
-        if value != default:
-            rows.append([f"--{name.replace('_', '-')}", flag_text(value), flag_text(default)])
+        flag, default = f"--{name.replace('_', '-')}", defaults.get(name)
+        if flag in run.config["given"] and value != default:
+            rows.append([flag, flag_text(value), flag_text(default)])
+    text = f"These flags have other values than {base} alone gives them."
     if not rows:
         return {"flags": "", "flags_text": f"All flags have the values that {base} gives them."}
     table = html_table(["flag", "value", "default"], rows, "flags", "words")
@@ -360,11 +357,11 @@ def confusion(title: str, labels: Tensor, probs: Tensor, classes: list[str]) -> 
 def came_out(run: Run, attacked: Attacked, data: common.Data) -> dict:
     """The table of the summary and the confusions, with how they were measured."""
     flags = run.config["flags"]
-    step = evaluation_step(flags) or flags["eps"] / 4
-    attack = f"radius {255 * flags['eps']:.4g}/255 in L-infinity, step {255 * step:.4g}/255"
+    eps, step = evaluation_attack(flags)
+    attack = f"radius {255 * eps:.4g}/255 in L-infinity, step {255 * step:.4g}/255"
     measured = f"One seed, {len(data.x_test):,} test images."
     if any(key.startswith("pgd") for row in run.rows for key in row):
-        starts = escape(flags.get("restarts", 1))
+        starts = escape(flags.get("eval_restarts", 1))
         measured += f" PGD: {attack}, random starts for each image: {starts}."
     choice = f"all {len(data.x_test):,} test images"
     if len(attacked.x) < len(data.x_test):

@@ -203,7 +203,7 @@ def test_the_names_of_classes_are_kept_and_compared(tmp_path, refused):
     common.save_model(path, model)  # a model that was loaded keeps them
     assert common.load(path)["arch"]["class_names"] == list(common.SHAPES)
     for names in (("ring", "disc"), ("disc", "circle")):
-        line = refused(common.load_model, path, "cpu", named(*names))
+        line = refused(common.load_model, path, named(*names))
         number = 0 if names[0] == "ring" else 1
         assert f"class {number} is {common.SHAPES[number]!r}, in shapes it is" in line
         assert repr(names[number]) in line
@@ -228,7 +228,7 @@ def test_names_of_classes_in_a_foreign_file_are_checked(names, tmp_path, refused
     model = common.build_model("mlp-4")
     model.build_arguments["class_names"] = names
     common.save_model(path, model)
-    assert "holds no model of these scripts" in refused(common.load_model, path, "cpu", named())
+    assert "holds no model of these scripts" in refused(common.load_model, path, named())
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

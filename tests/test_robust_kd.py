@@ -256,7 +256,7 @@ def test_a_flag_without_effect_on_a_teacher_is_none():
     # no default, or the student's alone
     never = {flag for flag in vars(parse()) if flag.startswith("teacher_")}
     never |= {"alpha", "lam", "temperature", "beta", "recipe"}
-    never |= {"extra_data", "save_every", "compile"}
+    never |= {"extra_data", "save_every", "compile", "augment"}
     of_schedule, of_mix = {"schedule_epochs"}, {"extra_fraction"}
     paper, cosine = never - {"teacher_gamma"} | of_schedule, never
     of_attack = {"eps", "steps", "step_size", "attack_loss", "attack_bn"}
@@ -414,7 +414,7 @@ class Spied(nn.Module):
     def __init__(self):
         super().__init__()
         self.net, self.seen = common.build_model("mlp-8"), []
-        self.arch = self.net.arch
+        self.build_arguments = self.net.build_arguments
 
     def forward(self, x):
         self.seen.append((self.training, x.detach().clone()))
@@ -667,7 +667,7 @@ def test_variants_run_and_end_in_finite_numbers(variant, tmp_path):
     torch.use_deterministic_algorithms(False)
     for row in rows:
         accuracies = [number for key, number in row.items() if key.endswith("_acc")]
-        assert len(accuracies) == 2 and all(0 <= accuracy <= 1 for accuracy in accuracies)
+        assert len(accuracies) == 3 and all(0 <= accuracy <= 1 for accuracy in accuracies)
     for log in tmp_path.rglob("log.jsonl"):
         for line in log.read_text().splitlines():
             assert 0 < json.loads(line)["loss"] < 1e4
@@ -792,8 +792,8 @@ def test_several_seeds_are_one_run_each_with_a_teacher_each_and_their_mean(tmp_p
 def test_an_ensemble_is_trained_from_other_seeds_and_evaluated(tmp_path):
     rows = run(tmp_path, "--loss akd+ --teacher-training at at --epochs 1")
     assert [(row["net"], row["model"]) for row in rows] == [
-        ("teacher", "teacher 1 (at)"),
-        ("teacher", "teacher 2 (at)"),
+        ("teacher", "teacher (at)"),
+        ("teacher2", "teacher2 (at)"),
         ("ensemble", "ensemble of 2 teachers"),
         ("student", "student (akd+)"),
     ]
@@ -807,7 +807,7 @@ def test_an_ensemble_is_trained_from_other_seeds_and_evaluated(tmp_path):
 def test_rows_of_the_summary_say_which_net_they_are(tmp_path, monkeypatch):
     accuracies = iter([0.5, 0.9, 0.1])  # of the teacher, then of the student
 
-    def validate(model, data, eps):
+    def validate(args, stage, model, data, eps):
         return {"val_clean_acc": next(accuracies), "val_pgd7_acc": 0.0}
 
     monkeypatch.setattr(common, "validate", validate)
@@ -826,7 +826,7 @@ def test_single_step_training_that_collapses_is_stopped_and_the_best_epoch_kept(
 ):
     accuracies = iter([0.5, 0.6, 0.3, 0.9])
 
-    def validate(model, data, eps):
+    def validate(args, stage, model, data, eps):
         return {"val_clean_acc": 0.5, "val_pgd7_acc": next(accuracies)}
 
     monkeypatch.setattr(common, "validate", validate)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -92,7 +93,8 @@ def test_the_run_folder_holds_what_the_design_says(whole):
     rows = json.loads((folder / "summary.json").read_text())
     assert [row["model"] for row in rows[:2]] == ["teacher (at)", "student (rslad+)"]
     assert [row["net"] for row in rows] == ["teacher", "student", "best"]
-    assert rows[0].keys() == {"model", "net", "clean_acc", "pgd20_acc", "epochs", "seconds", "file"}
+    accuracies = {"clean_acc", "pgd20_acc", "pgd20_conditional_acc"}
+    assert rows[0].keys() == {"model", "net", "epochs", "seconds", "file"} | accuracies
     (teacher,) = (whole / "teachers").iterdir()
     files = [folder / row["file"] for row in rows]
     own = [folder / "student.pt", folder / "student_best.pt"]
@@ -392,7 +394,7 @@ def test_a_run_that_is_stopped_in_its_evaluation_makes_a_damaged_model_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(robust_kd.eval_robustness, "evaluate", stop)
+        patch.setattr(robust_kd.eval_robustness, "measure", stop)
         run_in(runs)
     student = newest.parent / "student.pt"
     student.write_bytes(student.read_bytes()[:500])
@@ -429,7 +431,12 @@ def test_the_best_epoch_is_the_first_with_the_highest_sum():
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path, refused):
     message = refused(run_in, tmp_path, f"{SMALL} --loss st --lr 1e15 --epochs 3")
-    assert "student, epoch 2, step 1" in message and message.endswith("try a lower --lr")
+    assert message.startswith("student: ") and message.endswith("try a lower --lr")
+    message = refused(
+        run_in, tmp_path / "b", f"{SMALL} --loss st --lr 1e15 --val-size 0 --epochs 9"
+    )
+    assert re.match(r"student, epoch \d, step \d: loss or weights", message)
+    assert message.endswith("try a lower --lr")
     run_in(tmp_path / "advice", f"{SMALL} --loss st --lr 0.01")
 
 
