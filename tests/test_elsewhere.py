@@ -12,12 +12,15 @@ PAGE = (ROOT / "docs" / "use_elsewhere.md").read_text()
 PROGRAMS = {}  # title of a section -> its program
 for section in PAGE.split("\n## ")[1:]:
     PROGRAMS[section.splitlines()[0]] = re.search(r"```python\n(.*?)```", section, re.S)[1]
-NEEDS = {"A checkpoint under torchattacks": "torchattacks"}
+NEEDS = {
+    "A checkpoint under torchattacks": "torchattacks",
+    "A checkpoint under the authors' AutoAttack, in L2 too": "pyautoattack",
+}
 DOWNLOADS = "A checkpoint under RobustBench's AutoAttack"
 
 
 def test_every_program_of_the_page_is_found():
-    assert len(PROGRAMS) == PAGE.count("```python") == 4
+    assert len(PROGRAMS) == PAGE.count("```python") == 5
     assert {*NEEDS, DOWNLOADS} < PROGRAMS.keys()
 
 
@@ -29,7 +32,10 @@ def test_a_program_of_the_page_runs(title, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT))
     path = tmp_path / "runs/robust_kd/my-run-s0/student.pt"
     path.parent.mkdir(parents=True)
-    common.save_model(path, common.build_model("wrn-10-1"))
+    model = common.build_model("mlp-8")
+    for parameter in model.parameters():
+        parameter.data *= 30  # steep enough for attacks to have an effect
+    common.save_model(path, model)
     exec(compile(PROGRAMS[title], title, "exec"), {"__name__": "program"})
     assert re.search(r"\d\.\d", capsys.readouterr().out)
 
