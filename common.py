@@ -2469,7 +2469,11 @@ def show_mean(seeds: list[int], summaries: list[list[dict]]) -> None:
 
 def summary_table(rows: list[dict]) -> str:
     """The rows of a summary as a table, without the columns that are for programs."""
-    return table([{k: v for k, v in row.items() if k not in ("net", "file")} for row in rows])
+
+    def is_for_programs(key):
+        return key in ("net", "file") or key.endswith("_conditional_acc")
+
+    return table([{k: v for k, v in row.items() if not is_for_programs(k)} for row in rows])
 
 
 def mean_and_std(summaries: list[list[dict]]) -> list[dict]:

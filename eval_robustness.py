@@ -1081,7 +1081,8 @@ class State:
         try:
             record = common.load(folder / "state.pt")
         except common.UserError as error:
-            print(f"{error}; the evaluation begins again", flush=True)
+            problem = str(error).split(";")[0]  # without its advice
+            print(f"{problem}; the evaluation begins again", flush=True)
             return
         self.take(record)
         print(f"goes on from {folder}", flush=True)
@@ -1483,15 +1484,18 @@ def summary_rows(nets, data, folder, attacks, **settings):
     """Evaluate the nets of a run on the test images -> the rows of its summary.
 
     nets: {role: (label, net)}, a role being student, best, teacher or alone; attacks and settings:
-    as for `evaluate`. A row has net (the role), model (the label), the accuracies, epochs, seconds
-    and file.
+    as for `evaluate`. A row has net (the role), model (the label), the accuracies, X_acc and
+    X_conditional_acc for each attack X, epochs, seconds and file.
     """
     rows = []
     for role, (label, net) in nets.items():
         print(f"evaluating {label} on {len(data.x_test)} test images", flush=True)
         accuracies = None
         if common.rank() == 0:
-            accuracies = evaluate(net, data.x_test, data.y_test, attacks, **settings)
+            measured = measure(net, data.x_test, data.y_test, attacks, Settings(**settings))
+            for line in measured["warnings"]:
+                print(f"warning: {label}: {line}", file=sys.stderr)
+            accuracies = {key: value for key, value in measured.items() if key.endswith("_acc")}
         accuracies = common.from_first_process(accuracies)
         row = {"net": role, "model": label} | accuracies
         rows.append(row | common.training_columns(net, folder))

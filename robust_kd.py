@@ -504,7 +504,9 @@ def keep_epoch(args, data, folder, stage, model, rows):
 def weight_average(model, decay):
     """The moving average of a net's weights, for update_average after each step."""
     try:
-        return AveragedModel(model, avg_fn=ema_with_ramp(decay))
+        average = AveragedModel(model, avg_fn=ema_with_ramp(decay))
+        average.requires_grad_(False)  # impossible for what TorchScript copies
+        return average
     except RuntimeError as error:  # TorchScript, or torch.nn.utils.weight_norm
         advice = "leave out --ema, or take torch.nn.utils.parametrizations"
         problem = f"the net cannot be copied ({common.one_line(error)})"

@@ -153,7 +153,7 @@ LOOKS = {
     "aa": lambda model, x, labels: ev.evaluate(model, x, labels, ["aa"], steps=2, queries=3),
     "curve": lambda model, x, labels: ev.accuracy_curve(model, x, labels, ev.Settings(eps=1.0)),
     "validate": lambda model, x, labels: common.validate(
-        model, SimpleNamespace(x_val=x, y_val=labels), (0.1, 0.05, 2)
+        model, SimpleNamespace(x_val=x, y_val=labels), eps=0.1
     ),
 }
 
@@ -225,7 +225,7 @@ def test_a_net_that_normalises_in_place_is_attacked_as_out_of_place():
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 5)).eval()
     x = torch.rand(12, 3, 4, 4)
     labels = common.predict(InPlace(net, False), x).argmax(1)
-    attacks = ["clean", "pgd3", "apgd-ce", "apgd-t", "fab", "fab-t", "square", "aa"]
+    attacks = ["clean", "pgd3", "apgd-ce", "apgd-t", "fab-t", "square", "aa"]
     found, kept = [], x.clone()
     for in_place in (False, True):
         torch.manual_seed(1)
@@ -236,7 +236,7 @@ def test_a_net_that_normalises_in_place_is_attacked_as_out_of_place():
         rows.append(common.pgd(model, x, labels, 0.02, 0.01, 3, "none").tolist())
         found.append(rows)
     assert found[0] == found[1] and torch.equal(x, kept)
-    assert found[0][6]["square_acc"] > 0 and found[0][7]["aa_acc"] < 1
+    assert found[0][5]["square_acc"] > 0 and found[0][6]["aa_acc"] < 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

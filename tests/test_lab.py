@@ -1,5 +1,6 @@
 """The lesson docs/LAB.md: its commands run, and what it names is there."""
 
+import functools
 import importlib
 import re
 import shlex
@@ -9,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 import common
+import eval_robustness
 import robust_kd
 from benchmark.claim_list import ARMS, CLAIMS, FIRST_SEED
 
@@ -23,11 +25,10 @@ SHORT_TRAINING = {
     "--val-size": "32",
     "--model": "mlp-8",
     "--steps": "1",
-    "--eval-steps": "20",
 }
-SHORT_TEACHER = {"--teacher-epochs": "2", "--teacher-es": "1", "--teacher-save-every": "1"}
-SHORT_EVALUATION = {"--n": "16", "--steps": "2", "--queries": "4", "--targets": "1"}
-SHORT_REPORT = {"--n": "16"}
+SHORT_TEACHER = {"--teacher-epochs": "2", "--teacher-es": "1", "--save-every": "1"}
+SHORT_EVALUATION = {"--n": "16"}
+SHORT_AUTOATTACK = {"steps": 2, "queries": 4, "targets": 1}
 
 
 def blocks(text):
@@ -57,10 +58,8 @@ def tables(text):
 def shortened(script, flags):
     """The flags of a command of the page, with few images and epochs."""
     short = {}
-    if script == "eval_robustness":
+    if script in ("eval_robustness", "benchmark.report_run"):
         short = SHORT_EVALUATION
-    elif script == "benchmark.report_run":
-        short = SHORT_REPORT
     elif script == "robust_kd":
         short = SHORT_TRAINING
         if "--teacher-epochs" in flags:
@@ -88,6 +87,8 @@ def test_every_command_of_the_lesson_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     # two epochs on noise: without this the last one is often the best, and is not saved twice
     monkeypatch.setattr(common, "best_row", lambda rows: rows[0] if rows else {})
+    short_settings = functools.partial(eval_robustness.Settings, **SHORT_AUTOATTACK)
+    monkeypatch.setattr(eval_robustness, "Settings", short_settings)
     monkeypatch.chdir(tmp_path)
     write_cifar10(tmp_path / "data/cifar10.npz")
     run = []
@@ -130,12 +131,12 @@ def test_all_trainings_have_the_setting_of_the_claims():
         if words[:2] != ["python", "robust_kd.py"]:
             continue
         args = vars(robust_kd.parse_args(words[2:]))
-        assert max(args["seeds"] or [args["seed"]]) < FIRST_SEED
+        assert max(args["seed"]) < FIRST_SEED
         if args["name"] in arms:
             arm = shlex.split(ARMS[arms[args["name"]]])[1:]
             expected = vars(robust_kd.parse_args(arm))
             differ = {key for key in args if args[key] != expected[key]}
-            assert differ <= {"name", "seeds", "given"}, line
+            assert differ <= {"name", "seed", "given"}, line
             compared.append(args["name"])
     assert set(compared) == arms.keys()
 

@@ -84,8 +84,8 @@ def test_the_teacher_of_soft_randomization_is_a_plain_one():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--sigma -0.1", "--sigma: expected a number of at least 0"),
-        ("--sigma x", "--sigma: expected a number of at least 0"),
+        ("--sigma -0.1", "--sigma: expected a number or a fraction between 0 and 1e+15"),
+        ("--sigma x", "--sigma: expected a number or a fraction between 0 and 1e+15"),
         ("--method hinton --sigma 0.1", "--sigma: has no effect with --method hinton"),
         ("--method student --clip", "--clip: has no effect with --method student"),
         ("--method soft", "--method: invalid choice"),

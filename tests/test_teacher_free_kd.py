@@ -357,11 +357,11 @@ def test_self_distillation_saves_a_plain_net_and_shows_every_exit(tmp_path):
 
 def test_the_last_exit_answers_as_the_student_does_on_every_image(tmp_path):
     run(tmp_path, "--method self-distillation --model wrn-10-1 --epochs 1 --eval-attack clean")
-    net, meta = common.load_model(file_of(tmp_path))
+    net = common.load_model(file_of(tmp_path))
     before = {name: value.clone() for name, value in net.state_dict().items()}
     data = common.load_data("shapes", test_subset=100)
     student = common.predict(net, data.x_test).argmax(1)
-    rows = tf.exit_rows(net, meta["exits"], dataclasses.replace(data, y_test=student))
+    rows = tf.exit_rows(net, net.meta["exits"], dataclasses.replace(data, y_test=student))
     assert {row["model"]: row["clean_acc"] for row in rows}["exit 3"] == 1.0
     assert rows[-1]["macs"] > rows[2]["macs"] == tf.macs(net.train(), data)
     assert net.training  # as it was handed over
@@ -847,7 +847,7 @@ BAD_FLAGS = {
     "--method tf-kd-reg --delta 1.01": "--delta",
     "--method tf-kd-reg --reg-form yuan": "--reg-form",
     "--method plain --alpha 0.3": "--alpha: has no effect with --method plain",
-    "--method at --no-tau2": "--no-tau2: has no effect with --method at",
+    "--method at --no-tau2": "--tau2: has no effect with --method at",
     "--method tf-kd-self --byot-alpha 1": "--byot-alpha",
     "--method plain --teacher-ckpt x.pt": "--teacher-ckpt",
     "--method tf-kd-self --teacher-model mlp-4": "--teacher-model",
