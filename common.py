@@ -2140,13 +2140,8 @@ def epoch_row(args, stage: str, epoch: int, model: nn.Module, history: list, beg
     weights_finite = torch.stack([v.isfinite().all() for v in model.state_dict().values()]).all()
     if not all(finite) or not weights_finite:
         step = finite.index(False) + 1 if not all(finite) else len(steps)
-        has_own_lr = not stage.startswith("student") and hasattr(args, "teacher_lr")
-        advice = f"try a lower {'--teacher-lr' if has_own_lr else '--lr'}"
-        given = [flag for flag in STEP_FLAGS if flag in args.given]
-        if given:
-            advice += f", or another value of {', '.join(given)}"
         where = f"{stage}, epoch {epoch + 1}, step {step}"
-        raise UserError(f"{where}: loss or weights are not finite; {advice}")
+        raise UserError(f"{where}: loss or weights are not finite; {advice_on_steps(args, stage)}")
     loss, correct, images = steps.sum(0).tolist()
     return {
         "stage": stage,
@@ -2158,19 +2153,33 @@ def epoch_row(args, stage: str, epoch: int, model: nn.Module, history: list, beg
     }
 
 
-def validate(model: nn.Module, data: Data, eps: float | None = None) -> dict:
+def advice_on_steps(args, stage: str) -> str:
+    """The flags to change when numbers overflow in a training by `args`."""
+    has_own_lr = not stage.startswith("student") and hasattr(args, "teacher_lr")
+    advice = f"try a lower {'--teacher-lr' if has_own_lr else '--lr'}"
+    given = [flag for flag in STEP_FLAGS if flag in args.given]
+    if given:
+        advice += f", or another value of {', '.join(given)}"
+    return advice
+
+
+def validate(args, stage: str, model: nn.Module, data: Data, eps: float | None = None) -> dict:
     """{val_clean_acc, val_pgd7_acc} on the held-out training images; {} if there are none.
 
     eps: radius of the PGD, 7 steps of eps / 4; None: only clean images.
     """
     row = {}
     if rank() == 0 and len(data.x_val):
-        logits = predict(model, data.x_val, what="held-out images")
-        row["val_clean_acc"] = accuracy(logits, data.y_val)
-        if eps is not None:
-            attack = (eps, eps / 4, 7)
-            logits = predict(model, data.x_val, data.y_val, attack, what="attacked held-out images")
-            row["val_pgd7_acc"] = accuracy(logits, data.y_val)
+        try:
+            logits = predict(model, data.x_val, what="held-out images")
+            row["val_clean_acc"] = accuracy(logits, data.y_val)
+            if eps is not None:
+                attack = (eps, eps / 4, 7)
+                what = "attacked held-out images"
+                logits = predict(model, data.x_val, data.y_val, attack, what=what)
+                row["val_pgd7_acc"] = accuracy(logits, data.y_val)
+        except UserError as error:  # logits that are not finite, though all weights are
+            raise UserError(f"{stage}: {error}; {advice_on_steps(args, stage)}") from None
     return from_first_process(row)
 
 

@@ -285,7 +285,7 @@ def train(args, data, folder, stage, teacher=None):
 
         schedule.step()  # per epoch
         row = common.epoch_row(args, stage, epoch, model, history, began)
-        rows.append(row | common.validate(model, data))
+        rows.append(row | common.validate(args, stage, model, data))
         common.save_epoch(folder, stage, model, state, rows, args)
     common.save_model(folder / f"{stage}.pt", model, rows, training=args.method)
     return common.load_model(folder / f"{stage}.pt", data)

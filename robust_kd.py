@@ -430,7 +430,7 @@ def train(args, data, folder, stage, teacher=None):
             history.append(common.step_sums(loss, logits, labels))  # the GPU is not waited for
 
         row = common.epoch_row(args, stage, epoch, model, history, began)
-        rows.append(row | common.validate(kept_model, data, args.eps))
+        rows.append(row | common.validate(args, stage, kept_model, data, args.eps))
         if args.save_every and len(rows) % args.save_every == 0 and not collapsed(args, rows):
             # before the checkpoint: a run that is killed in between repeats the epoch and this
             keep_epoch(args, data, folder, stage, kept_model, rows)

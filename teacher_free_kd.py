@@ -748,7 +748,7 @@ def train(args, data, folder, stage, teacher=None):
 
         row = common.epoch_row(args, stage, epoch, learner, history, began)
         eps = args.eps if args.method in ATTACKED else None
-        rows.append(row | common.validate(model, data, eps))
+        rows.append(row | common.validate(args, stage, model, data, eps))
         common.save_epoch(folder, stage, model, state, rows, args)
 
     meta = {"training": args.method}

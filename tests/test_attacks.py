@@ -153,7 +153,7 @@ LOOKS = {
     "aa": lambda model, x, labels: ev.evaluate(model, x, labels, ["aa"], steps=2, queries=3),
     "curve": lambda model, x, labels: ev.accuracy_curve(model, x, labels, ev.Settings(eps=1.0)),
     "validate": lambda model, x, labels: common.validate(
-        model, SimpleNamespace(x_val=x, y_val=labels), eps=0.1
+        SimpleNamespace(given=[]), "student", model, SimpleNamespace(x_val=x, y_val=labels), eps=0.1
     ),
 }
 
@@ -252,7 +252,11 @@ def test_logits_that_are_not_finite_are_an_error_and_never_a_class(value, refuse
     message = refused(common.predict, Hole(), x, batch_size=2)
     assert "1 of 5 images are not finite, the first is number 3" in message
     data = SimpleNamespace(x_val=x, y_val=labels)
-    assert "1 of 5 held-out images" in refused(common.validate, Hole(), data)
+    args = SimpleNamespace(given=["--temperature"])
+    message = refused(common.validate, args, "student", Hole(), data)
+    assert "1 of 5 held-out images" in message and message.endswith(
+        "another value of --temperature"
+    )
 
 
 def test_digests_follow_every_weight_of_any_type():
