@@ -28,6 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
+import eval_robustness
 from benchmark import corruptions
 
 common.new_figure(1, 1)  # imports matplotlib, if it is there, once for all processes that fork
@@ -44,7 +45,7 @@ JOBS = {  # script: its flags
     "teacher_free_kd": TINY + "--method at-tf-kd-self --steps 1 --eval-attack clean",
     "eval_robustness": (
         "--data shapes --device cpu --n 6 --batch-size 3 --attack clean pgd2 aa corruptions "
-        "--eps 1/5 --steps 3 --queries 8 --targets 2"
+        "--eps 1/5"
     ),
 }
 LIMIT = 120  # seconds for a command; one that hangs is a failure
@@ -81,6 +82,8 @@ def start(job, folder, prepare=lambda: None):
             common.save_model(folder / "net.pt", model)
         argv = [str(folder / "net.pt"), *argv, "--json", str(folder / "out.json")]
         argv += ["--corruptions", corrupted().name]
+        few = {"steps": 3, "queries": 8, "targets": 2}  # AutoAttack's own would take minutes
+        settings = functools.partial(eval_robustness.Settings, **few)
     else:
         argv += ["--runs", str(folder), "--name", "x"]
     for name in ("stdout", "stderr"):
@@ -89,6 +92,8 @@ def start(job, folder, prepare=lambda: None):
         return pid
     status = 1
     common.make_shapes = lambda: drawn
+    if job == "eval_robustness":
+        module.Settings = settings
     gc.callbacks.clear()  # of hypothesis: Python drops a signal that comes in one
     try:
         sys.stdout, sys.stderr = open(folder / "stdout", "w"), open(folder / "stderr", "w")  # noqa: SIM115
@@ -168,7 +173,7 @@ def leftovers(folder):
 
 def last_file(folder):
     """The newest file from which the job can go on; None if there is none yet."""
-    files = [*folder.rglob("*.checkpoint?.pt"), *folder.glob("out.json.state/state?.pt")]
+    files = [*folder.rglob("*.checkpoint?.pt"), *folder.glob("out.json.state/state.pt")]
     return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 

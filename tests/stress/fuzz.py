@@ -127,7 +127,7 @@ def data_bytes(folder, examples, seed=None):
         path.write_bytes(content)
         ends_well(lambda: common.load_data(str(path)))
         ends_well(
-            lambda: eval_robustness.load_other_images(path, ["a", "b", "c", "d"], size=(4, 4))
+            lambda: eval_robustness.load_other_images(path, ["a", "b", "c", "d"], shape=(4, 4, 3))
         )
 
     return tried(changed(path.read_bytes()), examples, check, seed)

@@ -107,7 +107,7 @@ def evaluations(folder):
         found[f"json: {name}"] = [*argv, "--json", str(folder / f"{i}.json")], (2,)
     progress = dataclasses.asdict(eval_robustness.Progress(torch.zeros(4, dtype=torch.int16)))
     swollen = torch.zeros(1, dtype=torch.int16).expand(10**12)
-    empty = {"saves": 1, "flags": {}, "attacks": {}, "corruptions": {}}
+    empty = {"flags": {}, "attacks": {}, "corruptions": {}}
     for name, change in {
         "other flags": {},
         "no flags": {"flags": 1},
@@ -116,13 +116,13 @@ def evaluations(folder):
         "a number": {"attacks": {"x": 1}},
         "no tensor": {"attacks": {"x": progress | {"broken_by": [1]}}},
         "a tensor that swells": {"attacks": {"x": progress | {"broken_by": swollen}}},
-        "a place of text": {"attacks": {"x": progress | {"images_done": "a"}}},
+        "a place of text": {"attacks": {"x": progress | {"passes_done": "a"}}},
         "corruptions of text": {"corruptions": {"x": {"fog": "a"}}},
         "exec": {"attacks": {"x": hostile.Runs(folder)}},
     }.items():
         state = folder / f"{name}.json.state"
         state.mkdir()
-        hostile.saved(state / "state1.pt", empty | change)
+        hostile.saved(state / "state.pt", empty | change)
         statuses = (0,) if name == "exec" else (2,)  # 0: damaged, the evaluation begins again
         found[f"state: {name}"] = [*argv, "--json", str(folder / f"{name}.json")], statuses
     (folder / "a file.json.state").write_text("")
@@ -183,7 +183,7 @@ def cases(folder):
 
     add("checkpoints", hostile.checkpoints, common.load_model)
     add("npz", hostile.data_files, lambda path: common.load_data(str(path)))
-    names = {"classes": ["a", "b", "c"], "size": (8, 8)}  # of what x_test is fine in some
+    names = {"classes": ["a", "b", "c"], "shape": (8, 8, 3)}  # of what x_test is fine in some
     add(
         "ood",
         hostile.data_files,
@@ -191,7 +191,7 @@ def cases(folder):
         (0, 2),
     )
     add("folders", hostile.folders, lambda path: common.load_data(str(path)))
-    part = {"classes": ["a", "b"], "size": (8, 8)}
+    part = {"classes": ["a", "b"], "shape": (8, 8, 3)}
     add(
         "class folders",
         hostile.folders,
