@@ -20,6 +20,8 @@ Differs  1. Draws depend on (seed, attack, pass, image) alone; all images share 
          2. Broken images leave a run at the next compaction; FAB stops at a norm of eps.
          3. With fewer than 4 classes the numerator of the targeted DLR loss is used.
          4. Logits that are not finite are no success; the authors' code counts them as one.
+         5. APGD's first check compares the first loss with that of the start, as in the paper; the
+            authors' code with 0.
          L-infinity alone is here; docs/use_elsewhere.md runs the authors' package in L2.
 """
 

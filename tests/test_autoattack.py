@@ -1,5 +1,6 @@
 """The attacks against closed forms, loops over single numbers and the published schedules."""
 
+import contextlib
 import math
 from itertools import pairwise
 
@@ -293,3 +294,147 @@ def test_draws_differ_by_seed_attack_pass_use_and_image(small):
     others += [batch(*small, attack="pgd4").draw(2, 3), batch(*small, "pgd3", 1).draw(2, 3)]
     others.append(batch(*small, attack="pgd3").draw(2, 3, use="signs"))
     assert all((first != other).all() for other in others)
+
+
+# ------------------------------------------------------------------------------------------------
+# Against the authors' own code, the package pyautoattack
+
+EPS = 6 / 255  # at which each attack breaks some of the 64 right images of `small`, and not all
+
+
+class Contiguous(Made):
+    """The net on images of one memory layout: two layouts are rounded differently."""
+
+    def forward(self, x):
+        return self.model(x.contiguous())
+
+
+def right_batch(small, attack, **settings):
+    """The net, and a Batch of the images that are right when clean."""
+    model, x, labels = small
+    right = model(common.to_float(x)).argmax(1) == labels
+    b = batch(Contiguous(model, None), x[right], labels[right], attack, eps=EPS, **settings)
+    b.x = b.x.contiguous()  # their classes take no other layout
+    return Contiguous(model, None), b
+
+
+def authors_attack(name, model, **options):
+    """An attack of the authors' package, with the settings of its standard version."""
+    package = pytest.importorskip("pyautoattack")
+    options = {"norm": "Linf", "eps": EPS, "device": "cpu"} | options
+    if name == "apgd-ce":
+        return package.autopgd_base.APGDAttack(model, **options)
+    if name == "apgd-t":
+        return package.autopgd_base.APGDAttack_targeted(model, **options)
+    if name == "fab-t":
+        return package.fab_pt.FABAttack_PT(model, targeted=True, **options)
+    return package.square.SquareAttack(model, p_init=0.8, resc_schedule=False, **options)
+
+
+@contextlib.contextmanager
+def images_seen(model):
+    """Yield the list of the images (B, C, H, W) that the net gets inside the block."""
+    seen = []
+    with model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone())):
+        yield seen
+
+
+def run_authors_apgd(attack, model, b, start):
+    """bool (B,): the images that stay right, when their APGD begins at `start`."""
+    apgd = authors_attack(attack, model)
+    if attack == "apgd-t":
+        apgd.y_target = b.target()
+        start_loss = apgd.dlr_loss_targeted(model(start), b.labels)
+    else:
+        start_loss = ev.ce_loss(model(start), b.labels)
+    check_oscillation = apgd.check_oscillation
+
+    def check_with_the_start(losses, i, period, *rest, **options):
+        # their history lacks the loss of the start: the first check compares with an empty entry
+        if i + 1 == period:
+            losses[-1] = start_loss
+        return check_oscillation(losses, i, period, *rest, **options)
+
+    apgd.check_oscillation = check_with_the_start
+    apgd.init_hyperparam(b.x)
+    return apgd.attack_single_run(b.x, b.labels, x_init=start.contiguous())[1].bool()
+
+
+@pytest.mark.parametrize("attack", ["apgd-ce", "apgd-t"])
+def test_apgd_goes_through_the_same_images_as_the_authors_code(small, attack):
+    model, whole = right_batch(small, attack)
+    with images_seen(model) as ours:
+        x_adv = ev.ATTACKS[attack](model, whole)
+    survives = (x_adv == whole.x).flatten(1).all(1)
+    assert 10 < survives.sum() < len(survives)
+    assert torch.equal(run_authors_apgd(attack, model, whole, ours[0]), survives)
+    # bit for bit, on the images that no step breaks and no batch leaves
+    parts = (whole.x, whole.labels, whole.logits, whole.index)
+    rest = ev.Batch(*(part[survives] for part in parts), whole.settings, attack)
+    with images_seen(model) as ours:
+        ev.ATTACKS[attack](model, rest)
+    with images_seen(model) as theirs:
+        assert run_authors_apgd(attack, model, rest, ours[0]).all()
+    theirs = theirs[-101:]  # the start and 100 iterations
+    assert len(ours) == 101 and all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def test_fab_breaks_the_same_images_as_the_authors_code(small):
+    model, b = right_batch(small, "fab-t", steps=20)
+    adv = authors_attack("fab-t", model, n_iter=20, seed=0).perturb(b.x, b.labels)
+    theirs = model(adv).argmax(1) != b.labels
+    images = ev.Images(b.x, b.labels, b.logits)
+    ours = ev.run_attack(model, images, "fab-t", b.settings).broken_by > 0
+    assert 20 < ours.sum() < 60 and torch.equal(ours, theirs)
+    # and the smallest perturbations towards one class have the same norm
+    b.settings = ev.Settings(eps=0.0, steps=20)
+    one_class = authors_attack("fab-t", model, n_iter=20)
+    one_class.target_class = 2  # by rank, the label being the first
+    theirs = ev.norm_of(one_class.attack_single_run(b.x, b.labels, is_targeted=True) - b.x)
+    ours = ev.norm_of(ev.fab_targeted(model, b) - b.x)
+    error = (ours - theirs).abs() / theirs
+    assert error.median() < 1e-5 and error.max() < 2e-3  # their projection sorts, ours iterates
+
+
+def test_square_by_the_same_draws_breaks_the_same_images_as_the_authors_code(small):
+    queries = 400
+    model, b = right_batch(small, "square", queries=queries)
+    generator = torch.Generator()
+    generator.manual_seed(common.derive_seed("queries", 0, 0))
+    corners = iter(torch.rand(queries, 2, generator=generator).flatten().tolist())
+    signs = torch.rand(queries, 3, 1, 1, generator=generator)
+    stripes = b.draw(3, 1, b.x.shape[3])
+    draws = iter([stripes, *signs])
+    theirs = authors_attack("square", model, n_queries=queries)
+    theirs.random_choice = lambda shape: (next(draws) - 0.5).sign()
+    theirs.random_int = lambda low, high: int(low + (high - low) * next(corners))
+    theirs.init_hyperparam(b.x)
+    with torch.no_grad():
+        _, found = theirs.attack_single_run(b.x, b.labels)
+        x_adv = ev.square(model, b)
+    broken = (x_adv != b.x).flatten(1).any(1)
+    assert 10 < broken.sum() < 40
+    assert torch.equal(broken, model(found).argmax(1) != b.labels)
+    # x - eps + 2 eps is not x + eps in float32: a choice between equal losses may differ
+    same = torch.isclose(x_adv, found, atol=1e-6)[broken].flatten(1).all(1)
+    assert same.double().mean() > 0.9
+
+
+# attack: iterations or queries, and how far two runs of ten seeds of the authors' code may differ
+# in the number of images that they break: 3 * sqrt(2) standard deviations (0.4, 0 and 1.2 images),
+# rounded up, and at least one image
+SPREAD = {"apgd-ce": (100, 2), "apgd-t": (20, 1), "square": (300, 6)}
+
+
+@pytest.mark.parametrize("attack", SPREAD)
+def test_as_many_images_break_as_under_the_authors_code_with_its_own_seeds(small, attack):
+    number, spread = SPREAD[attack]
+    model, b = right_batch(small, attack)
+    images = ev.Images(b.x, b.labels, b.logits)
+    length = {"n_queries" if attack == "square" else "n_iter": number}
+    for seed in (0, 1):
+        adv = authors_attack(attack, model, seed=seed, **length).perturb(b.x, b.labels)
+        theirs = int((model(adv).argmax(1) != b.labels).sum())
+        settings = ev.Settings(eps=EPS, seed=seed, steps=number, queries=number)
+        ours = int((ev.run_attack(model, images, attack, settings).broken_by > 0).sum())
+        assert 0 < ours < len(b.x) and abs(ours - theirs) <= spread
