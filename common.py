@@ -82,8 +82,6 @@ def start(main, stopped=None) -> None:
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the first process prints everything)
     signal.signal(signal.SIGTERM, _raise_on_sigterm)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as the scripts set it for their imports
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()  # at the interpreter's exit it would be too late to catch the error
