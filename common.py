@@ -1351,8 +1351,7 @@ def evaluating(model: nn.Module):
             module.training = training
         with torch.no_grad():
             for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+                buffer.copy_(before)
 
 
 @torch.no_grad()
@@ -1378,8 +1377,9 @@ def predict(
 
 def check_finite(logits: Tensor, what: str) -> None:
     """A UserError if logits (N, K) of the images that `what` names are not finite."""
-    not_finite = (~logits.isfinite().all(1)).nonzero()
-    if len(not_finite):
+    finite = logits.isfinite().all(1)
+    if not finite.all():
+        not_finite = (~finite).nonzero()
         numbers = f"{len(not_finite)} of {len(logits)} {what} are not finite"
         advice = "check the weights, and a division by zero or a logarithm in the net"
         raise UserError(

@@ -695,7 +695,7 @@ def test_a_run_killed_in_its_evaluation_goes_on_from_a_damaged_checkpoint(tmp_pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(eval_robustness, "evaluate", die)
+        patch.setattr(eval_robustness, "summary_rows", die)
         with pytest.raises(KeyboardInterrupt):
             run("fickle_teacher", tmp_path / "killed", "--method hinton")
     folder = tmp_path / "killed" / "fickle_teacher" / "x-s0"

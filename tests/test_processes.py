@@ -235,7 +235,8 @@ losses = {}
 def recorded(name, function):
     def call(*args, **kwargs):
         loss = function(*args, **kwargs)
-        losses[job][name].append(loss.item())
+        if loss.dim() == 0:  # of a step of the training, not of an attack in the evaluation
+            losses[job][name].append(loss.item())
         return loss
     return call
 
