@@ -836,9 +836,9 @@ def read_other_images(args, data):
 
 # Copied from robust_kd.Ensemble
 class Ensemble(nn.Module):
-    """log sum_i w_i p_i(x) of some models: logits (B, K) whose softmax is their mean probability.
+    """Several models as one, whose softmax is the weighted mean of their probabilities.
 
-    weights: of the models, summing to 1 (None: all equal).
+    Its logits (B, K) are log sum_i w_i p_i(x). weights: w_i, summing to 1 (None: all equal).
     """
 
     def __init__(self, models, weights=None):

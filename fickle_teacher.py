@@ -120,12 +120,12 @@ def parse_args(argv=None):
     add("--teacher-model", default="wrn-40-2", help="net of the teacher, named as for --model")
     add("--teacher-epochs", type=whole, default=200, help="epochs of the teacher's training")
     drops = {"type": whole, "nargs": "+", "metavar": "EPOCH"}
-    add("--teacher-milestones", **drops, help="as --milestones (default: those of A.1, in scale)")
+    add("--teacher-milestones", **drops, help="as --milestones (default: by --teacher-epochs)")
     add("--teacher-ckpt", metavar="FILE", help="file of a finished teacher; none is trained then")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=whole, help="epochs of the student (default: 200, fickle up to 350)")
-    add("--milestones", **drops, help="epochs after which --gamma is applied (default: in scale)")
+    add("--milestones", **drops, help="epochs after which --gamma applies (default: by --epochs)")
     add("--gamma", type=common.decay, default=0.2, help="factor on the learning rate at milestones")
     add("--lr", type=positive, default=0.1, help="learning rate that both nets start with")
     add("--batch-size", type=whole, default=128, help="images per step of both nets")
@@ -167,9 +167,9 @@ def parse_args(argv=None):
 
 
 def hinton_loss(student_logits, teacher_logits, labels, alpha, temperature):
-    """Eq. (2): (1-alpha) CE(S, y) + alpha tau^2 KL(T || S), T and S softened by tau in the KL.
+    """Eqs. (1), (2): (1-alpha) CE(S, y) + alpha tau^2 KL(T || S); (B, K) x2, (B,) -> ().
 
-    With the student's logits of noisy images it is Eq. (1). (B, K) x2, (B,) -> ().
+    In the KL both logits are divided by tau. Eq. (1) is it for a student that sees noisy images.
     """
     targets = (teacher_logits.detach() / temperature).softmax(1)
     student_log_probs = (student_logits / temperature).log_softmax(1)
@@ -303,8 +303,8 @@ def teacher_args(args):
     """The flags by which the teacher is trained, made of the student's.
 
     A flag that has no effect on the teacher becomes None. Runs that agree in all the others and in
-    the data share the teacher (see get_teacher): a flag that is forgotten here costs a second
-    training, and never gives a wrong teacher.
+    the data share the teacher (see get_teacher): a flag of the student that is forgotten here costs
+    a second training. A --teacher-... flag counts by the flag that it sets, as epochs here.
     """
     teacher = common.replace(
         args,
@@ -329,11 +329,11 @@ def get_teacher(args, data):
     if args.teacher_ckpt:
         teacher = common.given_teacher(args, data, args.dropout)
     else:
-        own = teacher_args(args)
-        folder = common.teacher_folder(own, data)
+        flags = teacher_args(args)
+        folder = common.teacher_folder(flags, data)
         with common.locked(folder, wait=True):  # another run may be training it
             if not (folder / "teacher.pt").exists():
-                train(own, data, folder, "teacher")
+                train(flags, data, folder, "teacher")
             common.delete_checkpoints(folder)
         teacher = common.load_model(folder / "teacher.pt", data)
     print(f"teacher: {teacher.meta['file']}", flush=True)

@@ -26,7 +26,8 @@ Expect   CIFAR-10, ResNet-18: not measured yet. Small nets: docs/robust_kd_measu
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); targets and logits (B, K)
 Differs  1. 1,024 training images are held out to report the best epoch too (--val-size 0: none).
          2. x' of RSLAD maximises KL(T(x) || S(x')) from a Gaussian start, as in the code of RSLAD
-            and of the first author, not the CE of the text (--attack-loss ce: the text).
+            and of the first author, not the CE of the text (--attack-loss ce: the text). Also for
+            RSLAD+ this T is the teacher alone, at temperature 1.
          3. KL is the true KL averaged over the batch; the author's code also averages over the
             classes, K times less.
          4. The paper gives no lam; we take 5/6, as RSLAD does. It has no temperature: the default
@@ -57,7 +58,7 @@ LOSSES = ["st", "at", "trades", "ckd", "ard", "rslad", "akd", "ard+", "rslad+", 
 ATTACKED = {"at", "ffgsm", "trades", "ard", "rslad", "akd", "ard+", "rslad+", "akd+"}  # see x'
 TAUGHT_ON_X = {"ckd", "ard", "rslad", "ard+", "rslad+"}  # the teacher sees x
 TAUGHT_ON_X_ADV = {"akd", "akd+"}  # the teacher sees x', as the student does
-HAS_EFFECT = {  # flag -> the losses on which it has an effect; with others it is refused
+HAS_EFFECT = {  # for these flags: the losses on which they have an effect; others are refused
     "--alpha": {"ard+", "rslad+", "akd+"},
     "--lam": TAUGHT_ON_X,
     "--temperature": TAUGHT_ON_X | TAUGHT_ON_X_ADV,
@@ -116,11 +117,11 @@ def parse_args(argv=None):
     add = parser.add_argument_group("teacher").add_argument
     trainings = {"nargs": "+", "choices": ["st", "at", "ffgsm", "trades"], "metavar": "TRAINING"}
     add("--teacher-training", **trainings, default=["at"], help="st, at, ffgsm, trades or several")
-    keep = "keep each net after every N epochs too; a teacher where --teacher-es finds it"
-    add("--save-every", type=whole, metavar="N", help=keep)
     add("--beta", type=probability, nargs="+", help="weight of each teacher (default: all equal)")
     add("--teacher-es", type=whole, help="stop the teacher after this epoch (default: no stop)")
-    add("--teacher-epochs", type=whole, default=100, help="epochs of the teacher's schedule")
+    add(
+        "--teacher-epochs", type=whole, default=100, help="epochs of a teacher without --teacher-es"
+    )
     add(
         "--teacher-eps",
         type=common.pixel_units,
@@ -165,9 +166,12 @@ def parse_args(argv=None):
         default=0.0,
         help="decay of the weight average (0: no average)",
     )
-    add("--label-smoothing", type=common.below_1, default=0.0, help="mass spread over all classes")
+    smoothed = "mass spread over all classes; with --extra-data only of the generated images"
+    add("--label-smoothing", type=common.below_1, default=0.0, help=smoothed)
     add("--extra-data", metavar="FILE", help=".npz of generated images: arrays image and label")
     add("--extra-fraction", type=common.below_1, default=0.7, help="share of them in each batch")
+    keep = "keep each net after every N epochs; a later --teacher-es finds such a teacher"
+    add("--save-every", type=whole, metavar="N", help=keep)
     common.add_run_flags(parser, augment=["crop", "none", "cutout", "cutmix"])
     args = common.parse(parser, argv, {"--recipe at+": AT_PLUS, "--demo": DEMO})
     check_flags(args, parser.error)
@@ -175,8 +179,8 @@ def parse_args(argv=None):
     if args.step_size is None:
         args.step_size = args.eps / 4
     if args.attack_loss is None:
-        default = {"rslad": "kl-teacher", "rslad+": "kl-teacher", "trades": "kl-self"}  # differs: 2
-        args.attack_loss = default.get(args.loss, "ce")
+        by_loss = {"rslad": "kl-teacher", "rslad+": "kl-teacher", "trades": "kl-self"}  # differs: 2
+        args.attack_loss = by_loss.get(args.loss, "ce")
     args.schedule_epochs = args.epochs  # a teacher may stop before the end of its schedule
     return args
 
@@ -261,9 +265,9 @@ def akd_loss(student_adv_logits, targets, temperature=1.0):
 
 
 class Ensemble(nn.Module):
-    """log sum_i w_i p_i(x) of some models: logits (B, K) whose softmax is their mean probability.
+    """Several models as one, whose softmax is the weighted mean of their probabilities.
 
-    weights: of the models, summing to 1 (None: all equal).
+    Its logits (B, K) are log sum_i w_i p_i(x). weights: w_i, summing to 1 (None: all equal).
     """
 
     def __init__(self, models, weights=None):
@@ -289,8 +293,8 @@ def teacher_args(args, training, number=0):
     """The flags by which teacher `number` (0, 1, ...) is trained, made of the student's.
 
     A flag that has no effect on this teacher becomes None. Runs that agree in all the others and in
-    the data share the teacher (see get_teacher): a flag that is forgotten here costs a second
-    training, and never gives a wrong teacher.
+    the data share the teacher (see get_teacher): a flag of the student that is forgotten here costs
+    a second training. A --teacher-... flag counts by the flag that it sets, as epochs here.
     """
     teacher = common.replace(
         args,
@@ -335,11 +339,11 @@ def get_teacher(args, data, training, number):
     if args.teacher_ckpt:
         teacher = common.given_teacher(args, data)
     else:
-        own = teacher_args(args, training, number)
-        folder = common.teacher_folder(own, data)
+        flags = teacher_args(args, training, number)
+        folder = common.teacher_folder(flags, data)
         with common.locked(folder, wait=True):  # another run may be training it
             if not (folder / "teacher.pt").exists():
-                train(own, data, folder, "teacher")
+                train(flags, data, folder, "teacher")
             common.delete_checkpoints(folder)
         teacher = common.load_model(folder / "teacher.pt", data)
     print(f"teacher: {teacher.meta['file']}", flush=True)
@@ -354,8 +358,9 @@ def get_teacher(args, data, training, number):
 def train(args, data, folder, stage, teacher=None):
     """Train a net by the flags in args and write it to folder/<stage>.pt -> the net in eval mode.
 
-    teacher: in eval mode with frozen weights, or None. After an interruption the same call goes on
-    after the last finished epoch.
+    stage: "teacher", "student" or "standard", the name of the files. teacher: in eval mode with
+    frozen weights, or None. After an interruption the same call goes on after the last finished
+    epoch.
     """
     model = common.new_model(data, args.model, args.seed, stage)
     steps_per_epoch = common.steps_per_epoch(data, args.batch_size)
@@ -399,14 +404,17 @@ def train(args, data, folder, stage, teacher=None):
                         model, x, away_from, args.eps, args.step_size, args.steps, start
                     )
 
-                # The student learns. Some losses look at its answers for x and for x'; the
-                # training accuracy is that of `logits`.
+                if args.loss in TAUGHT_ON_X_ADV:
+                    teacher_logits = teacher(x_adv)
+                if args.loss in TAUGHT_ON_X | TAUGHT_ON_X_ADV:
+                    targets = mix_labels(teacher_logits, labels, alpha, temperature)
+
+                # The student learns. `logits` are S(x') if the loss has an attack, otherwise S(x);
+                # the training accuracy is theirs. trades, ard and rslad look at S(x) too.
                 model.train()
                 logits = model(x_adv if args.loss in ATTACKED else x)
-                if args.loss in TAUGHT_ON_X:
-                    targets = mix_labels(teacher_logits, labels, alpha, temperature)
                 match args.loss.removesuffix("+"):
-                    case "st" | "at" | "ffgsm":
+                    case "st" | "at" | "ffgsm":  # ffgsm: teachers alone
                         loss = F.cross_entropy(logits, labels)
                     case "trades":
                         loss = trades_loss(model(x), logits, labels, args.trades_beta)
@@ -417,7 +425,6 @@ def train(args, data, folder, stage, teacher=None):
                     case "rslad":
                         loss = rslad_loss(model(x), logits, targets, lam, temperature)
                     case "akd":
-                        targets = mix_labels(teacher(x_adv), labels, alpha, temperature)
                         loss = akd_loss(logits, targets, temperature)
 
             optimizer.zero_grad()
@@ -432,7 +439,7 @@ def train(args, data, folder, stage, teacher=None):
         row = common.epoch_row(args, stage, epoch, model, history, began)
         rows.append(row | common.validate(args, stage, kept_model, data, args.eps))
         if args.save_every and len(rows) % args.save_every == 0 and not collapsed(args, rows):
-            # before the checkpoint: a run that is killed in between repeats the epoch and this
+            # before the checkpoint: a run that is killed here repeats the epoch and saves again
             keep_epoch(args, data, folder, stage, kept_model, rows)
         common.save_epoch(folder, stage, kept_model, state, rows, args)
 
@@ -494,7 +501,8 @@ def keep_epoch(args, data, folder, stage, model, rows):
         early_stopped = common.replace(args, epochs=len(rows))
         other = common.teacher_folder(early_stopped, data)
         with common.locked(other, wait=True):  # another run may be training it
-            common.save_model(other / "teacher.pt", model, rows, training=args.loss)
+            if not (other / "teacher.pt").exists():  # a student may have learned from that one
+                common.save_model(other / "teacher.pt", model, rows, training=args.loss)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -541,8 +549,8 @@ def update_average(average, model):
 def augment(x, labels, data, args):
     """x (B, C, H, W), labels (B,) of a batch -> the same after what AT+ does; or as they are.
 
-    With --extra-data generated images replace the last part of the batch. Label smoothing and
-    CutMix make the labels probabilities (B, K).
+    With --extra-data generated images replace the last part of the batch, and only their labels
+    are smoothed. Label smoothing and CutMix make the labels probabilities (B, K).
     """
     originals = len(x)  # the first images of the batch are of the training set
     if args.extra_data:
@@ -645,15 +653,16 @@ def train_and_evaluate(args, data, folder):
     nets = {}  # role of the net -> (its label in the table, the net)
     teacher = None
     if args.demo:
-        own = teacher_args(args, "st")
-        nets["standard"] = "standard training", train(own, data, folder, "standard")
+        flags = teacher_args(args, "st")  # for as many epochs as the teacher
+        nets["standard"] = "standard training", train(flags, data, folder, "standard")
     if needs_teacher(args):
         teachers = []
         for number, training in enumerate(args.teacher_training):
-            teacher = get_teacher(args, data, training, number)
-            teachers.append(teacher)
+            net = get_teacher(args, data, training, number)
+            teachers.append(net)
             role = "teacher" if number == 0 else f"teacher{number + 1}"
-            nets[role] = f"{role} ({teacher.meta.get('training', 'given')})", teacher
+            nets[role] = f"{role} ({net.meta.get('training', 'given')})", net
+        teacher = teachers[0]
         if len(teachers) > 1:
             teacher = Ensemble(teachers, args.beta).eval()
             nets["ensemble"] = f"ensemble of {len(teachers)} teachers", teacher

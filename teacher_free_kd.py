@@ -603,8 +603,8 @@ def teacher_args(args):
     """The flags by which the teacher is trained, made of the student's.
 
     A flag that has no effect on the teacher becomes None. Runs that agree in all the others and in
-    the data share the teacher (see get_teacher): a flag that is forgotten here costs a second
-    training, and never gives a wrong teacher.
+    the data share the teacher (see get_teacher): a flag of the student that is forgotten here costs
+    a second training. A --teacher-... flag counts by the flag that it sets, as epochs here.
     """
     epochs = args.teacher_epochs or args.epochs
     teacher = common.replace(
@@ -637,13 +637,13 @@ def get_teacher(args, data):
     if args.teacher_ckpt:
         teacher = common.given_teacher(args, data)
     else:
-        own = teacher_args(args)
+        flags = teacher_args(args)
         if args.teacher_shift is not None:
             data = dataclasses.replace(data, pad=args.teacher_shift)
-        folder = common.teacher_folder(own, data)
+        folder = common.teacher_folder(flags, data)
         with common.locked(folder, wait=True):  # another run may be training it
             if not (folder / "teacher.pt").exists():
-                train(own, data, folder, "teacher")
+                train(flags, data, folder, "teacher")
             common.delete_checkpoints(folder)
         teacher = common.load_model(folder / "teacher.pt", data)
     print(f"teacher: {teacher.meta['file']}", flush=True)

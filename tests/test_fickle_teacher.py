@@ -2,17 +2,13 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT, same_weights
+from conftest import same_weights
 
 import common
 import eval_robustness
@@ -529,101 +525,6 @@ def test_a_stopped_run_goes_on_to_the_same_bits(script, tmp_path, stop_at):
     assert same_weights(whole, stopped)
     teachers = [teacher_files(tmp_path / name)[0] for name in ("whole", "stopped")]
     assert same_weights(*teachers)
-
-
-# ------------------------------------------------------------------------------------------------
-# Several processes
-
-# Two processes see equal images and labels: what they compute differs by what they draw alone
-EQUAL_IMAGES = (
-    "--data mnist --train-subset 16 --val-size 0 --test-subset 2 --batch-size 8 --model mlp-8 "
-    "--epochs 2 --teacher-epochs 2 --device cpu --eval-restarts 1 --teacher-model mlp-8 "
-    "--name x"
-)
-JOBS = {  # what is drawn: script, flags, the losses that depend on it
-    "nothing": ("fickle_teacher", "--method hinton", []),
-    "dropout": ("fickle_teacher", "--dropout 0.5", ["teacher", "kl"]),
-    "signal": ("fickle_teacher", "--method signal --sigma 0.5", ["kl"]),
-    "swaps": (
-        "fickle_teacher",
-        "--method swap --swap all --swap-probability 0.5 --swap-threshold 1",
-        ["kl"],
-    ),
-    "pixels": ("soft_randomization", "--sigma 0.5", ["student", "kl"]),
-    "labels": ("messy_collab", "--method mc-ts --noise-rate 0.5", ["teacher", "student"]),
-    "fixed labels": (  # drawn once for all, but each process has images of its own
-        "messy_collab",
-        "--method flc-ts --corruption-rate 0.99",
-        ["teacher", "student"],
-    ),
-}
-DRIVER = """
-import importlib, json, os, sys
-import torch.nn.functional as F
-folder, root, jobs, flags = sys.argv[1:]
-sys.path.insert(0, root)
-losses = {}
-
-def recorded(name, function):
-    def call(*args, **kwargs):
-        loss = function(*args, **kwargs)
-        if loss.dim() == 0:  # PGD in an evaluation has one for each image
-            losses[job][name].append(loss.item())
-        return loss
-    return call
-
-F.cross_entropy = recorded("cross_entropy", F.cross_entropy)
-F.kl_div = recorded("kl", F.kl_div)
-for job, (script, more, _) in json.loads(jobs).items():
-    losses[job] = {"cross_entropy": [], "kl": []}
-    argv = [*flags.split(), "--runs", f"{folder}/{job}", *more.split()]  # each has its own teacher
-    importlib.import_module(script).main(argv)
-with open(f"{folder}/losses{os.environ['RANK']}.json", "w") as file:
-    json.dump(losses, file)
-"""
-
-
-def test_processes_draw_different_noise_and_nothing_else_differs(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (1, 28, 28), np.uint8)
-    arrays = {f"x_{part}": np.repeat(pixels, 17, 0) for part in ("train", "test")}
-    arrays |= {f"y_{part}": np.full(17, 3) for part in ("train", "test")}
-    left_out = np.random.default_rng(0).permutation(17)[16]  # by --train-subset 16
-    arrays["y_train"][left_out] = 4  # data of one class are refused
-    np.savez(tmp_path / "mnist.npz", **arrays, classes=np.array([f"{k}" for k in range(10)]))
-    (tmp_path / "driver.py").write_text(DRIVER)
-    flags = f"{EQUAL_IMAGES} --data-root {tmp_path}"
-    command = [sys.executable, str(tmp_path / "driver.py")]
-    command += [str(tmp_path), str(ROOT), json.dumps(JOBS), flags]
-    started = []
-    for rank in ("0", "1"):  # as torchrun starts them
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "WORLD_SIZE": "2",
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(20000 + os.getpid() % 20000),
-        }
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, env=environment, **pipes))
-    for process in started:
-        errors = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, errors
-    recorded = [json.loads((tmp_path / f"losses{rank}.json").read_text()) for rank in (0, 1)]
-    for job, (_, _, drawn) in JOBS.items():
-        first, second = recorded[0][job], recorded[1][job]
-        assert len(second["kl"]) == 4
-        assert len(second["cross_entropy"]) == 8  # 2 epochs of 2 steps for each net
-        steps = {"teacher": slice(0, 4), "student": slice(4, 8)}
-        differing = []
-        for name, part in steps.items():
-            if first["cross_entropy"][part] != second["cross_entropy"][part]:
-                differing.append(name)
-        if first["kl"] != second["kl"]:
-            differing.append("kl")
-        assert differing == drawn, job
-    labels = common.load(tmp_path / "fixed labels/messy_collab/x-s0/labels.pt")["labels"]
-    assert (labels != 3).all()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -223,6 +223,8 @@ DIFFERENT = {  # what is drawn -> the losses that depend on it
     "swaps": {"kl"},
     "pixels": {"student's cross-entropy", "kl"},
     "labels": {"teacher's cross-entropy", "student's cross-entropy"},
+    # drawn once for all, but each process has images of its own
+    "fixed labels": {"teacher's cross-entropy", "student's cross-entropy"},
 }
 DRIVER = """
 import importlib, json, os, sys
