@@ -161,6 +161,45 @@ ARMS = {
     "mnist-without-1": "teacher_free_kd.py --method vanilla --omit-digit 1",
 }
 
+# What the figures call the arms of the rules
+WORDS = {
+    "at": "adversarial training",
+    "at-smooth-0.8": "adversarial training, smoothed by 0.8",
+    "akd+0.8": "AKD+",
+    "akd+0.8-late": "AKD+ with a teacher trained to the end",
+    "akd+0.3": "AKD+ with alpha 0.3",
+    "ard+0.8": "ARD+",
+    "rslad+0.8": "RSLAD+",
+    "ckd": "distillation on clean images",
+    "standard-1.0": "a standard teacher without labels",
+    "standard-0.3": "AKD+ with a standard teacher",
+    "weak-0.3": "AKD+ with a weakly robust teacher",
+    "ensemble": "AKD+ with four teachers",
+    "akd+0.8 - at": "AKD+ (512 units, 2,000 images)",
+    "akd+0.8-narrow - at-narrow": "AKD+ (32 units)",
+    "akd+0.8-8000 - at-8000": "AKD+ (8,000 images)",
+    "conv-at": "adversarial training (ResNet-18)",
+    "conv-akd+0.8": "AKD+ (ResNet-18)",
+    "wrong-alone": "wrong labels alone",
+    "wrong-hinton": "Hinton's distillation (wrong labels)",
+    "wrong-mc-s": "varying labels (half are wrong)",
+    "hinton": "Hinton's distillation",
+    "fickle": "fickle teacher",
+    "gaussian": "Gaussian augmentation",
+    "soft-randomization": "soft randomization",
+    "mc-s": "varying labels for the student",
+    "mc-ts": "varying labels for both",
+    "flc-ts": "fixed wrong labels for both",
+    "at-3": "adversarial training",
+    "at-tf-kd-self": "AT Tf-KD self",
+    "at-tf-kd-reg": "AT Tf-KD reg",
+    "plain": "labels alone",
+    "tf-kd-reg": "Tf-KD reg",
+    "tf-kd-self": "Tf-KD self",
+    "mnist": "a small student",
+    "mnist-without-1": "a student that saw no one",
+}
+
 # The pictures of the regimes: title -> (held-out accuracy that is drawn, arms)
 REGIMES = {
     "MLP, under PGD-7": ("val_pgd7_acc", ("at", "akd+0.8")),

@@ -40,7 +40,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from benchmark import ROOT, plots
-from benchmark.claim_list import ARMS, CLAIMS, REGIMES, WITHOUT_TEACHER
+from benchmark.claim_list import ARMS, CLAIMS, REGIMES, WITHOUT_TEACHER, WORDS
 
 PAPERS = {
     1: "noisy collaboration",
@@ -416,16 +416,24 @@ METRIC_TITLES = {
 }
 
 
-def rule_text(rule):
-    """A rule in words: "clean: akd+0.8 above at"."""
+def in_words(arm):
+    """What the figures call an arm of a rule: "akd+0.8" -> "AKD+"."""
+    name, _, net = arm.partition("@")
+    nets = {"teacher": "its teacher", "alone": "the same net alone"}
+    return nets.get(net, WORDS.get(name, name))
+
+
+def rule_text(rule, name=str):
+    """A rule as a line: "clean: akd+0.8 above at"; name: arm -> what to call it."""
     metric = rule.metric.removeprefix("gain of ")
     title = METRIC_TITLES[metric]
     if metric != rule.metric:
         title = f"gain in {title}"
+    arm, rival = name(rule.arm), name(rule.rival)
     if rule.above < 0:
-        return f"{title}: {rule.arm} at most {-100 * rule.above:g} below {rule.rival}"
+        return f"{title}: {arm} at most {-100 * rule.above:g} below {rival}"
     bound = f" by more than {100 * rule.above:g}" if rule.above else ""
-    return f"{title}: {rule.arm} above {rule.rival}{bound}"
+    return f"{title}: {arm} above {rival}{bound}"
 
 
 def effect_text(rule, effect):
@@ -539,9 +547,10 @@ def show(name, results, folder):
     for rule in rules_of(claim):
         effect = measure(results, rule, claim)
         if effect is not None and rule.metric not in UNITS:
-            points.append((rule_text(rule), effect, rule.above, rule_verdict(rule, effect)))
+            line = rule_text(rule, in_words)
+            points.append((line, effect, rule.above, rule_verdict(rule, effect)))
     path = Path(folder) / f"{name}.png"
-    if points and plots.draw_forest(path, points):
+    if points and plots.draw_forest(path, {claim.title: points}):
         print(f"figure: {path}", flush=True)
 
 
@@ -687,14 +696,15 @@ def write_page(args, results):
     """Write docs/CLAIMS.md, its figure, and the count of verdicts in the README."""
     judged = judge_all(results)
     docs = Path(args.docs)
-    points = []
+    papers = {}  # title -> its rules
     for name, claim in CLAIMS.items():
         for rule in claim.rules:
             effect = measure(results, rule, claim)
             if effect is not None and rule.metric not in UNITS:
-                label = f"{name}: {rule_text(rule)}"
-                points.append((label, effect, rule.above, judged[name][0]))
-    drawn = bool(points) and plots.draw_forest(docs / "claims.png", points)
+                points = papers.setdefault(PAPERS[claim.paper], [])
+                line = rule_text(rule, in_words)
+                points.append((line, effect, rule.above, judged[name][0]))
+    drawn = bool(papers) and plots.draw_forest(docs / "claims.png", papers)
     figure = "![Differences with their intervals, rule by rule](claims.png)\n\n" if drawn else ""
     table = []
     for name, (verdict, corrected) in judged.items():

@@ -432,32 +432,40 @@ def draw_regimes(path, panels):
     return True
 
 
-def draw_forest(path, lines):
-    """Write a forest plot of (label, effect, bound, verdict) of benchmark/claims.py, in points.
+def draw_forest(path, groups):
+    """Write a forest plot of {title: [(label, effect, bound, verdict)]} of benchmark/claims.py.
 
-    False without matplotlib.
+    In points, a panel of its own height for each group. False without matplotlib.
     """
-    figure = common.new_figure(9, 0.8 + 0.26 * len(lines))
+    heights = [len(lines) for lines in groups.values()]
+    figure = common.new_figure(9, 1.2 + 0.5 * len(groups) + 0.22 * sum(heights))
     if figure is None:
         return False
     colours = {"holds": common.COLOURS[2], "contradicted": common.COLOURS[1]}
-    axis = figure.subplots()
-    axis.axvline(0, color="black", linewidth=0.8)
-    for place, (_, effect, bound, verdict) in enumerate(lines):
-        colour = colours.get(verdict, "gray")
-        low, middle, high = 100 * effect.low, 100 * effect.mean, 100 * effect.high
-        axis.plot([low, high], [place, place], color=colour, linewidth=2)
-        axis.plot(middle, place, "o", color=colour, markersize=5)
-        if bound:
-            axis.plot(100 * bound, place, "|", color="black", markersize=9)
-    axis.set_yticks(range(len(lines)), [line[0] for line in lines], fontsize=7)
-    axis.invert_yaxis()
-    axis.set_xscale("symlog", linthresh=5)
+    rows = figure.subplots(
+        len(groups), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    for axis, (title, lines) in zip(rows[:, 0], groups.items()):
+        axis.set_title(title, loc="left", fontsize=9)
+        axis.axvline(0, color="black", linewidth=0.8)
+        for place, (_, effect, bound, verdict) in enumerate(lines):
+            colour = colours.get(verdict, "gray")
+            low, middle, high = 100 * effect.low, 100 * effect.mean, 100 * effect.high
+            axis.plot([low, high], [place, place], color=colour, linewidth=2)
+            axis.plot(middle, place, "o", color=colour, markersize=5)
+            if bound:
+                axis.plot(100 * bound, place, "|", color="black", markersize=9)
+        axis.set_yticks(range(len(lines)), [line[0] for line in lines], fontsize=7)
+        axis.set_ylim(len(lines) - 0.4, -0.6)
+        axis.set_xscale("symlog", linthresh=5)
     low, high = axis.get_xlim()
-    ticks = [t for t in (-50, -20, -10, -5, -2, 0, 2, 5, 10, 20, 50, 100) if low <= t <= high]
+    ticks = [t for t in (-50, -20, -10, -5, -2, 0, 2, 5, 10, 20, 50) if low <= t <= high]
     axis.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
     axis.minorticks_off()
-    axis.set_xlabel("difference in points, 95 % interval (black tick: bound)")
+    axis.set_xlabel(
+        "difference in points, 95 % interval\n"
+        "linear to 5 points, then logarithmic; black tick: bound"
+    )
     for verdict, colour in (*colours.items(), ("undecided or regime absent", "gray")):
         axis.plot([], [], "o-", color=colour, label=verdict)
     figure.legend(loc="outside lower right", ncols=3)
