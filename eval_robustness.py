@@ -1425,7 +1425,8 @@ def gradient_warnings(attacks, zero_gradients, not_finite):
     """
     lines = []
     if zero_gradients:
-        starts = f"zero gradient at {zero_gradients} starting points"
+        plural = "" if zero_gradients == 1 else "s"
+        starts = f"zero gradient at {zero_gradients} starting point{plural}"
         lines.append(f"{starts}: gradients are masked, {attacks} may overestimate the robustness")
     if not_finite:
         evaluations = f"at {not_finite} evaluations of {attacks}"
