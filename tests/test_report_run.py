@@ -35,7 +35,10 @@ RUNS = {
     "fickle_teacher": (fickle_teacher, SMALL_NOISY),
     "soft_randomization": (soft_randomization, SMALL_NOISY),
     "messy_collab": (messy_collab, f"{SMALL_NOISY} --method teacher"),
-    "teacher_free_kd": (teacher_free_kd, f"{SMALL} --train-subset 60 --method re-kd --epochs 1"),
+    "teacher_free_kd": (
+        teacher_free_kd,
+        f"{SMALL} --train-subset 60 --method re-kd --teacher-model mlp-8 --epochs 1",
+    ),
 }
 
 
