@@ -18,11 +18,19 @@ import common
 import robust_kd
 
 SMALL = (
-    "--data shapes --model mlp-16 --train-subset 66 --val-size 20 --test-subset 20 --device cpu "
+    "--model mlp-16 --train-subset 66 --val-size 20 --test-subset 20 --device cpu "
     "--batch-size 32 --teacher-batch-size 32 --teacher-epochs 2 --steps 1 "
     # no BatchNorm and no random start of an attack: the numbers may not depend on the processes
     "--loss ckd --teacher-training st --name run"
 )
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """SMALL on a file of 200 shapes: each process would take seconds to draw all 5,000."""
+    path = tmp_path_factory.mktemp("data") / "shapes.npz"
+    np.savez(path, **common.make_shapes(200, 20))
+    return f"--data {path} {SMALL}"
 
 
 def torchrun(processes, program, *argv, **options):
@@ -42,9 +50,9 @@ def losses_of(folder):
     return [[json.loads(line)[key] for key in ("loss", "train_acc")] for line in lines]
 
 
-def test_three_processes_go_on_where_one_stopped_and_train_as_one(tmp_path, stop_at):
+def test_three_processes_go_on_where_one_stopped_and_train_as_one(tmp_path, stop_at, small):
     # 130 images in batches of 32: the last batch has fewer images than there are processes
-    flags = f"{SMALL} --train-subset 130 --epochs 3 --runs"
+    flags = f"{small} --train-subset 130 --epochs 3 --runs"
     robust_kd.main(f"{flags} {tmp_path}/one".split())
     stop_at(robust_kd, f"{flags} {tmp_path}/three", "student", 1)
     argv = f"{flags} {tmp_path}/three".split()
@@ -59,8 +67,8 @@ def test_three_processes_go_on_where_one_stopped_and_train_as_one(tmp_path, stop
         torch.testing.assert_close(tensor, weights[name], atol=1e-4, rtol=0)
 
 
-def test_two_processes_wait_for_a_teacher_find_it_and_train_the_next_one_together(tmp_path):
-    flags = f"{SMALL} --epochs 2 --runs"
+def test_two_processes_wait_for_a_teacher_find_it_and_train_the_next_one_together(tmp_path, small):
+    flags = f"{small} --epochs 2 --runs"
     for seed in (0, 1):
         robust_kd.main(f"{flags} {tmp_path}/one --seed {seed}".split())
     robust_kd.main(f"{flags} {tmp_path}/two --name first".split())
@@ -88,10 +96,10 @@ def test_two_processes_wait_for_a_teacher_find_it_and_train_the_next_one_togethe
     assert teachers[0] == teachers[1] and len(teachers[0]) == 2
 
 
-def test_two_processes_are_refused_a_folder_in_use_and_end(tmp_path):
+def test_two_processes_are_refused_a_folder_in_use_and_end(tmp_path, small):
     folder = student_folder(tmp_path)
     with common.locked(folder):
-        argv = f"{SMALL} --epochs 1 --runs {tmp_path}".split()
+        argv = f"{small} --epochs 1 --runs {tmp_path}".split()
         run = torchrun(2, ROOT / "robust_kd.py", *argv, stderr=subprocess.PIPE)
         errors = run.communicate(timeout=100)[1]
     assert run.returncode != 0
@@ -167,9 +175,9 @@ def test_no_process_gets_a_single_image(n, world, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc, as on Linux")
 def test_when_one_process_is_killed_the_others_end_and_the_command_goes_on(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys, small
 ):
-    argv = f"{SMALL} --epochs 100000 --runs {tmp_path}".split()
+    argv = f"{small} --epochs 100000 --runs {tmp_path}".split()
     program = ROOT / "robust_kd.py"
     run = torchrun(2, program, *argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for line in run.stdout:
@@ -313,6 +321,6 @@ def test_the_first_process_downloads_and_unpacks_for_the_others(monkeypatch, ran
     monkeypatch.setattr(common, "load_data", lambda *_: seen.append("data"))
     monkeypatch.setattr(common, "check_single_images", lambda *_: None)
     monkeypatch.setattr(common, "sync", lambda: seen.append("sync"))
-    args = robust_kd.parse_args(SMALL.split())
+    args = robust_kd.parse_args(f"--data shapes {SMALL}".split())
     common.load_training_data(args, torch.device("cpu"))
     assert seen == order
