@@ -202,6 +202,7 @@ nonnegative = number_in(0, LARGEST, f"a number or a fraction between 0 and {LARG
 positive = number_in(SMALLEST, LARGEST, f"a number above 0, at most {LARGEST:g}")
 decay = number_in(SMALLEST, 1, "a number above 0, at most 1")
 probability = number_in(0, 1, "a number or a fraction between 0 and 1")
+pixel_step = number_in(SMALLEST, 1, "a number in pixel units above 0, at most 1, like 2/255")
 pixel_units = number_in(0, 1, "a number in pixel units between 0 and 1, like 8/255")
 below_1 = number_in(0, math.nextafter(1, 0), "a number of at least 0 and below 1")
 whole, whole_or_0 = whole_from(1), whole_from(0)
@@ -1081,7 +1082,8 @@ def find_function(flag: str, text: str) -> str:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        built_by = getattr(importlib.import_module(module), function)
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # the module may switch it off
+            built_by = getattr(importlib.import_module(module), function)
     except (Exception, SystemExit) as error:  # whatever the module raises
         raise UserError(f"{flag} {text}: {one_line(error)}") from None
     name = f"{module}:{function}"
@@ -1113,7 +1115,8 @@ def call_function(name: str, dropout: float = 0.0) -> nn.Module:
         advice = "give it as --model, or as --teacher-model if it is the teacher"
         raise UserError(f"is a net of {name[:200]!r}, which no file can import; {advice}")
     try:
-        model = FUNCTIONS[name]()
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # the function may switch it off
+            model = FUNCTIONS[name]()
     except (Exception, SystemExit) as error:  # whatever the function raises
         raise UserError(f"{name}: {one_line(error)}") from None
     if isinstance(model, torch.jit.ScriptModule):  # takes no hook and cannot be frozen itself
@@ -1131,6 +1134,11 @@ def call_function(name: str, dropout: float = 0.0) -> nn.Module:
     lazy = nn.parameter.UninitializedTensorMixin
     if any(tensor.is_meta or isinstance(tensor, lazy) for tensor in tensors):
         raise UserError(f"{name}: has weights without numbers (lazy layers, or on device meta)")
+    for parameter in model.parameters():
+        if hasattr(parameter, "of_a_net_before"):
+            advice = "build a new one in each call, also without functools.cache"
+            raise UserError(f"{name}: returned weights that it had returned before; {advice}")
+        parameter.of_a_net_before = True
     if dropout > 0:
         layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
         if not layers:
@@ -1214,13 +1222,13 @@ def plain_name(name: str) -> str:
 def renamings(state: dict, model: nn.Module):
     """Yield a state_dict with the names that its tensors may have in the net.
 
-    As they are; without each `module.` or `_orig_mod.` at the front; without any of these. In this
-    order, so that a net with a submodule `module` keeps it.
+    As they are; without what all names begin with, such as `module.` or `model.`; without any
+    `module.` and `_orig_mod.`. In this order, so that a net with a submodule `module` keeps it.
     """
     yield state
     state = {str(name): value for name, value in state.items() if name != "n_averaged"}
     renamed = state
-    while renamed and all(name.startswith(("module.", "_orig_mod.")) for name in renamed):
+    while all("." in name for name in renamed) and len({n.split(".")[0] for n in renamed}) == 1:
         renamed = {name.partition(".")[2]: value for name, value in renamed.items()}
         yield renamed
     name_in_net = {plain_name(name): name for name in model.state_dict()}
@@ -1542,7 +1550,10 @@ def load_tensors(path: str | Path):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         if isinstance(error, pickle.UnpicklingError):  # torch would explain how to run it
             reason = "the file contains Python objects; only tensors and plain values are loaded"
-        advice = "get it again; if a run wrote it, delete it, and the same command makes it again"
+        advice = "get it again"
+        if isinstance(error, pickle.UnpicklingError):
+            advice = "of a whole net save the state_dict alone: torch.save(net.state_dict(), FILE)"
+        advice += "; if a run wrote it, delete it, and the same command makes it again"
         raise UserError(f"{path}: damaged, or no checkpoint ({reason}); {advice}") from None
 
 

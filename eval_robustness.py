@@ -87,7 +87,7 @@ def parse_args(argv=None):
         help=f"what is measured: {', '.join(NOT_ATTACKS)}, or attacks, see Attacks above",
     )
     add("--eps", type=common.pixel_units, default=8 / 255, help="radius of the attacks")
-    add("--step-size", type=common.pixel_units, help="step of PGD (default: a quarter of --eps)")
+    add("--step-size", type=common.pixel_step, help="step of PGD (default: a quarter of --eps)")
     add("--restarts", type=common.whole, default=1, help="random starts of PGD; the worst counts")
     add = parser.add_argument_group("other images").add_argument
     add(
@@ -888,8 +888,8 @@ def clean_logits(model, x, labels, batch_size=500, classes=None, name="the model
 
 
 def is_probabilities(logits):
-    """Whether rows (N, K) are nowhere negative and sum to 1."""
-    return bool(logits.min() > -1e-5 and (logits.sum(1) - 1).abs().max() < 1e-5)
+    """Whether rows (N, K) are nowhere negative and sum to 1, also those of half precision."""
+    return bool(logits.min() > -1e-5 and (logits.sum(1) - 1).abs().max() < 1e-2)
 
 
 def check_net(model, x, labels, classes, name, attacked=True):
@@ -902,6 +902,8 @@ def check_net(model, x, labels, classes, name, attacked=True):
         logits = clean_logits(model, x, labels, classes=classes, name=name)
         refuse_probabilities(logits, name)
         images, subject = common.to_float(x[:8]).requires_grad_(), f"{name}: cannot be attacked"
+        if attacked:  # the last images of an attack may stand alone in their batch
+            clean_logits(model, x[:1], labels[:1], classes=classes, name=name)
         if attacked and not reaches_any(model, images, labels[:8], [images], subject):
             need = "which all attacks but square follow"
             raise common.UserError(f"{name}: no gradient reaches the images, {need}; {NO_GRADIENT}")
@@ -1168,6 +1170,7 @@ def evaluate(
     settings = Settings(eps, step_size, restarts, seed, **settings)
     check_settings(settings)
     check_attacks(attacks)
+    check_arguments(model, x)
     row = measure(model, x, check_labels(labels, x), attacks, settings)
     for line in row["warnings"]:
         warnings.warn(line, stacklevel=2)
@@ -1178,13 +1181,28 @@ def evaluate(
     return accuracies
 
 
+def check_arguments(model, x):
+    """A UserError unless the model is a net and x a batch of images as `evaluate` wants them."""
+    if not isinstance(model, torch.nn.Module):
+        raise common.UserError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    expected = "x: expected a tensor, uint8 (N, H, W, C) or floats (N, C, H, W)"
+    if not isinstance(x, torch.Tensor):
+        raise common.UserError(f"{expected}, got {type(x).__name__}")
+    if x.dim() != 4 or x.dtype == torch.uint8 and x.shape[3] not in (1, 3):
+        raise common.UserError(f"{expected}, got {x.dtype} {tuple(x.shape)}")
+
+
 def check_settings(settings):
     """A UserError for a radius or a step that is not in pixel units, or a number below 1."""
     for name, example in (("eps", "8/255"), ("step_size", "2/255")):
         value = getattr(settings, name)
-        if value is not None and not 0 <= value <= 1:
+        if name == "step_size" and value is None:
+            continue
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
             wanted = f"a number in pixel units between 0 and 1, like {example}"
-            raise common.UserError(f"{name}: expected {wanted}, got {value:g}")
+            raise common.UserError(f"{name}: expected {wanted}, got {value!r}")
+        if name == "step_size" and value == 0 and settings.eps > 0:
+            raise common.UserError("step_size: 0 attacks nothing; None takes a quarter of eps")
     for name in ("restarts", "batch_size", "steps", "queries", "targets"):
         value = getattr(settings, name)
         if not isinstance(value, int) or value < 1:
@@ -1210,7 +1228,12 @@ def check_attacks(attacks):
 
 def check_labels(labels, x):
     """Labels (N,) or (N, 1) of any integer type as int64 (N,), on the device of x (N, ...)."""
-    labels = torch.as_tensor(labels, device=x.device)
+    try:
+        labels = torch.as_tensor(labels, device=x.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise common.UserError(
+            f"labels: expected whole numbers; {common.one_line(error)}"
+        ) from None
     got = f"got {labels.dtype} {tuple(labels.shape)}"
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise common.UserError(f"labels: expected whole numbers, {got}; convert them with .long()")
@@ -1237,6 +1260,8 @@ def measure(model, x, labels, attacks, settings, classes=None, state=None, name=
     row, reports, lines = {}, {}, []
     with common.evaluating(model):
         logits = clean_logits(model, x, labels, settings.batch_size, classes)
+        if set(attacks) != {"clean"}:  # the last images of an attack may stand alone in their batch
+            clean_logits(model, x[:1], labels[:1], classes=logits.shape[1])
         images = Images(x, labels, logits)
         lines += model_warnings(model, images, settings)
         for attack in dict.fromkeys(attacks):
@@ -1385,6 +1410,8 @@ def model_warnings(model, images, settings):
     lines = []
     if is_probabilities(images.logits):
         lines.append("the model seems to return probabilities: the attacks need logits")
+    elif images.logits.min() >= 0 and images.logits.max() <= 1:
+        lines.append("all logits lie between 0 and 1: hand a net over without its sigmoid")
     x = common.to_float(images.x[: max(settings.batch_size, 2)])
     calls = torch.stack([F.normalize(model(x.clone()).detach().float()) for _ in range(5)])
     randomised = (calls - calls[:1]).norm(dim=2).max() > 1e-4

@@ -125,7 +125,7 @@ def parse_args(argv=None):
     )
     add(
         "--eval-step-size",
-        type=common.pixel_units,
+        type=common.pixel_step,
         default=0.003,
         help="step of PGD-20 in pixel units",
     )

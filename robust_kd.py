@@ -143,7 +143,7 @@ def parse_args(argv=None):
     add("--steps", type=whole, default=7, help="number of PGD steps in training")
     add(
         "--step-size",
-        type=common.pixel_units,
+        type=common.pixel_step,
         help="PGD step in training (default: a quarter of --eps)",
     )
     losses = {"choices": ["ce", "kl-teacher"]}

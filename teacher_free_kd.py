@@ -209,7 +209,7 @@ def parse_args(argv=None):
         help="radius of the attacks in pixel units",
     )
     add("--steps", type=whole, default=7, help="number of PGD steps in training")
-    add("--step-size", type=common.pixel_units, default=2 / 255, help="PGD step in training")
+    add("--step-size", type=common.pixel_step, default=2 / 255, help="PGD step in training")
     add("--attack-bn", choices=["eval", "train"], default="eval", help="BatchNorm in the attack")
     names = {"nargs": "+", "type": attack_name, "metavar": "ATTACK"}
     add("--eval-attack", **names, help="what is evaluated, such as clean pgd20 aa")

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -276,3 +277,34 @@ def test_evaluating_is_in_strict_float32_and_puts_the_precision_back():
         assert (cudnn.conv.fp32_precision, matmul.fp32_precision) == ("tf32", "tf32")
     finally:
         matmul.allow_tf32 = False  # PyTorch's default
+
+
+WRONG_ARGUMENTS = {  # what is given instead -> the error
+    "model": ("a path", "model: expected a torch.nn.Module, got str"),
+    "array": (np.zeros((4, 8, 8, 3), np.uint8), "x: expected a tensor, uint8 (N, H, W, C)"),
+    "nchw": (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), "x: expected a tensor, uint8"),
+    "flat": (torch.rand(4, 192), "got torch.float32 (4, 192)"),
+    "labels": (["a", "b", "c", "d"], "labels: expected whole numbers"),
+    "eps": ("8/255", "eps: expected a number in pixel units"),
+    "no eps": (None, "eps: expected a number in pixel units"),
+    "step_size": (0, "step_size: 0 attacks nothing"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ARGUMENTS)
+def test_wrong_arguments_of_evaluate_are_one_line(name, refused):
+    value, message = WRONG_ARGUMENTS[name]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    right = {"model": model, "x": torch.rand(4, 3, 8, 8), "labels": torch.arange(4)}
+    field = {"array": "x", "nchw": "x", "flat": "x", "no eps": "eps"}.get(name, name)
+    assert message in refused(ev.evaluate, attacks=["pgd2"], **right | {field: value})
+
+
+@pytest.mark.parametrize("squash", [torch.sigmoid, lambda z: z.softmax(1).half()])
+def test_outputs_of_a_sigmoid_and_probabilities_in_half_precision_are_told(squash):
+    class Squashed(nn.Linear):
+        def forward(self, x):
+            return squash(super().forward(x.flatten(1)))
+
+    with pytest.warns(UserWarning, match="without its sigmoid|return probabilities"):
+        ev.evaluate(Squashed(192, 4), torch.rand(4, 3, 8, 8), torch.arange(4), ["clean"])

@@ -338,6 +338,9 @@ PLACES = {
     "model_state_dict": lambda state: {"epoch": 3, "model_state_dict": state},
     "student": lambda state: {"student": state, "teacher": {"fc.weight": torch.ones(2)}},
     "nested": lambda state: {"model": {"student": {"state_dict": state}}},
+    "the field of a LightningModule": lambda state: {
+        "state_dict": {f"model.{name}": tensor for name, tensor in state.items()}
+    },
     "ema alone": lambda state: {"ema": {"decay": 0.999, "module": state}},
     "compiled": lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},
     "both": lambda state: {f"module._orig_mod.{name}": value for name, value in state.items()},
@@ -620,3 +623,67 @@ def test_bad_weights_get_one_line_and_nothing_is_written(file, tmp_path, refused
     assert BAD_WEIGHTS[file] in refused(run, robust_kd, flags)
     after = {path for path in tmp_path.iterdir() if path.name != "__pycache__"}
     assert after == before
+
+
+# ------------------------------------------------------------------------------------------------
+# Functions and nets that work once, or for a whole batch alone
+
+ONCE = """
+import torch
+from theirs import nn, net
+
+CACHED = net()
+
+def cached():
+    return CACHED
+
+def on_a_cached_stem():
+    return nn.Sequential(CACHED, nn.Linear(10, 10))
+
+def without_gradients():
+    torch.set_grad_enabled(False)
+    return net()
+
+class Squeezed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).relu().mean((2, 3), keepdim=True).squeeze())
+
+def squeezed():
+    return Squeezed()
+"""
+
+
+@pytest.fixture
+def once(nets, monkeypatch):
+    monkeypatch.delitem(sys.modules, "once", raising=False)
+    (nets / "once.py").write_text(ONCE)
+
+
+@pytest.mark.parametrize("name", ["once:cached", "once:on_a_cached_stem"])
+def test_a_function_that_returns_the_same_weights_again_is_refused(name, once, refused):
+    """Two checkpoints would be one net: that of the weights that were loaded last."""
+    refused(run, robust_kd, f"--model {name} --loss at")
+    common.find_function("--model", name)
+    line = refused(common.build_model, name)
+    assert line.startswith(f"{name}: returned weights that it had returned before; build a new one")
+
+
+def test_a_function_that_switches_gradients_off_is_trained(once):
+    assert run(robust_kd, "--model once:without_gradients --loss at")[0]["net"] == "student"
+    assert torch.is_grad_enabled()
+
+
+def test_a_net_that_fails_for_a_single_image_is_refused_before_the_attack(once, refused):
+    line = refused(run, robust_kd, "--model once:squeezed --loss at")
+    assert line == "once:squeezed must return logits (1, K), got (10,)"
+    common.find_function("--model", "once:squeezed")
+    model, x = common.build_model("once:squeezed"), torch.rand(8, 3, 32, 32)
+    labels = torch.arange(8)
+    assert "must return logits (1, K)" in refused(
+        eval_robustness.evaluate, model, x, labels, ["pgd2"]
+    )
+    assert 0 <= eval_robustness.evaluate(model, x, labels, ["clean"])["clean_acc"] <= 1
