@@ -317,7 +317,7 @@ def test_an_evaluation_runs_on_the_device(name, monkeypatch):
     data = common.load_data("shapes", test_subset=8)
     monkeypatch.setattr(eval_robustness, "is_probabilities", lambda logits: False)
     monkeypatch.setattr(
-        eval_robustness, "clean_logits", lambda model, x, *rest: model(common.to_float(x))
+        eval_robustness, "clean_logits", lambda model, x, *rest, **more: model(common.to_float(x))
     )
     with device(monkeypatch):
         model = common.build_model("mlp-8").to(DEVICE)
