@@ -1524,7 +1524,7 @@ def summary_rows(nets, data, folder, attacks, **settings):
         if common.rank() == 0:
             measured = measure(net, data.x_test, data.y_test, attacks, Settings(**settings))
             for line in measured["warnings"]:
-                print(f"warning: {label}: {line}", file=sys.stderr)
+                print(f"warning: {label}: {line}", flush=True)
             accuracies = {key: value for key, value in measured.items() if key.endswith("_acc")}
         accuracies = common.from_first_process(accuracies)
         row = {"net": role, "model": label} | accuracies

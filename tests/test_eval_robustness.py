@@ -948,4 +948,4 @@ def test_a_training_script_prints_the_warnings_of_the_evaluation(tmp_path, capsy
     net = common.build_model("mlp-16", size=8)
     net.layers[5].weight.data.zero_()  # the same logits for every image: no gradient
     ev.summary_rows({"student": ("flat", net)}, data, tmp_path, ["pgd2"])
-    assert "warning: flat: zero gradient at " in capsys.readouterr().err
+    assert "warning: flat: zero gradient at " in capsys.readouterr().out
