@@ -441,8 +441,9 @@ def describe_data(name, x, y, x_test, classes, grey, left_out) -> str:
     empty = [classes[k] for k in np.flatnonzero(counts == 0)]
     if empty:
         text += f"; no training image of {first_ten(empty)}"
-    if x.max() < 128:
-        text += f"; no pixel above {x.max()}, where 255 is white"
+    for part, images in (("training", x), ("test", x_test)):
+        if images.max() < 128:
+            text += f"; no pixel of the {part} images above {images.max()}, where 255 is white"
     if left_out:
         text += f"; {left_out:,} other files left out"
     if grey:
@@ -1175,6 +1176,11 @@ def load_weights(flag: str, path: str | Path, model: nn.Module) -> None:
         raise UserError(f"{flag} {path}: {misfit(states, model)}")
     taken = next(iter(fitting))
     model.load_state_dict(fitting[taken])
+    for name, tensor in model.state_dict().items():
+        in_file = fitting[taken].get(name, tensor)
+        if tensor.is_floating_point() and not in_file.is_floating_point():
+            types = f"{tensor.dtype} in the net, {in_file.dtype} in the file"
+            raise UserError(f"{flag} {path}: {name} is {types}; convert the weights first")
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise UserError(f"{flag} {path}: weights that are not finite")
     for other in states:

@@ -211,12 +211,16 @@ def test_one_line_says_what_is_in_a_folder_and_hidden_files_are_left_out(tmp_pat
 def test_the_line_says_what_is_unexpected_in_arrays(tmp_path, capsys):
     x = np.zeros((24, 8, 8), np.uint8)
     x[0] = 16
+    white = np.full_like(x, 255)
     y = np.arange(24) % 12 + 1  # 1 to 12: class 0 has no image
-    common.load_data(saved(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y))
+    common.load_data(saved(tmp_path / "b.npz", x_train=white, y_train=y, x_test=x, y_test=y))
+    assert "; no pixel of the test images above 16, where 255 is white" in capsys.readouterr().out
+    common.load_data(saved(tmp_path / "a.npz", x_train=x, y_train=y, x_test=white, y_test=y))
     assert capsys.readouterr().out == (
         f"{tmp_path}/a.npz: 24 training and 24 test images of 8 x 8 pixels, grey; 13 classes "
         "(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...) of 0 to 2 training images; no training image of 0; no "
-        "pixel above 16, where 255 is white; random crops and flips with --augment crop alone\n"
+        "pixel of the training images above 16, where 255 is white; random crops and flips with "
+        "--augment crop alone\n"
     )
 
 

@@ -365,6 +365,15 @@ def test_weights_are_found_where_programs_keep_them(place, name, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_that_are_no_real_numbers_are_refused(dtype, refused):
+    common.find_function("--model", "theirs:net")
+    net = common.build_model("theirs:net")
+    torch.save({name: value.to(dtype) for name, value in net.state_dict().items()}, "w.pth")
+    line = refused(common.load_weights, "--weights", "w.pth", net)
+    assert f"is torch.float32 in the net, {dtype} in the file; convert" in line
+
+
 def test_weights_of_a_part_that_was_compiled_or_parallel_are_found():
     common.find_function("--model", "theirs:net")
     net, other = common.build_model("theirs:net"), common.build_model("theirs:net")
