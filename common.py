@@ -1277,10 +1277,12 @@ def pgd(model, x, targets, eps, step_size, steps, start="uniform") -> Tensor:
 
     targets: labels (B,) or fixed probabilities (B, K). With probabilities the gradient is that of
     KL(targets || model(x_adv)): the teacher's give the inner problem of RSLAD, the model's own
-    that of TRADES. start: `uniform` in the ball, `gaussian` (x + 0.001 N(0, 1), as in TRADES and
-    RSLAD), `none`, or the first perturbation itself (B, C, H, W). x and x_adv in [0, 1]; eps and
-    step_size in the same units. The model is used in the mode it is in: call model.eval() first for
-    BatchNorm in eval mode. Only the gradient of x_adv is computed, none of the weights.
+    that of TRADES. Or a net, the teacher in eval mode: then KL(teacher(x_adv) || model(x_adv)) is
+    maximised, with the gradient through both nets (AdaAD, Huang et al., CVPR 2023). start:
+    `uniform` in the ball, `gaussian` (x + 0.001 N(0, 1), as in TRADES and RSLAD), `none`, or the
+    first perturbation itself (B, C, H, W). x and x_adv in [0, 1]; eps and step_size in the same
+    units. The model is used in the mode it is in: call model.eval() first for BatchNorm in eval
+    mode. Only the gradient of x_adv is computed, none of the weights.
     """
     low, high = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
     if isinstance(start, Tensor):
@@ -1298,8 +1300,15 @@ def pgd(model, x, targets, eps, step_size, steps, start="uniform") -> Tensor:
         for _ in range(steps):
             x_adv.requires_grad_()
             with torch.enable_grad():
-                # a copy for the net, which may normalise its images in place
-                loss = F.cross_entropy(model(x_adv.clone()), targets, reduction="sum")
+                logits = model(x_adv.clone())  # a copy: the net may normalise it in place
+                if isinstance(targets, nn.Module):
+                    # The targets move with x_adv: cross-entropy would also seek images that leave
+                    # the teacher unsure. Logarithms, since the gradient goes through both sides.
+                    log_targets = targets(x_adv.clone()).float().log_softmax(1)
+                    log_probs = logits.float().log_softmax(1)
+                    loss = F.kl_div(log_probs, log_targets, reduction="sum", log_target=True)
+                else:
+                    loss = F.cross_entropy(logits, targets, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, x_adv)
             x_adv = torch.clamp(x_adv.detach() + step_size * gradient.sign(), low, high)
     return x_adv
@@ -2132,6 +2141,9 @@ STEP_FLAGS = (
     "--weight-decay",
     "--sigma",
     "--trades-beta",
+    "--mart-beta",
+    "--igdm-weight",
+    "--awp",
     "--byot-lambda",
     "--byot-temperature",
 )

@@ -6,6 +6,7 @@ Paper    PGD: Madry et al., ICLR 2018. APGD, DLR loss, AutoAttack: Croce and Hei
          ICLR 2019 (1903.12261). CINIC-10: Darlow et al., 2018 (1810.03505).
 Attacks  pgdN     N steps of size --step-size from --restarts uniform starts
          aa       AutoAttack, the standard version: apgd-ce, apgd-t, fab-t and square in turn
+         apgd     the first two of these in turn
          apgd-ce, apgd-t, fab-t, square   each of them alone
 Usage    python eval_robustness.py CKPT CKPT --attack clean pgd20 aa --json a.json
          python eval_robustness.py CKPT CKPT --ensemble --attack clean aa --n 1000
@@ -54,6 +55,7 @@ from torch import Tensor
 import common
 
 AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
+IN_TURN = {"aa": AUTOATTACK, "apgd": AUTOATTACK[:2]}  # attacks on what those before have left
 # Names of --attack that search for no perturbation
 NOT_ATTACKS = ("clean", "calibration", "corruptions", "cinic", "ood")
 
@@ -145,7 +147,7 @@ def check_flags(args, error):
 
 def attack_name(text):
     """The `type=` of --attack: one of NOT_ATTACKS, aa, pgdN or the name of an attack."""
-    names = [*NOT_ATTACKS, "aa", *ATTACKS]
+    names = [*NOT_ATTACKS, *IN_TURN, *ATTACKS]
     if text not in names and not re.fullmatch(r"pgd[1-9]\d{0,4}", text):
         raise argparse.ArgumentTypeError(f"expected {', '.join(names)} or pgdN, got {text!r}")
     return text
@@ -582,7 +584,7 @@ class Pass(NamedTuple):
 def passes(name, classes, settings):
     """The passes that a name of --attack stands for, in order."""
     plan = []
-    for attack in AUTOATTACK if name == "aa" else [name]:
+    for attack in IN_TURN.get(name, [name]):
         repeats = 1
         if attack.startswith("pgd"):
             repeats = settings.restarts
@@ -1211,7 +1213,7 @@ def check_settings(settings):
 
 def check_attacks(attacks):
     """A UserError if `attacks` is no list of different names that `evaluate` can measure."""
-    words = ", ".join(["clean", "pgdN such as pgd20", "aa", *ATTACKS])
+    words = ", ".join(["clean", "pgdN such as pgd20", *IN_TURN, *ATTACKS])
     expected = f"attacks: expected a list of {words}"
     if not isinstance(attacks, list | tuple) or not attacks:
         raise common.UserError(f"{expected}; got {attacks!r}")

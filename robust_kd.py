@@ -14,6 +14,13 @@ Loss     x' is the adversarial example of the student on x, S and T are the prob
          ARD+, RSLAD+, AKD+: T replaced by alpha T + (1-alpha) y     <- mix_labels        Eq. 5-7
          Ensembles: T is the average of their probabilities          <- Ensemble          3.6, B.3
          st, at, trades: no teacher; CE on x, CE on x', trades_loss
+         Later methods, with or without a teacher (table: docs/robust_kd.md, After the paper):
+         AdaAD   AKD on the x' where KL(T(x') || S(x')) is largest   <- common.pgd, akd_loss
+         IGDM    AKD + A KL(T(x'), T(x-d) || S(x'), S(x-d))          <- igdm_loss
+         IAD     w KL(T(x) || S(x')) + (1-w) KL(S(x) || S(x'))       <- iad_loss
+         ADR     AT on labels mended by the student's own average    <- mend_labels
+         MART    AT + KL(S(x) || S(x')) on what S(x) has wrong       <- mart_loss
+         AWP     any loss, at the weights where it is larger         <- climb
 Usage    python robust_kd.py --loss akd+ --alpha 0.8 --teacher-es 40
          python robust_kd.py --loss at --epochs 200                  # the baseline without teacher
          python robust_kd.py --teacher-training st --alpha 0.3       # an accurate teacher
@@ -37,6 +44,16 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
             code. OneCycle moves the student's momentum from 0.95 to 0.85 and back.
          6. Training on CUDA, the attack included, is in bf16 (--precision fp32: strict float32).
          7. AT+: docs/robust_kd.md says which settings of Rebuffi et al. and Wang et al. it takes.
+         8. All later methods train with our schedule, radius and true KL. Their authors divide the
+            KL by K (AdaAD on CIFAR-10) and choose the best epoch on test images.
+         9. IGDM's weight rises with epoch / epochs; the authors' code divides by 200.
+         10. IAD is that of its text; the authors' code leaves the teacher's term at full weight,
+            and attacks with BatchNorm in train mode. Its term CE(S(x), y) has weight 0 there too.
+         11. ADR keeps the average itself (--ema, with a ramp; the statistics of BatchNorm are the
+            student's); its authors average these too and report the student without --ema.
+         12. AWP climbs on the gradient of the batch and goes back before the optimiser's step, so
+            that weight decay acts on the weights themselves. Both passes feed BatchNorm; in the
+            authors' code the second does.
 """
 
 import dataclasses
@@ -55,14 +72,30 @@ import common
 import eval_robustness
 
 LOSSES = ["st", "at", "trades", "ckd", "ard", "rslad", "akd", "ard+", "rslad+", "akd+"]
-ATTACKED = {"at", "ffgsm", "trades", "ard", "rslad", "akd", "ard+", "rslad+", "akd+"}  # see x'
-TAUGHT_ON_X = {"ckd", "ard", "rslad", "ard+", "rslad+"}  # the teacher sees x
-TAUGHT_ON_X_ADV = {"akd", "akd+"}  # the teacher sees x', as the student does
+LOSSES += ["adaad", "adaad+", "igdm", "igdm+", "iad", "adr", "mart"]  # later methods
+ATTACKED = set(LOSSES) - {"st", "ckd"} | {"ffgsm"}  # see x'
+TAUGHT_ON_X = {"ckd", "ard", "rslad", "ard+", "rslad+", "iad"}  # the teacher sees x
+# The teacher sees x', as the student does
+TAUGHT_ON_X_ADV = {"akd", "akd+", "adaad", "adaad+", "igdm", "igdm+"}
 HAS_EFFECT = {  # for these flags: the losses on which they have an effect; others are refused
-    "--alpha": {"ard+", "rslad+", "akd+"},
-    "--lam": TAUGHT_ON_X,
+    "--alpha": {"ard+", "rslad+", "akd+", "adaad+", "igdm+"},
+    "--lam": {"ckd", "ard", "rslad", "ard+", "rslad+"},
     "--temperature": TAUGHT_ON_X | TAUGHT_ON_X_ADV,
     "--attack-loss": ATTACKED,
+    "--igdm-weight": {"igdm", "igdm+"},
+    "--iad-beta": {"iad"},
+    "--adr-lam": {"adr"},
+    "--adr-temperature": {"adr"},
+    "--mart-beta": {"mart"},
+}
+ATTACK_LOSSES = {  # what x' maximises if --attack-loss is not given; ce with all other losses
+    "trades": "kl-self",
+    "rslad": "kl-teacher",  # differs: 2
+    "rslad+": "kl-teacher",
+    "adaad": "kl-teacher-adv",
+    "adaad+": "kl-teacher-adv",
+    "igdm": "kl-teacher-adv",
+    "igdm+": "kl-teacher-adv",
 }
 
 DEMO = {
@@ -111,6 +144,14 @@ def parse_args(argv=None):
     add("--lam", type=probability, default=5 / 6, help="weight of the distillation term")
     add("--temperature", type=positive, default=1.0, help="temperature of both softmaxes")
     add("--trades-beta", type=nonnegative, default=6.0, help="weight of the robust term of TRADES")
+    add("--mart-beta", type=nonnegative, default=5.0, help="weight of the robust term of MART")
+    add("--igdm-weight", type=nonnegative, default=1.0, help="final weight of the term of IGDM")
+    add("--iad-beta", type=nonnegative, default=0.1, help="power of IAD's trust in the teacher")
+    ends = {"nargs": 2, "metavar": ("FIRST", "LAST")}  # a half cosine between them
+    lam_help = "weight of the average's answer in ADR, first and last step"
+    add("--adr-lam", **ends, type=probability, default=[0.7, 0.95], help=lam_help)
+    temperature_help = "temperature of the average's answer in ADR, first and last step"
+    add("--adr-temperature", **ends, type=positive, default=[2.5, 2.0], help=temperature_help)
     add("--model", default="resnet18", help="net of the student, such as resnet18 or wrn-16-2")
     add("--recipe", choices=["at+"], help="at+: all settings of section 4, which are then printed")
 
@@ -146,7 +187,7 @@ def parse_args(argv=None):
         type=common.pixel_step,
         help="PGD step in training (default: a quarter of --eps)",
     )
-    losses = {"choices": ["ce", "kl-teacher"]}
+    losses = {"choices": ["ce", "kl-teacher", "kl-teacher-adv"]}
     add("--attack-loss", **losses, help="what x' maximises, see Differs 2 (default: by --loss)")
     add("--attack-bn", choices=["eval", "train"], default="eval", help="BatchNorm in the attack")
 
@@ -164,8 +205,10 @@ def parse_args(argv=None):
         "--ema",
         type=common.below_1,
         default=0.0,
-        help="decay of the weight average (0: no average)",
+        help="decay of the weight average (0: no average; 0.995 with --loss adr)",
     )
+    awp = "radius of adversarial weight perturbation (AWP) relative to each tensor (0: none)"
+    add("--awp", type=nonnegative, default=0.0, help=awp)
     smoothed = "mass spread over all classes; with --extra-data only of the generated images"
     add("--label-smoothing", type=common.below_1, default=0.0, help=smoothed)
     add("--extra-data", metavar="FILE", help=".npz of generated images: arrays image and label")
@@ -179,8 +222,9 @@ def parse_args(argv=None):
     if args.step_size is None:
         args.step_size = args.eps / 4
     if args.attack_loss is None:
-        by_loss = {"rslad": "kl-teacher", "rslad+": "kl-teacher", "trades": "kl-self"}  # differs: 2
-        args.attack_loss = by_loss.get(args.loss, "ce")
+        args.attack_loss = ATTACK_LOSSES.get(args.loss, "ce")
+    if args.loss == "adr" and "--ema" not in args.given and not args.ema:
+        args.ema = 0.995
     args.schedule_epochs = args.epochs  # a teacher may stop before the end of its schedule
     return args
 
@@ -195,6 +239,8 @@ def check_flags(args, error):
         error("--trades-beta: has no effect without --loss or --teacher-training trades")
     if "--extra-fraction" in args.given and not args.extra_data:
         error("--extra-fraction: has no effect without --extra-data; leave it out")
+    if args.loss == "adr" and "--ema" in args.given and not args.ema:
+        error("--ema 0: --loss adr mends its labels by the weight average; leave out --ema")
     if args.teacher_es is not None and args.teacher_es > args.teacher_epochs:
         error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {args.teacher_epochs}")
     if args.teacher_ckpt and len(trainings) > 1:
@@ -261,6 +307,89 @@ def akd_loss(student_adv_logits, targets, temperature=1.0):
 
 
 # ------------------------------------------------------------------------------------------------
+# Later methods: losses, labels, weights
+
+
+def igdm_loss(student_adv_logits, student_far_logits, teacher_adv_logits, teacher_far_logits):
+    """KL(softmax(t(x+d) - t(x-d)) || softmax(s(x+d) - s(x-d))), d = x' - x; (B, K) x4 -> ().
+
+    IGDM (Lee et al., ICLR 2025) adds it to AKD: the difference of logits between x' and the far
+    side x - d stands for the gradient by the image, which the student should share.
+    """
+    teacher_probs = (teacher_adv_logits - teacher_far_logits).float().softmax(1)
+    return kl(teacher_probs.detach(), student_adv_logits - student_far_logits)
+
+
+def iad_loss(
+    student_logits, student_adv_logits, targets, teacher_adv_logits, labels, beta, temperature=1.0
+):
+    """w tau^2 KL(T(x) || S(x')) + (1-w) KL(S(x) || S(x')), w = T(x')[y]^beta; (B, K) x4 -> ().
+
+    IAD (Zhu et al., ICLR 2022) trusts the teacher by its probability for the label at x', and
+    otherwise the student itself. beta 0: the teacher alone. With T(x') as targets it is AdaIAD.
+    """
+    if labels.dim() == 1:
+        labels = F.one_hot(labels, targets.shape[1])
+    teacher_probs = teacher_adv_logits.detach().float().softmax(1)
+    trust = (labels * teacher_probs).sum(1) ** beta
+    softened = (student_adv_logits.float() / temperature).log_softmax(1)
+    teacher_kl = temperature**2 * F.kl_div(softened, targets, reduction="none").sum(1)
+    adv_log_probs = student_adv_logits.log_softmax(1)
+    own_kl = F.kl_div(adv_log_probs, student_logits.softmax(1), reduction="none").sum(1)
+    return (trust * teacher_kl + (1 - trust) * own_kl).mean()
+
+
+def mend_labels(average_logits, labels, lam, temperature):
+    """lam_i P + (1-lam_i) y, lam_i = lam - (max P - P[y]) in [0, 1]; (B, K), (B,) -> (B, K).
+
+    ADR (Wu et al., ICLR 2024): P are the softened probabilities of the student's own weight
+    average on the clean image. They count less where the average prefers another class.
+    """
+    probs = (average_logits.float() / temperature).softmax(1)
+    if labels.dim() == 1:
+        labels = F.one_hot(labels, probs.shape[1])
+    lam = lam - (probs.amax(1) - (labels * probs).sum(1))
+    lam = lam.clamp(0, 1)[:, None]
+    return (lam * probs + (1 - lam) * labels).detach()
+
+
+def mart_loss(student_logits, student_adv_logits, labels, mart_beta):
+    """CE(S(x'), y) - log(1.0001 - max_{k != y} S(x')[k]) + beta KL(S(x) || S(x')) (1 - S(x)[y]).
+
+    MART (Wang et al., ICLR 2020), averaged over the batch: (B, K) x2, (B,) -> ().
+    """
+    if labels.dim() == 1:
+        labels = F.one_hot(labels, student_logits.shape[1])
+    is_label = F.one_hot(labels.argmax(1), labels.shape[1])
+    probs, adv_probs = student_logits.float().softmax(1), student_adv_logits.float().softmax(1)
+    rival = (adv_probs * (1 - is_label)).amax(1)  # the largest probability of a wrong class
+    boosted = F.cross_entropy(student_adv_logits, labels.float()) - (1.0001 - rival).log().mean()
+    drift = F.kl_div(student_adv_logits.log_softmax(1), probs, reduction="none").sum(1)
+    return boosted + mart_beta * (drift * (1 - (labels * probs).sum(1))).mean()
+
+
+@torch.no_grad()
+def climb(model, gamma):
+    """w + gamma ||w|| g / ||g|| for each weight tensor, g in .grad -> [(w, w as it was), ...].
+
+    AWP (Wu et al., NeurIPS 2020). Biases and the parameters of BatchNorm stay.
+    """
+    moved = []
+    for weights in model.parameters():
+        if weights.dim() > 1 and weights.grad is not None:
+            moved.append((weights, weights.clone()))
+            gradient = weights.grad / (weights.grad.norm() + 1e-20)
+            weights += gamma * weights.norm() * gradient
+    return moved
+
+
+def half_cosine(ends, done):
+    """From ends[0] to ends[1] on half a cosine, while `done` goes from 0 to 1."""
+    first, last = ends
+    return last + (first - last) * (0.5 + 0.5 * math.cos(math.pi * done))
+
+
+# ------------------------------------------------------------------------------------------------
 # Teachers
 
 
@@ -286,7 +415,8 @@ class Ensemble(nn.Module):
 
 def needs_teacher(args):
     """Whether the student's loss or its attack looks at a teacher."""
-    return args.loss in TAUGHT_ON_X | TAUGHT_ON_X_ADV or args.attack_loss == "kl-teacher"
+    attacked_by = args.attack_loss in ("kl-teacher", "kl-teacher-adv")
+    return args.loss in TAUGHT_ON_X | TAUGHT_ON_X_ADV or attacked_by
 
 
 def teacher_args(args, training, number=0):
@@ -307,8 +437,9 @@ def teacher_args(args, training, number=0):
         schedule_epochs=args.teacher_epochs,
         attack_loss="kl-self" if training == "trades" else "ce",
     )
+    students = ("alpha", "lam", "temperature", "beta", "recipe", "awp", "mart_beta", "iad_beta")
     for flag in vars(args):
-        if flag.startswith("teacher_") or flag in ("alpha", "lam", "temperature", "beta", "recipe"):
+        if flag.startswith(("teacher_", "adr_", "igdm_")) or flag in students:
             setattr(teacher, flag, None)
     if args.schedule == "paper":
         teacher.schedule, teacher.schedule_epochs = "exponential", None
@@ -351,6 +482,16 @@ def get_teacher(args, data, training, number):
     return teacher
 
 
+def warn_of_natural_teachers(args, teachers):
+    """Say that a student of standard teachers alone will not be robust, if they look at x'."""
+    mixed = args.loss.endswith("+") and args.alpha < 1
+    natural = all(net.meta.get("training") == "st" for net in teachers)
+    if natural and not mixed and args.loss in TAUGHT_ON_X_ADV:
+        reason = "a standard teacher is wrong at x', and nothing but its answers is learned"
+        remedy = f"mix with the labels: --loss {args.loss.removesuffix('+')}+ --alpha 0.3"
+        print(f"warning: the student will not be robust: {reason}; {remedy}", flush=True)
+
+
 # ------------------------------------------------------------------------------------------------
 # Training
 
@@ -388,48 +529,96 @@ def train(args, data, folder, stage, teacher=None):
                 # The teacher looks at the clean images. It is frozen: no gradient reaches it.
                 if args.loss in TAUGHT_ON_X or args.attack_loss == "kl-teacher":
                     teacher_logits = teacher(x)
+                away_from = labels
+                if args.loss == "adr":  # the labels are mended by the student's own average
+                    done = schedule.last_epoch / (args.epochs * steps_per_epoch)
+                    adr_lam = half_cosine(args.adr_lam, done)
+                    adr_temperature = half_cosine(args.adr_temperature, done)
+                    targets = mend_labels(average.module(x), labels, adr_lam, adr_temperature)
+                    away_from = targets
 
                 # The attack moves x to x', away from the labels, or from what the teacher or
-                # (TRADES) the student itself answers for x.
+                # (TRADES) the student itself answers for x, or from the teacher at x' itself.
                 if args.loss in ATTACKED:
                     model.train(args.attack_bn == "train")  # differs: 5
-                    if args.attack_loss == "ce":
-                        away_from, start = labels, "uniform"
-                    elif args.attack_loss == "kl-teacher":  # differs: 2
-                        away_from, start = teacher_logits.softmax(1), "gaussian"
-                    else:  # kl-self
+                    start = "uniform" if args.attack_loss == "ce" else "gaussian"
+                    if args.attack_loss == "kl-teacher":  # differs: 2
+                        away_from = teacher_logits.softmax(1)
+                    elif args.attack_loss == "kl-teacher-adv":
+                        away_from = teacher
+                    elif args.attack_loss == "kl-self":
                         with torch.no_grad():
-                            away_from, start = model(x).softmax(1), "gaussian"
+                            away_from = model(x).softmax(1)
                     x_adv = common.pgd(
                         model, x, away_from, args.eps, args.step_size, args.steps, start
                     )
 
                 if args.loss in TAUGHT_ON_X_ADV:
                     teacher_logits = teacher(x_adv)
+                if args.loss.startswith("igdm"):
+                    x_far = 2 * x - x_adv  # the other side of x, perhaps outside of [0, 1]
+                    teacher_far_logits = teacher(x_far)
+                if args.loss == "iad":
+                    teacher_adv_logits = teacher(x_adv)
+                    if args.attack_loss == "kl-teacher-adv":  # AdaIAD
+                        teacher_logits = teacher_adv_logits
                 if args.loss in TAUGHT_ON_X | TAUGHT_ON_X_ADV:
                     targets = mix_labels(teacher_logits, labels, alpha, temperature)
 
-                # The student learns. `logits` are S(x') if the loss has an attack, otherwise S(x);
-                # the training accuracy is theirs. trades, ard and rslad look at S(x) too.
-                model.train()
-                logits = model(x_adv if args.loss in ATTACKED else x)
-                match args.loss.removesuffix("+"):
-                    case "st" | "at" | "ffgsm":  # ffgsm: teachers alone
-                        loss = F.cross_entropy(logits, labels)
-                    case "trades":
-                        loss = trades_loss(model(x), logits, labels, args.trades_beta)
-                    case "ckd":
-                        loss = ckd_loss(logits, targets, labels, lam, temperature)
-                    case "ard":
-                        loss = ard_loss(model(x), logits, targets, labels, lam, temperature)
-                    case "rslad":
-                        loss = rslad_loss(model(x), logits, targets, lam, temperature)
-                    case "akd":
-                        loss = akd_loss(logits, targets, temperature)
+            # The student learns. With --awp the loss is computed twice: its gradient moves the
+            # weights up, and the gradient found there moves them down, from where they were.
+            for direction in ["up", "down"] if args.awp else ["down"]:
+                with common.autocast(args, x.device):
+                    # `logits` are S(x') if the loss has an attack, otherwise S(x); the training
+                    # accuracy is theirs. Some losses look at S(x) too.
+                    model.train()
+                    logits = model(x_adv if args.loss in ATTACKED else x)
+                    match args.loss.removesuffix("+"):
+                        case "st" | "at" | "ffgsm":  # ffgsm: teachers alone
+                            loss = F.cross_entropy(logits, labels)
+                        case "trades":
+                            loss = trades_loss(model(x), logits, labels, args.trades_beta)
+                        case "ckd":
+                            loss = ckd_loss(logits, targets, labels, lam, temperature)
+                        case "ard":
+                            loss = ard_loss(model(x), logits, targets, labels, lam, temperature)
+                        case "rslad":
+                            loss = rslad_loss(model(x), logits, targets, lam, temperature)
+                        case "akd" | "adaad":
+                            loss = akd_loss(logits, targets, temperature)
+                        case "igdm":
+                            weight = args.igdm_weight * epoch / args.epochs
+                            far_logits = model(x_far)
+                            loss = akd_loss(logits, targets, temperature) + weight * igdm_loss(
+                                logits, far_logits, teacher_logits, teacher_far_logits
+                            )
+                        case "iad":
+                            # for 60 of its 200 epochs the teacher alone is trusted
+                            beta = args.iad_beta if epoch >= 0.3 * args.epochs else 0.0
+                            clean_logits = model(x)
+                            loss = iad_loss(
+                                clean_logits,
+                                logits,
+                                targets,
+                                teacher_adv_logits,
+                                labels,
+                                beta,
+                                temperature,
+                            )
+                        case "adr":
+                            loss = F.cross_entropy(logits, targets)
+                        case "mart":
+                            loss = mart_loss(model(x), logits, labels, args.mart_beta)
 
-            optimizer.zero_grad()
-            loss.backward()
-            common.average_gradients(model, len(labels))  # under torchrun, otherwise nothing
+                optimizer.zero_grad()
+                loss.backward()
+                common.average_gradients(model, len(labels))  # under torchrun, otherwise nothing
+                if direction == "up":
+                    moved = climb(model, args.awp)
+            if args.awp:
+                with torch.no_grad():
+                    for weights, before in moved:
+                        weights.copy_(before)
             optimizer.step()
             schedule.step()  # per batch
             if average is not None:
@@ -513,6 +702,7 @@ def weight_average(model, decay):
     """The moving average of a net's weights, for update_average after each step."""
     try:
         average = AveragedModel(model, avg_fn=ema_with_ramp(decay))
+        average.eval()
         average.requires_grad_(False)  # impossible for what TorchScript copies
         return average
     except RuntimeError as error:  # TorchScript, or torch.nn.utils.weight_norm
@@ -662,6 +852,7 @@ def train_and_evaluate(args, data, folder):
             teachers.append(net)
             role = "teacher" if number == 0 else f"teacher{number + 1}"
             nets[role] = f"{role} ({net.meta.get('training', 'given')})", net
+        warn_of_natural_teachers(args, teachers)
         teacher = teachers[0]
         if len(teachers) > 1:
             teacher = Ensemble(teachers, args.beta).eval()

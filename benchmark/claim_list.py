@@ -124,10 +124,34 @@ ARMS = {
     "akd+0.8-narrow": f"{RKD} --loss akd+ --alpha 0.8 --teacher-es 10 --model mlp-32-32",
     "at-8000": f"{AT} --train-subset 8000",
     "akd+0.8-8000": f"{RKD} --loss akd+ --alpha 0.8 --teacher-es 10 --train-subset 8000",
+    # the league (benchmark/league.py): later methods and rivals in the MLP
+    "trades": f"robust_kd.py --loss trades {MLP_STUDENT}",
+    "mart": f"robust_kd.py --loss mart {MLP_STUDENT}",
+    "at-ema-0.98": f"{AT} --ema 0.98",
+    "at-awp": f"{AT} --awp 0.01",
+    "adr": f"robust_kd.py --loss adr --ema 0.98 {MLP_STUDENT}",
+    "iad": f"{RKD} --loss iad --teacher-es 10",
+    "adaad": f"{RKD} --loss adaad --teacher-es 10",
+    "adaad+0.8": f"{RKD} --loss adaad+ --alpha 0.8 --teacher-es 10",
+    "igdm": f"{RKD} --loss igdm --teacher-es 10",
+    "akd+0.8-awp": f"{RKD} --loss akd+ --alpha 0.8 --awp 0.01 --teacher-es 10",
     # robust distillation, narrow ResNet-18
     "conv-at": f"robust_kd.py --loss at {CONV}",
     "conv-at-smooth-0.5": f"robust_kd.py --loss at --label-smoothing 0.5 {CONV}",
     "conv-akd+0.8": f"robust_kd.py --loss akd+ --alpha 0.8 {CONV} {CONV_TEACHER}",
+    # the league in the narrow ResNet-18
+    "conv-trades": f"robust_kd.py --loss trades {CONV}",
+    "conv-mart": f"robust_kd.py --loss mart {CONV}",
+    "conv-at-ema-0.98": f"robust_kd.py --loss at --ema 0.98 {CONV}",
+    "conv-at-awp": f"robust_kd.py --loss at --awp 0.01 {CONV}",
+    "conv-adr": f"robust_kd.py --loss adr --ema 0.98 {CONV}",
+    "conv-ard+0.8": f"robust_kd.py --loss ard+ --alpha 0.8 {CONV} {CONV_TEACHER}",
+    "conv-rslad+0.8": f"robust_kd.py --loss rslad+ --alpha 0.8 {CONV} {CONV_TEACHER}",
+    "conv-iad": f"robust_kd.py --loss iad {CONV} {CONV_TEACHER}",
+    "conv-adaad": f"robust_kd.py --loss adaad {CONV} {CONV_TEACHER}",
+    "conv-adaad+0.8": f"robust_kd.py --loss adaad+ --alpha 0.8 {CONV} {CONV_TEACHER}",
+    "conv-igdm": f"robust_kd.py --loss igdm {CONV} {CONV_TEACHER}",
+    "conv-akd+0.8-awp": f"robust_kd.py --loss akd+ --alpha 0.8 --awp 0.01 {CONV} {CONV_TEACHER}",
     # wrong labels
     "wrong-alone": f"messy_collab.py --method student {NOISY_LABELS}",
     "wrong-hinton": f"messy_collab.py --method hinton {NOISY_LABELS}",
@@ -160,6 +184,42 @@ ARMS = {
     "mnist": "teacher_free_kd.py --method vanilla",
     "mnist-without-1": "teacher_free_kd.py --method vanilla --omit-digit 1",
 }
+
+# The league's second table, method by teacher, in the MLP. Three of its arms are above: akd+0.8,
+# akd+0.8-late, and each method with the teacher that was stopped early.
+TEACHERS = {
+    "early": "--teacher-es 10",
+    "late": "--teacher-es 30",
+    "weak": "--teacher-eps 2/255 --teacher-es 10",
+    "standard": "--teacher-training st --teacher-es 10",
+    "wide": "--teacher-model mlp-1024-1024 --teacher-es 10",
+}
+TAUGHT_BY = {  # arm with the teacher that was stopped early -> its loss
+    "akd+0.8": "--loss akd+ --alpha 0.8",
+    "rslad+0.8": "--loss rslad+ --alpha 0.8",
+    "adaad": "--loss adaad",
+    "igdm": "--loss igdm",
+    "iad": "--loss iad",
+}
+for _arm, _loss in TAUGHT_BY.items():
+    for _teacher, _flags in TEACHERS.items():
+        if _teacher != "early":
+            ARMS.setdefault(f"{_arm}-{_teacher}", f"{RKD} {_loss} {_flags}")
+
+# The league's first table: regime -> its methods, and for each table its seeds
+WITHOUT = ("at", "trades", "mart", "at-smooth-0.5", "at-ema-0.98", "at-awp", "adr")
+WITH = ("akd+0.8", "ard+0.8", "rslad+0.8", "iad", "adaad", "adaad+0.8", "igdm", "akd+0.8-awp")
+LEAGUE = {
+    "MLP": WITHOUT + WITH,
+    "narrow ResNet-18": tuple(f"conv-{arm}" for arm in WITHOUT + WITH),
+}
+LEAGUE_SEEDS = {"MLP": 10, "narrow ResNet-18": 5, "teachers": 5}
+BY_TEACHER = {
+    (arm, teacher): arm if teacher == "early" else f"{arm}-{teacher}"
+    for arm in TAUGHT_BY
+    for teacher in TEACHERS
+}
+LEAGUE_ARMS = {*LEAGUE["MLP"], *LEAGUE["narrow ResNet-18"], *BY_TEACHER.values()}
 
 # What the figures call the arms of the rules
 WORDS = {

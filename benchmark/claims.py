@@ -40,7 +40,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from benchmark import ROOT, plots
-from benchmark.claim_list import ARMS, CLAIMS, REGIMES, WITHOUT_TEACHER, WORDS
+from benchmark.claim_list import (
+    ARMS,
+    CLAIMS,
+    LEAGUE_ARMS,
+    REGIMES,
+    WITHOUT_TEACHER,
+    WORDS,
+)
 
 PAPERS = {
     1: "noisy collaboration",
@@ -50,6 +57,7 @@ PAPERS = {
 NETS = ("student", "best", "teacher", "alone")  # after the @ of an arm; `net` in a summary
 VERDICTS = ("holds", "contradicted", "undecided", "regime absent", "not run")
 AUTOATTACK_IMAGES = 1000
+AUTOATTACK_SEEDS = (10, 11)  # of the league's arms; others: APGD-CE and targeted APGD alone
 
 
 def parse_args(argv=None):
@@ -301,8 +309,10 @@ def run_arm(arm, seed, args):
                 nets[net]["gradient"] = mean(epochs)
                 nets[net]["gradient_first"], nets[net]["gradient_last"] = epochs[0], epochs[-1]
     attacks = ["clean", "calibration"]
-    if nets_compared_by(arm, "aa_acc"):
+    if nets_compared_by(arm, "aa_acc") or arm in LEAGUE_ARMS and seed in AUTOATTACK_SEEDS:
         attacks.append("aa")
+    elif arm in LEAGUE_ARMS:
+        attacks.append("apgd")
     wanted = ["student", *nets_compared_by(arm, "aa_acc", "entropy")]
     evaluated = [net for net in files if net in wanted]
     result_file = folder / "claims.json"
@@ -315,6 +325,10 @@ def run_arm(arm, seed, args):
         nets[net]["entropy"] = row["calibration"]["clean"]["entropy"]
         if "aa_acc" in row:
             nets[net]["aa_acc"] = row["aa_acc"]
+            stages = {stage["attack"]: stage for stage in row["reports"]["aa"]["stages"]}
+            nets[net]["apgd_acc"] = stages["apgd-t"]["robust_acc"]
+        elif "apgd_acc" in row:
+            nets[net]["apgd_acc"] = row["apgd_acc"]
     return {
         "nets": {net: rounded(numbers) for net, numbers in nets.items()},
         "curve": held_out_curve(folder),
@@ -350,9 +364,8 @@ def keep(folder, arm, seed, run):
     common.write_json(path, record)
 
 
-def run_claims(claims, args):
-    """Run what is missing, --workers at a time; each finished run is kept at once."""
-    jobs = missing_runs(read_results(args.results), claims)
+def run_jobs(jobs, args):
+    """Run some (arm, seed), --workers at a time; each finished run is kept at once."""
     needs_small_images = any("cifar10-16" in ARMS[arm] for arm, _ in jobs)
     if needs_small_images and not (ROOT / "data/cifar10-16.npz").exists():
         raise common.UserError("data/cifar10-16.npz: no such file; prepare.py makes it")
@@ -373,7 +386,7 @@ def run_claims(claims, args):
                 minutes = (time.monotonic() - began) / 60
                 left = minutes / done * (len(jobs) - done)
                 text = f"{done}/{len(jobs)} {arm}, seed {seed}:"
-                for key in ("clean_acc", "pgd20_acc", "aa_acc"):
+                for key in ("clean_acc", "pgd20_acc", "apgd_acc", "aa_acc"):
                     if key in run["nets"]["student"]:
                         text += f" {key.removesuffix('_acc')} {run['nets']['student'][key]:.4f},"
                 print(f"{text} {run['minutes']:.1f} min, about {left:.0f} left", flush=True)
@@ -753,7 +766,7 @@ def main(argv=None):
         print(common.table(list_rows(read_results(args.results))))
         return
     chosen = [CLAIMS[name] for name in args.claims]
-    run_claims(chosen, args)
+    run_jobs(missing_runs(read_results(args.results), chosen), args)
     results = read_results(args.results)
     for name in args.claims:
         show(name, results, args.runs)

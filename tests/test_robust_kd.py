@@ -57,12 +57,16 @@ LOGITS = {
     "student_adv_logits": random_logits(2),
     "teacher_logits": random_logits(3),
     "teacher_adv_logits": random_logits(4),
+    "student_far_logits": random_logits(5),
+    "teacher_far_logits": random_logits(6),
+    "average_logits": random_logits(7),
 }
+IGDM_WEIGHT, IAD_BETA, ADR_LAM, ADR_TEMPERATURE = 0.7, 0.5, 0.8, 2.2
 
 
 def value(name, labels=LABELS, lam=0.3, alpha=0.6, temperature=1.0, trades_beta=6.0, **logits):
     """The loss `name` as a user puts it together, with LOGITS, some of them changed."""
-    s, s_adv, t, t_adv = (LOGITS | logits).values()
+    s, s_adv, t, t_adv, s_far, t_far, average = (LOGITS | logits).values()
     if not name.endswith("+"):
         alpha = 1.0
     targets = robust_kd.mix_labels(t, labels, alpha, temperature)
@@ -79,9 +83,20 @@ def value(name, labels=LABELS, lam=0.3, alpha=0.6, temperature=1.0, trades_beta=
             return robust_kd.ard_loss(s, s_adv, targets, labels, lam, temperature)
         case "rslad":
             return robust_kd.rslad_loss(s, s_adv, targets, lam, temperature)
-        case "akd":
+        case "akd" | "adaad":
             targets = robust_kd.mix_labels(t_adv, labels, alpha, temperature)
             return robust_kd.akd_loss(s_adv, targets, temperature)
+        case "igdm":
+            targets = robust_kd.mix_labels(t_adv, labels, alpha, temperature)
+            akd = robust_kd.akd_loss(s_adv, targets, temperature)
+            return akd + IGDM_WEIGHT * robust_kd.igdm_loss(s_adv, s_far, t_adv, t_far)
+        case "iad":
+            return robust_kd.iad_loss(s, s_adv, targets, t_adv, labels, IAD_BETA, temperature)
+        case "adr":
+            targets = robust_kd.mend_labels(average, labels, ADR_LAM, ADR_TEMPERATURE)
+            return F.cross_entropy(s_adv, targets)
+        case "mart":
+            return robust_kd.mart_loss(s, s_adv, labels, 5.0)
 
 
 def softmax(row, temperature=1.0):
@@ -103,13 +118,24 @@ def divergence(targets, row, temperature=1.0):
     return sum(q * math.log(q / p) for q, p in zip(targets, probs) if q > 0)
 
 
-def by_hand(name, lam, alpha, tau, labels=LABELS, logits=LOGITS):
+def by_hand(
+    name,
+    lam,
+    alpha,
+    tau,
+    labels=LABELS,
+    logits=LOGITS,
+    igdm=IGDM_WEIGHT,
+    beta=IAD_BETA,
+    adr_lam=ADR_LAM,
+    adr_temperature=ADR_TEMPERATURE,
+):
     """The mean over the batch of the equation in the paper, image by image."""
     if not name.endswith("+"):
         alpha = 1.0
     total = 0.0
     for i, label in enumerate(labels.tolist()):
-        s, s_adv, t, t_adv = (tensor[i].tolist() for tensor in logits.values())
+        s, s_adv, t, t_adv, s_far, t_far, average = (v[i].tolist() for v in logits.values())
         y = [float(k == label) for k in range(len(s))]
         teacher, teacher_adv = mix(t, label, alpha, tau), mix(t_adv, label, alpha, tau)
         clean = tau**2 * divergence(teacher, s, tau)
@@ -127,8 +153,24 @@ def by_hand(name, lam, alpha, tau, labels=LABELS, logits=LOGITS):
                 total += (1 - lam) * cross_entropy(y, s) + lam * robust
             case "rslad":
                 total += (1 - lam) * clean + lam * robust
-            case "akd":
+            case "akd" | "adaad":
                 total += tau**2 * cross_entropy(teacher_adv, s_adv, tau)
+            case "igdm":
+                teacher_differences = softmax([a - b for a, b in zip(t_adv, t_far)])
+                student_differences = [a - b for a, b in zip(s_adv, s_far)]
+                total += tau**2 * cross_entropy(teacher_adv, s_adv, tau)
+                total += igdm * divergence(teacher_differences, student_differences)
+            case "iad":
+                trust = softmax(t_adv)[label] ** beta
+                total += trust * robust + (1 - trust) * divergence(softmax(s), s_adv)
+            case "adr":
+                p = softmax(average, adr_temperature)
+                own = min(max(adr_lam - (max(p) - p[label]), 0), 1)
+                total += cross_entropy([own * a + (1 - own) * b for a, b in zip(p, y)], s_adv)
+            case "mart":
+                rival = max(p for k, p in enumerate(softmax(s_adv)) if k != label)
+                total += cross_entropy(y, s_adv) - math.log(1.0001 - rival)
+                total += 5 * divergence(softmax(s), s_adv) * (1 - softmax(s)[label])
     return total / len(labels)
 
 
@@ -151,6 +193,11 @@ def test_every_loss_names_its_equation():
         robust_kd.ard_loss: "Eqs. (2), (5):",
         robust_kd.rslad_loss: "Eqs. (3), (6):",
         robust_kd.akd_loss: "Eqs. (4), (7):",
+        robust_kd.igdm_loss: "KL(softmax(t(x+d) - t(x-d)) || softmax(s(x+d) - s(x-d)))",
+        robust_kd.iad_loss: "w tau^2 KL(T(x) || S(x')) + (1-w) KL(S(x) || S(x'))",
+        robust_kd.mend_labels: "lam_i P + (1-lam_i) y",
+        robust_kd.mart_loss: "CE(S(x'), y) - log(1.0001 - max",
+        robust_kd.climb: "w + gamma ||w|| g / ||g||",
     }
     for loss, equation in equations.items():
         assert loss.__doc__.startswith(equation)
@@ -173,6 +220,7 @@ def gradients(name, **settings):
         ("rslad+", {"alpha": 1.0}, "rslad", {}),
         ("ard+", {"lam": 1.0}, "rslad+", {"lam": 1.0}),
         ("trades", {"trades_beta": 0.0}, "st", {}),
+        ("adaad+", {"alpha": 0.0}, "at", {}),
     ],
 )
 def test_limits_in_which_two_losses_are_one(name, settings, other, other_settings):
@@ -185,6 +233,107 @@ def test_no_gradient_reaches_the_teacher(name):
     logits = {key: tensor.clone().requires_grad_() for key, tensor in LOGITS.items()}
     value(name, **logits).backward()
     assert logits["teacher_logits"].grad is None and logits["teacher_adv_logits"].grad is None
+
+
+def test_igdm_is_zero_for_equal_nets_and_does_not_see_a_constant_on_all_logits():
+    near, far = LOGITS["student_adv_logits"], LOGITS["student_far_logits"]
+    assert robust_kd.igdm_loss(near, far, near, far).item() == pytest.approx(0, abs=1e-6)
+    teacher = LOGITS["teacher_adv_logits"], LOGITS["teacher_far_logits"]
+    moved = robust_kd.igdm_loss(near + 3, far - 1, *teacher)
+    torch.testing.assert_close(moved, robust_kd.igdm_loss(near, far, *teacher))
+
+
+def test_iad_trusts_a_teacher_that_is_sure_of_the_label_and_else_the_student():
+    s, s_adv, t, *_ = LOGITS.values()
+    targets = robust_kd.mix_labels(t, LABELS)
+    sure = 60.0 * F.one_hot(LABELS, CLASSES)
+    found = robust_kd.iad_loss(s, s_adv, targets, sure, LABELS, 0.1)
+    torch.testing.assert_close(found, robust_kd.kl(targets, s_adv))
+    wrong = robust_kd.iad_loss(s, s_adv, targets, -2 * sure, LABELS, 1.0)
+    torch.testing.assert_close(wrong, robust_kd.kl(s.softmax(1), s_adv))
+    everything = robust_kd.iad_loss(s, s_adv, targets, -sure, LABELS, 0.0)  # before its start
+    torch.testing.assert_close(everything, robust_kd.kl(targets, s_adv))
+
+
+def test_mended_labels_are_labels_without_weight_and_where_the_average_is_right_and_sure():
+    average = LOGITS["average_logits"]
+    labels = F.one_hot(LABELS, CLASSES).float()
+    assert torch.equal(robust_kd.mend_labels(average, LABELS, 0.0, 2.0), labels)
+    sure = 200.0 * labels
+    torch.testing.assert_close(robust_kd.mend_labels(sure, LABELS, 1.0, 2.0), labels)
+    # sure of another class: lam_i is clipped at 0, and the label stays
+    wrong = sure.roll(1, dims=1)
+    torch.testing.assert_close(robust_kd.mend_labels(wrong, LABELS, 0.9, 2.0), labels)
+    mended = robust_kd.mend_labels(average, LABELS, 0.95, 2.0)
+    torch.testing.assert_close(mended.sum(1), torch.ones(BATCH))
+
+
+def test_mart_weighs_what_is_wrong_and_stays_finite_for_a_certain_wrong_class():
+    labels = torch.tensor([0])
+    right, wrong = torch.tensor([[50.0, 0.0, 0.0]]), torch.tensor([[0.0, 50.0, 0.0]])
+    # clean and right: only the boosted term is left, CE 50 and -log(1.0001 - 1)
+    found = robust_kd.mart_loss(right, wrong, labels, 5.0).item()
+    assert found == pytest.approx(50 - math.log(0.0001), rel=1e-3)
+    assert robust_kd.mart_loss(right, right, labels, 5.0).item() == pytest.approx(-1e-4, abs=1e-5)
+
+
+def test_the_ramp_of_adr_is_half_a_cosine():
+    values = [robust_kd.half_cosine((2.5, 2.0), done) for done in (0, 0.25, 0.5, 1)]
+    assert values == pytest.approx([2.5, 2.0 + 0.5 * (0.5 + 0.5 * 0.5**0.5), 2.25, 2.0])
+    assert robust_kd.half_cosine((0.7, 0.95), 0.5) == pytest.approx(0.825)
+
+
+def test_adaad_attacks_the_kl_through_both_nets_and_not_the_cross_entropy():
+    """The gradient of sum p log(p / q) by x', written out, against one step of the attack."""
+    torch.manual_seed(0)
+    student, teacher = common.build_model("mlp-8").eval(), common.build_model("mlp-8").eval()
+    x = 0.3 + 0.4 * torch.rand(6, 3, 32, 32)
+    step = 0.5 / 255
+
+    def direction(loss):
+        x_adv = x.clone().requires_grad_()
+        q, p = student(x_adv).softmax(1), teacher(x_adv).softmax(1)
+        (gradient,) = torch.autograd.grad(loss(p, q), x_adv)
+        return gradient.sign()
+
+    x_adv = common.pgd(student, x, teacher, 8 / 255, step, 1, "none")
+    moved = ((x_adv - x) / step).round()
+    kl = direction(lambda p, q: (p * (p / q).log()).sum())
+    assert (moved == kl).float().mean() > 0.999
+    for other in (
+        lambda p, q: -(p * q.log()).sum(),  # cross-entropy, through both
+        lambda p, q: (p.detach() * (p.detach() / q).log()).sum(),  # through the student alone
+    ):
+        assert (moved == direction(other)).float().mean() < 0.99
+    # and the attack of ten steps reaches more of it than one on fixed targets
+    reached = [
+        robust_kd.kl(teacher(adv).softmax(1), student(adv)).item()
+        for adv in (
+            common.pgd(student, x, teacher, 8 / 255, 2 / 255, 10, "none"),
+            common.pgd(student, x, teacher(x).softmax(1).detach(), 8 / 255, 2 / 255, 10, "none"),
+        )
+    ]
+    assert reached[0] > reached[1] > 0
+    assert all(weight.grad is None for net in (student, teacher) for weight in net.parameters())
+
+
+def test_awp_climbs_by_its_radius_and_leaves_biases():
+    model = common.build_model("wrn-10-1")
+    F.cross_entropy(model(torch.rand(4, 3, 32, 32)), torch.arange(4)).backward()
+    before = {name: weights.clone() for name, weights in model.named_parameters()}
+    moved = robust_kd.climb(model, 0.01)
+    for name, weights in model.named_parameters():
+        step, gradient = weights - before[name], weights.grad
+        if weights.dim() < 2:
+            assert torch.equal(weights, before[name])
+            continue
+        expected = 0.01 * before[name].norm() * gradient / gradient.norm()
+        torch.testing.assert_close(step, expected, rtol=1e-3, atol=1e-6)
+        assert step.norm().item() == pytest.approx(0.01 * before[name].norm().item(), rel=1e-3)
+    kept = {id(weights): old for weights, old in moved}
+    for name, weights in model.named_parameters():
+        if weights.dim() > 1:
+            assert torch.equal(kept[id(weights)], before[name])
 
 
 def test_trades_moves_both_of_its_sides():
@@ -255,7 +404,8 @@ def test_a_flag_without_effect_on_a_teacher_is_none():
 
     # no default, or the student's alone
     never = {flag for flag in vars(parse()) if flag.startswith("teacher_")}
-    never |= {"alpha", "lam", "temperature", "beta", "recipe"}
+    never |= {"alpha", "lam", "temperature", "beta", "recipe", "awp", "igdm_weight", "iad_beta"}
+    never |= {"adr_lam", "adr_temperature", "mart_beta"}
     never |= {"extra_data", "save_every", "compile", "augment"}
     of_schedule, of_mix = {"schedule_epochs"}, {"extra_fraction"}
     paper, cosine = never - {"teacher_gamma"} | of_schedule, never
@@ -276,6 +426,8 @@ def test_a_flag_without_effect_on_a_teacher_is_none():
         ("--teacher-training st", "--teacher-training st --attack-bn train", True),
         ("", "--step-size 2/255 --trades-beta 1 --loss trades", True),
         ("", "--loss rslad+ --lam 0.5 --alpha 0.3 --temperature 2 --attack-loss ce", True),
+        ("", "--loss igdm+ --igdm-weight 2 --awp 0.01", True),
+        ("", "--loss iad --iad-beta 0.5 --attack-loss kl-teacher-adv", True),
         ("", "--epochs 3 --lr 0.5 --batch-size 8", True),
         ("--teacher-eps 2/255", "--teacher-eps 2/255 --eps 4/255", True),
         ("--eps 8/255 --step-size 2/255", "--teacher-eps 8/255", True),
@@ -434,6 +586,13 @@ class Spied(nn.Module):
         ("ard+", ["x_adv", "x"], ["x"], "ce"),
         ("rslad+", ["x_adv", "x"], ["x"], "kl-teacher"),
         ("akd+", ["x_adv"], ["x_adv"], "ce"),
+        ("adaad", ["x_adv"], ["x_adv"], "kl-teacher-adv"),
+        ("adaad+", ["x_adv"], ["x_adv"], "kl-teacher-adv"),
+        ("igdm", ["x_adv", "x_far"], ["x_adv", "x_far"], "kl-teacher-adv"),
+        ("igdm+", ["x_adv", "x_far"], ["x_adv", "x_far"], "kl-teacher-adv"),
+        ("iad", ["x_adv", "x"], ["x", "x_adv"], "ce"),
+        ("adr", ["x_adv"], [], "ce"),
+        ("mart", ["x_adv", "x"], [], "ce"),
     ],
 )
 def test_student_and_teacher_see_what_the_equation_says_in_the_right_mode(
@@ -453,6 +612,9 @@ def test_student_and_teacher_see_what_the_equation_says_in_the_right_mode(
     def spied_pgd(model, x, targets, *settings):
         seen = len(model.seen)
         x_adv = pgd(model, x, targets, *settings)
+        if targets is teacher:
+            assert [mode for mode, _ in teacher.seen] == [False] * args.steps
+            teacher.seen.clear()
         assert [mode for mode, _ in model.seen[seen:]] == [False] * args.steps
         del model.seen[seen:]
         attacks.append((x, targets, settings, x_adv))
@@ -472,9 +634,15 @@ def test_student_and_teacher_see_what_the_equation_says_in_the_right_mode(
     assert len(attacks) == (attack_loss is not None)
     if attack_loss is not None:
         attacked, targets, settings, shown["x_adv"] = attacks[0]
+        shown["x_far"] = 2 * x - shown["x_adv"]
         assert torch.equal(attacked, x)
-        if attack_loss == "ce":
+        if loss == "adr":
+            mended = robust_kd.mend_labels(untrained(x), labels, 0.7, 2.5)
+            torch.testing.assert_close(targets, mended)
+        elif attack_loss == "ce":
             assert torch.equal(targets, labels)
+        elif attack_loss == "kl-teacher-adv":
+            assert targets is teacher
         elif attack_loss == "kl-teacher":
             torch.testing.assert_close(targets, teacher.net(x).softmax(1))
         else:
@@ -490,10 +658,102 @@ def test_student_and_teacher_see_what_the_equation_says_in_the_right_mode(
             assert torch.equal(image, shown[name])
     assert all(torch.equal(v, teacher_before[k]) for k, v in teacher.state_dict().items())
 
-    logits = {"s": untrained(x), "s_adv": untrained(shown["x_adv"])}
-    logits |= {"t": teacher.net(x), "t_adv": teacher.net(shown["x_adv"])}
-    expected = by_hand(loss, 5 / 6, 0.8, args.temperature, labels, logits)
+    expected = by_hand_of_nets(loss, args, x, shown["x_adv"], labels, untrained, teacher.net)
     assert losses == [pytest.approx(expected, rel=1e-5)]
+
+
+def by_hand_of_nets(loss, args, x, x_adv, labels, student, teacher, igdm=0.0, beta=0.0):
+    """The loss of a batch for a student that has not learned yet, whose average is itself."""
+    logits = {"s": student(x), "s_adv": student(x_adv), "t": teacher(x), "t_adv": teacher(x_adv)}
+    logits |= {"s_far": student(2 * x - x_adv), "t_far": teacher(2 * x - x_adv)}
+    logits["average"] = student(x)
+    return by_hand(loss, 5 / 6, 0.8, args.temperature, labels, logits, igdm, beta, 0.7, 2.5)
+
+
+def losses_by_epoch(flags, epochs, tmp_path, monkeypatch):
+    """-> (losses of a student that does not learn, those by hand for each epoch(epoch) of them)."""
+    args = common.replace(parse(f"{flags} --epochs {epochs} --lr 1e-30 --weight-decay 0"), seed=0)
+    data = common.load_data("shapes", train_subset=16)
+    student, teacher = Spied(), Spied().eval().requires_grad_(False)
+    untrained, losses, batches = copy.deepcopy(student.net).eval(), [], []
+    pgd, step_sums = common.pgd, common.step_sums
+
+    def spied_pgd(model, x, *more):
+        batches.append((x, pgd(model, x, *more)))
+        return batches[-1][1]
+
+    def spied_sums(loss, logits, labels):
+        losses.append(loss.item())
+        batches[-1] += (labels,)
+        return step_sums(loss, logits, labels)
+
+    monkeypatch.setattr(common, "pgd", spied_pgd)
+    monkeypatch.setattr(common, "step_sums", spied_sums)
+    monkeypatch.setattr(common, "new_model", lambda *_: student)
+    monkeypatch.setattr(common, "load_model", lambda *_: student)
+    robust_kd.train(args, data, tmp_path, "student", teacher)
+
+    def expected(epoch, **weights):
+        nets = untrained, teacher.net
+        return by_hand_of_nets(args.loss, args, *batches[epoch], *nets, **weights)
+
+    return losses, expected
+
+
+def test_the_weight_of_igdm_rises_with_the_epochs(tmp_path, monkeypatch):
+    flags = "--loss igdm --igdm-weight 3"
+    losses, expected = losses_by_epoch(flags, 4, tmp_path, monkeypatch)
+    by_epoch = [expected(epoch, igdm=3 * epoch / 4) for epoch in range(4)]
+    assert losses == pytest.approx(by_epoch, rel=1e-5)
+
+
+def test_iad_trusts_its_teacher_alone_for_the_first_three_tenths(tmp_path, monkeypatch):
+    losses, expected = losses_by_epoch("--loss iad --iad-beta 0.5", 5, tmp_path, monkeypatch)
+    by_epoch = [expected(epoch, beta=0.0 if epoch < 2 else 0.5) for epoch in range(5)]
+    assert losses == pytest.approx(by_epoch, rel=1e-5)
+
+
+def test_with_awp_the_gradient_is_taken_above_and_the_step_made_from_below(tmp_path, monkeypatch):
+    """One step of SGD, momentum and all, from w with the gradient at w + v, by hand."""
+    flags = "--loss at --awp 0.02 --epochs 1 --val-size 0 --steps 1"
+    args = common.replace(parse(flags), seed=0)
+    data = common.load_data("shapes", train_subset=16, val_size=0)
+    student, seen = common.build_model("mlp-8"), []
+    before = copy.deepcopy(student)
+    pgd = common.pgd
+
+    def spied_pgd(*settings):
+        seen.append(pgd(*settings))
+        return seen[-1]
+
+    monkeypatch.setattr(common, "pgd", spied_pgd)
+    monkeypatch.setattr(common, "new_model", lambda *_: student)
+    robust_kd.train(args, data, tmp_path, "student")
+    ((_, labels),) = common.batches(data, 16, 0, "student", 0)
+    above = copy.deepcopy(before)
+    F.cross_entropy(above(seen[0]), labels).backward()
+    for weights in above.parameters():
+        if weights.dim() > 1:
+            scale = 0.02 * weights.norm() / weights.grad.norm()
+            weights.data += scale * weights.grad
+    gradients = torch.autograd.grad(
+        F.cross_entropy(above(seen[0]), labels), list(above.parameters())
+    )
+    lr = torch.optim.lr_scheduler.OneCycleLR(
+        torch.optim.SGD(before.parameters(), momentum=0.9), args.lr, 1
+    ).get_last_lr()[0]
+    for weights, old, gradient in zip(student.parameters(), before.parameters(), gradients):
+        expected = old - lr * (gradient + 5e-4 * old)
+        torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", ["st", "akd+"])
+def test_awp_of_radius_0_is_none(loss, tmp_path):
+    nets = []
+    for name, flags in (("without", ""), ("zero", "--awp 0"), ("some", "--awp 0.01")):
+        run(tmp_path, f"--loss {loss} {flags} --model wrn-10-1 --train-subset 16 --name {name}")
+        nets.append(tmp_path / f"robust_kd/{name}-s0/student.pt")
+    assert same_weights(nets[0], nets[1]) and not same_weights(nets[0], nets[2])
 
 
 @pytest.mark.parametrize("training", ["at", "ffgsm", "trades"])
