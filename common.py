@@ -567,7 +567,13 @@ def read_npz(path: Path, needed=("x_train", "y_train", "x_test", "y_test")) -> d
                 raise ValueError(f"it has no array {missing[0]}")
             arrays = {key: np.asarray(file[key]) for key in needed}
             if "classes" in file.files:
-                arrays["classes"] = [str(name) for name in np.atleast_1d(file["classes"])]
+                names = np.atleast_1d(file["classes"])
+                if names.dtype.kind == "U":  # numpy takes any 4 bytes for a letter
+                    letter = np.dtype("u4").newbyteorder(names.dtype.byteorder)
+                    letters = np.frombuffer(names.tobytes(), letter)
+                    if letters.max(initial=0) > sys.maxunicode:
+                        raise ValueError("the names in its array classes are no text")
+                arrays["classes"] = [str(name) for name in names]
             return arrays
     except Exception as error:  # numpy and zipfile raise a dozen types for a damaged file
         reason = str(error)[:200]

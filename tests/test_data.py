@@ -39,6 +39,15 @@ def test_shapes_are_the_same_every_time_and_balanced():
     assert first["x_train"].shape == (200, 32, 32, 3) and first["x_train"].dtype == np.uint8
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_class_names_of_bytes_that_are_no_letters_are_refused(order, tmp_path, refused):
+    names = np.frombuffer(b"\xff" * 36, dtype=f"{order}U3")  # Python stops at 0x10FFFF
+    path = saved(tmp_path / "a.npz", classes=names)
+    assert f"{path}: expected an .npz" in refused(common.load_data, path)
+    names = np.array(["p", "", "\U0001f431"]).astype(f"{order}U3")
+    assert common.load_data(saved(path, classes=names)).classes == ["p", "", "\U0001f431"]
+
+
 def test_npz_is_loaded_with_statistics_of_the_training_images(tmp_path):
     arrays = tiny()
     data = common.load_data(saved(tmp_path / "a.npz", classes=np.array(["p", "q", "r"])))
