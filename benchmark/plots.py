@@ -473,6 +473,59 @@ def draw_forest(path, groups):
     return True
 
 
+def draw_frontiers(path, panels):
+    """Write clean against robust accuracy of benchmark/league.py, a panel for each regime.
+
+    panels: {title: (lines, points of the frontier)}, a line (name, (clean, robust), (Effect or None
+    of both), whether it has a teacher). False without matplotlib.
+    """
+    figure = common.new_figure(6 * len(panels), 5)
+    if figure is None:
+        return False
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, (lines, best)) in zip(axes, panels.items()):
+        best = sorted((100 * clean, 100 * robust) for clean, robust in best)
+        axis.plot(*zip(*best), color="gray", linewidth=1, linestyle="--", label="frontier")
+        for name, (clean, robust), (clean_effect, robust_effect), taught in lines:
+            colour, marker = common.COLOURS[1 if taught else 0], "s" if taught else "o"
+            clean, robust = 100 * clean, 100 * robust
+            if clean_effect is not None:
+                clean_low, clean_high = 100 * clean_effect.low, 100 * clean_effect.high
+                robust_low, robust_high = 100 * robust_effect.low, 100 * robust_effect.high
+                axis.plot([clean_low, clean_high], [robust, robust], color=colour, alpha=0.4)
+                axis.plot([clean, clean], [robust_low, robust_high], color=colour, alpha=0.4)
+            axis.plot(clean, robust, marker, color=colour)
+            axis.annotate(
+                name, (clean, robust), (4, 3), textcoords="offset points", fontsize=7, color=colour
+            )
+        axis.plot([], [], "o", color=common.COLOURS[0], label="without a teacher")
+        axis.plot([], [], "s", color=common.COLOURS[1], label="with a teacher")
+        axis.set(xlabel="clean accuracy, %", ylabel="robust accuracy, %", title=title)
+        axis.legend(fontsize=8)
+    common.save_figure(figure, path)
+    return True
+
+
+def draw_grids(path, grids, rows, columns):
+    """Write {title: values (rows, columns)} as heat maps with their numbers, side by side."""
+    figure = common.new_figure(5.5 * len(grids), 4)
+    if figure is None:
+        return False
+    axes = figure.subplots(1, len(grids), squeeze=False)[0]
+    for axis, (title, values) in zip(axes, grids.items()):
+        axis.imshow(values, cmap="viridis", aspect="auto")
+        middle = (values.min() + values.max()) / 2
+        for i, line in enumerate(values):
+            for j, value in enumerate(line):
+                colour = "black" if value > middle else "white"
+                axis.text(j, i, f"{value:.1f}", ha="center", va="center", color=colour)
+        axis.set_xticks(range(len(columns)), columns, rotation=25, ha="right", fontsize=8)
+        axis.set_yticks(range(len(rows)), rows, fontsize=8)
+        axis.set_title(title)
+    common.save_figure(figure, path)
+    return True
+
+
 def main(argv=None):
     """Draw the figure that is asked for."""
     args = parse_args(argv)
