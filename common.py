@@ -1183,7 +1183,10 @@ def load_weights(flag: str, path: str | Path, model: nn.Module) -> None:
         if tensor.is_floating_point() and not in_file.is_floating_point():
             types = f"{tensor.dtype} in the net, {in_file.dtype} in the file"
             raise UserError(f"{flag} {path}: {name} is {types}; convert the weights first")
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+    tensors = model.parameters()
+    if isinstance(model, ConvNet | MLP):  # the buffers of other nets may hold masks of -inf
+        tensors = model.state_dict().values()
+    if not all(tensor.isfinite().all() for tensor in tensors):
         raise UserError(f"{flag} {path}: weights that are not finite")
     for other in states:
         if other != taken and (other in fitting or is_averaged(other) != is_averaged(taken)):

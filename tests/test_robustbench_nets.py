@@ -292,6 +292,10 @@ WRONG = {  # what is done to a state_dict of a wrn-10-1: what the line says
         "stem.0.weight is (16, 3, 3, 3) in the net, (16, 3, 5, 5) in the file",
     ),
     "NaN": (lambda s: s | {"fc.bias": torch.full((10,), float("nan"))}, "not finite"),
+    "infinite variance": (
+        lambda s: s | {"bn1.running_var": torch.full((64,), float("inf"))},
+        "weights that are not finite",
+    ),
     "integers": (
         lambda s: {name: value.to(torch.int8) for name, value in s.items()},
         "torch.int8 in the file; convert the weights first",
