@@ -27,6 +27,7 @@ lint: .venv/dev
 
 .venv/dev: .venv/run requirements-dev.txt
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps robustbench==1.1.1
 	touch $@
 
 .PHONY: demo test claims soak lint

@@ -1163,15 +1163,17 @@ def call_function(name: str, dropout: float = 0.0) -> nn.Module:
 def load_weights(flag: str, path: str | Path, model: nn.Module) -> None:
     """Load a state_dict from elsewhere, weights only: other pickles are refused, never run.
 
-    Where it may be in the file: see state_dicts_in; how its names may differ: see renamings. Of raw
-    and averaged weights side by side the averaged ones are taken, and a line says so: papers that
-    average weights report the average, and timm.models.load_checkpoint takes it by default too.
-    Raises UserError.
+    Where it may be in the file: see state_dicts_in; how its names may differ: see in_our_names and
+    renamings. Of raw and averaged weights side by side the averaged ones are taken, and a line says
+    so: papers that average weights report the average, and timm.models.load_checkpoint takes it by
+    default too. Raises UserError.
     """
     try:
         states = state_dicts_in(load_tensors(path))
     except UserError as error:
         raise UserError(f"{flag} {error}") from None
+    for place, state in states.items():
+        states[place] = in_our_names(flag, path, state, model)
     fitting = {}
     for place, state in states.items():
         for renamed in renamings(state, model):
@@ -1187,7 +1189,10 @@ def load_weights(flag: str, path: str | Path, model: nn.Module) -> None:
         if tensor.is_floating_point() and not in_file.is_floating_point():
             types = f"{tensor.dtype} in the net, {in_file.dtype} in the file"
             raise UserError(f"{flag} {path}: {name} is {types}; convert the weights first")
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+    tensors = model.parameters()
+    if isinstance(model, ConvNet | MLP):  # the buffers of other nets may hold masks of -inf
+        tensors = model.state_dict().values()
+    if not all(tensor.isfinite().all() for tensor in tensors):
         raise UserError(f"{flag} {path}: weights that are not finite")
     for other in states:
         if other != taken and (other in fitting or is_averaged(other) != is_averaged(taken)):
@@ -1272,6 +1277,133 @@ def initial_digest(name: str, seed: int, dropout: float) -> str:
     with torch.random.fork_rng(devices=[]):  # a training goes on with the random numbers it has
         torch.manual_seed(derive_seed("init", seed, "teacher"))
         return state_digest(call_function(name, dropout).state_dict())
+
+
+# ---- WideResNets of RobustBench and TRADES ----------------------------------------------------
+
+# A part of a name in our wrn-D-W -> the same part in their files
+FOREIGN_PARTS = {
+    "stem.0.": "conv1.",
+    "stages.0.": "block1.layer.",
+    "stages.1.": "block2.layer.",
+    "stages.2.": "block3.layer.",
+    "norm1.0.": "bn1.",
+    "norm2.0.": "bn2.",
+    "shortcut.": "convShortcut.",
+    "head_norm.0.": "bn1.",
+}
+# How the names of mean and deviation of the images end in their files -> the name in our nets
+STATISTICS = {
+    "mean": "normalize.mean",
+    "mu": "normalize.mean",
+    "std": "normalize.std",
+    "sigma": "normalize.std",
+}
+
+
+def in_our_names(flag: str, path: str | Path, state: dict, model: nn.Module) -> dict:
+    """The state_dict of a WideResNet of RobustBench or TRADES under the names of our wrn-D-W.
+
+    Both nets compute the same. Other state_dicts, and those for other nets than our ResNets and
+    WideResNets, come back as they are. Raises UserError.
+    """
+    if not isinstance(model, ConvNet):
+        return state
+    state = {str(name): tensor for name, tensor in state.items() if name != "n_averaged"}
+    if any("batchnorm_0." in name for name in state):
+        differs = "its strided convolutions pad one side alone, unlike ours"
+        advice = "give a MODULE:FUNCTION that builds it, see docs/own_nets.md"
+        raise UserError(f"{flag} {path}: a net of DeepMind's kind: {differs}; {advice}")
+    first_conv = re.compile(r"(.*\.)?block1\.layer\.0\.conv1\.weight")
+    prefixes = [match[1] or "" for match in map(first_conv.fullmatch, state) if match]
+    if len(prefixes) != 1:
+        return state
+    prefix = prefixes[0]  # such as "module."
+    net = wide_resnet_name(state, f"{prefix}block1.layer.")
+    has_silu = any(isinstance(module, nn.SiLU) for module in model.modules())
+    if has_silu or net != wide_resnet_name(model.state_dict(), "stages.0."):
+        advice = f"--teacher-model {net}"
+        if flag == "--weights":
+            advice = f"--model \"common:build_model(name='{net}')\""
+        raise UserError(f"{flag} {path}: the weights of a {net} with ReLU; give {advice}")
+    renamed, missing, unknown = rename_wide_resnet(state, prefix, model)
+    if missing or unknown:
+        lists = f"missing: {first_names(missing)}; unknown: {first_names(unknown)}"
+        advice = "give the MODULE:FUNCTION that these weights belong to"
+        raise UserError(f"{flag} {path}: not the weights of a {net} alone: {lists}; {advice}")
+    classes, wanted = (sum(fc.shape[:1]) for fc in (renamed["fc.weight"], model.fc.weight))
+    if classes != wanted:
+        advice = "give data with as many classes (and classes=... to a function)"
+        raise UserError(f"{flag} {path}: a net for {classes} classes, not {wanted}; {advice}")
+    print_once(f"{flag} {path}: {net}; {complete_statistics(renamed, model)}")
+    return renamed
+
+
+def wide_resnet_name(state: dict, first_stage: str) -> str:
+    """wrn-D-W by the first convolutions of the blocks whose names begin with `first_stage`."""
+    convs = [
+        tensor
+        for name, tensor in state.items()
+        if name.startswith(first_stage) and name.endswith(".conv1.weight")
+    ]
+    channels = sum(getattr(convs[0], "shape", ())[:1]) if convs else 0
+    return f"wrn-{6 * len(convs) + 4}-{channels // 16}"
+
+
+def rename_wide_resnet(state: dict, prefix: str, model: nn.Module):
+    """-> (state_dict in the names of the model, names missing in the file, names unknown to it).
+
+    prefix: what stands before each name of the net in the file. Two kinds of tensors are left out
+    and not told: those of sub_block1, a second first stage that the forward pass of these nets
+    never uses, and num_batches_tracked where it is missing, as in files of old versions of torch.
+    """
+    name_in_net = {}  # by the name in the file
+    for name in model.state_dict():
+        name_in_file = name
+        for our_part, their_part in FOREIGN_PARTS.items():
+            name_in_file = name_in_file.replace(our_part, their_part)
+        name_in_net[prefix + name_in_file] = name
+    renamed, unknown = {}, []
+    for name, tensor in state.items():
+        in_net = name_in_net.get(name) or STATISTICS.get(name.split(".")[-1])
+        if in_net and in_net not in renamed and isinstance(tensor, Tensor):
+            is_statistic = in_net in STATISTICS.values()
+            renamed[in_net] = tensor.reshape(1, -1, 1, 1) if is_statistic else tensor
+        elif not name.startswith(f"{prefix}sub_block1."):
+            unknown.append(name)
+    without_statistics = not renamed.keys() & STATISTICS.values()
+    missing = []
+    for name, in_net in name_in_net.items():
+        may_lack = in_net in STATISTICS.values() and without_statistics
+        if in_net not in renamed and not may_lack and not name.endswith("num_batches_tracked"):
+            missing.append(name)
+    return renamed, missing, unknown
+
+
+def complete_statistics(renamed: dict, model: nn.Module) -> str:
+    """Give a state_dict without mean and deviation of the images those of the model.
+
+    They are 0 and 1 unless the model was built with others. -> what the net does with the images.
+    """
+    in_file = "normalize.mean" in renamed
+    if not in_file:
+        renamed |= {"normalize.mean": model.normalize.mean, "normalize.std": model.normalize.std}
+    mean, std = renamed["normalize.mean"].flatten(), renamed["normalize.std"].flatten()
+    if in_file:
+        what = "the net normalises as the file says"
+    else:
+        what = "no statistics of a normalisation in the file: the net "
+        if not mean.any() and (std == 1).all():
+            return what + "takes images in [0, 1] as they are"
+        what += "keeps its own"
+    means, stds = (", ".join(f"{number:.4g}" for number in v.tolist()) for v in (mean, std))
+    return f"{what}, mean {means}, deviation {stds}"
+
+
+def first_names(names: list[str]) -> str:
+    """At most three names of a list, cut to 60 characters, and the number of the others."""
+    text = ", ".join(name[:60] for name in names[:3]) or "none"
+    return f"{text} and {len(names) - 3} more" if len(names) > 3 else text
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1592,7 +1724,7 @@ def load(path: str | Path) -> dict:
         advice = (
             f"; for a state_dict type --model NET --weights {path} (eval_robustness.py), or "
             f"--teacher-model NET --teacher-ckpt {path}; NET is MODULE:FUNCTION, for our nets "
-            "\"common:build_model(name='resnet18')\""
+            "\"common:build_model(name='resnet18')\" (as a teacher: resnet18)"
         )
     raise UserError(f"{path}: not a checkpoint of these scripts{advice}")
 
@@ -2434,11 +2566,11 @@ def state_digest(weights: dict) -> str:
 def given_teacher(args: argparse.Namespace, data: Data, dropout: float = 0.0) -> nn.Module:
     """The teacher of --teacher-ckpt, in eval mode with frozen weights.
 
-    Its file is one of save_model, or a state_dict of the MODULE:FUNCTION that --teacher-model (or
-    --model) names. Raises UserError.
+    Its file is one of save_model, or a state_dict of the net that --teacher-model (or --model)
+    names. Raises UserError.
     """
     path, name = args.teacher_ckpt, args.teacher_model or args.model
-    if ":" in name and not is_checkpoint(path):
+    if not is_checkpoint(path):
         size, channels = data.x_test.shape[2:]
         model = build_model(name, len(data.classes), dropout, channels, size)
         load_weights("--teacher-ckpt", path, model)

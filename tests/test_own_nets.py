@@ -248,7 +248,7 @@ def test_the_shell_commands_of_the_page_are_understood(tmp_path, monkeypatch):
         module = robust_kd if script == "robust_kd.py" else eval_robustness
         module.parse_args(argv)
         found += 1
-    assert found == 5
+    assert found == 8
 
 
 def test_a_net_that_views_its_input_as_contiguous_trains_and_is_attacked_as_it_is():
