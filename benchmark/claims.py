@@ -744,14 +744,17 @@ def write_page(args, results):
         sections="\n".join(sections),
     )
     write_text(docs / "CLAIMS.md", text.rstrip() + "\n")
-    readme = docs.resolve().parent / "README.md"
-    if readme.exists():
-        begin, end = "<!-- claims: begin -->", "<!-- claims: end -->"
-        before, _, rest = readme.read_text().partition(begin)
-        _, _, after = rest.partition(end)
-        if rest:
-            write_text(readme, f"{before}{begin}\n{counts_text(judged)}.\n{end}{after}")
+    replace_between("claims", docs.resolve().parent / "README.md", f"{counts_text(judged)}.")
     print(f"written: {docs / 'CLAIMS.md'}", flush=True)
+
+
+def replace_between(mark, path, text):
+    """Write `text` between <!-- MARK: begin --> and <!-- MARK: end --> of a file that has them."""
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    if path.exists() and begin in path.read_text():
+        before, _, rest = path.read_text().partition(begin)
+        after = rest.partition(end)[2]
+        write_text(path, f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def write_text(path, text):
