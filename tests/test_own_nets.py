@@ -1,6 +1,7 @@
 """--model MODULE:FUNCTION: nets of others in all scripts, their checkpoints, and bad input."""
 
 import functools
+import os
 import re
 import sys
 
@@ -467,6 +468,23 @@ def test_scripted_nets_and_nets_that_normalise_in_place_are_trained(name):
     ema = "" if "scripted" in name else "--ema 0.9"
     rows = run(robust_kd, f"--model {name} --loss trades --attack-bn train {ema} --lr 1e-4")
     assert rows[0]["model"] == "student (trades)"
+
+
+@pytest.mark.parametrize("flags", ["--loss igdm", "--loss iad --awp 0.01", "--loss adr --ema 0.9"])
+def test_later_methods_train_nets_of_others(flags):
+    net = "theirs:odd(kind='in-place')"
+    rows = run(robust_kd, f"--model {net} --teacher-model {net} {flags} --lr 1e-4")
+    assert rows[-1]["net"] in ("student", "best")
+
+
+@pytest.mark.parametrize("kind", ["no_grad", "detach"])
+def test_a_teacher_without_a_gradient_cannot_guide_the_attack(kind, refused):
+    name = f"theirs:odd(kind={kind!r})"
+    common.find_function("--model", name)
+    torch.save(common.build_model(name).state_dict(), "w.pth")
+    flags = f"--loss adaad --model mlp-4 --teacher-model {name} --teacher-ckpt w.pth"
+    assert "no gradient reaches the images" in refused(run, robust_kd, flags)
+    assert not os.path.exists("runs")
 
 
 def test_a_net_that_normalises_in_place_leaves_the_images_alone():

@@ -528,6 +528,18 @@ def test_a_preset_says_what_it_sets_and_flags_that_are_given_win(capsys):
         "--trades-beta 1": "--trades-beta: has no effect without",
         "--extra-fraction 0.5": "--extra-fraction: has no effect without --extra-data",
         "--save-every 0": "--save-every: ",
+        "--loss adr --ema 0": "--ema 0: --loss adr mends its labels by the weight average",
+        "--loss adaad --alpha 0.5": "--alpha: has no effect with --loss adaad",
+        "--loss iad --lam 0.5": "--lam: has no effect with --loss iad",
+        "--loss akd --igdm-weight 2": "--igdm-weight: has no effect with --loss akd",
+        "--loss at --iad-beta 0.2": "--iad-beta: has no effect with --loss at",
+        "--loss at --adr-lam 0.5 0.6": "--adr-lam: has no effect with --loss at",
+        "--loss at --adr-temperature 2 2": "--adr-temperature: has no effect with --loss at",
+        "--loss trades --mart-beta 5": "--mart-beta: has no effect with --loss trades",
+        "--loss ckd --attack-loss kl-teacher-adv": "--attack-loss: has no effect with --loss ckd",
+        "--loss adr --adr-lam 0.5": "--adr-lam: expected 2 arguments",
+        "--loss adr --adr-lam 0.5 1.5": "--adr-lam: ",
+        "--awp -1": "--awp: ",
     }.items(),
 )
 def test_flags_that_make_no_sense_are_refused_by_name(flags, message, refused):
@@ -745,6 +757,49 @@ def test_with_awp_the_gradient_is_taken_above_and_the_step_made_from_below(tmp_p
     for weights, old, gradient in zip(student.parameters(), before.parameters(), gradients):
         expected = old - lr * (gradient + 5e-4 * old)
         torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-7)
+
+
+LATER = [
+    "--loss igdm+ --attack-loss ce",
+    "--loss iad --attack-loss kl-teacher-adv",
+    "--loss adr --adr-lam 0.2 0.9",
+    "--loss mart --awp 0.01 --model wrn-10-1 --train-subset 16",
+    "--loss adaad+ --awp 0.01 --teacher-training at at",
+]
+
+
+@pytest.mark.parametrize("flags", LATER)
+def test_later_methods_go_on_with_the_same_bits(flags, tmp_path, stop_at):
+    flags = f"{TINY} {flags} --epochs 4 --teacher-epochs 1 --val-size 4 --name x --runs"
+    robust_kd.main(f"{flags} {tmp_path}/whole".split())
+    stop_at(robust_kd, f"{flags} {tmp_path}/stopped", "student", 2)
+    robust_kd.main(f"{flags} {tmp_path}/stopped".split())
+    nets = [tmp_path / name / "robust_kd/x-s0/student.pt" for name in ("whole", "stopped")]
+    assert same_weights(*nets)
+
+
+def test_adr_takes_a_weight_average_of_its_own(tmp_path):
+    assert parse("--loss adr").ema == 0.995 and parse("--loss adr --ema 0.9").ema == 0.9
+    assert parse("--loss at").ema == 0
+    assert parse("--loss adr --recipe at+ --extra-data e.npz").ema == 0.995
+
+
+@pytest.mark.parametrize(
+    "flags, warned",
+    [
+        ("--loss akd --teacher-training st", True),
+        ("--loss adaad --teacher-training st st", True),
+        ("--loss igdm+ --alpha 1 --teacher-training st", True),
+        ("--loss adaad+ --alpha 0.3 --teacher-training st", False),
+        ("--loss adaad --teacher-training st at", False),
+        ("--loss rslad --teacher-training st", False),
+    ],
+)
+def test_a_standard_teacher_that_is_all_that_is_learned_at_x_adv_is_warned_of(
+    flags, warned, tmp_path, capsys
+):
+    run(tmp_path, f"{flags} --epochs 1 --teacher-epochs 1 --test-subset 4 --val-size 0")
+    assert ("warning: the student will not be robust" in capsys.readouterr().out) == warned
 
 
 @pytest.mark.parametrize("loss", ["st", "akd+"])
