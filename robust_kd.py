@@ -320,22 +320,24 @@ def igdm_loss(student_adv_logits, student_far_logits, teacher_adv_logits, teache
     return kl(teacher_probs.detach(), student_adv_logits - student_far_logits)
 
 
-def iad_loss(
-    student_logits, student_adv_logits, targets, teacher_adv_logits, labels, beta, temperature=1.0
-):
-    """w tau^2 KL(T(x) || S(x')) + (1-w) KL(S(x) || S(x')), w = T(x')[y]^beta; (B, K) x4 -> ().
-
-    IAD (Zhu et al., ICLR 2022) trusts the teacher by its probability for the label at x', and
-    otherwise the student itself. beta 0: the teacher alone. With T(x') as targets it is AdaIAD.
-    """
-    if labels.dim() == 1:
-        labels = F.one_hot(labels, targets.shape[1])
+def teacher_trust(teacher_adv_logits, labels, beta):
+    """w = T(x')[y]^beta, the teacher's probability for the label at x': (B, K), (B,) -> (B,)."""
     teacher_probs = teacher_adv_logits.detach().float().softmax(1)
-    trust = (labels * teacher_probs).sum(1) ** beta
+    if labels.dim() == 1:
+        labels = F.one_hot(labels, teacher_probs.shape[1])
+    return (labels * teacher_probs).sum(1) ** beta
+
+
+def iad_loss(student_logits, student_adv_logits, targets, trust, temperature=1.0):
+    """w tau^2 KL(T(x) || S(x')) + (1-w) KL(S(x) || S(x')), w = trust (B,); (B, K) x3 -> ().
+
+    IAD (Zhu et al., ICLR 2022): where the teacher is not trusted, the student learns from itself.
+    With T(x') as targets it is AdaIAD.
+    """
     softened = (student_adv_logits.float() / temperature).log_softmax(1)
     teacher_kl = temperature**2 * F.kl_div(softened, targets, reduction="none").sum(1)
-    adv_log_probs = student_adv_logits.log_softmax(1)
-    own_kl = F.kl_div(adv_log_probs, student_logits.softmax(1), reduction="none").sum(1)
+    student_probs, adv_log_probs = student_logits.softmax(1), student_adv_logits.log_softmax(1)
+    own_kl = F.kl_div(adv_log_probs, student_probs, reduction="none").sum(1)
     return (trust * teacher_kl + (1 - trust) * own_kl).mean()
 
 
@@ -381,6 +383,13 @@ def climb(model, gamma):
             gradient = weights.grad / (weights.grad.norm() + 1e-20)
             weights += gamma * weights.norm() * gradient
     return moved
+
+
+@torch.no_grad()
+def put_back(moved):
+    """Give weights that climb has moved the values that they had."""
+    for weights, before in moved:
+        weights.copy_(before)
 
 
 def half_cosine(ends, done):
@@ -537,8 +546,8 @@ def train(args, data, folder, stage, teacher=None):
                     targets = mend_labels(average.module(x), labels, adr_lam, adr_temperature)
                     away_from = targets
 
-                # The attack moves x to x', away from the labels, or from what the teacher or
-                # (TRADES) the student itself answers for x, or from the teacher at x' itself.
+                # The attack moves x to x', away from the labels, or from what the teacher answers
+                # for x or for x' itself, or (TRADES) from what the student itself answers for x.
                 if args.loss in ATTACKED:
                     model.train(args.attack_bn == "train")  # differs: 5
                     start = "uniform" if args.attack_loss == "ce" else "gaussian"
@@ -560,6 +569,9 @@ def train(args, data, folder, stage, teacher=None):
                     teacher_far_logits = teacher(x_far)
                 if args.loss == "iad":
                     teacher_adv_logits = teacher(x_adv)
+                    # for 60 of its 200 epochs the teacher alone is trusted: w = 1
+                    beta = args.iad_beta if epoch >= 0.3 * args.epochs else 0.0
+                    trust = teacher_trust(teacher_adv_logits, labels, beta)
                     if args.attack_loss == "kl-teacher-adv":  # AdaIAD
                         teacher_logits = teacher_adv_logits
                 if args.loss in TAUGHT_ON_X | TAUGHT_ON_X_ADV:
@@ -587,24 +599,13 @@ def train(args, data, folder, stage, teacher=None):
                         case "akd" | "adaad":
                             loss = akd_loss(logits, targets, temperature)
                         case "igdm":
-                            weight = args.igdm_weight * epoch / args.epochs
-                            far_logits = model(x_far)
-                            loss = akd_loss(logits, targets, temperature) + weight * igdm_loss(
-                                logits, far_logits, teacher_logits, teacher_far_logits
+                            akd = akd_loss(logits, targets, temperature)
+                            igdm = igdm_loss(
+                                logits, model(x_far), teacher_logits, teacher_far_logits
                             )
+                            loss = akd + args.igdm_weight * epoch / args.epochs * igdm
                         case "iad":
-                            # for 60 of its 200 epochs the teacher alone is trusted
-                            beta = args.iad_beta if epoch >= 0.3 * args.epochs else 0.0
-                            clean_logits = model(x)
-                            loss = iad_loss(
-                                clean_logits,
-                                logits,
-                                targets,
-                                teacher_adv_logits,
-                                labels,
-                                beta,
-                                temperature,
-                            )
+                            loss = iad_loss(model(x), logits, targets, trust, temperature)
                         case "adr":
                             loss = F.cross_entropy(logits, targets)
                         case "mart":
@@ -616,9 +617,7 @@ def train(args, data, folder, stage, teacher=None):
                 if direction == "up":
                     moved = climb(model, args.awp)
             if args.awp:
-                with torch.no_grad():
-                    for weights, before in moved:
-                        weights.copy_(before)
+                put_back(moved)
             optimizer.step()
             schedule.step()  # per batch
             if average is not None:

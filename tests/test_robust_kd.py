@@ -91,7 +91,8 @@ def value(name, labels=LABELS, lam=0.3, alpha=0.6, temperature=1.0, trades_beta=
             akd = robust_kd.akd_loss(s_adv, targets, temperature)
             return akd + IGDM_WEIGHT * robust_kd.igdm_loss(s_adv, s_far, t_adv, t_far)
         case "iad":
-            return robust_kd.iad_loss(s, s_adv, targets, t_adv, labels, IAD_BETA, temperature)
+            trust = robust_kd.teacher_trust(t_adv, labels, IAD_BETA)
+            return robust_kd.iad_loss(s, s_adv, targets, trust, temperature)
         case "adr":
             targets = robust_kd.mend_labels(average, labels, ADR_LAM, ADR_TEMPERATURE)
             return F.cross_entropy(s_adv, targets)
@@ -247,12 +248,14 @@ def test_iad_trusts_a_teacher_that_is_sure_of_the_label_and_else_the_student():
     s, s_adv, t, *_ = LOGITS.values()
     targets = robust_kd.mix_labels(t, LABELS)
     sure = 60.0 * F.one_hot(LABELS, CLASSES)
-    found = robust_kd.iad_loss(s, s_adv, targets, sure, LABELS, 0.1)
-    torch.testing.assert_close(found, robust_kd.kl(targets, s_adv))
-    wrong = robust_kd.iad_loss(s, s_adv, targets, -2 * sure, LABELS, 1.0)
-    torch.testing.assert_close(wrong, robust_kd.kl(s.softmax(1), s_adv))
-    everything = robust_kd.iad_loss(s, s_adv, targets, -sure, LABELS, 0.0)  # before its start
-    torch.testing.assert_close(everything, robust_kd.kl(targets, s_adv))
+    for teacher_adv_logits, beta, expected in (
+        (sure, 0.1, targets),
+        (-2 * sure, 1.0, s.softmax(1)),
+        (-sure, 0.0, targets),  # before its start
+    ):
+        trust = robust_kd.teacher_trust(teacher_adv_logits, LABELS, beta)
+        found = robust_kd.iad_loss(s, s_adv, targets, trust)
+        torch.testing.assert_close(found, robust_kd.kl(expected, s_adv))
 
 
 def test_mended_labels_are_labels_without_weight_and_where_the_average_is_right_and_sure():
