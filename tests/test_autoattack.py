@@ -220,7 +220,7 @@ def test_random_starts_of_apgd_touch_the_ball(small):
 def test_accuracy_never_rises_from_attack_to_attack_and_is_the_pointwise_worst(small):
     model, x, labels = small
     settings = ev.Settings(eps=6 / 255, steps=10, queries=100)
-    row = ev.measure(model, x, labels, ["clean", "pgd5", "aa", "apgd-ce"], settings)
+    row = ev.measure(model, x, labels, ["clean", "pgd5", "aa", "apgd-ce", "apgd"], settings)
     report = row["reports"]["aa"]
     stages = [stage["robust_acc"] for stage in report["stages"]]
     assert [stage["attack"] for stage in report["stages"]] == list(ev.AUTOATTACK)
@@ -228,6 +228,7 @@ def test_accuracy_never_rises_from_attack_to_attack_and_is_the_pointwise_worst(s
     assert 0.5 * 6 / 255 < report["max_perturbation"] <= 6 / 255 + 1e-6
     assert row["clean_acc"] > stages[0] and all(a >= b for a, b in pairwise(stages))
     assert row["aa_acc"] == stages[-1] and row["apgd_ce_acc"] == stages[0]
+    assert row["apgd_acc"] == stages[1]  # the first two of the four, with the same draws
     assert row["aa_conditional_acc"] == pytest.approx(row["aa_acc"] / row["clean_acc"])
     assert 0.1 < row["aa_acc"] < 0.9 * row["clean_acc"]
 
