@@ -628,7 +628,8 @@ def claim_section(name, results, judged):
     lines.append(f"**{verdict}**" + (", also after Holm's correction." if corrected else "."))
     if claim.remark:
         lines.append(claim.remark)
-    lines += ["", f"> {claim.quote}", f"> (paper {claim.paper}, {claim.source})", ""]
+    lines += ["", "<details><summary>Quotation, rules and numbers</summary>", ""]
+    lines += [f"> {claim.quote}", f"> (paper {claim.paper}, {claim.source})", ""]
     lines.append(f"Printed there: {claim.printed}. Mechanism: {claim.mechanism}")
     if claim.smoothing_suffices:
         lines.append("A mere smoothing of the labels would pass these rules too.")
@@ -638,12 +639,48 @@ def claim_section(name, results, judged):
         lines += [markdown(rule_rows(results, claim)), "", markdown(arms), ""]
     else:
         lines += [f"- {rule_text(rule)}" for rule in claim.rules] + [""]
-    return "\n".join(lines)
+    return "\n".join([*lines, "</details>", ""])
+
+
+def anchor(heading):
+    """The part of an address behind # that leads to a heading of a Markdown page on GitHub."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def overview_rows(results, judged, paper):
+    """Rows of the table on the first screen: claim, what the paper prints, what came out here."""
+    rows = []
+    for name, claim in CLAIMS.items():
+        if claim.paper != paper:
+            continue
+        effects = []
+        for rule in claim.rules:
+            title = METRIC_TITLES[rule.metric.removeprefix("gain of ")]
+            effects.append(f"{title} {effect_text(rule, measure(results, rule, claim))}")
+        verdict, corrected = judged[name]
+        rows.append(
+            {
+                "claim": f"[{claim.title}](#{anchor(claim.title)})",
+                "in the paper": claim.printed,
+                "here": "; ".join(effects),
+                "verdict": f"**{verdict}** (Holm)" if corrected else f"**{verdict}**",
+            }
+        )
+    return rows
 
 
 PAGE = """# What the papers claim, tested with small nets
 
-{counts}. One command tests one claim on a laptop, and `make claims` all of them:
+{counts}. A verdict says whether the direction of a claim appears where its
+mechanism is present. It reproduces no number of a paper, whose nets and data are larger.
+
+{figure}{tables}Here: the mean difference between the arms of each deciding rule in points, and its
+95 % interval. Not tested: signal noise and swapped logits in the teacher, and a large net that
+learns from a small one (Re-KD: 95.29 -> 95.46). The effects that the papers print or draw are a few
+tenths of a point, less than twenty runs of these nets can tell from nothing. Nor
+self-distillation's exits, of which the paper prints no number.
+
+One command tests one claim on a laptop, and `make claims` all of them:
 
 ```
 python benchmark/prepare.py cifar10-16     # makes data/cifar10-16.npz from CIFAR-10
@@ -651,12 +688,10 @@ python benchmark/claims.py --list
 python benchmark/claims.py early-stopping
 ```
 
-Written by `benchmark/claims.py` from `benchmark/claims/*.json`. A verdict says whether the
-direction of a claim appears where its mechanism is present. It reproduces no number of a paper,
-whose nets and data are larger. Rules, gates and settings (`benchmark/claim_list.py`) were fixed
-before the runs.
+Written by `benchmark/claims.py` from `benchmark/claims/*.json`. Rules, gates and settings
+(`benchmark/claim_list.py`) were fixed before the runs.
 
-{figure}## Rules
+## Rules
 
 - An arm is a command; all arms have the seeds 10, 11, ... (smaller seeds were used to find the
   settings), or 15, 16, ... where a first design was changed. Numbers come from the last epoch,
@@ -684,16 +719,7 @@ before the runs.
 - MNIST with the nets of the third paper.
 - ResNet-18 at 1/8 of its width on 4,000 images of 16x16, clean, without augmentation (Tf-KD).
 
-{curves}## All claims
-
-{table}
-
-Not tested here: signal noise and swapped logits in the teacher, and a large net that learns from a
-small one (Re-KD: 95.29 -> 95.46). The effects that the papers print or draw are a few tenths of a
-point, less than twenty runs of these nets can tell from nothing. Nor self-distillation's exits, of
-which the paper prints no number.
-
-## Does it take a teacher?
+{curves}## Does it take a teacher?
 
 What a reader asks first: whether adversarial training without a teacher can do the same, stopped at
 its best epoch on held-out images (`@best`), with label smoothing, with the mean of its weights
@@ -719,14 +745,12 @@ def write_page(args, results):
                 points.append((line, effect, rule.above, judged[name][0]))
     drawn = bool(papers) and plots.draw_forest(docs / "claims.png", papers)
     figure = "![Differences with their intervals, rule by rule](claims.png)\n\n" if drawn else ""
-    table = []
-    for name, (verdict, corrected) in judged.items():
-        claim = CLAIMS[name]
-        verdict = f"{verdict} (Holm)" if corrected else verdict
-        table.append({"claim": claim.title, "paper": PAPERS[claim.paper], "verdict": verdict})
-    sections = []
+    sections, tables = [], ""
     for paper, title in PAPERS.items():
         sections.append(f"## Paper {paper}: {title}\n")
+        rows = overview_rows(results, judged, paper)
+        if rows:
+            tables += f"**Paper {paper}: {title}**\n\n{markdown(rows)}\n\n"
         for name, claim in CLAIMS.items():
             if claim.paper == paper:
                 sections.append(claim_section(name, results, judged))
@@ -740,7 +764,7 @@ def write_page(args, results):
         curves=curves,
         without_teacher=markdown(without_teacher) if without_teacher else "Not run yet.",
         figure=figure,
-        table=markdown(table),
+        tables=tables,
         sections="\n".join(sections),
     )
     write_text(docs / "CLAIMS.md", text.rstrip() + "\n")
