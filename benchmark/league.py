@@ -424,9 +424,7 @@ teacher or the method?
 
 {findings}
 
-![Clean against robust accuracy of all methods, with 95 % intervals](league.png)
-
-```
+{figure}```
 python benchmark/prepare.py cifar10-16     # makes data/cifar10-16.npz from CIFAR-10
 python benchmark/league.py --list          # what is left, and how long it takes
 python benchmark/league.py run             # goes on where it stopped
@@ -446,9 +444,7 @@ They say nothing about the size of its gain in a large net.
 
 {teachers}
 
-![Robust and clean accuracy of five methods with five teachers](league_teachers.png)
-
-Robust / clean accuracy of the student of the MLP in percent, {teacher_seeds}:
+{teacher_figure}Robust / clean accuracy of the student of the MLP in percent, {teacher_seeds}:
 
 {teacher_table}
 
@@ -488,7 +484,10 @@ def rules_text():
 
 
 def draw(results, docs):
-    """Write league.png and league_teachers.png; False without matplotlib or results."""
+    """Write league.png and league_teachers.png -> the Markdown of both, "" for one without results.
+
+    Without matplotlib both are "".
+    """
     panels = {}
     for regime in LEAGUE:
         points = points_of(results, regime)
@@ -502,29 +501,33 @@ def draw(results, docs):
             lines.append((name_of(arm), points[arm], effects, taught))
         if lines:
             panels[regime] = lines, [points[arm] for arm in frontier(points)]
-    if not panels:
-        return False
-    drawn = plots.draw_frontiers(docs / "league.png", panels)
+    figure = teacher_figure = ""
+    if panels and plots.draw_frontiers(docs / "league.png", panels):
+        text = "Clean against robust accuracy of all methods, with 95 % intervals"
+        figure = f"![{text}](league.png)\n\n"
     grids = {}
     for title, metric in NUMBERS.items():
         table = teacher_table(results, metric)
         if len(table):
             grids[f"{title} accuracy, %"] = 100 * table.mean(0)
-    if grids:
-        rows = [name_of(arm) for arm in TAUGHT_BY]
-        plots.draw_grids(docs / "league_teachers.png", grids, rows, list(TEACHER_NAMES.values()))
-    return drawn
+    rows, columns = [name_of(arm) for arm in TAUGHT_BY], list(TEACHER_NAMES.values())
+    if grids and plots.draw_grids(docs / "league_teachers.png", grids, rows, columns):
+        text = "Robust and clean accuracy of five methods with five teachers"
+        teacher_figure = f"![{text}](league_teachers.png)\n\n"
+    return figure, teacher_figure
 
 
 def write_page(args, results):
     """Write docs/LEAGUE.md, its figures, and the verdicts in docs/robust_kd.md."""
     docs = Path(args.docs)
-    draw(results, docs)
+    figure, teacher_figure = draw(results, docs)
     regimes = ""
     for regime in LEAGUE:
         regimes += REGIME.format(regime=regime, table=claims.markdown(table_rows(results, regime)))
     table = teacher_table(results, "robust_acc")
     text = PAGE.format(
+        figure=figure,
+        teacher_figure=teacher_figure,
         findings="\n".join(findings(results)) or "Not run yet.",
         autoattack=autoattack_text(results),
         rules=rules_text(),

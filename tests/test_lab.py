@@ -172,23 +172,3 @@ def test_intervals_that_the_lesson_quotes_are_those_of_the_claims():
     results = (ROOT / "docs/CLAIMS.md").read_text()
     assert len(quoted) >= 5
     assert [interval for interval in quoted if interval not in results] == []
-
-
-def anchors(text):
-    """The anchors that a page has for its headings on GitHub."""
-    found = set()
-    for heading in re.findall(r"^#+ (.*)$", text, re.M):
-        found.add(re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-"))
-    return found
-
-
-def test_links_of_the_lesson_lead_somewhere():
-    links = re.findall(r"\]\(([^)\s]+)\)", PAGE)
-    assert len(links) >= 4
-    for link in links:
-        if link.startswith("https://"):
-            continue
-        name, _, anchor = link.partition("#")
-        page = PATH.parent / name if name else PATH
-        assert page.exists(), link
-        assert not anchor or anchor in anchors(page.read_text()), link

@@ -374,3 +374,26 @@ def test_copies_are_equal_to_what_they_copy(module):
 def test_a_copy_that_drifts_is_found(name, word):
     copy = f"# Copied from robust_kd.{name}\n" + ast.unparse(definitions("robust_kd")[name])
     assert drifted(copy) == [] and drifted(copy.replace(word, "another")) == [name]
+
+
+# ------------------------------------------------------------------------------------------------
+# Links
+
+
+def anchors(text):
+    """The anchors that a page has for its headings on GitHub."""
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", text, re.M):
+        found.add(re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=str)
+def test_links_lead_to_a_file_and_a_heading(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
