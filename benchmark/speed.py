@@ -512,7 +512,7 @@ def time_autoattack(args):
 # First on a new GPU
 
 STUDENTS = {  # every loss and method that is compared, by script
-    "robust_kd": [f"--loss {loss}" for loss in robust_kd.LOSSES],
+    "robust_kd": [*(f"--loss {loss}" for loss in robust_kd.LOSSES), "--loss akd+ --awp 0.01"],
     "fickle_teacher": [f"--method {method}" for method in fickle_teacher.METHODS],
     "soft_randomization": [f"--method {method}" for method in soft_randomization.METHODS],
     "messy_collab": [f"--method {method}" for method in messy_collab.METHODS],

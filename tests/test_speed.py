@@ -77,6 +77,7 @@ def compiled(monkeypatch):
     "script, flags, sizes",
     [
         (robust_kd, f"--loss akd+ {WRN} {ROBUST} --train-subset 16", {16}),
+        (robust_kd, f"--loss adaad {WRN} {ROBUST} --train-subset 16 --awp 0.01", {16}),
         (fickle_teacher, f"--method hinton {MLP} --teacher-model wrn-10-1", {16, 4}),
         (teacher_free_kd, f"--method self-distillation {WRN} --train-subset 16", {16}),
     ],
@@ -184,6 +185,10 @@ RSLAD = f"--loss rslad+ {WRN} {ROBUST} --teacher-training trades --ema 0.9 --aug
     [
         (robust_kd, AKD),
         (robust_kd, f"{RSLAD} --val-size 0"),
+        (robust_kd, f"--loss adr {WRN} {ROBUST} --val-size 0 --awp 0.01"),
+        (robust_kd, f"--loss igdm {MLP} {ROBUST} --val-size 0"),
+        (robust_kd, f"--loss iad {MLP} {ROBUST} --val-size 0"),
+        (robust_kd, f"--loss mart {MLP} {ROBUST} --val-size 0"),
         (fickle_teacher, f"--method fickle {WRN} --teacher-model wrn-10-1"),
         (fickle_teacher, f"--method swap {MLP} --teacher-model mlp-8"),
         (fickle_teacher, f"--method signal {MLP} --teacher-model mlp-8"),
@@ -268,6 +273,9 @@ def test_a_precision_of_training_is_what_its_name_says(precision, precisions, tm
     [
         (robust_kd, f"--loss rslad+ {WRN} {ROBUST} --augment cutmix"),
         (robust_kd, f"--loss trades {WRN} {ROBUST}"),
+        (robust_kd, f"--loss igdm {WRN} {ROBUST} --awp 0.01"),
+        (robust_kd, f"--loss iad {WRN} {ROBUST}"),
+        (robust_kd, f"--loss mart {WRN} {ROBUST}"),
         (messy_collab, f"--method mc-ts {WRN} --teacher-model mlp-8"),
         (teacher_free_kd, f"--method self-distillation {WRN}"),
     ],
