@@ -20,7 +20,7 @@ FIRST_SEED = 10
 class Rule(NamedTuple):
     """metric(arm) - metric(rival) > above, with a mean of at least `smallest`."""
 
-    metric: str  # clean_acc, pgd20_acc, aa_acc (1,000 images), entropy, gradient: METRIC_TITLES
+    metric: str  # clean_acc, pgd20_acc, robust_acc, entropy, gradient: claims.METRIC_TITLES
     arm: str
     rival: str
     above: float = 0.0
@@ -194,29 +194,29 @@ TEACHERS = {
     "standard": "--teacher-training st --teacher-es 10",
     "wide": "--teacher-model mlp-1024-1024 --teacher-es 10",
 }
-TAUGHT_BY = {  # arm with the teacher that was stopped early -> its loss
+LOSS_OF = {  # arm with the teacher that was stopped early -> its loss
     "akd+0.8": "--loss akd+ --alpha 0.8",
     "rslad+0.8": "--loss rslad+ --alpha 0.8",
     "adaad": "--loss adaad",
     "igdm": "--loss igdm",
     "iad": "--loss iad",
 }
-for _arm, _loss in TAUGHT_BY.items():
+for _arm, _loss in LOSS_OF.items():
     for _teacher, _flags in TEACHERS.items():
         if _teacher != "early":
             ARMS.setdefault(f"{_arm}-{_teacher}", f"{RKD} {_loss} {_flags}")
 
 # The league's first table: regime -> its methods, and for each table its seeds
-WITHOUT = ("at", "trades", "mart", "at-smooth-0.5", "at-ema-0.98", "at-awp", "adr")
-WITH = ("akd+0.8", "ard+0.8", "rslad+0.8", "iad", "adaad", "adaad+0.8", "igdm", "akd+0.8-awp")
+TEACHERLESS = ("at", "trades", "mart", "at-smooth-0.5", "at-ema-0.98", "at-awp", "adr")
+TAUGHT = ("akd+0.8", "ard+0.8", "rslad+0.8", "iad", "adaad", "adaad+0.8", "igdm", "akd+0.8-awp")
 LEAGUE = {
-    "MLP": WITHOUT + WITH,
-    "narrow ResNet-18": tuple(f"conv-{arm}" for arm in WITHOUT + WITH),
+    "MLP": TEACHERLESS + TAUGHT,
+    "narrow ResNet-18": tuple(f"conv-{arm}" for arm in TEACHERLESS + TAUGHT),
 }
 LEAGUE_SEEDS = {"MLP": 10, "narrow ResNet-18": 5, "teachers": 5}
 BY_TEACHER = {
     (arm, teacher): arm if teacher == "early" else f"{arm}-{teacher}"
-    for arm in TAUGHT_BY
+    for arm in LOSS_OF
     for teacher in TEACHERS
 }
 LEAGUE_ARMS = {*LEAGUE["MLP"], *LEAGUE["narrow ResNet-18"], *BY_TEACHER.values()}
@@ -295,17 +295,17 @@ CLAIMS = {
         printed="AutoAttack 46.33 -> 48.08, clean 85.54 -> 84.02 (Table 3)",
         mechanism="Adversarial training learns its training images by heart and loses robustness; "
         "a teacher that was stopped before that gives softer targets.",
-        rules=(Rule("aa_acc", "akd+0.8", "at"),),
+        rules=(Rule("robust_acc", "akd+0.8", "at"),),
         gates=(OVERFITTING,),
         rivals=(
             Rule("clean_acc", "akd+0.8", "at"),
             Rule("pgd20_acc", "akd+0.8", "at"),
-            Rule("aa_acc", "akd+0.8", "at@best"),
+            Rule("robust_acc", "akd+0.8", "at@best"),
             Rule("clean_acc", "akd+0.8", "at@best"),
-            Rule("aa_acc", "akd+0.8", "at-smooth-0.5"),
+            Rule("robust_acc", "akd+0.8", "at-smooth-0.5"),
             Rule("clean_acc", "akd+0.8", "at-smooth-0.5"),
-            Rule("aa_acc", "akd+0.8", "at-long"),
-            Rule("aa_acc", "akd+0.8", "at-ema"),
+            Rule("robust_acc", "akd+0.8", "at-long"),
+            Rule("robust_acc", "akd+0.8", "at-ema"),
         ),
         smoothing_suffices=True,
         seeds=10,
@@ -321,7 +321,7 @@ CLAIMS = {
         source="section 1 and 3.2; Figure 1",
         printed="shown in Figure 1",
         mechanism="A teacher that has learned its images by heart gives targets like the labels.",
-        rules=(Rule("aa_acc", "akd+0.8", "akd+0.8-late"),),
+        rules=(Rule("robust_acc", "akd+0.8", "akd+0.8-late"),),
         gates=(OVERFITTING,),
         rivals=(Rule("clean_acc", "akd+0.8", "akd+0.8-late"),),
         seeds=10,
@@ -336,14 +336,14 @@ CLAIMS = {
         source="section 1; Table 2",
         printed="AutoAttack 46.33 -> 48.40, clean 85.54 -> 84.10 (RSLAD+ in Table 2)",
         mechanism="As for the MLP; here with BatchNorm and shared filters.",
-        rules=(Rule("aa_acc", "conv-akd+0.8", "conv-at"),),
+        rules=(Rule("robust_acc", "conv-akd+0.8", "conv-at"),),
         gates=(CONV_OVERFITTING,),
         rivals=(
             Rule("clean_acc", "conv-akd+0.8", "conv-at"),
             Rule("pgd20_acc", "conv-akd+0.8", "conv-at"),
-            Rule("aa_acc", "conv-akd+0.8", "conv-at@best"),
+            Rule("robust_acc", "conv-akd+0.8", "conv-at@best"),
             Rule("clean_acc", "conv-akd+0.8", "conv-at@best"),
-            Rule("aa_acc", "conv-akd+0.8", "conv-at-smooth-0.5"),
+            Rule("robust_acc", "conv-akd+0.8", "conv-at-smooth-0.5"),
             Rule("clean_acc", "conv-akd+0.8", "conv-at-smooth-0.5"),
         ),
         smoothing_suffices=True,
@@ -362,7 +362,7 @@ CLAIMS = {
         mechanism="The student takes the teacher's soft answers and trains on with the labels.",
         rules=(
             Rule("clean_acc", "akd+0.8", "akd+0.8@teacher"),
-            Rule("aa_acc", "akd+0.8", "akd+0.8@teacher", above=-0.01, smallest=-0.01),
+            Rule("robust_acc", "akd+0.8", "akd+0.8@teacher", above=-0.01, smallest=-0.01),
         ),
         gates=(OVERFITTING,),
         seeds=10,
@@ -380,7 +380,7 @@ CLAIMS = {
         "not: alpha 0.8 of a teacher against 0.8 of the uniform distribution.",
         rules=(
             Rule("clean_acc", "akd+0.8", "at-smooth-0.8"),
-            Rule("aa_acc", "akd+0.8", "at-smooth-0.8", above=-0.01, smallest=-0.01),
+            Rule("robust_acc", "akd+0.8", "at-smooth-0.8", above=-0.01, smallest=-0.01),
         ),
         remark="Equally robust, and clearly more accurate: the teacher's answers hold more than "
         "their entropy.",
@@ -394,7 +394,7 @@ CLAIMS = {
         printed="clean 85.54 -> 87.40, AutoAttack 46.33 -> 47.16 (alpha 0.2 in Table 2)",
         mechanism="alpha weighs the teacher against the labels.",
         rules=(
-            Rule("aa_acc", "akd+0.3", "at"),
+            Rule("robust_acc", "akd+0.3", "at"),
             Rule("clean_acc", "akd+0.3", "at", above=-0.01, smallest=-0.01),
         ),
         gates=(OVERFITTING,),
@@ -410,7 +410,7 @@ CLAIMS = {
         source="section 3.4",
         printed="shown in Figure 1",
         mechanism="The targets on x' are what the teacher says of an image that may fool it.",
-        rules=(Rule("aa_acc", "at", "standard-1.0", above=0.02),),
+        rules=(Rule("robust_acc", "at", "standard-1.0", above=0.02),),
         remark="It is less robust, but not surely by the two points that the rule asks for: "
         "adversarial training has overfitted here and is not very robust itself.",
     ),
@@ -423,8 +423,8 @@ CLAIMS = {
         printed="no number",
         mechanism="The student matches the teacher on clean images, and is free elsewhere.",
         rules=(
-            Rule("aa_acc", "ckd@teacher", "ckd", above=0.02),
-            Rule("aa_acc", "akd+0.8", "ckd", above=0.02),
+            Rule("robust_acc", "ckd@teacher", "ckd", above=0.02),
+            Rule("robust_acc", "akd+0.8", "ckd", above=0.02),
         ),
         remark="The student of a robust teacher that is shown clean images alone is hardly robust.",
     ),
@@ -438,7 +438,7 @@ CLAIMS = {
         mechanism="The teacher is right more often on clean images, but not on attacked ones.",
         rules=(
             Rule("clean_acc", "standard-0.3", "akd+0.3"),
-            Rule("aa_acc", "akd+0.3", "standard-0.3"),
+            Rule("robust_acc", "akd+0.3", "standard-0.3"),
         ),
         remark="The standard teacher's student is less robust. It is more accurate in the mean, "
         "but five seeds do not show it. Both teachers were stopped after the same ten epochs.",
@@ -453,7 +453,7 @@ CLAIMS = {
         printed="clean 87.21 -> 87.37, AutoAttack 45.17 -> 46.71",
         mechanism="Training with small perturbations regularises, and transfers some robustness.",
         rules=(
-            Rule("aa_acc", "weak-0.3", "standard-0.3"),
+            Rule("robust_acc", "weak-0.3", "standard-0.3"),
             Rule("clean_acc", "weak-0.3", "standard-0.3", above=-0.01, smallest=-0.01),
         ),
         remark="In the direction of the paper, and too small for five seeds.",
@@ -465,7 +465,7 @@ CLAIMS = {
         source="section 1 and 3.6; Table 5",
         printed="AutoAttack 48.08 -> 49.33, clean 84.02 -> 83.03",
         mechanism="The mean of several nets makes fewer errors than each of them.",
-        rules=(Rule("aa_acc", "ensemble", "akd+0.8"),),
+        rules=(Rule("robust_acc", "ensemble", "akd+0.8"),),
         gates=(OVERFITTING,),
         rivals=(Rule("clean_acc", "ensemble", "akd+0.8"),),
         remark="In the direction of the paper, and more accurate as well; five seeds do not show "
@@ -479,7 +479,7 @@ CLAIMS = {
         source="section 3.3; Table 2",
         printed="AutoAttack +2.07 at full width, +0.21 at 1/16",
         mechanism="A net that cannot fit its images does not overfit either.",
-        rules=(Rule("gain of aa_acc", "akd+0.8 - at", "akd+0.8-narrow - at-narrow"),),
+        rules=(Rule("gain of robust_acc", "akd+0.8 - at", "akd+0.8-narrow - at-narrow"),),
         gates=(OVERFITTING,),
         remark="The narrow net does not overfit, and an equally narrow teacher adds nothing.",
     ),
@@ -491,7 +491,7 @@ CLAIMS = {
         source="abstract; Tables 6 and 7",
         printed="AutoAttack +2.02 with DDPM images, +0.39 with the better EDM images",
         mechanism="With more images there is less to learn by heart.",
-        rules=(Rule("gain of aa_acc", "akd+0.8 - at", "akd+0.8-8000 - at-8000"),),
+        rules=(Rule("gain of robust_acc", "akd+0.8 - at", "akd+0.8-8000 - at-8000"),),
         gates=(OVERFITTING,),
         remark="With four times the images both nets are better. Adversarial training still "
         "overfits, if less, and the gain does not shrink. The paper speaks of millions of images.",
@@ -515,12 +515,12 @@ CLAIMS = {
         source="section 3; Tables 2 and 3",
         printed="AutoAttack 46.33 -> 47.16 (ARD+, alpha 0.2), 48.40 (RSLAD+, alpha 0.8)",
         mechanism="As for AKD+; the teacher sees clean images.",
-        rules=(Rule("aa_acc", "ard+0.8", "at"), Rule("aa_acc", "rslad+0.8", "at")),
+        rules=(Rule("robust_acc", "ard+0.8", "at"), Rule("robust_acc", "rslad+0.8", "at")),
         gates=(OVERFITTING,),
         rivals=(
-            Rule("aa_acc", "rslad+0.8", "akd+0.8"),
+            Rule("robust_acc", "rslad+0.8", "akd+0.8"),
             Rule("clean_acc", "rslad+0.8", "akd+0.8"),
-            Rule("aa_acc", "akd+0.8", "akd"),
+            Rule("robust_acc", "akd+0.8", "akd"),
         ),
         smoothing_suffices=True,
         remark="RSLAD+ is more robust than adversarial training, by less than AKD+; for ARD+ it is "
@@ -570,7 +570,7 @@ CLAIMS = {
             Rule("pgd20_acc", "soft-randomization", "gaussian"),
         ),
         gates=(KD_HELPS,),
-        rivals=(Rule("aa_acc", "soft-randomization", "gaussian"),),
+        rivals=(Rule("robust_acc", "soft-randomization", "gaussian"),),
         remark="The first half is there: more accurate than with noise alone, and nearly as "
         "accurate as distillation without noise. Under PGD-20 both are at a few "
         "percent, and the teacher makes no difference.",
@@ -608,7 +608,7 @@ CLAIMS = {
         rules=(Rule("pgd20_acc", "mc-ts", "hinton"),),
         gates=(KD_HELPS,),
         rivals=(
-            Rule("aa_acc", "mc-ts", "hinton"),
+            Rule("robust_acc", "mc-ts", "hinton"),
             Rule("clean_acc", "mc-ts", "hinton"),
             Rule("pgd20_acc", "mc-t", "hinton"),
         ),
@@ -670,14 +670,14 @@ CLAIMS = {
         printed="AutoAttack 46.99 -> 48.28 (reg), 48.83 (self); clean 84.22 -> 82.02, 81.53",
         mechanism="Label smoothing, says the paper: soft targets on adversarial examples.",
         rules=(
-            Rule("aa_acc", "at-tf-kd-reg", "at-3"),
-            Rule("aa_acc", "at-tf-kd-self", "at-3"),
+            Rule("robust_acc", "at-tf-kd-reg", "at-3"),
+            Rule("robust_acc", "at-tf-kd-self", "at-3"),
             Rule("clean_acc", "at-3", "at-tf-kd-reg"),
             Rule("clean_acc", "at-3", "at-tf-kd-self"),
         ),
         rivals=(
-            Rule("aa_acc", "at-tf-kd-self", "at-kd"),
-            Rule("aa_acc", "at-tf-kd-reg", "at-kd"),
+            Rule("robust_acc", "at-tf-kd-self", "at-kd"),
+            Rule("robust_acc", "at-tf-kd-reg", "at-kd"),
         ),
         smoothing_suffices=True,
         remark="With the paper's weights and temperatures neither changes this MLP much: the "

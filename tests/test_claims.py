@@ -155,17 +155,15 @@ def test_arms_without_a_teacher_are_compared_seed_by_seed(only):
     results = {"akd": {}, "at": {}}
     for seed, with_teacher, without in ((10, 0.20, 0.15), (11, 0.30, 0.23), (12, 0.4, 0.3)):
         for arm, number in (("akd", with_teacher), ("at", without)):
-            numbers = {"clean_acc": 0.5, "pgd20_acc": number, "aa_acc": number}
+            numbers = {"clean_acc": 0.5, "pgd20_acc": number, "apgd_acc": number}
             results[arm][seed] = {"nets": {"student": numbers}}
     del results["akd"][12]  # not run yet
     taught, at, best = claims.teacher_rows(results)
-    assert (taught["AutoAttack"], at["AutoAttack"], at["seeds"]) == ("25.0", "22.7", 3)
+    assert (taught["robust"], at["robust"], at["seeds"]) == ("25.0", "22.7", 3)
     # differences 5 and 7 points: mean 6, standard error 1, t 12.7
-    assert (
-        at["AKD+ above it, AutoAttack"] == best["AKD+ above it, AutoAttack"] == "+6.0 [-6.7, 18.7]"
-    )
+    assert at["AKD+ above it, robust"] == best["AKD+ above it, robust"] == "+6.0 [-6.7, 18.7]"
     assert at["AKD+ above it, clean"] == "+0.0 [0.0, 0.0]"
-    assert taught["AKD+ above it, AutoAttack"] == "-"
+    assert taught["AKD+ above it, robust"] == "-"
 
 
 def test_the_regimes_are_drawn_from_arms_that_there_are():
@@ -173,7 +171,7 @@ def test_the_regimes_are_drawn_from_arms_that_there_are():
     compared = [arm for taught, others in claim_list.WITHOUT_TEACHER.values() for arm in others]
     assert {claims.split(arm)[0] for arm in drawn + compared} <= claim_list.ARMS.keys()
     for arm, net in map(claims.split, compared):
-        assert net in claims.nets_compared_by(arm, "aa_acc")
+        assert net in claims.nets_compared_by(arm, "robust_acc")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -247,7 +245,7 @@ def test_the_seeds_of_a_second_design_are_its_own():
 
 def test_a_claim_is_run_kept_shown_and_not_run_again(only, in_process, tmp_path, capsys):
     gate = Rule("pgd20_acc", "at@best", "at", above=-1.0)
-    rules = (Rule("aa_acc", "akd", "at"), Rule("entropy", "akd", "akd@teacher"))
+    rules = (Rule("robust_acc", "akd", "at"), Rule("entropy", "akd", "akd@teacher"))
     only({"small": make_claim(*rules, gates=(gate,), seeds=2)})
     flags = ["small", "--workers", "1"]
     markers = "<!-- claims: begin -->\nold\n<!-- claims: end -->"
@@ -271,9 +269,7 @@ def test_a_claim_is_run_kept_shown_and_not_run_again(only, in_process, tmp_path,
     assert readme.startswith("A\n<!-- claims: begin -->\nVerdicts on 1 claims: 1 ")
     assert readme.endswith(".\n<!-- claims: end -->\nB\n")
     assert (
-        "Verdicts on 1 claims: 1 " in page
-        and "AutoAttack: akd above at" in page
-        and "> quote" in page
+        "Verdicts on 1 claims: 1 " in page and "robust: akd above at" in page and "> quote" in page
     )
     assert "| small | at |" in page and "(regimes.png)" in page
     for path in ("docs/claims.png", "docs/regimes.png", "runs/small.png"):
