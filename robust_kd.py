@@ -14,13 +14,15 @@ Loss     x' is the adversarial example of the student on x, S and T are the prob
          ARD+, RSLAD+, AKD+: T replaced by alpha T + (1-alpha) y     <- mix_labels        Eq. 5-7
          Ensembles: T is the average of their probabilities          <- Ensemble          3.6, B.3
          st, at, trades: no teacher; CE on x, CE on x', trades_loss
-         Later methods, with or without a teacher (table: docs/robust_kd.md, After the paper):
+         Later methods (d = x' - x, P: probabilities of the student's weight average on x):
          AdaAD   AKD on the x' where KL(T(x') || S(x')) is largest   <- common.pgd, akd_loss
-         IGDM    AKD + A KL(T(x'), T(x-d) || S(x'), S(x-d))          <- igdm_loss
-         IAD     w KL(T(x) || S(x')) + (1-w) KL(S(x) || S(x'))       <- iad_loss
-         ADR     AT on labels mended by the student's own average    <- mend_labels
-         MART    AT + KL(S(x) || S(x')) on what S(x) has wrong       <- mart_loss
-         AWP     any loss, at the weights where it is larger         <- climb
+         IGDM    AKD + A e KL(softmax(t(x+d) - t(x-d)) || softmax(s(x+d) - s(x-d)))  <- igdm_loss
+                 s and t are logits, e is the share of the epochs that are over
+         IAD     w KL(T(x) || S(x')) + (1-w) KL(S(x) || S(x'))       <- iad_loss, teacher_trust
+         ADR     AT with lam_i P + (1-lam_i) y in the place of y     <- rectify_labels
+         MART    CE(S(x'), y) - log(1 - max S(x')[k != y]) + beta KL(S(x) || S(x')) (1 - S(x)[y])
+                                                                     <- mart_loss
+         AWP     any loss, with its gradient at weights where it is larger   <- perturb_weights
 Usage    python robust_kd.py --loss akd+ --alpha 0.8 --teacher-es 40
          python robust_kd.py --loss at --epochs 200                  # the baseline without teacher
          python robust_kd.py --teacher-training st --alpha 0.3       # an accurate teacher
@@ -44,16 +46,18 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
             code. OneCycle moves the student's momentum from 0.95 to 0.85 and back.
          6. Training on CUDA, the attack included, is in bf16 (--precision fp32: strict float32).
          7. AT+: docs/robust_kd.md says which settings of Rebuffi et al. and Wang et al. it takes.
-         8. All later methods train with our schedule, radius and true KL. Their authors divide the
-            KL by K (AdaAD on CIFAR-10) and choose the best epoch on test images.
-         9. IGDM's weight rises with epoch / epochs; the authors' code divides by 200.
-         10. IAD is that of its text; the authors' code leaves the teacher's term at full weight,
-            and attacks with BatchNorm in train mode. Its term CE(S(x), y) has weight 0 there too.
-         11. ADR keeps the average itself (--ema, with a ramp; the statistics of BatchNorm are the
-            student's); its authors average these too and report the student without --ema.
-         12. AWP climbs on the gradient of the batch and goes back before the optimiser's step, so
-            that weight decay acts on the weights themselves. Both passes feed BatchNorm; in the
-            authors' code the second does.
+         8. The later methods train with our schedule, radius and the true KL, and report the last
+            epoch and the best on held-out images. AdaAD's code divides the KL by K on CIFAR-10;
+            that of AdaAD and IAD chooses the best epoch on test images.
+         9. IGDM's weight rises with epoch / epochs; in the authors' code with epoch / 200.
+         10. IAD is that of its text: its code leaves the teacher's term at full weight, and attacks
+            with BatchNorm in train mode. As there, w = 1 for the first three tenths of the epochs,
+            and a term CE(S(x), y) has the weight 0.
+         11. ADR here keeps, evaluates and saves the average (--ema, with a ramp; the statistics of
+            BatchNorm are the student's). Its authors average these too, and report both nets.
+         12. AWP takes the ascent from the gradient of the whole batch, and goes back before the
+            optimiser's step, so that weight decay acts on the weights themselves. Both passes feed
+            BatchNorm's statistics; in the authors' code the second does.
 """
 
 import dataclasses
@@ -145,8 +149,10 @@ def parse_args(argv=None):
     add("--temperature", type=positive, default=1.0, help="temperature of both softmaxes")
     add("--trades-beta", type=nonnegative, default=6.0, help="weight of the robust term of TRADES")
     add("--mart-beta", type=nonnegative, default=5.0, help="weight of the robust term of MART")
-    add("--igdm-weight", type=nonnegative, default=1.0, help="final weight of the term of IGDM")
-    add("--iad-beta", type=nonnegative, default=0.1, help="power of IAD's trust in the teacher")
+    add("--igdm-weight", type=nonnegative, default=1.0, help="weight A of IGDM's term")
+    add(
+        "--iad-beta", type=nonnegative, default=0.1, help="power beta of IAD's trust in the teacher"
+    )
     ends = {"nargs": 2, "metavar": ("FIRST", "LAST")}  # a half cosine between them
     lam_help = "weight of the average's answer in ADR, first and last step"
     add("--adr-lam", **ends, type=probability, default=[0.7, 0.95], help=lam_help)
@@ -310,14 +316,18 @@ def akd_loss(student_adv_logits, targets, temperature=1.0):
 # Later methods: losses, labels, weights
 
 
-def igdm_loss(student_adv_logits, student_far_logits, teacher_adv_logits, teacher_far_logits):
+def igdm_loss(
+    student_adv_logits, student_mirrored_logits, teacher_adv_logits, teacher_mirrored_logits
+):
     """KL(softmax(t(x+d) - t(x-d)) || softmax(s(x+d) - s(x-d))), d = x' - x; (B, K) x4 -> ().
 
-    IGDM (Lee et al., ICLR 2025) adds it to AKD: the difference of logits between x' and the far
-    side x - d stands for the gradient by the image, which the student should share.
+    IGDM (Lee et al., ICLR 2025) adds it to AKD: the difference of logits between x' and its mirror
+    image x - d stands for the gradient by the image, which the student should share.
     """
-    teacher_probs = (teacher_adv_logits - teacher_far_logits).float().softmax(1)
-    return kl(teacher_probs.detach(), student_adv_logits - student_far_logits)
+    # float32 before the difference of two close numbers
+    teacher_difference = teacher_adv_logits.float() - teacher_mirrored_logits.float()
+    student_difference = student_adv_logits.float() - student_mirrored_logits.float()
+    return kl(teacher_difference.softmax(1).detach(), student_difference)
 
 
 def teacher_trust(teacher_adv_logits, labels, beta):
@@ -341,7 +351,7 @@ def iad_loss(student_logits, student_adv_logits, targets, trust, temperature=1.0
     return (trust * teacher_kl + (1 - trust) * own_kl).mean()
 
 
-def mend_labels(average_logits, labels, lam, temperature):
+def rectify_labels(average_logits, labels, lam, temperature):
     """lam_i P + (1-lam_i) y, lam_i = lam - (max P - P[y]) in [0, 1]; (B, K), (B,) -> (B, K).
 
     ADR (Wu et al., ICLR 2024): P are the softened probabilities of the student's own weight
@@ -371,7 +381,7 @@ def mart_loss(student_logits, student_adv_logits, labels, mart_beta):
 
 
 @torch.no_grad()
-def climb(model, gamma):
+def perturb_weights(model, gamma):
     """w + gamma ||w|| g / ||g|| for each weight tensor, g in .grad -> [(w, w as it was), ...].
 
     AWP (Wu et al., NeurIPS 2020). Biases and the parameters of BatchNorm stay.
@@ -386,8 +396,8 @@ def climb(model, gamma):
 
 
 @torch.no_grad()
-def put_back(moved):
-    """Give weights that climb has moved the values that they had."""
+def restore_weights(moved):
+    """Give weights that perturb_weights has moved the values that they had."""
     for weights, before in moved:
         weights.copy_(before)
 
@@ -524,6 +534,7 @@ def train(args, data, folder, stage, teacher=None):
     common.compile_model(model, args.compile)
     alpha = args.alpha if args.loss.endswith("+") else 1.0
     lam, temperature = args.lam, args.temperature
+    directions = ["up", "down"] if args.awp else ["down"]
 
     rows = common.resume(folder, stage, state)
     for epoch in range(len(rows), args.epochs):
@@ -538,13 +549,13 @@ def train(args, data, folder, stage, teacher=None):
                 # The teacher looks at the clean images. It is frozen: no gradient reaches it.
                 if args.loss in TAUGHT_ON_X or args.attack_loss == "kl-teacher":
                     teacher_logits = teacher(x)
-                away_from = labels
+                attack_targets = labels
                 if args.loss == "adr":  # the labels are mended by the student's own average
                     done = schedule.last_epoch / (args.epochs * steps_per_epoch)
                     adr_lam = half_cosine(args.adr_lam, done)
                     adr_temperature = half_cosine(args.adr_temperature, done)
-                    targets = mend_labels(average.module(x), labels, adr_lam, adr_temperature)
-                    away_from = targets
+                    targets = rectify_labels(average.module(x), labels, adr_lam, adr_temperature)
+                    attack_targets = targets
 
                 # The attack moves x to x', away from the labels, or from what the teacher answers
                 # for x or for x' itself, or (TRADES) from what the student itself answers for x.
@@ -552,21 +563,21 @@ def train(args, data, folder, stage, teacher=None):
                     model.train(args.attack_bn == "train")  # differs: 5
                     start = "uniform" if args.attack_loss == "ce" else "gaussian"
                     if args.attack_loss == "kl-teacher":  # differs: 2
-                        away_from = teacher_logits.softmax(1)
+                        attack_targets = teacher_logits.softmax(1)
                     elif args.attack_loss == "kl-teacher-adv":
-                        away_from = teacher
+                        attack_targets = teacher
                     elif args.attack_loss == "kl-self":
                         with torch.no_grad():
-                            away_from = model(x).softmax(1)
+                            attack_targets = model(x).softmax(1)
                     x_adv = common.pgd(
-                        model, x, away_from, args.eps, args.step_size, args.steps, start
+                        model, x, attack_targets, args.eps, args.step_size, args.steps, start
                     )
 
                 if args.loss in TAUGHT_ON_X_ADV:
                     teacher_logits = teacher(x_adv)
                 if args.loss.startswith("igdm"):
-                    x_far = 2 * x - x_adv  # the other side of x, perhaps outside of [0, 1]
-                    teacher_far_logits = teacher(x_far)
+                    x_mirrored = 2 * x - x_adv  # x - d, perhaps outside of [0, 1]
+                    teacher_mirrored_logits = teacher(x_mirrored)
                 if args.loss == "iad":
                     teacher_adv_logits = teacher(x_adv)
                     # for 60 of its 200 epochs the teacher alone is trusted: w = 1
@@ -579,7 +590,7 @@ def train(args, data, folder, stage, teacher=None):
 
             # The student learns. With --awp the loss is computed twice: its gradient moves the
             # weights up, and the gradient found there moves them down, from where they were.
-            for direction in ["up", "down"] if args.awp else ["down"]:
+            for direction in directions:
                 with common.autocast(args, x.device):
                     # `logits` are S(x') if the loss has an attack, otherwise S(x); the training
                     # accuracy is theirs. Some losses look at S(x) too.
@@ -601,7 +612,7 @@ def train(args, data, folder, stage, teacher=None):
                         case "igdm":
                             akd = akd_loss(logits, targets, temperature)
                             igdm = igdm_loss(
-                                logits, model(x_far), teacher_logits, teacher_far_logits
+                                logits, model(x_mirrored), teacher_logits, teacher_mirrored_logits
                             )
                             loss = akd + args.igdm_weight * epoch / args.epochs * igdm
                         case "iad":
@@ -615,9 +626,9 @@ def train(args, data, folder, stage, teacher=None):
                 loss.backward()
                 common.average_gradients(model, len(labels))  # under torchrun, otherwise nothing
                 if direction == "up":
-                    moved = climb(model, args.awp)
+                    moved = perturb_weights(model, args.awp)
             if args.awp:
-                put_back(moved)
+                restore_weights(moved)
             optimizer.step()
             schedule.step()  # per batch
             if average is not None:

@@ -57,8 +57,8 @@ LOGITS = {
     "student_adv_logits": random_logits(2),
     "teacher_logits": random_logits(3),
     "teacher_adv_logits": random_logits(4),
-    "student_far_logits": random_logits(5),
-    "teacher_far_logits": random_logits(6),
+    "student_mirrored_logits": random_logits(5),
+    "teacher_mirrored_logits": random_logits(6),
     "average_logits": random_logits(7),
 }
 IGDM_WEIGHT, IAD_BETA, ADR_LAM, ADR_TEMPERATURE = 0.7, 0.5, 0.8, 2.2
@@ -94,7 +94,7 @@ def value(name, labels=LABELS, lam=0.3, alpha=0.6, temperature=1.0, trades_beta=
             trust = robust_kd.teacher_trust(t_adv, labels, IAD_BETA)
             return robust_kd.iad_loss(s, s_adv, targets, trust, temperature)
         case "adr":
-            targets = robust_kd.mend_labels(average, labels, ADR_LAM, ADR_TEMPERATURE)
+            targets = robust_kd.rectify_labels(average, labels, ADR_LAM, ADR_TEMPERATURE)
             return F.cross_entropy(s_adv, targets)
         case "mart":
             return robust_kd.mart_loss(s, s_adv, labels, 5.0)
@@ -196,9 +196,9 @@ def test_every_loss_names_its_equation():
         robust_kd.akd_loss: "Eqs. (4), (7):",
         robust_kd.igdm_loss: "KL(softmax(t(x+d) - t(x-d)) || softmax(s(x+d) - s(x-d)))",
         robust_kd.iad_loss: "w tau^2 KL(T(x) || S(x')) + (1-w) KL(S(x) || S(x'))",
-        robust_kd.mend_labels: "lam_i P + (1-lam_i) y",
+        robust_kd.rectify_labels: "lam_i P + (1-lam_i) y",
         robust_kd.mart_loss: "CE(S(x'), y) - log(1.0001 - max",
-        robust_kd.climb: "w + gamma ||w|| g / ||g||",
+        robust_kd.perturb_weights: "w + gamma ||w|| g / ||g||",
     }
     for loss, equation in equations.items():
         assert loss.__doc__.startswith(equation)
@@ -233,13 +233,32 @@ def test_limits_in_which_two_losses_are_one(name, settings, other, other_setting
 def test_no_gradient_reaches_the_teacher(name):
     logits = {key: tensor.clone().requires_grad_() for key, tensor in LOGITS.items()}
     value(name, **logits).backward()
-    assert logits["teacher_logits"].grad is None and logits["teacher_adv_logits"].grad is None
+    assert all(tensor.grad is None for name, tensor in logits.items() if "student" not in name)
+
+
+@pytest.mark.parametrize("name", robust_kd.LOSSES)
+def test_the_gradient_is_that_of_the_equation(name):
+    """Central differences of the equation; what is a constant there has no gradient here."""
+    logits = {key: tensor.double().requires_grad_() for key, tensor in LOGITS.items()}
+    value(name, **logits).backward()
+    for key in ("student_logits", "student_adv_logits", "student_mirrored_logits"):
+        found = logits[key].grad
+        for i, k in ((0, 1), (2, 0), (4, 3)):
+            sides = []
+            for step in (1e-4, -1e-4):
+                moved = {key: tensor.detach().double().clone() for key, tensor in LOGITS.items()}
+                moved[key][i, k] += step
+                sides.append(by_hand(name, 0.3, 0.6, 1.0, logits=moved))
+            expected = (sides[0] - sides[1]) / 2e-4
+            assert (0.0 if found is None else found[i, k].item()) == pytest.approx(
+                expected, rel=1e-3, abs=1e-6
+            )
 
 
 def test_igdm_is_zero_for_equal_nets_and_does_not_see_a_constant_on_all_logits():
-    near, far = LOGITS["student_adv_logits"], LOGITS["student_far_logits"]
+    near, far = LOGITS["student_adv_logits"], LOGITS["student_mirrored_logits"]
     assert robust_kd.igdm_loss(near, far, near, far).item() == pytest.approx(0, abs=1e-6)
-    teacher = LOGITS["teacher_adv_logits"], LOGITS["teacher_far_logits"]
+    teacher = LOGITS["teacher_adv_logits"], LOGITS["teacher_mirrored_logits"]
     moved = robust_kd.igdm_loss(near + 3, far - 1, *teacher)
     torch.testing.assert_close(moved, robust_kd.igdm_loss(near, far, *teacher))
 
@@ -258,16 +277,16 @@ def test_iad_trusts_a_teacher_that_is_sure_of_the_label_and_else_the_student():
         torch.testing.assert_close(found, robust_kd.kl(expected, s_adv))
 
 
-def test_mended_labels_are_labels_without_weight_and_where_the_average_is_right_and_sure():
+def test_rectified_labels_are_labels_without_weight_and_where_the_average_is_right_and_sure():
     average = LOGITS["average_logits"]
     labels = F.one_hot(LABELS, CLASSES).float()
-    assert torch.equal(robust_kd.mend_labels(average, LABELS, 0.0, 2.0), labels)
+    assert torch.equal(robust_kd.rectify_labels(average, LABELS, 0.0, 2.0), labels)
     sure = 200.0 * labels
-    torch.testing.assert_close(robust_kd.mend_labels(sure, LABELS, 1.0, 2.0), labels)
+    torch.testing.assert_close(robust_kd.rectify_labels(sure, LABELS, 1.0, 2.0), labels)
     # sure of another class: lam_i is clipped at 0, and the label stays
     wrong = sure.roll(1, dims=1)
-    torch.testing.assert_close(robust_kd.mend_labels(wrong, LABELS, 0.9, 2.0), labels)
-    mended = robust_kd.mend_labels(average, LABELS, 0.95, 2.0)
+    torch.testing.assert_close(robust_kd.rectify_labels(wrong, LABELS, 0.9, 2.0), labels)
+    mended = robust_kd.rectify_labels(average, LABELS, 0.95, 2.0)
     torch.testing.assert_close(mended.sum(1), torch.ones(BATCH))
 
 
@@ -324,7 +343,7 @@ def test_awp_climbs_by_its_radius_and_leaves_biases():
     model = common.build_model("wrn-10-1")
     F.cross_entropy(model(torch.rand(4, 3, 32, 32)), torch.arange(4)).backward()
     before = {name: weights.clone() for name, weights in model.named_parameters()}
-    moved = robust_kd.climb(model, 0.01)
+    moved = robust_kd.perturb_weights(model, 0.01)
     for name, weights in model.named_parameters():
         step, gradient = weights - before[name], weights.grad
         if weights.dim() < 2:
@@ -337,12 +356,6 @@ def test_awp_climbs_by_its_radius_and_leaves_biases():
     for name, weights in model.named_parameters():
         if weights.dim() > 1:
             assert torch.equal(kept[id(weights)], before[name])
-
-
-def test_trades_moves_both_of_its_sides():
-    clean, adv = gradients("trades")
-    plain, _ = gradients("st")
-    assert adv.abs().max() > 0 and (clean - plain).abs().max() > 0
 
 
 def test_a_student_equal_to_its_teacher_has_no_kl():
@@ -603,8 +616,8 @@ class Spied(nn.Module):
         ("akd+", ["x_adv"], ["x_adv"], "ce"),
         ("adaad", ["x_adv"], ["x_adv"], "kl-teacher-adv"),
         ("adaad+", ["x_adv"], ["x_adv"], "kl-teacher-adv"),
-        ("igdm", ["x_adv", "x_far"], ["x_adv", "x_far"], "kl-teacher-adv"),
-        ("igdm+", ["x_adv", "x_far"], ["x_adv", "x_far"], "kl-teacher-adv"),
+        ("igdm", ["x_adv", "x_mirrored"], ["x_adv", "x_mirrored"], "kl-teacher-adv"),
+        ("igdm+", ["x_adv", "x_mirrored"], ["x_adv", "x_mirrored"], "kl-teacher-adv"),
         ("iad", ["x_adv", "x"], ["x", "x_adv"], "ce"),
         ("adr", ["x_adv"], [], "ce"),
         ("mart", ["x_adv", "x"], [], "ce"),
@@ -649,10 +662,10 @@ def test_student_and_teacher_see_what_the_equation_says_in_the_right_mode(
     assert len(attacks) == (attack_loss is not None)
     if attack_loss is not None:
         attacked, targets, settings, shown["x_adv"] = attacks[0]
-        shown["x_far"] = 2 * x - shown["x_adv"]
+        shown["x_mirrored"] = 2 * x - shown["x_adv"]
         assert torch.equal(attacked, x)
         if loss == "adr":
-            mended = robust_kd.mend_labels(untrained(x), labels, 0.7, 2.5)
+            mended = robust_kd.rectify_labels(untrained(x), labels, 0.7, 2.5)
             torch.testing.assert_close(targets, mended)
         elif attack_loss == "ce":
             assert torch.equal(targets, labels)
@@ -677,12 +690,16 @@ def test_student_and_teacher_see_what_the_equation_says_in_the_right_mode(
     assert losses == [pytest.approx(expected, rel=1e-5)]
 
 
-def by_hand_of_nets(loss, args, x, x_adv, labels, student, teacher, igdm=0.0, beta=0.0):
+def by_hand_of_nets(
+    loss, args, x, x_adv, labels, student, teacher, igdm=0.0, beta=0.0, adr=(0.7, 2.5)
+):
     """The loss of a batch for a student that has not learned yet, whose average is itself."""
     logits = {"s": student(x), "s_adv": student(x_adv), "t": teacher(x), "t_adv": teacher(x_adv)}
+    if args.attack_loss == "kl-teacher-adv" and loss == "iad":  # AdaIAD
+        logits["t"] = logits["t_adv"]
     logits |= {"s_far": student(2 * x - x_adv), "t_far": teacher(2 * x - x_adv)}
     logits["average"] = student(x)
-    return by_hand(loss, 5 / 6, 0.8, args.temperature, labels, logits, igdm, beta, 0.7, 2.5)
+    return by_hand(loss, 5 / 6, 0.8, args.temperature, labels, logits, igdm, beta, *adr)
 
 
 def losses_by_epoch(flags, epochs, tmp_path, monkeypatch):
@@ -722,19 +739,33 @@ def test_the_weight_of_igdm_rises_with_the_epochs(tmp_path, monkeypatch):
     assert losses == pytest.approx(by_epoch, rel=1e-5)
 
 
-def test_iad_trusts_its_teacher_alone_for_the_first_three_tenths(tmp_path, monkeypatch):
-    losses, expected = losses_by_epoch("--loss iad --iad-beta 0.5", 5, tmp_path, monkeypatch)
+def test_weight_and_temperature_of_adr_go_along_half_a_cosine(tmp_path, monkeypatch):
+    flags = "--loss adr --adr-lam 0.2 0.8 --adr-temperature 3 1"
+    losses, expected = losses_by_epoch(flags, 4, tmp_path, monkeypatch)
+    by_epoch = []
+    for epoch in range(4):  # of one step each
+        rise = 0.5 - 0.5 * math.cos(math.pi * epoch / 4)
+        by_epoch.append(expected(epoch, adr=(0.2 + 0.6 * rise, 3 - 2 * rise)))
+    assert losses == pytest.approx(by_epoch, rel=1e-5)
+
+
+@pytest.mark.parametrize("attack_loss", ["ce", "kl-teacher-adv"])
+def test_iad_trusts_its_teacher_alone_for_the_first_three_tenths(
+    attack_loss, tmp_path, monkeypatch
+):
+    flags = f"--loss iad --iad-beta 0.5 --attack-loss {attack_loss}"
+    losses, expected = losses_by_epoch(flags, 5, tmp_path, monkeypatch)
     by_epoch = [expected(epoch, beta=0.0 if epoch < 2 else 0.5) for epoch in range(5)]
     assert losses == pytest.approx(by_epoch, rel=1e-5)
 
 
 def test_with_awp_the_gradient_is_taken_above_and_the_step_made_from_below(tmp_path, monkeypatch):
-    """One step of SGD, momentum and all, from w with the gradient at w + v, by hand."""
-    flags = "--loss at --awp 0.02 --epochs 1 --val-size 0 --steps 1"
+    """Two steps with momentum, from w with the gradient at w + v, by another loop."""
+    flags = "--loss at --awp 0.02 --epochs 2 --val-size 0 --steps 1"
     args = common.replace(parse(flags), seed=0)
     data = common.load_data("shapes", train_subset=16, val_size=0)
     student, seen = common.build_model("mlp-8"), []
-    before = copy.deepcopy(student)
+    other = copy.deepcopy(student)
     pgd = common.pgd
 
     def spied_pgd(*settings):
@@ -744,22 +775,34 @@ def test_with_awp_the_gradient_is_taken_above_and_the_step_made_from_below(tmp_p
     monkeypatch.setattr(common, "pgd", spied_pgd)
     monkeypatch.setattr(common, "new_model", lambda *_: student)
     robust_kd.train(args, data, tmp_path, "student")
-    ((_, labels),) = common.batches(data, 16, 0, "student", 0)
-    above = copy.deepcopy(before)
-    F.cross_entropy(above(seen[0]), labels).backward()
-    for weights in above.parameters():
-        if weights.dim() > 1:
-            scale = 0.02 * weights.norm() / weights.grad.norm()
-            weights.data += scale * weights.grad
-    gradients = torch.autograd.grad(
-        F.cross_entropy(above(seen[0]), labels), list(above.parameters())
-    )
-    lr = torch.optim.lr_scheduler.OneCycleLR(
-        torch.optim.SGD(before.parameters(), momentum=0.9), args.lr, 1
-    ).get_last_lr()[0]
-    for weights, old, gradient in zip(student.parameters(), before.parameters(), gradients):
-        expected = old - lr * (gradient + 5e-4 * old)
+    optimizer, schedule = robust_kd.make_optimizer(other, args, 1)
+    for epoch, x_adv in enumerate(seen):
+        ((_, labels),) = common.batches(data, 16, 0, "student", epoch)
+        above = copy.deepcopy(other)
+        F.cross_entropy(above(x_adv), labels).backward()
+        for weights in above.parameters():
+            if weights.dim() > 1:
+                weights.data += 0.02 * weights.norm() / weights.grad.norm() * weights.grad
+        loss = F.cross_entropy(above(x_adv), labels)
+        gradients = torch.autograd.grad(loss, list(above.parameters()))
+        for weights, gradient in zip(other.parameters(), gradients):
+            weights.grad = gradient
+        optimizer.step()
+        schedule.step()
+    for weights, expected in zip(student.parameters(), other.parameters()):
         torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_both_passes_of_awp_feed_batchnorm(tmp_path):
+    counts = []
+    for awp in (0, 0.01):
+        flags = f"--loss at --awp {awp} --epochs 1 --val-size 0 --steps 1 --model wrn-10-1"
+        args = common.replace(parse(flags), seed=0)
+        data = common.load_data("shapes", train_subset=32, val_size=0)
+        (tmp_path / str(awp)).mkdir()
+        net = robust_kd.train(args, data, tmp_path / str(awp), "student")
+        counts.append({int(v) for k, v in net.state_dict().items() if "num_batches" in k})
+    assert counts == [{2}, {4}]
 
 
 LATER = [
