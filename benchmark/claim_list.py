@@ -206,8 +206,8 @@ for _arm, _loss in LOSS_OF.items():
         if _teacher != "early":
             ARMS.setdefault(f"{_arm}-{_teacher}", f"{RKD} {_loss} {_flags}")
 
-# The league's first table: regime -> its methods, and for each table its seeds
-TEACHERLESS = ("at", "trades", "mart", "at-smooth-0.5", "at-ema-0.98", "at-awp", "adr")
+# The league's first table: regime -> its methods, each an `arm` or `arm@best`; seeds of each table
+TEACHERLESS = ("at", "at@best", "trades", "mart", "at-smooth-0.5", "at-ema-0.98", "at-awp", "adr")
 TAUGHT = ("akd+0.8", "ard+0.8", "rslad+0.8", "iad", "adaad", "adaad+0.8", "igdm", "akd+0.8-awp")
 LEAGUE = {
     "MLP": TEACHERLESS + TAUGHT,
@@ -219,7 +219,7 @@ BY_TEACHER = {
     for arm in LOSS_OF
     for teacher in TEACHERS
 }
-LEAGUE_ARMS = {*LEAGUE["MLP"], *LEAGUE["narrow ResNet-18"], *BY_TEACHER.values()}
+LEAGUE_NAMES = {*LEAGUE["MLP"], *LEAGUE["narrow ResNet-18"], *BY_TEACHER.values()}
 
 # What the figures call the arms of the rules
 WORDS = {

@@ -25,6 +25,7 @@ Holm     A claim's p-value is the largest of its rules (two-sided t tests). Clai
 
 import concurrent.futures
 import contextlib
+import functools
 import math
 import os
 import re
@@ -44,7 +45,7 @@ from benchmark import ROOT, plots
 from benchmark.claim_list import (
     ARMS,
     CLAIMS,
-    LEAGUE_ARMS,
+    LEAGUE_NAMES,
     REGIMES,
     WITHOUT_TEACHER,
     WORDS,
@@ -87,6 +88,7 @@ def parse_args(argv=None):
 # Statistics
 
 
+@functools.cache
 def t_distribution(freedom):
     """(t, P(T <= t)) on a fine grid, for Student's distribution with so many degrees of freedom.
 
@@ -168,8 +170,10 @@ def arms_of(rules):
 
 
 def nets_compared_by(arm, *metrics):
-    """The nets of an arm that some rule compares by one of the metrics."""
+    """The nets of an arm that the league, or a rule, compares by one of the metrics."""
     nets = []
+    if "robust_acc" in metrics:
+        nets += [net for other, net in map(split, sorted(LEAGUE_NAMES)) if other == arm]
     for claim in CLAIMS.values():
         for rule in rules_of(claim):
             if rule.metric.removeprefix("gain of ") in metrics:
@@ -313,7 +317,7 @@ def run_arm(arm, seed, args):
                 nets[net]["gradient"] = mean(epochs)
                 nets[net]["gradient_first"], nets[net]["gradient_last"] = epochs[0], epochs[-1]
     attacks = ["clean", "calibration"]
-    if arm in LEAGUE_ARMS or nets_compared_by(arm, "robust_acc"):
+    if nets_compared_by(arm, "robust_acc"):
         attacks.append("aa" if seed in AUTOATTACK_SEEDS else "apgd")
     wanted = ["student", *nets_compared_by(arm, "robust_acc", "entropy")]
     evaluated = [net for net in files if net in wanted]

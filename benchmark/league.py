@@ -109,7 +109,11 @@ def seeds(table):
 
 def arms_by_table():
     """{table: its arms, each once}."""
-    return LEAGUE | {"teachers": tuple(dict.fromkeys(BY_TEACHER.values()))}
+    tables = LEAGUE | {"teachers": BY_TEACHER.values()}
+    return {
+        table: tuple(dict.fromkeys(claims.split(name)[0] for name in names))
+        for table, names in tables.items()
+    }
 
 
 def missing_runs(results):
@@ -119,12 +123,6 @@ def missing_runs(results):
         jobs += [(arm, seed) for seed in seeds(table) for arm in arms]
     jobs = dict.fromkeys(jobs)
     return [job for job in jobs if number(results, job[0], "robust_acc", job[1]) is None]
-
-
-def competitors(regime):
-    """The names of a regime's table: its arms, and adversarial training at its best epoch."""
-    arms = list(LEAGUE[regime])
-    return [arms[0], f"{arms[0]}@best", *arms[1:]]
 
 
 def name_of(arm):
@@ -287,7 +285,7 @@ def rivals(regime):
 def table_rows(results, regime):
     """Rows of a regime's table."""
     rows, finished = [], is_finished(results, regime)
-    for arm in competitors(regime):
+    for arm in LEAGUE[regime]:
         row = {"method": name_of(arm)}
         for title, metric in NUMBERS.items():
             row[title] = with_interval(numbers(results, arm, metric, regime))
@@ -314,14 +312,14 @@ def points_of(results, regime):
         return {}
     return {
         arm: tuple(mean(numbers(results, arm, metric, regime)) for metric in NUMBERS.values())
-        for arm in competitors(regime)
+        for arm in LEAGUE[regime]
     }
 
 
 def compared(results, regime, rival, metric):
     """{+1, 0, -1: [names of the methods whose verdict against the rival it is]}."""
     groups = {1: [], 0: [], -1: []}
-    for arm in competitors(regime):
+    for arm in LEAGUE[regime]:
         effect = difference(results, arm, rival, metric, regime)
         if effect is not None:
             groups[verdict(effect)].append(name_of(arm))
