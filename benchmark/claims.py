@@ -16,8 +16,11 @@ Rule     For each rule of a claim the differences of two arms with the same seed
          its 95 % t interval. A rule holds if the interval lies above its bound and the mean
          reaches the smallest effect that counts; it is contradicted if the interval lies below the
          bound. A claim holds if all its rules hold; it is contradicted if one of them is; else it
-         is undecided at this scale. A gate that fails: regime absent. No verdict before all seeds
-         have run.
+         is undecided at this scale. A gate that fails: regime absent.
+Seeds    A claim is looked at after 5, 10, 15 and 20 seeds, and is finished at the first look at
+         which the intervals of all its rules are at most a point wide, at the latest with 20 seeds.
+         Until then its verdict stands with "so far". What is undecided then, where the paper prints
+         less than half a point, is "too small to tell here".
 Holm     A claim's p-value is the largest of its rules (two-sided t tests). Claims that hold also
          after Holm's correction for all claims of their paper are marked; claims that have not
          run count with p = 1.
@@ -57,7 +60,15 @@ PAPERS = {
     3: "distillation in an adversarial context",
 }
 NETS = ("student", "best", "teacher", "alone")  # after the @ of an arm; `net` in a summary
-VERDICTS = ("holds", "contradicted", "undecided", "regime absent", "not run")
+VERDICTS = (
+    "holds",
+    "contradicted",
+    "undecided",
+    "too small to tell here",
+    "regime absent",
+    "not run",
+)
+MAX_SEEDS, SEEDS_PER_LOOK = 20, 5
 AUTOATTACK_IMAGES = 1000
 AUTOATTACK_SEEDS = (10, 11)  # all of AutoAttack; others: APGD-CE and targeted APGD alone
 
@@ -217,17 +228,33 @@ def difference(results, rule, seed):
     return sides[0] - sides[1]
 
 
-def seeds_of(claim):
-    """The seeds that decide a claim."""
-    return range(claim.first_seed, claim.first_seed + claim.seeds)
+def seeds_of(results, claim):
+    """The seeds of the latest look at a claim: all its arms have run with them."""
+    arms = arms_of((*claim.rules, *claim.gates))
+    seeds = 0
+    while seeds < MAX_SEEDS and all(claim.first_seed + seeds in results[arm] for arm in arms):
+        seeds += 1
+    return range(claim.first_seed, claim.first_seed + seeds - seeds % SEEDS_PER_LOOK)
 
 
 def measure(results, rule, claim):
-    """The Effect of a rule over the claim's seeds; None if one of them is missing."""
-    differences = [difference(results, rule, seed) for seed in seeds_of(claim)]
-    if None in differences:
+    """The Effect of a rule at the latest look at its claim; None before, or if a run is missing."""
+    differences = [difference(results, rule, seed) for seed in seeds_of(results, claim)]
+    if None in differences or not differences:
         return None
     return effect_of(differences, rule.above)
+
+
+def is_finished(results, claim):
+    """Whether no more seeds are run for a claim: see Seeds in the docstring."""
+    seeds = len(seeds_of(results, claim))
+    if seeds in (0, MAX_SEEDS):
+        return seeds > 0
+    for rule in claim.rules:
+        effect = measure(results, rule, claim)
+        if effect is None or effect.high - effect.low > WIDEST.get(rule.metric, 0.01):
+            return False
+    return True
 
 
 def judge(results, claim):
@@ -243,7 +270,11 @@ def judge(results, claim):
     p = max(effect.p for effect in effects)
     if "contradicted" in verdicts:
         return "contradicted", p
-    return ("undecided", p) if "undecided" in verdicts else ("holds", p)
+    if "undecided" not in verdicts:
+        return "holds", p
+    if claim.paper_effect is not None and len(seeds_of(results, claim)) == MAX_SEEDS:
+        return "too small to tell here", p
+    return "undecided", p
 
 
 def judge_all(results):
@@ -263,11 +294,14 @@ def judge_all(results):
 # Runs
 
 
-def missing_runs(results, claims):
-    """The (arm, seed) that the claims still need: all that decide, then the rivals."""
+def missing_runs(results, claims, looks=1):
+    """The (arm, seed) that the claims need for the next looks: all that decide, then the rivals."""
     deciding, rivals = [], []
     for claim in claims:
-        for seed in seeds_of(claim):
+        last = len(seeds_of(results, claim))
+        if not is_finished(results, claim):
+            last = min(last + looks * SEEDS_PER_LOOK, MAX_SEEDS)
+        for seed in range(claim.first_seed, claim.first_seed + last):
             deciding += [(arm, seed) for arm in arms_of((*claim.rules, *claim.gates))]
             rivals += [(arm, seed) for arm in arms_of(claim.rivals)]
     return [job for job in dict.fromkeys(deciding + rivals) if job[1] not in results[job[0]]]
@@ -423,6 +457,9 @@ UNITS = {
     "gradient_last": "thousandths",
 }
 
+# The widest interval with which a claim is finished; of all other metrics a point, 0.01
+WIDEST = {"entropy": 0.1, "gradient": 1.0}
+
 METRIC_TITLES = {
     "clean_acc": "clean",
     "pgd20_acc": "PGD-20",
@@ -477,7 +514,7 @@ def arm_rows(results, claim):
         for metric, title in METRIC_TITLES.items():
             if metric not in metrics:
                 continue
-            numbers = [value(results, name, metric, seed) for seed in seeds_of(claim)]
+            numbers = [value(results, name, metric, seed) for seed in seeds_of(results, claim)]
             numbers = [number for number in numbers if number is not None]
             row[title] = "-"
             if numbers:
@@ -485,7 +522,7 @@ def arm_rows(results, claim):
                 row[title] = f"{scale * mean(numbers):.{digits}f}"
                 if len(numbers) > 1:
                     row[title] += f" ± {scale * stdev(numbers):.{digits}f}"
-        row["seeds"] = sum(seed in results[split(name)[0]] for seed in seeds_of(claim))
+        row["seeds"] = sum(seed in results[split(name)[0]] for seed in seeds_of(results, claim))
         rows.append(row)
     empty = {title for title in rows[0] if all(row[title] == "-" for row in rows)}
     return [{title: row[title] for title in row if title not in empty} for row in rows]
@@ -526,42 +563,55 @@ def markdown(rows):
 
 
 def list_rows(results):
-    """Rows of --list: all claims, their state, and the minutes of one worker that are left."""
+    """Rows of --list: all claims, their state, and what is left for one worker."""
     rows = []
     for name, (verdict, corrected) in judge_all(results).items():
         claim = CLAIMS[name]
-        jobs = missing_runs(results, [claim])
-        minutes = []
-        for arm, _ in jobs:
-            measured = [run["minutes"] for run in results[arm].values()]
-            minutes.append(mean(measured) if measured else None)
-        left = "-"
-        if jobs:
-            left = f"{len(jobs)} runs"
-            if None not in minutes:
-                left += f", {sum(minutes):.0f} min"
         rows.append(
             {
                 "claim": name,
                 "paper": claim.paper,
-                "seeds": claim.seeds,
-                "left": left,
-                "verdict": f"{verdict} (Holm)" if corrected else verdict,
+                "seeds": len(seeds_of(results, claim)),
+                "to the next look": left_text(results, missing_runs(results, [claim])),
+                "at most": left_text(results, missing_runs(results, [claim], MAX_SEEDS)),
+                "verdict": verdict_text(results, claim, verdict, corrected),
             }
         )
-    return rows
+    everything = list(CLAIMS.values())
+    total = {"claim": "all", "paper": "", "seeds": "", "verdict": ""}
+    total["to the next look"] = left_text(results, missing_runs(results, everything))
+    total["at most"] = left_text(results, missing_runs(results, everything, MAX_SEEDS))
+    return [*rows, total]
+
+
+def left_text(results, jobs):
+    """How many runs are left, and their minutes where each arm has run before."""
+    if not jobs:
+        return "-"
+    minutes = []
+    for arm, _ in jobs:
+        measured = [run["minutes"] for run in results[arm].values()]
+        minutes.append(mean(measured) if measured else None)
+    text = f"{len(jobs)} runs"
+    return text if None in minutes else f"{text}, {sum(minutes):.0f} min"
+
+
+def verdict_text(results, claim, verdict, corrected):
+    """A verdict with what limits it: so far; also after Holm's correction."""
+    if verdict not in ("not run", "regime absent") and not is_finished(results, claim):
+        verdict += " so far"
+    return f"{verdict} (Holm)" if corrected else verdict
 
 
 def show(name, results, folder):
     """Print one claim: the paper's words, arms, rules, verdict; its figure is folder/<name>.png."""
     claim = CLAIMS[name]
-    verdict, corrected = judge_all(results)[name]
+    judged = judge_all(results)[name]
     print(f'\n{name}: {claim.title}\n"{claim.quote}" (paper {claim.paper}, {claim.source})')
     print(common.table(arm_rows(results, claim)))
     print()
     print(common.table(rule_rows(results, claim)))
-    holm_text = ", also after Holm's correction" if corrected else ""
-    print(f"\n{name}: {verdict}{holm_text}", flush=True)
+    print(f"\n{name}: {verdict_text(results, claim, *judged)}", flush=True)
     points = []
     for rule in rules_of(claim):
         effect = measure(results, rule, claim)
@@ -614,7 +664,7 @@ def regime_curves(results):
     return panels
 
 
-def counts_text(judged):
+def counts_text(results, judged):
     """How many claims have which verdict, without a full stop."""
     counts = {verdict: 0 for verdict in VERDICTS}
     for verdict, _ in judged.values():
@@ -623,15 +673,17 @@ def counts_text(judged):
     parts = [f"{count} {verdict}" for verdict, count in counts.items() if count]
     text = f"Verdicts on {len(judged)} claims: {', '.join(parts)}"
     corrected = sum(also for _, also in judged.values())
-    return f"{text}; {corrected} hold after Holm's correction too" if corrected else text
+    if corrected:
+        text += f"; {corrected} hold after Holm's correction too"
+    open_claims = sum(not is_finished(results, CLAIMS[name]) for name in judged)
+    return f"{text}; {open_claims} may change with more seeds" if open_claims else text
 
 
 def claim_section(name, results, judged):
     """The part of the page that is about one claim."""
     claim = CLAIMS[name]
-    verdict, corrected = judged[name]
     lines = [f"### {claim.title}", ""]
-    lines.append(f"**{verdict}**" + (", also after Holm's correction." if corrected else "."))
+    lines.append(f"**{verdict_text(results, claim, *judged[name])}**.")
     if claim.remark:
         lines.append(claim.remark)
     lines += ["", "<details><summary>Quotation, rules and numbers</summary>", ""]
@@ -639,7 +691,8 @@ def claim_section(name, results, judged):
     lines.append(f"Printed there: {claim.printed}. Mechanism: {claim.mechanism}")
     if claim.smoothing_suffices:
         lines.append("A mere smoothing of the labels would pass these rules too.")
-    lines += ["", f"`python benchmark/claims.py {name}`, {claim.seeds} seeds:", ""]
+    seeds = len(seeds_of(results, claim))
+    lines += ["", f"`python benchmark/claims.py {name}`, {seeds} seeds:", ""]
     arms = arm_rows(results, claim)
     if any(row["seeds"] for row in arms):
         lines += [markdown(rule_rows(results, claim)), "", markdown(arms), ""]
@@ -663,13 +716,13 @@ def overview_rows(results, judged, paper):
         for rule in claim.rules:
             title = METRIC_TITLES[rule.metric.removeprefix("gain of ")]
             effects.append(f"{title} {effect_text(rule, measure(results, rule, claim))}")
-        verdict, corrected = judged[name]
         rows.append(
             {
                 "claim": f"[{claim.title}](#{anchor(claim.title)})",
                 "in the paper": claim.printed,
                 "here": "; ".join(effects),
-                "verdict": f"**{verdict}** (Holm)" if corrected else f"**{verdict}**",
+                "seeds": len(seeds_of(results, claim)),
+                "verdict": f"**{verdict_text(results, claim, *judged[name])}**",
             }
         )
     return rows
@@ -677,7 +730,9 @@ def overview_rows(results, judged, paper):
 
 PAGE = """# What the papers claim, tested with small nets
 
-{counts}. A verdict says whether the direction of a claim appears where its
+{counts}.
+
+A verdict says whether the direction of a claim appears where its
 mechanism is present. It reproduces no number of a paper, whose nets and data are larger.
 
 {figure}{tables}Here: the mean difference between the arms of each deciding rule in points, and its
@@ -700,14 +755,17 @@ Written by `benchmark/claims.py` from `benchmark/claims/*.json`. Rules, gates an
 ## Rules
 
 - An arm is a command; all arms have the seeds 10, 11, ... (smaller seeds were used to find the
-  settings), or 15, 16, ... where a first design was changed. Numbers come from the last epoch,
-  those of `@best` from the best epoch on held-out images, those of `@teacher` and `@alone` from
-  the other nets of the same run.
+  settings), or later ones where a first design was changed. A claim is looked at after 5, 10, 15
+  and 20 seeds. It is finished when the intervals of all its rules are at most a point wide, at the
+  latest with 20 seeds; until then its verdict stands with *so far*.
+- Numbers come from the last epoch, those of `@best` from the best epoch on held-out images, those
+  of `@teacher` and `@alone` from the other nets of the same run.
 - A rule compares two arms: differences with the same seed, their mean and 95 % t interval, in
   points. It **holds** if the interval lies above its bound (0 if nothing else is said) and the
   mean reaches the smallest effect that counts (half a point if nothing else is said). It is
   **contradicted** if the interval lies below the bound, otherwise **undecided**. A claim holds if
-  all its rules hold.
+  all its rules hold. What is undecided after 20 seeds, where the paper prints less than half a
+  point, is **too small to tell here**.
 - **Regime absent**: a gate is closed, so the mechanism of the claim does not act here.
 - Holm's correction covers all claims of a paper; a claim that has not run counts with p = 1.
 - Robust: what APGD-CE and then targeted APGD leave of 1,000 test images, or, in runs of before
@@ -768,7 +826,7 @@ def write_page(args, results):
         curves = f"![{text}](regimes.png)\n\n{text}: what a regime is chosen for.\n\n"
     without_teacher = teacher_rows(results)
     text = PAGE.format(
-        counts=counts_text(judged),
+        counts=counts_text(results, judged),
         curves=curves,
         without_teacher=markdown(without_teacher) if without_teacher else "Not run yet.",
         figure=figure,
@@ -776,7 +834,9 @@ def write_page(args, results):
         sections="\n".join(sections),
     )
     write_text(docs / "CLAIMS.md", text.rstrip() + "\n")
-    replace_between("claims", docs.resolve().parent / "README.md", f"{counts_text(judged)}.")
+    replace_between(
+        "claims", docs.resolve().parent / "README.md", f"{counts_text(results, judged)}."
+    )
     print(f"written: {docs / 'CLAIMS.md'}", flush=True)
 
 
@@ -801,8 +861,10 @@ def main(argv=None):
         print(common.table(list_rows(read_results(args.results))))
         return
     chosen = [CLAIMS[name] for name in args.claims]
-    run_jobs(missing_runs(read_results(args.results), chosen), args)
     results = read_results(args.results)
+    while jobs := missing_runs(results, chosen):  # one look after the other
+        run_jobs(jobs, args)
+        results = read_results(args.results)
     for name in args.claims:
         show(name, results, args.runs)
     write_page(args, results)

@@ -26,9 +26,21 @@ SMALL_ARMS = {
 }
 
 
-def make_claim(*rules, seeds=3, **fields):
+def make_claim(*rules, **fields):
     texts = {key: key for key in ("title", "quote", "source", "printed", "mechanism")}
-    return Claim(**texts, paper=2, rules=rules, seeds=seeds, **fields)
+    return Claim(**texts, paper=2, rules=rules, **fields)
+
+
+@pytest.fixture(autouse=True)
+def looks(monkeypatch):
+    """looks(n): claims are looked at after every n seeds, and have at most n; else after each."""
+    monkeypatch.setattr(claims, "SEEDS_PER_LOOK", 1)
+
+    def replace(seeds):
+        monkeypatch.setattr(claims, "SEEDS_PER_LOOK", seeds)
+        monkeypatch.setattr(claims, "MAX_SEEDS", seeds)
+
+    return replace
 
 
 @pytest.fixture
@@ -110,9 +122,49 @@ def test_a_claim_holds_with_all_its_rules_and_is_contradicted_by_one():
     results = results_of(a=[0.5, 0.51, 0.52], b=[0.4, 0.41, 0.43], c=[0.3, 0.31, 0.32])
     assert claims.judge(results, make_claim(good))[0] == "holds"
     assert claims.judge(results, make_claim(good, bad))[0] == "contradicted"
-    assert claims.judge(results, make_claim(good, seeds=4)) == ("not run", 1.0)
+    del results["b"][10]
+    assert claims.judge(results, make_claim(good)) == ("not run", 1.0)
+    results["b"][10] = {"nets": {"student": {"clean_acc": 0.4}}}
     level = Rule("clean_acc", "a", "a")
     assert claims.judge(results, make_claim(good, level))[0] == "undecided"
+
+
+def test_a_claim_is_looked_at_every_five_seeds_until_its_interval_is_a_point_wide(monkeypatch):
+    monkeypatch.setattr(claims, "SEEDS_PER_LOOK", 5)
+    claim = make_claim(Rule("clean_acc", "a", "b"), rivals=(Rule("clean_acc", "a", "c"),))
+
+    def results_after(seeds, deviation):
+        noise = [deviation * (-1) ** seed for seed in range(seeds)]
+        return results_of(a=[0.5 + d for d in noise], b=[0.4] * seeds, c=[])
+
+    def state(seeds, deviation):
+        results = results_after(seeds, deviation)
+        left = {arm: [] for arm in "abc"}
+        for arm, seed in claims.missing_runs(results, [claim]):
+            left[arm].append(seed)
+        looked_at = len(claims.seeds_of(results, claim))
+        return looked_at, claims.is_finished(results, claim), left["a"], left["c"]
+
+    assert state(0, 0.02) == (0, False, [*range(10, 15)], [*range(10, 15)])
+    assert state(4, 0.02) == (0, False, [14], [*range(10, 15)])
+    assert state(7, 0.02) == (5, False, [17, 18, 19], [*range(10, 20)])
+    assert state(7, 0.002) == (5, True, [], [*range(10, 15)])  # the rival has not run yet
+    assert state(20, 0.02) == (20, True, [], [*range(10, 30)])
+    wide = results_after(10, 0.02)
+    assert claims.verdict_text(wide, claim, *("holds", True)) == "holds so far (Holm)"
+    assert claims.verdict_text(results_after(20, 0.02), claim, "holds", False) == "holds"
+
+
+def test_what_twenty_seeds_cannot_tell_is_too_small_where_the_paper_prints_little():
+    level = [(-1) ** seed * 0.02 for seed in range(20)]
+    rule = Rule("clean_acc", "a", "b")
+    results = results_of(a=[0.4 + d for d in level], b=[0.4] * 20)
+    assert claims.judge(results, make_claim(rule))[0] == "undecided"
+    assert claims.judge(results, make_claim(rule, paper_effect=0.004))[0] == (
+        "too small to tell here"
+    )
+    fewer = results_of(a=[0.4 + d for d in level[:19]], b=[0.4] * 19)
+    assert claims.judge(fewer, make_claim(rule, paper_effect=0.004))[0] == "undecided"
 
 
 def test_a_closed_gate_is_no_verdict_and_a_rival_does_not_decide():
@@ -193,7 +245,8 @@ def test_claims_name_nets_metrics_and_papers_that_there_are():
     assert 18 <= len(claim_list.CLAIMS) <= 30
     assert {claim.paper for claim in claim_list.CLAIMS.values()} == set(claims.PAPERS)
     for claim in claim_list.CLAIMS.values():
-        assert claim.rules and claim.seeds in (5, 10)
+        assert claim.rules and claim.first_seed >= claim_list.FIRST_SEED
+        assert claim.paper_effect is None or claim.paper_effect < 0.005
         assert not re.search(r"[^\x00-\x7f]", claim.quote)
         for rule in claims.rules_of(claim):
             metric = rule.metric.removeprefix("gain of ")
@@ -239,15 +292,16 @@ def test_gradients_of_the_epochs_are_read_from_the_net(only, in_process, tmp_pat
 
 def test_the_seeds_of_a_second_design_are_its_own():
     rule = Rule("clean_acc", "a", "b")
-    late = make_claim(rule, seeds=2, first_seed=claim_list.FIRST_SEED + 1)
+    late = make_claim(rule, first_seed=claim_list.FIRST_SEED + 1)
     results = results_of(a=[0.1, 0.5, 0.51], b=[0.9, 0.4, 0.41])
     assert claims.measure(results, rule, late).mean == pytest.approx(0.1)
 
 
-def test_a_claim_is_run_kept_shown_and_not_run_again(only, in_process, tmp_path, capsys):
+def test_a_claim_is_run_kept_shown_and_not_run_again(only, looks, in_process, tmp_path, capsys):
+    looks(2)
     gate = Rule("pgd20_acc", "at@best", "at", above=-1.0)
     rules = (Rule("robust_acc", "akd", "at"), Rule("entropy", "akd", "akd@teacher"))
-    only({"small": make_claim(*rules, gates=(gate,), seeds=2)})
+    only({"small": make_claim(*rules, gates=(gate,))})
     flags = ["small", "--workers", "1"]
     markers = "<!-- claims: begin -->\nold\n<!-- claims: end -->"
     (tmp_path / "README.md").write_text(f"A\n{markers}\nB\n")
@@ -279,9 +333,7 @@ def test_a_claim_is_run_kept_shown_and_not_run_again(only, in_process, tmp_path,
     before = len(in_process)
     claims.main(flags)
     assert len(in_process) == before
-    only(
-        {"small": make_claim(*rules, gates=(gate,), seeds=2)}, SMALL_ARMS | {"akd": "robust_kd.py"}
-    )
+    only({"small": make_claim(*rules, gates=(gate,))}, SMALL_ARMS | {"akd": "robust_kd.py"})
     results = claims.read_results(tmp_path / "results")
     assert results["akd"] == {} and len(results["at"]) == 2  # another command is another arm
 
@@ -297,8 +349,11 @@ def test_the_page_in_docs_and_the_readme_say_what_the_results_say(tmp_path):
     assert (tmp_path / "README.md").read_text() == readme
 
 
-def test_a_run_that_fails_is_named_and_the_others_go_on(only, monkeypatch, tmp_path, refused):
-    only({"small": make_claim(Rule("clean_acc", "akd", "at"), seeds=2)})
+def test_a_run_that_fails_is_named_and_the_others_go_on(
+    only, looks, monkeypatch, tmp_path, refused
+):
+    looks(2)
+    only({"small": make_claim(Rule("clean_acc", "akd", "at"))})
     ran = []
 
     def run_arm(arm, seed, args):
@@ -321,8 +376,9 @@ def test_a_script_that_ends_with_an_error_is_one_line(tmp_path, refused):
     assert "status 2" in message and str(log) in message
 
 
-def test_the_list_says_what_is_left(only, tmp_path, capsys):
-    only({"small": make_claim(Rule("clean_acc", "akd", "at"), seeds=2)})
+def test_the_list_says_what_is_left(only, looks, tmp_path, capsys):
+    looks(2)
+    only({"small": make_claim(Rule("clean_acc", "akd", "at"))})
     claims.main(["--list", "--results", str(tmp_path)])
     assert "4 runs" in capsys.readouterr().out
     run = {"nets": {"student": {"clean_acc": 0.5}}, "minutes": 2.0}
@@ -343,8 +399,11 @@ def test_missing_images_are_named_before_anything_runs(tmp_path, monkeypatch, re
     assert "cifar10-16.npz" in message and "prepare.py" in message
 
 
-def test_a_stopped_program_stops_its_runs_and_keeps_what_is_finished(only, monkeypatch, tmp_path):
-    only({"small": make_claim(Rule("clean_acc", "akd", "at"), seeds=2)})
+def test_a_stopped_program_stops_its_runs_and_keeps_what_is_finished(
+    only, looks, monkeypatch, tmp_path
+):
+    looks(2)
+    only({"small": make_claim(Rule("clean_acc", "akd", "at"))})
     monkeypatch.setattr(claims, "ROOT", tmp_path)
     (tmp_path / "robust_kd.py").write_text("import time\ntime.sleep(100)\n")
     began = time.monotonic()
