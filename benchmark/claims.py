@@ -345,6 +345,9 @@ def run_arm(arm, seed, args):
             row = row_of[net]
             numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
             nets[net], files[net] = numbers, folder / row["file"]
+            stages = common.read_log(files[net].parent)
+            if files[net].stem in stages:  # on the labels that the net was trained with
+                nets[net]["train_acc"] = stages[files[net].stem][-1]["train_acc"]
             gradients = common.load(files[net])["meta"].get("gradients")
             if gradients:  # mean |gradient| over the layers, in thousandths
                 epochs = [1000 * mean(layers) for layers in gradients["means"]]
@@ -466,6 +469,7 @@ METRIC_TITLES = {
     "robust_acc": "robust",
     "entropy": "entropy",
     "only_1_acc": "accuracy on ones",
+    "train_acc": "training accuracy on its labels",
     "gradient": "mean gradient",
     "gradient_first": "mean gradient, first epoch",
     "gradient_last": "mean gradient, last epoch",
@@ -684,8 +688,7 @@ def claim_section(name, results, judged):
     claim = CLAIMS[name]
     lines = [f"### {claim.title}", ""]
     lines.append(f"**{verdict_text(results, claim, *judged[name])}**.")
-    if claim.remark:
-        lines.append(claim.remark)
+    lines += [text for text in (claim.remark, claim.earlier) if text]
     lines += ["", "<details><summary>Quotation, rules and numbers</summary>", ""]
     lines += [f"> {claim.quote}", f"> (paper {claim.paper}, {claim.source})", ""]
     lines.append(f"Printed there: {claim.printed}. Mechanism: {claim.mechanism}")

@@ -316,6 +316,11 @@ def test_a_claim_is_run_kept_shown_and_not_run_again(only, looks, in_process, tm
     run = record["runs"]["10"]
     assert {"student", "teacher"} <= run["nets"].keys() and run["torch"]
     assert {"clean_acc", "pgd20_acc", "aa_acc", "entropy"} <= run["nets"]["student"].keys()
+    lines = (tmp_path / "runs/robust_kd/akd-s10/log.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    assert (last["stage"], last["epoch"]) == ("student", 2)
+    assert run["nets"]["student"]["train_acc"] == pytest.approx(last["train_acc"], abs=1e-6)
+    assert "train_acc" in run["nets"]["teacher"] and "train_acc" not in run["nets"].get("best", {})
     summary = common.read_json(tmp_path / "runs/robust_kd/akd-s10/summary.json")
     assert run["nets"]["teacher"]["clean_acc"] == pytest.approx(summary[0]["clean_acc"], abs=1e-6)
     assert len(run["curve"]["val_clean_acc"]) == 2
