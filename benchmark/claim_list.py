@@ -655,9 +655,9 @@ CLAIMS = {
         gates=(Rule("train_acc", "flc-ts-plain@teacher", "mc-ts-plain@teacher", above=0.1),),
         first_seed=20,
         earlier="Two designs came before. The first compared rates of 0.25 and 0.3; it was stopped "
-        "after two seeds. In the second, with crops and flips and seeds 15 to 19, the varying labels "
-        "were 0.8 points lower [-1.5, -0.2] and the claim was called contradicted; but the fixed "
-        "labels were not learned by heart (a training accuracy of 0.35 on them), so that the "
+        "after two seeds. In the second, with crops and flips and seeds 15 to 19, the varying "
+        "labels were 0.8 points lower [-1.5, -0.2], and the claim was called contradicted; but the "
+        "fixed labels were not learned by heart (a training accuracy of 0.35 on them), so that the "
         "mechanism was missing. The gate asks for it now.",
     ),
     "teacher-free-adversarial": Claim(
