@@ -486,6 +486,7 @@ def draw_frontiers(path, panels):
     for axis, (title, (lines, best)) in zip(axes, panels.items()):
         best = sorted((100 * clean, 100 * robust) for clean, robust in best)
         axis.plot(*zip(*best), color="gray", linewidth=1, linestyle="--", label="frontier")
+        labelled = []  # the points whose names stand above them
         for name, (clean, robust), (clean_effect, robust_effect), taught in lines:
             colour, marker = common.COLOURS[1 if taught else 0], "s" if taught else "o"
             clean, robust = 100 * clean, 100 * robust
@@ -495,8 +496,12 @@ def draw_frontiers(path, panels):
                 axis.plot([clean_low, clean_high], [robust, robust], color=colour, alpha=0.4)
                 axis.plot([clean, clean], [robust_low, robust_high], color=colour, alpha=0.4)
             axis.plot(clean, robust, marker, color=colour)
+            close = any(abs(x - clean) < 0.8 and abs(y - robust) < 0.3 for x, y in labelled)
+            offset = (4, -9) if close else (4, 3)
+            if not close:
+                labelled.append((clean, robust))
             axis.annotate(
-                name, (clean, robust), (4, 3), textcoords="offset points", fontsize=7, color=colour
+                name, (clean, robust), offset, textcoords="offset points", fontsize=7, color=colour
             )
         axis.plot([], [], "o", color=common.COLOURS[0], label="without a teacher")
         axis.plot([], [], "s", color=common.COLOURS[1], label="with a teacher")
