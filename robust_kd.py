@@ -246,7 +246,7 @@ def check_flags(args, error):
     if "--extra-fraction" in args.given and not args.extra_data:
         error("--extra-fraction: has no effect without --extra-data; leave it out")
     if args.loss == "adr" and "--ema" in args.given and not args.ema:
-        error("--ema 0: --loss adr mends its labels by the weight average; leave out --ema")
+        error("--ema 0: --loss adr rectifies its labels by the weight average; leave out --ema")
     if args.teacher_es is not None and args.teacher_es > args.teacher_epochs:
         error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {args.teacher_epochs}")
     if args.teacher_ckpt and len(trainings) > 1:

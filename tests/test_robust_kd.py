@@ -544,7 +544,7 @@ def test_a_preset_says_what_it_sets_and_flags_that_are_given_win(capsys):
         "--trades-beta 1": "--trades-beta: has no effect without",
         "--extra-fraction 0.5": "--extra-fraction: has no effect without --extra-data",
         "--save-every 0": "--save-every: ",
-        "--loss adr --ema 0": "--ema 0: --loss adr mends its labels by the weight average",
+        "--loss adr --ema 0": "--ema 0: --loss adr rectifies its labels by the weight average",
         "--loss adaad --alpha 0.5": "--alpha: has no effect with --loss adaad",
         "--loss iad --lam 0.5": "--lam: has no effect with --loss iad",
         "--loss akd --igdm-weight 2": "--igdm-weight: has no effect with --loss akd",
