@@ -45,6 +45,17 @@ def no_curves(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def imports_end_with_the_test(tmp_path_factory):
+    """No other test finds what this one imports from a folder of its own, or the folder."""
+    path, folder = [*sys.path], str(tmp_path_factory.getbasetemp())
+    yield
+    sys.path[:] = path
+    for name, module in [*sys.modules.items()]:
+        if (getattr(module, "__file__", None) or "").startswith(folder):
+            del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
 def seeded():
     """Every test draws the same numbers, in whatever order the tests run."""
     torch.manual_seed(0)

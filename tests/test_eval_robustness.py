@@ -602,22 +602,19 @@ def test_a_finished_json_is_refused_for_weights_that_a_function_loads(tmp_path, 
         "    return net\n"
     )
     sys.path.insert(0, str(tmp_path))
-    try:
-        import foreign
+    import foreign
 
-        for name in ("net", "buffer"):
-            argv = ["--model", f"own_weights:{name}", "--attack", "clean", "--json"]
-            argv += [tmp_path / f"{name}.json"]
-            weights = foreign.net().state_dict()
-            torch.save(weights, tmp_path / "own")
-            main(*argv)
-            main(*argv)
-            assert "is finished" in capsys.readouterr().out
-            torch.save(weights | {"4.bias": weights["4.bias"] + 1}, tmp_path / "own")
-            message = refused(main, *argv)
-            assert f"the weights of own_weights:{name}: " in message and f"{name}.json" in message
-    finally:
-        sys.path.remove(str(tmp_path))
+    for name in ("net", "buffer"):
+        argv = ["--model", f"own_weights:{name}", "--attack", "clean", "--json"]
+        argv += [tmp_path / f"{name}.json"]
+        weights = foreign.net().state_dict()
+        torch.save(weights, tmp_path / "own")
+        main(*argv)
+        main(*argv)
+        assert "is finished" in capsys.readouterr().out
+        torch.save(weights | {"4.bias": weights["4.bias"] + 1}, tmp_path / "own")
+        message = refused(main, *argv)
+        assert f"the weights of own_weights:{name}: " in message and f"{name}.json" in message
 
 
 def test_a_finished_json_is_refused_for_other_images_in_the_same_file(tmp_path, refused, small):

@@ -176,9 +176,6 @@ def nets(tmp_path, monkeypatch):
     (tmp_path / "rb.py").write_text(RB)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "FUNCTIONS", {})
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    for name in ("theirs", "mynets", "rb"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
 
@@ -240,7 +237,7 @@ def test_the_program_of_the_page_loads_a_checkpoint(tmp_path, capsys):
 def test_the_shell_commands_of_the_page_are_understood(tmp_path, monkeypatch):
     (tmp_path / "robustbench").mkdir()
     (tmp_path / "robustbench/__init__.py").touch()
-    for name in ("robustbench", "robustbench.utils"):
+    for name in ("robustbench", "robustbench.utils"):  # the real one may be imported
         monkeypatch.delitem(sys.modules, name, raising=False)
     (tmp_path / "robustbench/utils.py").write_text("def load_model(*args, **kwargs): pass\n")
     found = 0
@@ -295,7 +292,7 @@ def test_a_teacher_is_shared_by_name_arguments_and_first_weights(tmp_path, monke
         assert teachers() == expected
     new = THEIRS.replace("nn.Conv2d(3, width, 3, 4, 1)", "nn.Conv2d(3, width, 5, 4, 2)")
     (tmp_path / "theirs.py").write_text(new)
-    monkeypatch.delitem(sys.modules, "theirs")
+    del sys.modules["theirs"]
     common.importlib.invalidate_caches()
     run(robust_kd, "--model mlp-4 --teacher-model theirs:net --name e")
     assert teachers() == 4
@@ -561,11 +558,11 @@ def test_an_evaluation_needs_the_function_that_was_trained(capsys, refused):
     assert line.startswith("--weights: ")
 
 
-def test_a_checkpoint_of_a_function_that_has_changed_is_refused(tmp_path, monkeypatch, refused):
+def test_a_checkpoint_of_a_function_that_has_changed_is_refused(tmp_path, refused):
     common.find_function("--model", "theirs:net")
     common.save_model("net.pt", common.build_model("theirs:net"))
     (tmp_path / "theirs.py").write_text(THEIRS.replace("width, 3, 4, 1", "width, 5, 4, 2"))
-    monkeypatch.delitem(sys.modules, "theirs")
+    del sys.modules["theirs"]
     common.importlib.invalidate_caches()
     common.find_function("--model", "theirs:net")
     assert "do not belong" in refused(common.load_model, "net.pt")
@@ -685,8 +682,7 @@ def squeezed():
 
 
 @pytest.fixture
-def once(nets, monkeypatch):
-    monkeypatch.delitem(sys.modules, "once", raising=False)
+def once(nets):
     (nets / "once.py").write_text(ONCE)
 
 

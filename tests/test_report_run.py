@@ -366,7 +366,6 @@ def test_a_net_of_your_own_is_imported_only_if_its_flag_is_given(tmp_path, monke
     (tmp_path / "nets_of_a_page.py").write_text(net + "nn.Linear(3072, 10))\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "FUNCTIONS", {})
-    monkeypatch.setattr(sys, "path", [*sys.path])
     flags = f"{SMALL} --train-subset 60 --loss st --epochs 1 --runs . --name own".split()
     flags[flags.index("mlp-32")] = "nets_of_a_page:net"
     robust_kd.main(flags)
