@@ -288,6 +288,7 @@ OVERFITTING = Rule("pgd20_acc", "at@best", "at", above=0.03)
 CONV_OVERFITTING = Rule("pgd20_acc", "conv-at@best", "conv-at", above=0.03)
 KD_HELPS = Rule("clean_acc", "hinton", "alone", above=-0.005)
 MEMORISED = Rule("clean_acc", "wrong-alone@best", "wrong-alone", above=0.03)
+OVERFITTED = Rule("clean_acc", "plain@best", "plain", above=0.01)
 
 CLAIMS = {
     "robust-distillation": Claim(
@@ -325,7 +326,10 @@ CLAIMS = {
         printed="shown in Figure 1",
         mechanism="A teacher that has learned its images by heart gives targets like the labels.",
         rules=(Rule("robust_acc", "akd+0.8", "akd+0.8-late"),),
-        gates=(OVERFITTING,),
+        gates=(
+            OVERFITTING,
+            Rule("pgd20_acc", "akd+0.8@teacher", "akd+0.8-late@teacher", above=0.03),
+        ),
         rivals=(Rule("clean_acc", "akd+0.8", "akd+0.8-late"),),
         remark="A teacher that was trained to the end has learned its images by heart, and gives "
         "the student little that the labels do not give.",
@@ -383,6 +387,7 @@ CLAIMS = {
             Rule("clean_acc", "akd+0.8", "at-smooth-0.8"),
             Rule("robust_acc", "akd+0.8", "at-smooth-0.8", above=-0.01, smallest=-0.01),
         ),
+        gates=(Rule("pgd20_acc", "at-smooth-0.8", "at", above=0.03),),
         remark="Equally robust, and clearly more accurate: the teacher's answers hold more than "
         "their entropy.",
     ),
@@ -412,6 +417,7 @@ CLAIMS = {
         printed="shown in Figure 1",
         mechanism="The targets on x' are what the teacher says of an image that may fool it.",
         rules=(Rule("robust_acc", "at", "standard-1.0", above=0.02),),
+        gates=(Rule("pgd20_acc", "akd+0.8@teacher", "standard-1.0@teacher", above=0.05),),
         remark="It is less robust, but not surely by the two points that the rule asks for: "
         "adversarial training has overfitted here and is not very robust itself.",
     ),
@@ -427,6 +433,7 @@ CLAIMS = {
             Rule("robust_acc", "ckd@teacher", "ckd", above=0.02),
             Rule("robust_acc", "akd+0.8", "ckd", above=0.02),
         ),
+        gates=(Rule("clean_acc", "ckd", "ckd@teacher", above=-0.02),),
         remark="The student of a robust teacher that is shown clean images alone is hardly robust.",
     ),
     "standard-teacher": Claim(
@@ -440,6 +447,10 @@ CLAIMS = {
         rules=(
             Rule("clean_acc", "standard-0.3", "akd+0.3"),
             Rule("robust_acc", "akd+0.3", "standard-0.3"),
+        ),
+        gates=(
+            Rule("clean_acc", "standard-0.3@teacher", "akd+0.3@teacher", above=0.005),
+            Rule("pgd20_acc", "akd+0.3@teacher", "standard-0.3@teacher", above=0.05),
         ),
         remark="The standard teacher's student is less robust. It is more accurate in the mean, "
         "but five seeds do not show it. Both teachers were stopped after the same ten epochs.",
@@ -457,6 +468,7 @@ CLAIMS = {
             Rule("robust_acc", "weak-0.3", "standard-0.3"),
             Rule("clean_acc", "weak-0.3", "standard-0.3", above=-0.01, smallest=-0.01),
         ),
+        gates=(Rule("pgd20_acc", "weak-0.3@teacher", "standard-0.3@teacher", above=0.02),),
         remark="In the direction of the paper, and too small for five seeds.",
     ),
     "ensemble": Claim(
@@ -467,7 +479,10 @@ CLAIMS = {
         printed="AutoAttack 48.08 -> 49.33, clean 84.02 -> 83.03",
         mechanism="The mean of several nets makes fewer errors than each of them.",
         rules=(Rule("robust_acc", "ensemble", "akd+0.8"),),
-        gates=(OVERFITTING,),
+        gates=(
+            OVERFITTING,
+            Rule("pgd20_acc", "ensemble@ensemble", "ensemble@teacher", above=0.005),
+        ),
         rivals=(Rule("clean_acc", "ensemble", "akd+0.8"),),
         remark="In the direction of the paper, and more accurate as well; five seeds do not show "
         "the gain in robustness surely.",
@@ -481,7 +496,7 @@ CLAIMS = {
         printed="AutoAttack +2.07 at full width, +0.21 at 1/16",
         mechanism="A net that cannot fit its images does not overfit either.",
         rules=(Rule("gain of robust_acc", "akd+0.8 - at", "akd+0.8-narrow - at-narrow"),),
-        gates=(OVERFITTING,),
+        gates=(OVERFITTING, Rule("pgd20_acc", "at-narrow", "at-narrow@best", above=-0.02)),
         remark="The narrow net does not overfit, and an equally narrow teacher adds nothing.",
     ),
     "more-data": Claim(
@@ -493,7 +508,7 @@ CLAIMS = {
         printed="AutoAttack +2.02 with DDPM images, +0.39 with the better EDM images",
         mechanism="With more images there is less to learn by heart.",
         rules=(Rule("gain of robust_acc", "akd+0.8 - at", "akd+0.8-8000 - at-8000"),),
-        gates=(OVERFITTING,),
+        gates=(OVERFITTING, Rule("gain of pgd20_acc", "at@best - at", "at-8000@best - at-8000")),
         remark="With four times the images both nets are better. Adversarial training still "
         "overfits, if less, and the gain does not shrink. The paper speaks of millions of images.",
     ),
@@ -505,6 +520,7 @@ CLAIMS = {
         printed="shown in Figure 5",
         mechanism="Its targets are no one-hot vectors.",
         rules=(Rule("entropy", "akd+0.8", "at", smallest=0.05),),
+        gates=(Rule("entropy", "akd+0.8@teacher", "at", above=0.05),),
         smoothing_suffices=True,
         remark="Soft targets alone would do this, too.",
     ),
@@ -553,7 +569,7 @@ CLAIMS = {
         printed="at corruption rate 0.5: 67.97 -> 68.54",
         mechanism="Labels that change from batch to batch cannot be learned by heart.",
         rules=(Rule("clean_acc", "wrong-mc-s", "wrong-hinton"),),
-        gates=(MEMORISED,),
+        gates=(MEMORISED, Rule("clean_acc", "wrong-hinton@best", "wrong-hinton", above=0.03)),
         remark="The paper's gain of half a point is too small for ten seeds of this size.",
     ),
     "soft-randomization": Claim(
@@ -569,7 +585,7 @@ CLAIMS = {
             Rule("clean_acc", "soft-randomization", "gaussian"),
             Rule("pgd20_acc", "soft-randomization", "gaussian"),
         ),
-        gates=(KD_HELPS,),
+        gates=(KD_HELPS, Rule("pgd20_acc", "gaussian", "alone", above=0.005)),
         rivals=(Rule("robust_acc", "soft-randomization", "gaussian"),),
         remark="The first half is there: more accurate than with noise alone, and nearly as "
         "accurate as distillation without noise. Under PGD-20 both are at a few "
@@ -607,7 +623,7 @@ CLAIMS = {
         mechanism="Nets that are less sure have smaller gradients; AutoAttack tells whether they "
         "are only hidden.",
         rules=(Rule("pgd20_acc", "mc-ts", "hinton"),),
-        gates=(KD_HELPS,),
+        gates=(KD_HELPS, Rule("entropy", "mc-ts", "hinton", above=0.05)),
         rivals=(
             Rule("robust_acc", "mc-ts", "hinton"),
             Rule("clean_acc", "mc-ts", "hinton"),
@@ -691,6 +707,7 @@ CLAIMS = {
         paper_effect=0.0044,
         mechanism="Soft targets regularise; they need not come from a larger net.",
         rules=(Rule("clean_acc", "tf-kd-self", "plain"),),
+        gates=(OVERFITTED,),
         rivals=(Rule("clean_acc", "tf-kd-self", "label-smoothing"),),
         smoothing_suffices=True,
         remark="As in the paper, and by more. Label smoothing does as well, as the paper's own "
@@ -706,6 +723,7 @@ CLAIMS = {
         paper_effect=0.0041,
         mechanism="Soft targets regularise, even those of no net at all.",
         rules=(Rule("clean_acc", "tf-kd-reg", "plain"),),
+        gates=(OVERFITTED,),
         rivals=(Rule("clean_acc", "tf-kd-reg", "label-smoothing"),),
         smoothing_suffices=True,
         remark="As in the paper, and by more. It is a form of label smoothing, and the plain form "
@@ -745,6 +763,7 @@ CLAIMS = {
         printed="98.06 -> 98.73",
         mechanism="Soft targets at temperature 10 say which digits look alike.",
         rules=(Rule("clean_acc", "mnist", "mnist@alone", smallest=0.001),),
+        gates=(Rule("clean_acc", "mnist@teacher", "mnist@alone"),),
         smoothing_suffices=True,
         remark="As in the paper, with its nets, in all five seeds.",
     ),
@@ -756,6 +775,7 @@ CLAIMS = {
         printed="accuracy on ones 0.00 -> 98.50",
         mechanism="The teacher gives ones a probability on images of other digits.",
         rules=(Rule("only_1_acc", "mnist-without-1", "mnist-without-1@alone", above=0.5),),
+        gates=(Rule("only_1_acc", "mnist-without-1@teacher", "mnist-without-1@alone", above=0.5),),
         remark="As in the paper: alone, the student never answers with the digit.",
     ),
 }

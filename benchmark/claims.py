@@ -16,7 +16,8 @@ Rule     For each rule of a claim the differences of two arms with the same seed
          its 95 % t interval. A rule holds if the interval lies above its bound and the mean
          reaches the smallest effect that counts; it is contradicted if the interval lies below the
          bound. A claim holds if all its rules hold; it is contradicted if one of them is; else it
-         is undecided at this scale. A gate that fails: regime absent.
+         is undecided at this scale. A gate that fails: regime absent. Rivals are shown beside it,
+         and run with the first ten seeds.
 Seeds    A claim is looked at after 5, 10, 15 and 20 seeds, and is finished at the first look at
          which the intervals of all its rules are at most a point wide, at the latest with 20 seeds.
          Until then its verdict stands with "so far". What is undecided then, where the paper prints
@@ -41,9 +42,11 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import fickle_teacher
 from benchmark import ROOT, plots
 from benchmark.claim_list import (
     ARMS,
@@ -59,7 +62,8 @@ PAPERS = {
     2: "robust distillation",
     3: "distillation in an adversarial context",
 }
-NETS = ("student", "best", "teacher", "alone")  # after the @ of an arm; `net` in a summary
+# After the @ of an arm; `net` in a summary
+NETS = ("student", "best", "teacher", "ensemble", "alone")
 VERDICTS = (
     "holds",
     "contradicted",
@@ -69,6 +73,7 @@ VERDICTS = (
     "not run",
 )
 MAX_SEEDS, SEEDS_PER_LOOK = 20, 5
+RIVAL_SEEDS = 10
 AUTOATTACK_IMAGES = 1000
 AUTOATTACK_SEEDS = (10, 11)  # all of AutoAttack; others: APGD-CE and targeted APGD alone
 
@@ -174,12 +179,6 @@ def names_in(rule):
     return [name for side in (rule.arm, rule.rival) for name in side.split(" - ")]
 
 
-def arms_of(rules):
-    """The arms of some rules, each once, in their order."""
-    names = [split(name)[0] for rule in rules for name in names_in(rule)]
-    return list(dict.fromkeys(names))
-
-
 def nets_compared_by(arm, *metrics):
     """The nets of an arm that the league, or a rule, compares by one of the metrics."""
     nets = []
@@ -187,7 +186,7 @@ def nets_compared_by(arm, *metrics):
         nets += [net for other, net in map(split, sorted(LEAGUE_NAMES)) if other == arm]
     for claim in CLAIMS.values():
         for rule in rules_of(claim):
-            if rule.metric.removeprefix("gain of ") in metrics:
+            if metric_of(rule) in metrics:
                 nets += [net for other, net in map(split, names_in(rule)) if other == arm]
     return list(dict.fromkeys(nets))
 
@@ -216,12 +215,16 @@ def value(results, name, metric, seed):
     return numbers.get(metric)
 
 
+def metric_of(rule):
+    """The metric that a rule compares, or of which it compares gains."""
+    return rule.metric.removeprefix("gain of ")
+
+
 def difference(results, rule, seed):
     """arm - rival for a seed; None without both. A gain is a difference of two arms itself."""
-    metric = rule.metric.removeprefix("gain of ")
     sides = []
     for side in (rule.arm, rule.rival):
-        numbers = [value(results, name, metric, seed) for name in side.split(" - ")]
+        numbers = [value(results, name, metric_of(rule), seed) for name in side.split(" - ")]
         if None in numbers:
             return None
         sides.append(numbers[0] - sum(numbers[1:]))
@@ -229,20 +232,25 @@ def difference(results, rule, seed):
 
 
 def seeds_of(results, claim):
-    """The seeds of the latest look at a claim: all its arms have run with them."""
-    arms = arms_of((*claim.rules, *claim.gates))
+    """The seeds of the latest look at a claim: they have all that its rules and gates compare."""
+    rules = (*claim.rules, *claim.gates)
     seeds = 0
-    while seeds < MAX_SEEDS and all(claim.first_seed + seeds in results[arm] for arm in arms):
+    while seeds < MAX_SEEDS:
+        seed = claim.first_seed + seeds
+        if any(difference(results, rule, seed) is None for rule in rules):
+            break
         seeds += 1
     return range(claim.first_seed, claim.first_seed + seeds - seeds % SEEDS_PER_LOOK)
 
 
 def measure(results, rule, claim):
-    """The Effect of a rule at the latest look at its claim; None before, or if a run is missing."""
+    """The Effect of a rule at the latest look at its claim, of a rival with those that have run.
+
+    None with fewer than two seeds.
+    """
     differences = [difference(results, rule, seed) for seed in seeds_of(results, claim)]
-    if None in differences or not differences:
-        return None
-    return effect_of(differences, rule.above)
+    differences = [number for number in differences if number is not None]
+    return effect_of(differences, rule.above) if len(differences) > 1 else None
 
 
 def is_finished(results, claim):
@@ -301,10 +309,21 @@ def missing_runs(results, claims, looks=1):
         last = len(seeds_of(results, claim))
         if not is_finished(results, claim):
             last = min(last + looks * SEEDS_PER_LOOK, MAX_SEEDS)
-        for seed in range(claim.first_seed, claim.first_seed + last):
-            deciding += [(arm, seed) for arm in arms_of((*claim.rules, *claim.gates))]
-            rivals += [(arm, seed) for arm in arms_of(claim.rivals)]
-    return [job for job in dict.fromkeys(deciding + rivals) if job[1] not in results[job[0]]]
+        seeds = range(claim.first_seed, claim.first_seed + last)
+        deciding += jobs_of(results, (*claim.rules, *claim.gates), seeds)
+        rivals += jobs_of(results, claim.rivals, seeds[:RIVAL_SEEDS])
+    return list(dict.fromkeys(deciding + rivals))
+
+
+def jobs_of(results, rules, seeds):
+    """The (arm, seed) without which one of the rules cannot be measured with these seeds."""
+    jobs = []
+    for seed in seeds:
+        for rule in rules:
+            for name in names_in(rule):
+                if value(results, name, metric_of(rule), seed) is None:
+                    jobs.append((split(name)[0], seed))
+    return jobs
 
 
 RUNNING = set()  # the processes of `call`, to be stopped with this program
@@ -339,20 +358,15 @@ def run_arm(arm, seed, args):
     rows = common.read_json(folder / "summary.json")
     config = common.read_json(folder / "config.json")
     nets, files = {}, {}
-    row_of = {row["net"]: row for row in rows}
-    for net in NETS:
-        if net in row_of:
-            row = row_of[net]
-            numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
-            nets[net], files[net] = numbers, folder / row["file"]
-            stages = common.read_log(files[net].parent)
-            if files[net].stem in stages:  # on the labels that the net was trained with
-                nets[net]["train_acc"] = stages[files[net].stem][-1]["train_acc"]
-            gradients = common.load(files[net])["meta"].get("gradients")
-            if gradients:  # mean |gradient| over the layers, in thousandths
-                epochs = [1000 * mean(layers) for layers in gradients["means"]]
-                nets[net]["gradient"] = mean(epochs)
-                nets[net]["gradient_first"], nets[net]["gradient_last"] = epochs[0], epochs[-1]
+    row_of = {row["net"]: row for row in rows if row["net"] in NETS}
+    for net, row in row_of.items():
+        nets[net] = {key: number for key, number in row.items() if isinstance(number, int | float)}
+        if row["file"]:  # an ensemble has none
+            files[net] = folder / row["file"]
+            nets[net] |= numbers_of_training(files[net])
+    if script == "fickle_teacher.py" and "teacher" in files:
+        data = common.load_data(config["flags"]["data"], test_subset=AUTOATTACK_IMAGES)
+        nets["teacher"]["varies"] = share_that_varies(files["teacher"], data)
     attacks = ["clean", "calibration"]
     if nets_compared_by(arm, "robust_acc"):
         attacks.append("aa" if seed in AUTOATTACK_SEEDS else "apgd")
@@ -380,6 +394,34 @@ def run_arm(arm, seed, args):
         "python": config["python"],
         "torch": config["torch"],
     }
+
+
+def numbers_of_training(file):
+    """What a net's training tells: accuracy on its own labels, mean |gradient| in thousandths."""
+    numbers = {}
+    stages = common.read_log(file.parent)
+    if file.stem in stages:
+        numbers["train_acc"] = stages[file.stem][-1]["train_acc"]
+    gradients = common.load(file)["meta"].get("gradients")
+    if gradients:  # of each recorded epoch, the mean over the layers
+        epochs = [1000 * mean(layers) for layers in gradients["means"]]
+        numbers["gradient"] = mean(epochs)
+        numbers["gradient_first"], numbers["gradient_last"] = epochs[0], epochs[-1]
+    return numbers
+
+
+@torch.no_grad()
+def share_that_varies(file, data):
+    """The share of test images that a net puts into another class when asked a second time.
+
+    Its dropout is active, as that of a fickle teacher.
+    """
+    teacher = common.load_model(file, data)
+    fickle_teacher.make_fickle(teacher, "dropout")
+    torch.manual_seed(0)
+    x = common.to_float(data.x_test)
+    first, second = teacher(x).argmax(1), teacher(x).argmax(1)
+    return (first != second).float().mean().item()
 
 
 def rounded(numbers):
@@ -470,6 +512,7 @@ METRIC_TITLES = {
     "entropy": "entropy",
     "only_1_acc": "accuracy on ones",
     "train_acc": "training accuracy on its labels",
+    "varies": "answers that change",
     "gradient": "mean gradient",
     "gradient_first": "mean gradient, first epoch",
     "gradient_last": "mean gradient, last epoch",
@@ -485,14 +528,15 @@ def in_words(arm):
 
 def rule_text(rule, name=str):
     """A rule as a line: "clean: akd+0.8 above at"; name: arm -> what to call it."""
-    metric = rule.metric.removeprefix("gain of ")
+    metric = metric_of(rule)
     title = METRIC_TITLES[metric]
     if metric != rule.metric:
         title = f"gain in {title}"
     arm, rival = name(rule.arm), name(rule.rival)
-    if rule.above < 0:
-        return f"{title}: {arm} at most {-100 * rule.above:g} below {rival}"
-    bound = f" by more than {100 * rule.above:g}" if rule.above else ""
+    above = rule.above if metric in UNITS else 100 * rule.above
+    if above < 0:
+        return f"{title}: {arm} at most {-above:g} below {rival}"
+    bound = f" by more than {above:g}" if above else ""
     return f"{title}: {arm} above {rival}{bound}"
 
 
@@ -510,7 +554,7 @@ def effect_text(rule, effect):
 def arm_rows(results, claim):
     """Rows of a table: each arm of a claim, mean and deviation of its numbers over the seeds."""
     names = [name for rule in rules_of(claim) for name in names_in(rule)]
-    metrics = {rule.metric.removeprefix("gain of ") for rule in rules_of(claim)}
+    metrics = {metric_of(rule) for rule in rules_of(claim)}
     metrics |= {"clean_acc", "pgd20_acc"}
     rows = []
     for name in dict.fromkeys(names):
@@ -552,6 +596,7 @@ def rule_rows(results, claim):
                     "what": rule_text(rule),
                     "role": kind,
                     "points [95 %]": effect_text(rule, effect),
+                    "seeds": len(effect.differences) if effect else 0,
                     "comes out": verdict,
                 }
             )
@@ -717,7 +762,7 @@ def overview_rows(results, judged, paper):
             continue
         effects = []
         for rule in claim.rules:
-            title = METRIC_TITLES[rule.metric.removeprefix("gain of ")]
+            title = METRIC_TITLES[metric_of(rule)]
             effects.append(f"{title} {effect_text(rule, measure(results, rule, claim))}")
         rows.append(
             {
@@ -769,7 +814,9 @@ Written by `benchmark/claims.py` from `benchmark/claims/*.json`. Rules, gates an
   **contradicted** if the interval lies below the bound, otherwise **undecided**. A claim holds if
   all its rules hold. What is undecided after 20 seeds, where the paper prints less than half a
   point, is **too small to tell here**.
-- **Regime absent**: a gate is closed, so the mechanism of the claim does not act here.
+- **Regime absent**: a gate is closed, so the mechanism of the claim does not act here. Gates look
+  at the mean alone.
+- Rivals are what a reader would ask for. They do not decide, and run with the first ten seeds.
 - Holm's correction covers all claims of a paper; a claim that has not run counts with p = 1.
 - Robust: what APGD-CE and then targeted APGD leave of 1,000 test images, or, in runs of before
   30 November 2026, all of AutoAttack ([the league](LEAGUE.md) says how many images the rest of it

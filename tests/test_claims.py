@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 import common
 import eval_robustness
@@ -149,10 +150,32 @@ def test_a_claim_is_looked_at_every_five_seeds_until_its_interval_is_a_point_wid
     assert state(4, 0.02) == (0, False, [14], [*range(10, 15)])
     assert state(7, 0.02) == (5, False, [17, 18, 19], [*range(10, 20)])
     assert state(7, 0.002) == (5, True, [], [*range(10, 15)])  # the rival has not run yet
-    assert state(20, 0.02) == (20, True, [], [*range(10, 30)])
+    assert state(20, 0.02) == (20, True, [], [*range(10, 20)])  # a rival: ten seeds
     wide = results_after(10, 0.02)
     assert claims.verdict_text(wide, claim, *("holds", True)) == "holds so far (Holm)"
     assert claims.verdict_text(results_after(20, 0.02), claim, "holds", False) == "holds"
+
+
+def test_a_run_without_a_number_that_a_gate_compares_is_run_again():
+    claim = make_claim(Rule("clean_acc", "a", "b"), gates=(Rule("train_acc", "a", "b", above=0.1),))
+    results = results_of(a=[0.5, 0.51], b=[0.4, 0.4])
+    results["a"][10]["nets"]["student"]["train_acc"] = 0.9
+    results["b"][10]["nets"]["student"]["train_acc"] = 0.7
+    assert [*claims.seeds_of(results, claim)] == [10]
+    assert ("a", 11) in claims.missing_runs(results, [claim])
+    assert not {("a", 10), ("b", 10)} & {*claims.missing_runs(results, [claim])}
+
+
+def test_a_rival_is_compared_on_the_seeds_that_it_has():
+    rival = Rule("clean_acc", "a", "c")
+    claim = make_claim(Rule("clean_acc", "a", "b"), rivals=(rival,))
+    results = results_of(a=[0.5, 0.52, 0.54], b=[0.4, 0.41, 0.43], c=[0.45, 0.45])
+    assert len(claims.measure(results, claim.rules[0], claim).differences) == 3
+    assert claims.measure(results, rival, claim).differences == pytest.approx([0.05, 0.07])
+    del results["c"][11]
+    assert claims.measure(results, rival, claim) is None
+    rows = {row["role"]: row["seeds"] for row in claims.rule_rows(results, claim)}
+    assert rows == {"decides": 3, "rival": 0}
 
 
 def test_what_twenty_seeds_cannot_tell_is_too_small_where_the_paper_prints_little():
@@ -236,7 +259,7 @@ def test_every_arm_is_a_command_of_a_script_and_belongs_to_a_claim_or_to_the_lea
         args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
         assert not {"--seed", "--name", "--runs"} & set(args.given), arm
     rules = [rule for claim in claim_list.CLAIMS.values() for rule in claims.rules_of(claim)]
-    used = set(claims.arms_of(rules))
+    used = {claims.split(name)[0] for rule in rules for name in claims.names_in(rule)}
     used |= {claims.split(name)[0] for name in claim_list.LEAGUE_NAMES}
     assert used == claim_list.ARMS.keys()
 
@@ -288,6 +311,28 @@ def test_gradients_of_the_epochs_are_read_from_the_net(only, in_process, tmp_pat
     assert len(means) == 2 and means[0] != means[1]
     found = [numbers[key] for key in ("gradient", "gradient_first", "gradient_last")]
     assert found == pytest.approx([means.mean(), means[0], means[-1]], abs=1e-5)
+
+
+def test_answers_vary_with_dropout_alone(tmp_path):
+    data = common.load_data("shapes", val_size=0, train_subset=8, test_subset=200)
+    shares = []
+    for dropout in (0.0, 0.5):
+        torch.manual_seed(0)
+        net = common.build_model("wrn-10-1", dropout=dropout)
+        torch.nn.init.normal_(net.fc.weight)  # as first drawn it has one class for all images
+        common.save_model(tmp_path / "net.pt", net)
+        shares.append(claims.share_that_varies(tmp_path / "net.pt", data))
+    assert shares[0] == 0.0 and 0.1 < shares[1] < 1.0
+
+
+def test_the_numbers_of_an_ensemble_are_kept(only, in_process, tmp_path):
+    flags = f"{TINY} --teacher-epochs 1 --teacher-batch-size 20 --teacher-training st st"
+    only({}, {"two": f"robust_kd.py --loss akd {flags}"})
+    (tmp_path / "runs").mkdir()
+    args = argparse.Namespace(runs=tmp_path / "runs", results=tmp_path / "results")
+    nets = claims.run_arm("two", 10, args)["nets"]
+    assert 0 <= nets["ensemble"]["pgd20_acc"] <= nets["ensemble"]["clean_acc"]
+    assert "teacher2" not in nets
 
 
 def test_the_seeds_of_a_second_design_are_its_own():
