@@ -22,8 +22,8 @@ Rules    1. Two methods differ if the 95 % t interval of their differences, pair
             without a difference one in twenty would be called. All are about these images, and
             nothing is called before all seeds have run.
          2. The frontier: methods than which no other has higher means in both numbers.
-         3. Best epoch: highest clean plus PGD-7 accuracy on held-out training images; AT, best
-            epoch, is a method of its own.
+         3. Best epoch: highest clean plus PGD-7 accuracy on held-out training images; AT at
+            its best epoch is a method of its own.
          4. Teacher or method: five methods by five teachers in the MLP. The spread over teachers is
             the standard deviation of the five means over methods, that over methods the one of the
             five means over teachers. Their difference has a 95 % interval by the jackknife over
@@ -53,13 +53,13 @@ from benchmark.claim_list import (
 
 NAMES = {  # arms of the MLP; those of the ResNet are the same behind `conv-`
     "at": "AT",
-    "at@best": "AT, best epoch",
+    "at@best": "AT at its best epoch",
     "trades": "TRADES",
     "mart": "MART",
-    "at-smooth-0.5": "AT, label smoothing",
-    "at-ema-0.98": "AT, weight average",
-    "at-awp": "AT, AWP",
-    "adr": "ADR, weight average",
+    "at-smooth-0.5": "AT with label smoothing",
+    "at-ema-0.98": "AT with weight average",
+    "at-awp": "AT with AWP",
+    "adr": "ADR",
     "akd+0.8": "AKD+",
     "ard+0.8": "ARD+",
     "rslad+0.8": "RSLAD+",
@@ -67,7 +67,7 @@ NAMES = {  # arms of the MLP; those of the ResNet are the same behind `conv-`
     "adaad": "AdaAD",
     "adaad+0.8": "AdaAD+",
     "igdm": "IGDM",
-    "akd+0.8-awp": "AKD+, AWP",
+    "akd+0.8-awp": "AKD+ with AWP",
 }
 TEACHER_NAMES = {
     "early": "stopped early",
@@ -397,13 +397,14 @@ def sentence(results, arm):
             effect = difference(results, ours, rival, metric, regime)
             if effect is None:
                 continue
+            points = 100 * effect.mean
             words = {
-                1: f"more {adjective}",
-                0: f"no difference in {noun} shown",
-                -1: f"less {adjective}",
+                1: f"{points:.1f} points more {adjective}",
+                0: f"no difference in {noun} shown ({points:+.1f})",
+                -1: f"{-points:.1f} points less {adjective}",
             }
-            word = words[verdict(effect)] if is_finished(results, regime) else noun
-            texts.append(f"{word} ({100 * effect.mean:+.1f})")
+            finished = is_finished(results, regime)
+            texts.append(words[verdict(effect)] if finished else f"{noun} {points:+.1f}")
         if texts:
             done = "" if is_finished(results, regime) else ", so far"
             parts.append(f"{regime}{done}: {', '.join(texts)}")
@@ -478,8 +479,8 @@ They say nothing about the size of its gain in a large net.
 
 ## One sentence for each method
 
-Against adversarial training at its best epoch on held-out images (AT, best epoch), unless another
-rival is named; differences in points, paired by seed.
+Against AT at its best epoch on held-out images, unless another rival is named; differences in
+points, paired by seed.
 
 {sentences}
 """

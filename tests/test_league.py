@@ -88,13 +88,13 @@ def test_nothing_is_called_before_all_seeds_have_run(tmp_path):
     (row,) = [row for row in league.table_rows(results, "MLP") if row["method"] == "MART"]
     assert row["robust, against AKD+"].startswith("**+5.0")
     assert "More robust than AKD+: MART" in "\n".join(league.findings(results))
-    assert "more robust (+5.0)" in league.sentence(results, "mart")
+    assert "5.0 points more robust" in league.sentence(results, "mart")
     del results["trades"][19]
     (row,) = [row for row in league.table_rows(results, "MLP") if row["method"] == "MART"]
     assert row["robust, against AKD+"].startswith("+5.0")
     found = "\n".join(league.findings(results))
     assert "9 of 10 seeds" in found and "More robust" not in found
-    assert "so far: robustness (+5.0)" in league.sentence(results, "mart")
+    assert "so far: robustness +5.0" in league.sentence(results, "mart")
 
 
 def test_the_frontier_are_those_that_no_other_beats_in_both():
