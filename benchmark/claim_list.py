@@ -540,8 +540,8 @@ CLAIMS = {
             Rule("robust_acc", "akd+0.8", "akd"),
         ),
         smoothing_suffices=True,
-        remark="Both are, and by less than AKD+: they take the teacher's answers to clean images, of "
-        "which it is surer.",
+        remark="Both are, and by less than AKD+: they take the teacher's answers to clean images, "
+        "of which it is surer.",
     ),
     "wrong-labels": Claim(
         title="Under wrong labels the distilled student beats its teacher and the same net alone",
