@@ -371,7 +371,8 @@ def test_a_claim_is_run_kept_shown_and_not_run_again(only, looks, in_process, tm
     assert len(run["curve"]["val_clean_acc"]) == 2
     page = (tmp_path / "docs/CLAIMS.md").read_text()
     readme = (tmp_path / "README.md").read_text()
-    assert readme.startswith("A\n<!-- claims: begin -->\nVerdicts on 1 claims: 1 ")
+    assert readme.startswith("A\n<!-- claims: begin -->\nWhat came out")
+    assert "Verdicts on 1 claims: 1 " in readme
     assert readme.endswith(".\n<!-- claims: end -->\nB\n")
     assert (
         "Verdicts on 1 claims: 1 " in page and "robust: akd above at" in page and "> quote" in page

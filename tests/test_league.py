@@ -301,9 +301,14 @@ def test_the_league_runs_keeps_what_it_has_and_writes_its_page(small, tmp_path, 
 
 def test_the_page_in_docs_says_what_the_results_say(tmp_path):
     pytest.importorskip("matplotlib")
-    league.main(["--page", "--docs", str(tmp_path)])
-    page = (claims.ROOT / "docs/LEAGUE.md").read_text()
-    assert (tmp_path / "LEAGUE.md").read_text() == page, "run benchmark/league.py --page"
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/robust_kd.md"):
+        (tmp_path / name).write_text((claims.ROOT / name).read_text())
+    league.main(["--page", "--docs", str(tmp_path / "docs")])
+    for name in ("README.md", "docs/robust_kd.md", "docs/LEAGUE.md"):
+        text = (claims.ROOT / name).read_text()
+        assert (tmp_path / name).read_text() == text, "run benchmark/league.py --page"
+        assert "AT with AWP" in text
 
 
 def test_a_league_without_results_is_a_page_too(tmp_path):
