@@ -178,7 +178,7 @@ def rules_of(claim):
 
 def names_in(rule):
     """All "arm@net" of a rule, also those of the difference `arm - rival` of a gain."""
-    return [name for side in (rule.arm, rule.rival) for name in side.split(" - ")]
+    return [name for side in (rule.arm, rule.rival) if side for name in side.split(" - ")]
 
 
 def nets_compared_by(arm, *metrics):
@@ -226,6 +226,9 @@ def difference(results, rule, seed):
     """arm - rival for a seed; None without both. A gain is a difference of two arms itself."""
     sides = []
     for side in (rule.arm, rule.rival):
+        if not side:
+            sides.append(0.0)
+            continue
         numbers = [value(results, name, metric_of(rule), seed) for name in side.split(" - ")]
         if None in numbers:
             return None
@@ -409,6 +412,7 @@ def numbers_of_training(file):
         epochs = [1000 * mean(layers) for layers in gradients["means"]]
         numbers["gradient"] = mean(epochs)
         numbers["gradient_first"], numbers["gradient_last"] = epochs[0], epochs[-1]
+        numbers["gradient_lost"] = 1 - epochs[-1] / epochs[0]
     return numbers
 
 
@@ -505,7 +509,7 @@ UNITS = {
 }
 
 # The widest interval with which a claim is finished; of all other metrics a point, 0.01
-WIDEST = {"entropy": 0.1, "gradient": 1.0}
+WIDEST = {"entropy": 0.1, "gradient_last": 0.2}
 
 METRIC_TITLES = {
     "clean_acc": "clean",
@@ -518,6 +522,7 @@ METRIC_TITLES = {
     "gradient": "mean gradient",
     "gradient_first": "mean gradient, first epoch",
     "gradient_last": "mean gradient, last epoch",
+    "gradient_lost": "share of the gradient lost from first to last epoch",
 }
 
 
@@ -536,6 +541,8 @@ def rule_text(rule, name=str):
         title = f"gain in {title}"
     arm, rival = name(rule.arm), name(rule.rival)
     above = rule.above if metric in UNITS else 100 * rule.above
+    if not rule.rival:
+        return f"{title}: {arm} more than {above:g}"
     if above < 0:
         return f"{title}: {arm} at most {-above:g} below {rival}"
     bound = f" by more than {above:g}" if above else ""

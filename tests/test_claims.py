@@ -205,6 +205,18 @@ def test_a_gain_is_a_difference_of_differences():
     assert claims.difference(results, rule, claim_list.FIRST_SEED) == pytest.approx(0.06)
 
 
+def test_a_rule_without_a_rival_is_about_the_number_itself():
+    results = results_of(a=[0.5, 0.6])
+    rule = Rule("clean_acc", "a", "", above=0.3)
+    assert claims.difference(results, rule, claim_list.FIRST_SEED) == 0.5
+    assert claims.rule_text(rule) == "clean: a more than 30"
+    assert claims.judge(results, make_claim(Rule("clean_acc", "a", "a"), gates=(rule,)))[0] == (
+        "undecided"
+    )
+    closed = Rule("clean_acc", "a", "", above=0.55)
+    assert claims.judge(results, make_claim(rule, gates=(closed,)))[0] == "regime absent"
+
+
 def test_the_best_epoch_is_the_last_one_where_no_other_was_better():
     results = results_of(a=[0.5, 0.6])
     results["a"][11]["nets"]["best"] = {"clean_acc": 0.7}
@@ -311,6 +323,7 @@ def test_gradients_of_the_epochs_are_read_from_the_net(only, in_process, tmp_pat
     assert len(means) == 2 and means[0] != means[1]
     found = [numbers[key] for key in ("gradient", "gradient_first", "gradient_last")]
     assert found == pytest.approx([means.mean(), means[0], means[-1]], abs=1e-5)
+    assert numbers["gradient_lost"] == pytest.approx(1 - means[-1] / means[0], abs=1e-5)
 
 
 def test_answers_vary_with_dropout_alone(tmp_path):
