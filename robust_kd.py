@@ -546,9 +546,11 @@ def train(args, data, folder, stage, teacher=None):
             x, labels = augment(x, labels, data, args)  # for AT+; otherwise they stay as they are
 
             with common.autocast(args, x.device):
-                # The teacher looks at the clean images. It is frozen: no gradient reaches it.
+                # The teacher looks at the clean images. It is frozen: no gradient reaches it. Its
+                # answers are copied: with CUDA graphs (--compile reduce-overhead) the next call of
+                # a net may take their memory.
                 if args.loss in TAUGHT_ON_X or args.attack_loss == "kl-teacher":
-                    teacher_logits = teacher(x)
+                    teacher_logits = teacher(x).clone()
                 attack_targets = labels
                 if args.loss == "adr":  # the labels are mended by the student's own average
                     done = schedule.last_epoch / (args.epochs * steps_per_epoch)
@@ -574,10 +576,10 @@ def train(args, data, folder, stage, teacher=None):
                     )
 
                 if args.loss in TAUGHT_ON_X_ADV:
-                    teacher_logits = teacher(x_adv)
+                    teacher_logits = teacher(x_adv).clone()
                 if args.loss.startswith("igdm"):
                     x_mirrored = 2 * x - x_adv  # x - d, perhaps outside of [0, 1]
-                    teacher_mirrored_logits = teacher(x_mirrored)
+                    teacher_mirrored_logits = teacher(x_mirrored).clone()
                 if args.loss == "iad":
                     teacher_adv_logits = teacher(x_adv)
                     # for 60 of its 200 epochs the teacher alone is trusted: w = 1

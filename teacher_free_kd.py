@@ -691,11 +691,12 @@ def train(args, data, folder, stage, teacher=None):
                     model.train(args.attack_bn == "train")
                     x_adv = common.pgd(model, x, labels, args.eps, args.step_size, args.steps)
 
-                # What the teacher says. It is frozen: no gradient reaches it.
+                # What the teacher says. It is frozen: no gradient reaches it. Its answer is copied:
+                # with CUDA graphs (--compile reduce-overhead) the student's may take its memory.
                 if args.method in TAUGHT_ON_X:
-                    teacher_logits = teacher(x)
+                    teacher_logits = teacher(x).clone()
                 elif args.method in TAUGHT_ON_X_ADV:
-                    teacher_logits = teacher(x_adv)
+                    teacher_logits = teacher(x_adv).clone()
 
                 # What the student says; self-distillation listens to all of its exits.
                 learner.train()
