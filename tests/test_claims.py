@@ -94,6 +94,24 @@ def test_an_interval_and_a_p_value_agree():
     assert claims.effect_of([0.0, 0.0]).p == 1.0
 
 
+@pytest.mark.parametrize("deviation", [0.005, 0.010, 0.015])
+def test_looks_make_an_effect_where_there_is_none_as_often_as_the_page_says(deviation):
+    """5 to 7 of 100 finished claims, up to 14 at some look."""
+    generator = np.random.default_rng(0)
+    quantiles = {5: 2.776, 10: 2.262, 15: 2.145, 20: 2.093}
+    differences = generator.normal(0, deviation, (20_000, 20))
+    finished, at_the_end, at_some_look = (np.zeros(20_000, bool) for _ in range(3))
+    for seeds, t in quantiles.items():
+        so_far = differences[:, :seeds]
+        half_width = t * so_far.std(1, ddof=1) / seeds**0.5
+        without_0 = ~finished & (abs(so_far.mean(1)) > half_width)
+        ends = ~finished & ((2 * half_width <= 0.01) | (seeds == claims.MAX_SEEDS))
+        at_some_look |= without_0
+        at_the_end |= without_0 & ends
+        finished |= ends
+    assert 0.045 < at_the_end.mean() < 0.075 and at_some_look.mean() < 0.145
+
+
 def test_holm_stops_at_the_first_that_is_not_significant():
     assert claims.holm({"a": 0.01, "b": 0.02, "c": 0.04}) == {"a", "b", "c"}
     assert claims.holm({"a": 0.01, "b": 0.03, "c": 0.04}) == {"a"}
@@ -175,7 +193,7 @@ def test_a_rival_is_compared_on_the_seeds_that_it_has():
     del results["c"][11]
     assert claims.measure(results, rival, claim) is None
     rows = {row["role"]: row["seeds"] for row in claims.rule_rows(results, claim)}
-    assert rows == {"decides": 3, "rival": 0}
+    assert rows == {"decides": 3, "beside": 0}
 
 
 def test_what_twenty_seeds_cannot_tell_is_too_small_where_the_paper_prints_little():
