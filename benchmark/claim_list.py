@@ -227,7 +227,17 @@ for _arm, _loss in LOSS_OF.items():
             ARMS.setdefault(f"{_arm}-{_teacher}", f"{RKD} {_loss} {_flags}")
 
 # The league's first table: regime -> its methods, each an `arm` or `arm@best`; seeds of each table
-TEACHERLESS = ("at", "at@best", "trades", "mart", "at-smooth-0.5", "at-ema-0.98", "at-awp", "adr")
+TEACHERLESS = (
+    "at",
+    "at@best",
+    "trades",
+    "mart",
+    "at-smooth-0.5",
+    "at-ema-0.98",
+    "at-ema-0.98@best",
+    "at-awp",
+    "adr",
+)
 TAUGHT = ("akd+0.8", "ard+0.8", "rslad+0.8", "iad", "adaad", "adaad+0.8", "igdm", "akd+0.8-awp")
 LEAGUE = {
     "MLP": TEACHERLESS + TAUGHT,
@@ -349,8 +359,8 @@ CLAIMS = {
         remark="The gain is paid with clean accuracy. From two others without a teacher no "
         "difference in robustness is shown: adversarial training stopped at its own best epoch, "
         "and with label smoothing, which is more accurate. Longer training and the mean of the "
-        "weights (EMA) do not help after the last epoch; at its best epoch EMA is more robust "
-        "under PGD-20. What helps here is not to overfit.",
+        "weights (EMA) do not help after the last epoch; at its best epoch EMA is more robust than "
+        "the student (docs/LEAGUE.md). What helps here is not to overfit.",
     ),
     "early-stopping": Claim(
         title="A teacher stopped early makes a more robust student than one trained to the end",

@@ -7,23 +7,26 @@ Arms     Commands of robust_kd.py (benchmark/claim_list.py), run, kept and resum
          claims: an arm that both share is run once. Same net, data and epochs of the student for
          all, and the same teacher for all that have one; its training comes on top of the epochs.
 Settings Each method has those of its paper: beta 6 (TRADES) and 5 (MART), AWP 0.01, alpha 0.8 for
-         the + forms (AKD+'s; AdaAD+ is ours), weight 1 (IGDM), power 0.1 and the start after three
-         tenths of the epochs (IAD), temperature 2.5 to 2 and weight 0.7 to 0.95 (ADR). Not from a
-         paper: net, images, epochs, learning rates, the epoch at which the teacher is stopped and
-         label smoothing 0.5, found with seeds 0 to 9 in pilots with AT, AKD+ and smoothing in the
-         MLP, which looked at test images too; and the decay 0.98 of the weight average, which then
-         spans 50 steps, a twentieth of the training. No other setting was tuned.
+         AKD+ and RSLAD+, weight 1 (IGDM), power 0.1 and the start after three tenths of the epochs
+         (IAD), temperature 2.5 to 2 and weight 0.7 to 0.95 (ADR). ARD+ has 0.8 too, where its paper
+         has 0.2; AdaAD+ is ours. Not from a paper: net, images, epochs, learning rates, the epoch
+         at which the teacher is stopped and label smoothing 0.5, found with seeds 0 to 9 in pilots
+         with AT, AKD+ and smoothing in the MLP, which looked at test images too: these three have
+         an advantage. And the decay 0.98 of the weight average, which then spans 50 steps, a
+         twentieth of the training. No other setting was tuned.
 Numbers  After the last epoch, mean over the seeds and its 95 % t interval. Clean: all test images.
          Robust: 1,000 test images, what APGD-CE and then targeted APGD leave, in float32 at 8/255.
          With seeds 10 and 11 FAB and Square follow; how many more images they broke is on the page.
          Only seeds with which all methods of a table have run count.
-Rules    1. Two methods differ if the 95 % t interval of their differences, paired by seed, excludes
-            0 and the mean is at least half a point. Each comparison stands for itself: of many
-            without a difference one in twenty would be called. All are about these images, and
-            nothing is called before all seeds have run.
-         2. The frontier: methods than which no other has higher means in both numbers.
-         3. Best epoch: highest clean plus PGD-7 accuracy on held-out training images; AT at
-            its best epoch is a method of its own.
+Rules    1. Two methods differ if the mean of their differences, paired by seed, is at least half a
+            point, and a two-sided t test tells them from 0 at 5 % after Holm's correction over all
+            methods of the column. All are about these images, and nothing is called before all
+            seeds have run. Until the MLP had run this rule had no correction.
+         2. The frontier: methods than which no other has higher means in both numbers. Beside each:
+            on how many of the frontiers without one of the seeds it is.
+         3. Best epoch: highest clean plus PGD-7 accuracy on held-out training images. AT at its
+            best epoch is a method of its own. So is AT with a weight average at its best epoch,
+            since the MLP has run: under PGD-20 it was ahead of AT at its best epoch.
          4. Teacher or method: five methods by five teachers in the MLP. The spread over teachers is
             the standard deviation of the five means over methods, that over methods the one of the
             five means over teachers. Their difference has a 95 % interval by the jackknife over
@@ -59,6 +62,7 @@ NAMES = {  # arms of the MLP; those of the ResNet are the same behind `conv-`
     "mart": "MART",
     "at-smooth-0.5": "AT with label smoothing",
     "at-ema-0.98": "AT with weight average",
+    "at-ema-0.98@best": "AT with weight average at its best epoch",
     "at-awp": "AT with AWP",
     "adr": "ADR",
     "akd+0.8": "AKD+",
@@ -76,6 +80,25 @@ TEACHER_NAMES = {
     "weak": "weakly robust (2/255)",
     "standard": "standard",
     "wide": "twice as wide, stopped early",
+}
+ABOUT = {
+    "at": "adversarial training, Madry et al. 2018",
+    "at@best": "stopped by held-out images, Rice et al. 2020",
+    "trades": "cross-entropy on x, and KL from x to x', Zhang et al. 2019",
+    "mart": "more weight on images that are misclassified, Wang et al. 2020",
+    "at-smooth-0.5": "half of the label's probability spread over all classes",
+    "at-ema-0.98": "moving average of the weights, EMA",
+    "at-ema-0.98@best": "the same, stopped by held-out images",
+    "at-awp": "gradient at weights where the loss is larger, Wu et al. 2020",
+    "adr": "labels mended by the weight average, no teacher, Wu et al. 2024",
+    "akd+0.8": "teacher's answers to x' mixed with labels, Maroto et al. 2022",
+    "ard+0.8": "student at x' like the teacher at x, mixed with labels, Goldblum et al. 2020",
+    "rslad+0.8": "the same with an attack away from the teacher, Zi et al. 2021",
+    "iad": "teacher trusted where it is right, else the student itself, Zhu et al. 2022",
+    "adaad": "attack on the gap between student and teacher, Huang et al. 2023",
+    "adaad+0.8": "the same, mixed with labels; ours",
+    "igdm": "AdaAD, and the gradients of both by the image alike, Lee et al. 2025",
+    "akd+0.8-awp": "both; ours",
 }
 # Methods of after the paper, for docs/robust_kd.md
 LATER = ("mart", "at-awp", "adr", "iad", "adaad", "adaad+0.8", "igdm", "akd+0.8-awp")
@@ -110,22 +133,28 @@ def seeds(table):
     return range(FIRST_SEED, FIRST_SEED + LEAGUE_SEEDS[table])
 
 
+def names_by_table():
+    """{table: its "arm@net"}."""
+    return LEAGUE | {"teachers": tuple(BY_TEACHER.values())}
+
+
 def arms_by_table():
     """{table: its arms, each once}."""
-    tables = LEAGUE | {"teachers": BY_TEACHER.values()}
     return {
         table: tuple(dict.fromkeys(claims.split(name)[0] for name in names))
-        for table, names in tables.items()
+        for table, names in names_by_table().items()
     }
 
 
 def missing_runs(results):
     """The (arm, seed) that have not run, table by table and seed by seed."""
     jobs = []
-    for table, arms in arms_by_table().items():
-        jobs += [(arm, seed) for seed in seeds(table) for arm in arms]
-    jobs = dict.fromkeys(jobs)
-    return [job for job in jobs if number(results, job[0], "robust_acc", job[1]) is None]
+    for table, names in names_by_table().items():
+        for seed in seeds(table):
+            for name in names:
+                if number(results, name, "robust_acc", seed) is None:
+                    jobs.append((claims.split(name)[0], seed))
+    return list(dict.fromkeys(jobs))
 
 
 def name_of(arm):
@@ -145,11 +174,11 @@ def number(results, arm, metric, seed):
 
 def common_seeds(results, table):
     """The seeds of a table with which all its arms have run."""
-    arms = arms_by_table()[table]
+    names = names_by_table()[table]
     return [
         seed
         for seed in seeds(table)
-        if all(number(results, arm, "robust_acc", seed) is not None for arm in arms)
+        if all(number(results, name, "robust_acc", seed) is not None for name in names)
     ]
 
 
@@ -171,11 +200,19 @@ def difference(results, arm, rival, metric, table):
     return claims.effect_of([a - b for a, b in zip(ours, theirs)])
 
 
-def verdict(effect):
-    """+1, -1 or 0: rule 1 of the docstring."""
-    if effect is None or abs(effect.mean) < SMALLEST or effect.low <= 0 <= effect.high:
-        return 0
-    return 1 if effect.mean > 0 else -1
+def verdicts(results, regime, rival, metric):
+    """{arm: +1, 0 or -1} against a rival in a regime: rule 1; {} before all seeds have run."""
+    if not is_finished(results, regime):
+        return {}
+    effects = {arm: difference(results, arm, rival, metric, regime) for arm in LEAGUE[regime]}
+    del effects[rival]
+    significant = claims.holm({arm: effect.p for arm, effect in effects.items()})
+    called = {}
+    for arm, effect in effects.items():
+        called[arm] = 0
+        if arm in significant and abs(effect.mean) >= SMALLEST:
+            called[arm] = 1 if effect.mean > 0 else -1
+    return called
 
 
 def frontier(points):
@@ -185,6 +222,21 @@ def frontier(points):
         for name, (clean, robust) in points.items()
         if not any(c > clean and r > robust for c, r in points.values())
     ]
+
+
+def frontiers_without_a_seed(results, regime):
+    """[names on the frontier], once for each seed that is left out."""
+    tables = {
+        arm: [numbers(results, arm, metric, regime) for metric in NUMBERS.values()]
+        for arm in LEAGUE[regime]
+    }
+    found = []
+    for left_out in range(len(common_seeds(results, regime))):
+        points = {}
+        for arm, columns in tables.items():
+            points[arm] = tuple(mean(np.delete(column, left_out)) for column in columns)
+        found.append(frontier(points))
+    return found
 
 
 class Cost(NamedTuple):
@@ -271,12 +323,12 @@ def with_interval(values):
     return f"{claims.percent(effect.mean)} ± {claims.percent(effect.high - effect.mean)}"
 
 
-def difference_text(effect, finished):
+def difference_text(effect, differs):
     """A paired difference in points, bold where rule 1 says that the two differ."""
     if effect is None:
         return "-"
     text = f"{100 * effect.mean:+.1f} [{claims.percent(effect.low)}, {claims.percent(effect.high)}]"
-    return f"**{text}**" if finished and verdict(effect) else text
+    return f"**{text}**" if differs else text
 
 
 def rivals(regime):
@@ -287,7 +339,11 @@ def rivals(regime):
 
 def table_rows(results, regime):
     """Rows of a regime's table."""
-    rows, finished = [], is_finished(results, regime)
+    rows = []
+    called = {}
+    for rival in rivals(regime):
+        for metric in NUMBERS.values():
+            called[rival, metric] = verdicts(results, regime, rival, metric)
     for arm in LEAGUE[regime]:
         row = {"method": name_of(arm)}
         for title, metric in NUMBERS.items():
@@ -295,7 +351,8 @@ def table_rows(results, regime):
         for rival in rivals(regime):
             for title, metric in NUMBERS.items():
                 effect = difference(results, arm, rival, metric, regime)
-                row[f"{title}, against {name_of(rival)}"] = difference_text(effect, finished)
+                differs = called[rival, metric].get(arm)
+                row[f"{title}, against {name_of(rival)}"] = difference_text(effect, differs)
         last = with_interval(numbers(results, arm, "pgd20_acc", regime))
         best = arm if arm.endswith("@best") else f"{arm}@best"
         accuracies = []
@@ -305,6 +362,8 @@ def table_rows(results, regime):
         row["PGD-20"] = last
         row["best epoch: clean, PGD-20"] = ", ".join(accuracies)
         row["passes"] = passes(arm, STEPS[regime])
+        if arm.removeprefix("conv-") in TAUGHT:
+            row["passes"] = f"{row['passes']} + {passes('at', STEPS[regime]) / 3:.1f}"
         rows.append(row)
     return rows
 
@@ -322,10 +381,8 @@ def points_of(results, regime):
 def compared(results, regime, rival, metric):
     """{+1, 0, -1: [names of the methods whose verdict against the rival it is]}."""
     groups = {1: [], 0: [], -1: []}
-    for arm in LEAGUE[regime]:
-        effect = difference(results, arm, rival, metric, regime)
-        if effect is not None:
-            groups[verdict(effect)].append(name_of(arm))
+    for arm, verdict in verdicts(results, regime, rival, metric).items():
+        groups[verdict].append(name_of(arm))
     return groups
 
 
@@ -352,8 +409,13 @@ def findings(results):
         points = points_of(results, regime)
         if points:
             best = sorted(frontier(points), key=lambda arm: -points[arm][1])
-            names = listed([name_of(arm) for arm in best])
-            lines.append(f"  On the frontier, the most robust first: {names}.")
+            without = frontiers_without_a_seed(results, regime)
+            names = [f"{name_of(arm)} ({sum(arm in found for found in without)})" for arm in best]
+            lines.append(
+                "  No other method is better in both numbers than these, the most robust first (in "
+                f"brackets: on how many of the {len(without)} frontiers without one of the seeds): "
+                f"{listed(names)}."
+            )
         if is_finished(results, regime):
             for rival in rivals(regime):
                 groups = compared(results, regime, rival, "robust_acc")
@@ -364,20 +426,32 @@ def findings(results):
 
 
 def readme_text(results):
-    """The paragraph of the README: the methods on the frontier, and who of them has a teacher."""
-    sentences = []
+    """The paragraph of the README: the frontier, and the most robust on it against AKD+."""
+    text = (
+        f"**Which method?** In the [league](docs/LEAGUE.md) {len(NAMES)} methods, up to those of "
+    )
+    text += "2025, have the same net, images and epochs (AT: adversarial training)."
     for regime in LEAGUE:
         if not is_finished(results, regime):
+            text += f" The {regime} is not finished."
             continue
         points = points_of(results, regime)
         best = sorted(frontier(points), key=lambda arm: -points[arm][1])
+        names = []
+        for arm in best:
+            clean, robust = map(claims.percent, points[arm])
+            names.append(f"{name_of(arm)} ({robust} % robust, {clean} % clean)")
         taught = [name_of(arm) for arm in best if arm.removeprefix("conv-") in TAUGHT]
         teacher = f"with a teacher: {listed(taught)}" if taught else "none of them has a teacher"
-        names = listed([name_of(arm) for arm in best])
-        sentences.append(f"in the {regime} {names} ({teacher})")
-    text = f"In the [league](docs/LEAGUE.md) {len(NAMES)} methods, up to those of 2025, have the "
-    text += "same net, images and epochs. Those that no other beats in accuracy and robustness at "
-    text += f"once (AT: adversarial training): {'; '.join(sentences) or 'not finished'}."
+        text += (
+            f" {regime}, {LEAGUE_SEEDS[regime]} seeds: no method is both more accurate and more "
+        )
+        text += f"robust than {listed(names)}; {teacher}."
+        akd = rivals(regime)[1]
+        if best[0] != akd:
+            effect = difference(results, best[0], akd, "robust_acc", regime)
+            text += f" {name_of(best[0])} against AKD+: {difference_text(effect, False)} points of "
+            text += "robust accuracy."
     return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
 
 
@@ -410,6 +484,7 @@ def sentence(results, arm):
         at_best, akd = rivals(regime)
         rival = akd if arm == "at@best" else at_best
         ours = arm if regime == "MLP" else f"conv-{arm}"
+        finished = is_finished(results, regime)
         texts = []
         for metric, adjective, noun in (
             ("robust_acc", "robust", "robustness"),
@@ -424,13 +499,15 @@ def sentence(results, arm):
                 0: f"no difference in {noun} shown ({points:+.1f})",
                 -1: f"{-points:.1f} points less {adjective}",
             }
-            finished = is_finished(results, regime)
-            texts.append(words[verdict(effect)] if finished else f"{noun} {points:+.1f}")
+            if finished:
+                texts.append(words[verdicts(results, regime, rival, metric)[ours]])
+            else:
+                texts.append(f"{noun} {points:+.1f}")
         if texts:
-            done = "" if is_finished(results, regime) else ", so far"
+            done = "" if finished else ", so far"
             parts.append(f"{regime}{done}: {', '.join(texts)}")
     against = f" (against {name_of(rivals('MLP')[1])})" if arm == "at@best" else ""
-    return f"**{NAMES[arm]}**{against}. {'; '.join(parts) or 'Not run yet'}."
+    return f"**{NAMES[arm]}** ({ABOUT[arm]}){against}. {'; '.join(parts) or 'Not run yet'}."
 
 
 def teacher_rows(results):
@@ -470,7 +547,8 @@ PAGE = """# The league of adversarial distillation
 
 Methods of adversarial distillation and their rivals without a teacher, with the same net, the
 same images, the same epochs and, where there is one, the same teacher. Who wins, and is it the
-teacher or the method?
+teacher or the method? AT is adversarial training;
+[what each method does](#one-sentence-for-each-method).
 
 {findings}
 
@@ -515,7 +593,8 @@ REGIME = """## {regime}
 Accuracies in percent, mean ± half of the 95 % t interval over the seeds. Differences paired by
 seed, in points with their interval; bold: they differ by rule 1. Passes: forward passes of the
 student that a training step costs, with a teacher of its size
-([how they are counted](robust_kd.md#after-the-paper)).
+([how they are counted](robust_kd.md#after-the-paper)); after the plus what the training of the
+teacher adds, a third of the student's epochs.
 
 """
 

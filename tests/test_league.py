@@ -42,14 +42,46 @@ MLP, CELLS = (league.arms_by_table()[table] for table in ("MLP", "teachers"))
 # Rules
 
 
-def test_two_methods_differ_by_an_interval_without_0_and_half_a_point():
-    def verdict(*differences):
-        return league.verdict(claims.effect_of(differences))
+def test_two_methods_differ_by_half_a_point_and_a_test_that_holm_corrects():
+    results = results_of(MLP, [(0.4, 0.1)] * 10)
+    generator = np.random.default_rng(0)
+    noise = generator.normal(0, 0.01, 10)
+    noise -= noise.mean()
+    error = noise.std(ddof=1) / 10**0.5
+    gains = {  # t of the differences to AKD+, with 9 degrees of freedom: 2.5 is p = 0.034
+        "mart": 0.02 + noise / 100,
+        "trades": -0.02 + noise / 100,
+        "adr": 0.004 + noise / 100,  # surely above 0, and too small to count
+        "at-awp": 2.5 * error + noise,  # p = 0.034 of one test, not of one among sixteen
+    }
+    for arm, values in gains.items():
+        for seed, gain in enumerate(values, claim_list.FIRST_SEED):
+            results[arm][seed]["nets"]["student"]["apgd_acc"] += gain
+    called = league.verdicts(results, "MLP", "akd+0.8", "robust_acc")
+    effect = league.difference(results, "at-awp", "akd+0.8", "robust_acc", "MLP")
+    assert effect.p == pytest.approx(0.034, abs=1e-3) and effect.mean > 0.005
+    assert {arm: called[arm] for arm in gains} == {"mart": 1, "trades": -1, "adr": 0, "at-awp": 0}
+    assert "akd+0.8" not in called and not any(called[arm] for arm in called if arm not in gains)
+    del results["igdm"][19]
+    assert league.verdicts(results, "MLP", "akd+0.8", "robust_acc") == {}
 
-    assert verdict(0.02, 0.021, 0.022) == 1 and verdict(-0.02, -0.021, -0.022) == -1
-    assert verdict(0.001, 0.0011, 0.0012) == 0  # surely above 0, and too small to count
-    assert verdict(-0.02, 0.02, 0.06) == 0
-    assert league.verdict(None) == 0
+
+def test_a_method_that_one_seed_has_put_on_the_frontier_leaves_it_without_that_seed():
+    results = results_of(MLP, [(0.4, 0.1)] * 10)
+    for run in results["at-awp"].values():
+        run["nets"]["student"] |= {"apgd_acc": 0.2, "clean_acc": 0.5}
+    results["mart"][13]["nets"]["student"]["clean_acc"] = 1.5  # in the mean 0.51
+    without = league.frontiers_without_a_seed(results, "MLP")
+    assert sum("mart" in found for found in without) == 9
+    assert all("at-awp" in found for found in without) and without[3] == ["at-awp"]
+
+
+def test_a_net_of_a_run_that_was_not_attacked_yet_is_missing():
+    results = results_of(MLP, [(0.4, 0.1)] * 10)
+    assert not [job for job in league.missing_runs(results) if job[0] in MLP]
+    results["at-ema-0.98"][12]["nets"]["best"] = {"clean_acc": 0.5, "pgd20_acc": 0.2}
+    assert [job for job in league.missing_runs(results) if job[0] in MLP] == [("at-ema-0.98", 12)]
+    assert 12 not in league.common_seeds(results, "MLP")
 
 
 def test_differences_are_paired_by_the_seeds_that_all_methods_have():
