@@ -5,7 +5,7 @@ Models   take images in [0, 1], normalise inside, return float32 logits (B, K), 
 Attacks  differentiate with respect to the input alone; the caller sets the model's mode.
 Files    are written whole or not at all, and read without running what they hold.
 Runs     runs/<script>/<name>-s<seed>/ holds config.json, log.jsonl, the models and summary.json;
-         runs/teachers/<digest>/ holds each teacher once, for all scripts.
+         runs/teachers/<digest>/ holds each teacher once, for all runs with the same flags.
 
 Importing this file does nothing: no CUDA, seed or download; torchvision is imported by the loaders.
 When you copy a script into a project of your own, leave out the last section, "A run": your project
@@ -1116,7 +1116,7 @@ def one_line(error) -> str:
 def call_function(name: str, dropout: float = 0.0) -> nn.Module:
     """The net of a name of find_function, with its images as contiguous float32 (B, C, H, W).
 
-    dropout: the rate that all its nn.Dropout get; 0 leaves them as they are. Raises UserError.
+    dropout: the rate that all its dropout layers get; 0 leaves them as they are. Raises UserError.
     """
     if name not in FUNCTIONS:
         advice = "give it as --model, or as --teacher-model if it is the teacher"
@@ -1147,7 +1147,8 @@ def call_function(name: str, dropout: float = 0.0) -> nn.Module:
             raise UserError(f"{name}: returned weights that it had returned before; {advice}")
         parameter.of_a_net_before = True
     if dropout > 0:
-        layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+        dropouts = nn.modules.dropout._DropoutNd  # nn.Dropout, nn.Dropout2d, ...
+        layers = [module for module in model.modules() if isinstance(module, dropouts)]
         if not layers:
             raise UserError(f"{name}: has no nn.Dropout for the dropout rate {dropout:g}")
         for layer in layers:
@@ -2205,13 +2206,13 @@ def training_data(data: Data) -> dict:
 
 
 def teacher_folder(args: argparse.Namespace, data: Data) -> Path:
-    """runs/teachers/<digest>, where all scripts look for the teacher of these flags and data.
+    """runs/teachers/<digest>, where all runs look for the teacher of these flags and data.
 
     args: the flags of the teacher itself; those that are None have no effect on it and do not
     count. Nor do those by which the data were chosen: the data count as they are. For a net of your
     own the weights that it begins with count too. The flags are kept in recipe.json for people.
     """
-    chosen_by = {"train_subset", "test_subset", "val_size", "demo"}
+    chosen_by = {"train_subset", "test_subset", "val_size", "extra_data", "demo"}
     flags = {k: v for k, v in run_flags(args).items() if v is not None and k not in chosen_by}
     flags["data"] = training_data(data)
     if args.augment in ("crop", "none"):  # they are in data.pad and data.flip
@@ -2427,15 +2428,16 @@ def is_epoch_row(row) -> bool:
     return names_are_text and all(isinstance(number, float | int) for number in numbers)
 
 
-def save_epoch(folder, stage, model, state, rows, args) -> None:
+def save_epoch(folder, stage, model, state, rows, args, may_be_best=True) -> None:
     """Keep a finished epoch: checkpoint, best model, log.jsonl, a line on the terminal.
 
-    model: the net that was validated, kept as <stage>_best.pt if the last of `rows` is the best;
-    state: as for `resume`; args: the flags of the training.
+    model: the net that was validated, kept as <stage>_best.pt if the last of `rows` is the best and
+    may be it; state: as for `resume`; args: the flags of the training.
     """
     row, epochs = rows[-1], args.epochs
-    if best_row(rows) is row:
-        save_model(folder / f"{stage}_best.pt", model, rows)
+    if best_row(rows) is row and may_be_best:
+        training = args.loss if hasattr(args, "loss") else args.method
+        save_model(folder / f"{stage}_best.pt", model, rows, training=training)
     states = {name: part.state_dict() for name, part in state.items()}
     save(checkpoint_file(folder, stage, len(rows)), {"rows": rows, "state": states})
     write_log(folder, stage, rows)

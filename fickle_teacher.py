@@ -185,12 +185,13 @@ def hinton_loss(student_logits, teacher_logits, labels, alpha, temperature):
 def make_fickle(teacher, mode):
     """Put the teacher's dropout into training mode; with mode "train" BatchNorm too.
 
-    BatchNorm then normalises with the statistics of the batch and keeps its running ones.
+    BatchNorm then normalises with the statistics of the batch and keeps its running ones. Layers of
+    all dimensions count: nn.Dropout and nn.Dropout2d, nn.BatchNorm1d and nn.BatchNorm2d, ...
     """
     for module in teacher.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.train()
-        elif mode == "train" and isinstance(module, nn.BatchNorm2d):
+        elif mode == "train" and isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train().momentum = 0.0  # its running statistics stay those of the training
 
 
@@ -304,7 +305,7 @@ def teacher_args(args):
 
     A flag that has no effect on the teacher becomes None. Runs that agree in all the others and in
     the data share the teacher (see get_teacher): a flag of the student that is forgotten here costs
-    a second training. A --teacher-... flag counts by the flag that it sets, as epochs here.
+    a second training. --teacher-epochs counts as epochs, and so on.
     """
     teacher = common.replace(
         args,
@@ -373,7 +374,7 @@ def train_and_evaluate(args, data, folder):
     """One seed: train what is missing, evaluate all nets -> the rows of the summary."""
     nets = {}  # role of the net -> (its label in the table, the net)
     teacher = None
-    if args.demo:
+    if args.demo and args.method not in ("student", "teacher"):
         alone = train(common.replace(args, method="student"), data, folder, "student-alone")
         nets["alone"] = "student alone", alone
     if args.method != "student":

@@ -307,7 +307,7 @@ def teacher_args(args):
 
     A flag that has no effect on the teacher becomes None. Runs that agree in all the others and in
     the data share the teacher (see get_teacher): a flag of the student that is forgotten here costs
-    a second training. A --teacher-... flag counts by the flag that it sets, as epochs here.
+    a second training. --teacher-epochs counts as epochs, and so on.
     """
     teacher = common.replace(
         args,
@@ -374,7 +374,7 @@ def train_and_evaluate(args, data, folder):
     wrong = with_wrong_labels(args, data)
     if wrong is not data:
         keep_labels(wrong.y_train, data, folder)
-    if args.demo:
+    if args.demo and args.method not in ("student", "teacher"):
         alone = train(
             common.replace(args, method="student", noise_rate=0.0), wrong, folder, "student-alone"
         )

@@ -10,14 +10,14 @@ Loss     x' is the adversarial example of the student on x, S and T are the prob
          CKD     (1-lam) CE(S(x), y) + lam KL(T(x) || S(x))          <- ckd_loss          Eq. 1
          ARD     (1-lam) CE(S(x), y) + lam KL(T(x) || S(x'))         <- ard_loss          Eq. 2
          RSLAD   (1-lam) KL(T(x) || S(x)) + lam KL(T(x) || S(x'))    <- rslad_loss        Eq. 3
-         AKD     CE(T(x'), S(x'))                                    <- akd_loss          Eq. 4
+         AKD     CE(S(x'), T(x')): T(x') in the place of y           <- akd_loss          Eq. 4
          ARD+, RSLAD+, AKD+: T replaced by alpha T + (1-alpha) y     <- mix_labels        Eq. 5-7
          Ensembles: T is the average of their probabilities          <- Ensemble          3.6, B.3
          st, at, trades: no teacher; CE on x, CE on x', trades_loss
          Later methods (d = x' - x, P: probabilities of the student's weight average on x):
          AdaAD   AKD on the x' where KL(T(x') || S(x')) is largest   <- common.pgd, akd_loss
          IGDM    AKD + A e KL(softmax(t(x+d) - t(x-d)) || softmax(s(x+d) - s(x-d)))  <- igdm_loss
-                 s and t are logits, e is the share of the epochs that are over
+                 s and t are logits, e is the share of the epochs that are over, x' is AdaAD's
          IAD     w KL(T(x) || S(x')) + (1-w) KL(S(x) || S(x'))       <- iad_loss, teacher_trust
          ADR     AT with lam_i P + (1-lam_i) y in the place of y     <- rectify_labels
          MART    CE(S(x'), y) - log(1 - max S(x')[k != y]) + beta KL(S(x) || S(x')) (1 - S(x)[y])
@@ -138,7 +138,7 @@ AT_PLUS = {  # --recipe at+: section 4 of the paper, for student and teacher
 
 
 def parse_args(argv=None):
-    """The flags of this script as a namespace; a flag that makes no sense is a UserError."""
+    """The flags of this script as a namespace; a UserError for those that check_flags refuses."""
     parser = common.Parser(__doc__)
     probability, positive = common.probability, common.positive
     whole, nonnegative = common.whole, common.nonnegative
@@ -187,15 +187,15 @@ def parse_args(argv=None):
         default=8 / 255,
         help="radius of the attacks in pixel units",
     )
-    add("--steps", type=whole, default=7, help="number of PGD steps in training")
+    add("--steps", type=whole, default=7, help="number of PGD steps in training, of both nets")
     add(
         "--step-size",
         type=common.pixel_step,
-        help="PGD step in training (default: a quarter of --eps)",
+        help="PGD step in training, of both nets (default: a quarter of --eps)",
     )
     losses = {"choices": ["ce", "kl-teacher", "kl-teacher-adv"]}
     add("--attack-loss", **losses, help="what x' maximises, see Differs 2 (default: by --loss)")
-    add("--attack-bn", choices=["eval", "train"], default="eval", help="BatchNorm in the attack")
+    add("--attack-bn", choices=["eval", "train"], default="eval", help="BatchNorm in both attacks")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=whole, default=100, help="epochs of the student's training")
@@ -211,11 +211,13 @@ def parse_args(argv=None):
         "--ema",
         type=common.below_1,
         default=0.0,
-        help="decay of the weight average (0: no average; 0.995 with --loss adr)",
+        help="decay of the weight average of both nets (0: no average; 0.995 with --loss adr)",
     )
-    awp = "radius of adversarial weight perturbation (AWP) relative to each tensor (0: none)"
+    awp = "AWP: radius of the student's weight perturbation, relative to each tensor (0: none)"
     add("--awp", type=nonnegative, default=0.0, help=awp)
-    smoothed = "mass spread over all classes; with --extra-data only of the generated images"
+    smoothed = (
+        "mass spread over all classes, both nets; with --extra-data of generated images alone"
+    )
     add("--label-smoothing", type=common.below_1, default=0.0, help=smoothed)
     add("--extra-data", metavar="FILE", help=".npz of generated images: arrays image and label")
     add("--extra-fraction", type=common.below_1, default=0.7, help="share of them in each batch")
@@ -249,6 +251,8 @@ def check_flags(args, error):
         error("--ema 0: --loss adr rectifies its labels by the weight average; leave out --ema")
     if args.teacher_es is not None and args.teacher_es > args.teacher_epochs:
         error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {args.teacher_epochs}")
+    if args.teacher_ckpt and "--teacher-es" in args.given:
+        error("--teacher-es: the teacher of --teacher-ckpt is finished; leave out --teacher-es")
     if args.teacher_ckpt and len(trainings) > 1:
         error("--teacher-ckpt: gives one teacher; leave out --teacher-training")
     beta = args.beta or [1 / len(trainings)] * len(trainings)
@@ -258,7 +262,9 @@ def check_flags(args, error):
 
 
 # ------------------------------------------------------------------------------------------------
-# Losses: functions of logits, targets and labels. Copy the ones you need with mix_labels and kl.
+# Losses: functions of logits, targets and labels. Copy the ones you need with mix_labels and kl
+# (AKD does without kl); x' comes from common.pgd, which needs common.frozen. A whole loop to paste:
+# docs/use_elsewhere.md.
 
 
 def mix_labels(teacher_logits, labels, alpha=1.0, temperature=1.0):
@@ -308,7 +314,7 @@ def rslad_loss(student_logits, student_adv_logits, targets, lam, temperature=1.0
 
 
 def akd_loss(student_adv_logits, targets, temperature=1.0):
-    """Eqs. (4), (7): CE(T(x'), S(x')); (B, K) x2 -> ()."""
+    """Eqs. (4), (7): CE(S(x'), T(x')), T(x') in the place of the label; (B, K) x2 -> ()."""
     return temperature**2 * F.cross_entropy(student_adv_logits / temperature, targets)
 
 
@@ -384,7 +390,8 @@ def mart_loss(student_logits, student_adv_logits, labels, mart_beta):
 def perturb_weights(model, gamma):
     """w + gamma ||w|| g / ||g|| for each weight tensor, g in .grad -> [(w, w as it was), ...].
 
-    AWP (Wu et al., NeurIPS 2020). Biases and the parameters of BatchNorm stay.
+    AWP (Wu et al., NeurIPS 2020). Biases and the parameters of BatchNorm stay. Call it after a
+    backward() of the loss; then a second forward and backward, restore_weights, and the step.
     """
     moved = []
     for weights in model.parameters():
@@ -443,7 +450,8 @@ def teacher_args(args, training, number=0):
 
     A flag that has no effect on this teacher becomes None. Runs that agree in all the others and in
     the data share the teacher (see get_teacher): a flag of the student that is forgotten here costs
-    a second training. A --teacher-... flag counts by the flag that it sets, as epochs here.
+    a second training. --teacher-es and --teacher-epochs count as epochs, --teacher-lr as lr, and
+    so on.
     """
     teacher = common.replace(
         args,
@@ -468,7 +476,7 @@ def teacher_args(args, training, number=0):
     if not args.extra_data:
         teacher.extra_fraction = None
 
-    if args.teacher_eps is not None:
+    if args.teacher_eps not in (None, args.eps):
         teacher.eps = args.teacher_eps
         teacher.step_size = teacher.eps / 4
         if args.eps > 0:
@@ -543,7 +551,9 @@ def train(args, data, folder, stage, teacher=None):
         common.seed_epoch(args.seed, stage, epoch)
         began, history = time.monotonic(), []
         for x, labels in common.batches(data, args.batch_size, args.seed, stage, epoch):
-            x, labels = augment(x, labels, data, args)  # for AT+; otherwise they stay as they are
+            x, labels = augment(
+                x, labels, data, args
+            )  # beside crop and flip; labels perhaps (B, K)
 
             with common.autocast(args, x.device):
                 # The teacher looks at the clean images. It is frozen: no gradient reaches it. Its
@@ -552,8 +562,8 @@ def train(args, data, folder, stage, teacher=None):
                 if args.loss in TAUGHT_ON_X or args.attack_loss == "kl-teacher":
                     teacher_logits = teacher(x).clone()
                 attack_targets = labels
-                if args.loss == "adr":  # the labels are mended by the student's own average
-                    done = schedule.last_epoch / (args.epochs * steps_per_epoch)
+                if args.loss == "adr":  # the labels are rectified by the student's own average
+                    done = schedule.last_epoch / (args.epochs * steps_per_epoch)  # counts batches
                     adr_lam = half_cosine(args.adr_lam, done)
                     adr_temperature = half_cosine(args.adr_temperature, done)
                     targets = rectify_labels(average.module(x), labels, adr_lam, adr_temperature)
@@ -581,8 +591,8 @@ def train(args, data, folder, stage, teacher=None):
                     x_mirrored = 2 * x - x_adv  # x - d, perhaps outside of [0, 1]
                     teacher_mirrored_logits = teacher(x_mirrored).clone()
                 if args.loss == "iad":
-                    teacher_adv_logits = teacher(x_adv)
-                    # for 60 of its 200 epochs the teacher alone is trusted: w = 1
+                    teacher_adv_logits = teacher(x_adv)  # no copy: used before the next call
+                    # the authors trust the teacher alone (w = 1) for 60 of 200 epochs
                     beta = args.iad_beta if epoch >= 0.3 * args.epochs else 0.0
                     trust = teacher_trust(teacher_adv_logits, labels, beta)
                     if args.attack_loss == "kl-teacher-adv":  # AdaIAD
@@ -590,12 +600,14 @@ def train(args, data, folder, stage, teacher=None):
                 if args.loss in TAUGHT_ON_X | TAUGHT_ON_X_ADV:
                     targets = mix_labels(teacher_logits, labels, alpha, temperature)
 
-            # The student learns. With --awp the loss is computed twice: its gradient moves the
-            # weights up, and the gradient found there moves them down, from where they were.
+            # The student learns. With --awp the loss is computed twice: the first gradient moves
+            # the weights to where the loss is larger; the optimiser takes the gradient found
+            # there, and makes its step from where the weights were.
             for direction in directions:
                 with common.autocast(args, x.device):
-                    # `logits` are S(x') if the loss has an attack, otherwise S(x); the training
-                    # accuracy is theirs. Some losses look at S(x) too.
+                    # `logits` belong to x' if the loss has an attack, otherwise to x; loss and
+                    # training accuracy in the log are theirs (with --awp: at the moved weights).
+                    # Some losses need the logits of x too.
                     model.train()
                     logits = model(x_adv if args.loss in ATTACKED else x)
                     match args.loss.removesuffix("+"):
@@ -642,13 +654,14 @@ def train(args, data, folder, stage, teacher=None):
         if args.save_every and len(rows) % args.save_every == 0 and not collapsed(args, rows):
             # before the checkpoint: a run that is killed here repeats the epoch and saves again
             keep_epoch(args, data, folder, stage, kept_model, rows)
-        common.save_epoch(folder, stage, kept_model, state, rows, args)
+        whole = not collapsed(args, rows)
+        common.save_epoch(folder, stage, kept_model, state, rows, args, may_be_best=whole)
 
     meta = {"training": args.loss}
     if collapsed(args, rows):
         best = common.load_model(folder / f"{stage}_best.pt", data)
         kept_model.load_state_dict(best.state_dict())
-        meta["epoch"] = best.meta["epoch"]
+        meta["epoch"], meta["best"] = best.meta["epoch"], best.meta["best"]
         print(f"{stage}: PGD accuracy fell by over 20 points; epoch {meta['epoch']} is kept")
     common.save_model(folder / f"{stage}.pt", kept_model, rows, **meta)
     return common.load_model(folder / f"{stage}.pt", data)
@@ -656,7 +669,10 @@ def train(args, data, folder, stage, teacher=None):
 
 def make_optimizer(model, args, steps_per_epoch):
     """-> (SGD in one fused kernel, its learning rate schedule, which steps once a batch)."""
-    norms = [p for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
+    norms = []
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # of any dimension
+            norms += module.parameters()
     groups = [{"params": list(model.parameters())}]
     if not args.decay_norms:
         ids = {id(p) for p in norms}
@@ -694,15 +710,18 @@ def collapsed(args, rows):
 
 
 def keep_epoch(args, data, folder, stage, model, rows):
-    """Save the net of an epoch for --save-every; a teacher where --teacher-es finds it."""
-    if stage != "teacher" or len(rows) == args.epochs:  # teacher.pt would say that it is finished
+    """Save the net for --save-every; an early stop of a teacher where --teacher-es finds it."""
+    # The last epoch is no early stop: train saves it as teacher.pt, once its checkpoint is there
+    if stage != "teacher" or len(rows) == args.epochs:
         path = folder / f"{stage}-epoch{len(rows)}.pt"
         common.save_model(path, model, rows, training=args.loss)
     else:
         early_stopped = common.replace(args, epochs=len(rows))
         other = common.teacher_folder(early_stopped, data)
         with common.locked(other, wait=True):  # another run may be training it
-            if not (other / "teacher.pt").exists():  # a student may have learned from that one
+            # a student may have learned from a teacher that is there; under torchrun the first
+            # process says whether it is: a slow one would see what the first has just saved
+            if not common.from_first_process((other / "teacher.pt").exists()):
                 common.save_model(other / "teacher.pt", model, rows, training=args.loss)
 
 

@@ -225,7 +225,7 @@ def teacher_args(args):
 
     A flag that has no effect on the teacher becomes None. Runs that agree in all the others and in
     the data share the teacher (see get_teacher): a flag of the student that is forgotten here costs
-    a second training. A --teacher-... flag counts by the flag that it sets, as epochs here.
+    a second training. --teacher-epochs counts as epochs, and so on.
     """
     teacher = common.replace(
         args,
@@ -284,7 +284,7 @@ def train_and_evaluate(args, data, folder):
     """One seed: train what is missing, evaluate all nets -> the rows of the summary."""
     nets = {}  # role of the net -> (its label in the table, the net)
     teacher = None
-    if args.demo:
+    if args.demo and args.method not in ("student", "teacher"):
         alone = train(common.replace(args, method="student"), data, folder, "student-alone")
         nets["alone"] = "student alone", alone
     if args.method in TAUGHT or args.method == "teacher":

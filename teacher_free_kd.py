@@ -273,6 +273,8 @@ def check_flags(args, error):
         error(f"--omit-digit: goes with --data mnist, not {args.data}")
     if args.bias_correction and args.omit_digit is None:
         error("--bias-correction: raises the bias of an omitted digit; give --omit-digit")
+    if args.teacher_ckpt and "--teacher-es" in args.given:
+        error("--teacher-es: the teacher of --teacher-ckpt is finished; leave out --teacher-es")
     teacher_epochs = args.teacher_epochs or args.epochs
     if args.teacher_es is not None and args.teacher_es > teacher_epochs:
         error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {teacher_epochs}")
@@ -604,7 +606,7 @@ def teacher_args(args):
 
     A flag that has no effect on the teacher becomes None. Runs that agree in all the others and in
     the data share the teacher (see get_teacher): a flag of the student that is forgotten here costs
-    a second training. A --teacher-... flag counts by the flag that it sets, as epochs here.
+    a second training. --teacher-epochs counts as epochs, and so on.
     """
     epochs = args.teacher_epochs or args.epochs
     teacher = common.replace(

@@ -177,6 +177,22 @@ def test_a_fickle_teacher_varies_by_dropout_and_keeps_its_running_statistics(mod
             assert torch.equal(value, before[name]), name
 
 
+def test_layers_of_all_dimensions_vary():
+    layers = [nn.Dropout(), nn.Dropout2d(), nn.Dropout1d(), nn.BatchNorm1d(2), nn.BatchNorm3d(2)]
+    for mode, active in (("dropout", 3), ("train", 5)):
+        teacher = nn.Sequential(*layers).eval()
+        fickle_teacher.make_fickle(teacher, mode)
+        assert [layer.training for layer in teacher] == [True] * active + [False] * (5 - active)
+
+
+@pytest.mark.parametrize("script", [fickle_teacher, messy_collab, soft_randomization])
+@pytest.mark.parametrize("method", ["teacher", "student"])
+def test_a_demo_of_one_net_trains_one_net(script, method, tmp_path):
+    flags = f"--demo --method {method} --epochs 1 --teacher-epochs 1 --runs {tmp_path}"
+    (rows,) = script.main(f"{flags} --train-subset 30 --test-subset 10 --device cpu".split())
+    assert {row["net"] for row in rows} - {"best"} == {method}
+
+
 @pytest.mark.parametrize("mode", ["dropout", "train"])
 def test_dropout_is_active_while_the_teacher_teaches_and_off_when_it_is_evaluated(
     mode, tmp_path, monkeypatch

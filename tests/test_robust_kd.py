@@ -447,6 +447,9 @@ def test_a_flag_without_effect_on_a_teacher_is_none():
         ("", "--epochs 3 --lr 0.5 --batch-size 8", True),
         ("--teacher-eps 2/255", "--teacher-eps 2/255 --eps 4/255", True),
         ("--eps 8/255 --step-size 2/255", "--teacher-eps 8/255", True),
+        *(  # eps * step / eps is not always the step
+            (f"--eps {k}/255", f"--eps {k}/255 --teacher-eps {k}/255", True) for k in (3, 6, 12)
+        ),
         ("--teacher-training ffgsm", "--teacher-training ffgsm --loss rslad", True),
         ("--teacher-training ffgsm", "--teacher-training ffgsm --steps 9", True),
         ("", "--teacher-es 2", True),
@@ -543,6 +546,7 @@ def test_a_preset_says_what_it_sets_and_flags_that_are_given_win(capsys):
         "--loss trades --temperature 2": "--temperature: has no effect with --loss trades",
         "--trades-beta 1": "--trades-beta: has no effect without",
         "--extra-fraction 0.5": "--extra-fraction: has no effect without --extra-data",
+        "--teacher-ckpt t.pt --teacher-es 4": "--teacher-es: the teacher of --teacher-ckpt",
         "--save-every 0": "--save-every: ",
         "--loss adr --ema 0": "--ema 0: --loss adr rectifies its labels by the weight average",
         "--loss adaad --alpha 0.5": "--alpha: has no effect with --loss adaad",
@@ -976,6 +980,9 @@ def test_batchnorm_is_not_decayed_if_asked():
     norms = {f"{name}.weight" for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)}
     assert norms and norms <= still and not any("conv" in name for name in still)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
+    own = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm2d(4), nn.BatchNorm3d(4))
+    decayed, norms = robust_kd.make_optimizer(own, args, 10)[0].param_groups
+    assert len(decayed["params"]) == 2 and len(norms["params"]) == 6
 
 
 def test_nesterov_is_for_both_nets_if_asked():
@@ -1182,13 +1189,15 @@ def test_rows_of_the_summary_say_which_net_they_are(tmp_path, monkeypatch):
         assert (folder / row["file"]).is_file()
 
 
-def test_single_step_training_that_collapses_is_stopped_and_the_best_epoch_kept(
-    tmp_path, capsys, monkeypatch
+@pytest.mark.parametrize("clean", [0.5, 0.9])
+def test_single_step_training_that_collapses_is_stopped_and_the_best_epoch_before_is_kept(
+    clean, tmp_path, capsys, monkeypatch
 ):
-    accuracies = iter([0.5, 0.6, 0.3, 0.9])
+    """Clean accuracy may leap where robustness breaks down: the sum is then the largest there."""
+    accuracies = iter([(0.5, 0.5), (0.5, 0.6), (clean, 0.3), (0.5, 0.9)])
 
     def validate(args, stage, model, data, eps):
-        return {"val_clean_acc": 0.5, "val_pgd7_acc": next(accuracies)}
+        return dict(zip(("val_clean_acc", "val_pgd7_acc"), next(accuracies)))
 
     monkeypatch.setattr(common, "validate", validate)
     run(
@@ -1205,6 +1214,43 @@ def test_single_step_training_that_collapses_is_stopped_and_the_best_epoch_kept(
         files[epochs] = common.teacher_folder(args, data) / "teacher.pt"
     assert same_weights(files[4], files[2])
     assert not files[3].exists()  # a run that stops after epoch 3 would keep epoch 2 as well
+    meta = common.load(files[4])["meta"]
+    assert (meta["epoch"], meta["best"]["epoch"], meta["training"]) == (2, 2, "ffgsm")
+
+
+def test_a_best_epoch_says_how_it_was_trained(tmp_path, capsys):
+    """A student of teacher_best.pt is warned of as one of teacher.pt."""
+    run(tmp_path, "--loss akd --teacher-training st --teacher-epochs 2 --epochs 1")
+    assert "will not be robust" in capsys.readouterr().out
+    (best,) = tmp_path.glob("teachers/*/teacher_best.pt")
+    assert common.load_model(best).meta["training"] == "st"
+    run(tmp_path, f"--loss akd --teacher-ckpt {best} --epochs 1 --name other")
+    out = capsys.readouterr().out
+    assert "will not be robust" in out and "teacher (st)" in out
+
+
+def test_a_teacher_of_the_same_generated_images_is_shared_whatever_their_path(tmp_path):
+    save_extra(tmp_path / "e.npz")
+    loaded = common.load_data("shapes", val_size=20, train_subset=50, test_subset=20)
+    folders = set()
+    for path in (f"{tmp_path}/e.npz", f"{tmp_path}/./e.npz"):
+        args = flags_of_teacher(f"--extra-data {path} --runs {tmp_path}")
+        folders.add(common.teacher_folder(args, robust_kd.add_extra_data(loaded, path)))
+    assert len(folders) == 1
+
+
+def test_the_first_process_says_whether_an_early_stop_is_there(tmp_path, monkeypatch, data):
+    """A slow one would find what the first has just saved, and not wait for it as the others do."""
+    args = flags_of_teacher(f"--runs {tmp_path}")
+    other = common.teacher_folder(common.replace(args, epochs=1), data)
+    saved, save_model = [], common.save_model
+    model = common.build_model("mlp-8")
+    save_model(other / "teacher.pt", model)
+    monkeypatch.setattr(common, "save_model", lambda path, *_, **__: saved.append(path))
+    for is_there in (False, True):
+        monkeypatch.setattr(common, "from_first_process", lambda value, first=is_there: first)
+        robust_kd.keep_epoch(args, data, tmp_path, "teacher", model, [{}])
+    assert saved == [other / "teacher.pt"]
 
 
 # ------------------------------------------------------------------------------------------------

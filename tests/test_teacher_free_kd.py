@@ -858,6 +858,7 @@ BAD_FLAGS = {
     "--model wrn-9-1": "--model",
     "--method re-kd --teacher-model resnet19": "--teacher-model",
     "--teacher-es 9": "--teacher-es 9: --teacher-epochs is only 2",
+    "--teacher-ckpt t.pt --teacher-es 2": "--teacher-es: the teacher of --teacher-ckpt",
     "--grad-epochs 3": "--grad-epochs 3: --epochs is only 2",
     "--grad-heatmap out.npz": "out.npz",
     "--eval-attack fgsm": "--eval-attack",
