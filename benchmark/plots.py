@@ -519,6 +519,7 @@ def draw_grids(path, grids, rows, columns):
     axes = figure.subplots(1, len(grids), squeeze=False)[0]
     for axis, (title, values) in zip(axes, grids.items()):
         axis.imshow(values, cmap="viridis", aspect="auto")
+        axis.grid(False)
         middle = (values.min() + values.max()) / 2
         for i, line in enumerate(values):
             for j, value in enumerate(line):
