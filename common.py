@@ -573,7 +573,9 @@ def read_npz(path: Path, needed=("x_train", "y_train", "x_test", "y_test")) -> d
                     letters = np.frombuffer(names.tobytes(), letter)
                     if letters.max(initial=0) > sys.maxunicode:
                         raise ValueError("the names in its array classes are no text")
-                arrays["classes"] = [str(name) for name in names]
+                arrays["classes"] = [
+                    name.decode() if isinstance(name, bytes) else str(name) for name in names
+                ]
             return arrays
     except Exception as error:  # numpy and zipfile raise a dozen types for a damaged file
         reason = str(error)[:200]
@@ -2218,9 +2220,8 @@ def teacher_folder(args: argparse.Namespace, data: Data) -> Path:
     if args.augment in ("crop", "none"):  # they are in data.pad and data.flip
         del flags["augment"]
     if ":" in args.model:
-        flags["initial_weights"] = initial_digest(
-            args.model, args.seed, getattr(args, "dropout", None) or 0.0
-        )
+        digest = initial_digest(args.model, args.seed, getattr(args, "dropout", None) or 0.0)
+        flags["initial_weights"] = from_first_process(digest)  # each may draw others
     folder = Path(args.runs) / "teachers" / digest_of(flags)
     if rank() == 0 and not (folder / "recipe.json").exists():
         with lock_file(folder, wait=True):  # whoever locks a folder deletes unfinished files there

@@ -539,10 +539,11 @@ def square(model, batch):
     """
     settings, device = batch.settings, batch.x.device
     x_adv, (n, channels, height, width) = batch.x.clone(), batch.x.shape
-    generator = torch.Generator()
+    generator = torch.Generator("cpu")
     generator.manual_seed(common.derive_seed("queries", settings.seed, batch.repeat))
-    corners = torch.rand(settings.queries, 2, generator=generator).tolist()
-    signs = torch.rand(settings.queries, channels, 1, 1, generator=generator).to(device)
+    on_cpu = {"generator": generator, "device": "cpu"}  # whatever the default device is
+    corners = torch.rand(settings.queries, 2, **on_cpu).tolist()
+    signs = torch.rand(settings.queries, channels, 1, 1, **on_cpu).to(device)
     signs = (signs - 0.5).sign()
     # vertical stripes of +-eps
     start = batch.x + settings.eps * (batch.draw(channels, 1, width) - 0.5).sign()
@@ -804,7 +805,8 @@ def load_other_images(path, classes, shape=(32, 32, 3)):
     unknown = sorted(set(names) - set(classes))
     if unknown:
         raise common.UserError(f"{path}: {unknown[0]}: none of the classes {', '.join(classes)}")
-    labels = np.array([classes.index(name) for name in names])[labels]
+    if list(names) != list(classes):  # a name may be there twice, as crane in ImageNet
+        labels = np.array([classes.index(name) for name in names])[labels]
     checksum = hashlib.sha256(x.tobytes() + labels.tobytes()).hexdigest()[:12]
     note = f"{len(x)} images; sha256 of images and labels: {checksum}"
     return OtherImages(torch.from_numpy(x), torch.from_numpy(labels), note)
@@ -1173,7 +1175,10 @@ def evaluate(
     check_settings(settings)
     check_attacks(attacks)
     check_arguments(model, x)
-    row = measure(model, x, check_labels(labels, x), attacks, settings)
+    labels = check_labels(labels, x)
+    # the caller may have switched off gradients for good, or float32 off
+    with torch.inference_mode(False), torch.autocast(x.device.type, enabled=False):
+        row = measure(with_contiguous_images(model), x.clone(), labels.clone(), attacks, settings)
     for line in row["warnings"]:
         warnings.warn(line, stacklevel=2)
     accuracies = {}
@@ -1181,6 +1186,17 @@ def evaluate(
         if key.endswith("_acc") and "conditional" not in key:
             accuracies[key] = value
     return accuracies
+
+
+def with_contiguous_images(model):
+    """The net, given contiguous images: ours are channels_last, which `.view` does not expect."""
+    if isinstance(model, common.ConvNet | common.MLP):
+        return model
+    net = torch.nn.Sequential(model)  # a hook on the caller's own net would stay there
+    net.register_forward_pre_hook(
+        lambda module, inputs: inputs[0].clone(memory_format=torch.contiguous_format)
+    )
+    return net
 
 
 def check_arguments(model, x):
@@ -1497,7 +1513,7 @@ def accuracy_curve(model, x, labels, settings):
         robust = (images.logits.argmax(1) == labels).cpu()
         curve = [(0.0, robust.double().mean().item())]
         for factor in factors:
-            if not robust.any() or curve[-1][0] >= 1:
+            if not robust.any() or curve[-1][0] >= 1 or settings.eps == 0:
                 break
             eps = min(factor * settings.eps, 1.0)
             now = dataclasses.replace(settings, eps=eps, steps=20)
@@ -1545,6 +1561,8 @@ FREE_FLAGS = {"json", "data_root", "device", "batch_size", "command"}
 def main(argv=None):
     """Evaluate every model, write the files that are asked for, print the tables."""
     args = parse_args(argv)
+    if common.world() > 1:
+        raise common.UserError("one process evaluates; start it without torchrun")
     record = make_or_find_record(args)
     print(format_record(record))  # last: perhaps nobody reads it
 

@@ -15,8 +15,8 @@ Usage    python fickle_teacher.py --dropout 0.4                      # 350 epoch
          python fickle_teacher.py --method swap --swap top2 --swap-probability 0.3
          python fickle_teacher.py --method hinton --dropout 0.4      # dropout off to teach
          python fickle_teacher.py --seed 0 1 2 3 4   # one teacher, five students
-         python fickle_teacher.py --method teacher --seed 0 1 2 3 4      # five teachers ...
-         python fickle_teacher.py --teacher-ckpt FILE    # ... the best of which teaches
+         python fickle_teacher.py --method teacher --dropout 0.4 --seed 0 1 2 3 4   # five ...
+         python fickle_teacher.py --teacher-ckpt FILE    # ... teachers, the best of which teaches
          python fickle_teacher.py --demo             # 1 minute on a CPU
 Expect   CIFAR-10, WRN-40-2 and WRN-16-2: not measured. Small nets: docs/noisy_collaboration.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); logits (B, K)
@@ -148,6 +148,8 @@ def parse_args(argv=None):
         if flag in args.given and args.method not in methods:
             parser.error(f"{flag}: has no effect with --method {args.method}; leave it out")
 
+    if args.method not in HAS_EFFECT["--dropout"]:
+        args.dropout = 0.0  # whatever --demo sets
     if args.dropout is None:
         args.dropout = 0.4 if args.method == "fickle" else 0.0
     common.check_model("--teacher-model", args.teacher_model, args.dropout)
@@ -193,6 +195,8 @@ def make_fickle(teacher, mode):
             module.train()
         elif mode == "train" and isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train().momentum = 0.0  # its running statistics stay those of the training
+        elif isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+            module.training = True  # in eval mode they leave out their dropout
 
 
 def signal_noise(teacher_logits, sigma, noise_per="logit"):
@@ -363,7 +367,7 @@ def main(argv=None):
 
 def check_teacher(args, teacher):
     """A UserError if the teacher of --teacher-ckpt (or None) has not learned with --dropout."""
-    if teacher is not None and args.method == "fickle":
+    if teacher is not None and (args.method == "fickle" or "--dropout" in args.given):
         learned = teacher.build_arguments["dropout"]
         if learned != args.dropout:
             wrong = f"learned with dropout {learned:g}, not --dropout {args.dropout:g}"

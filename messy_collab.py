@@ -16,8 +16,8 @@ Usage    python messy_collab.py --noise-rate 0.5                     # mc-ts
          python messy_collab.py --method mc-s --noise-rate 0.1 --corruption-rate 0.25   # Figure 10
          python messy_collab.py --method student --corruption-rate 0.25      # without a teacher
          python messy_collab.py --seed 0 1 2 3 4   # one teacher, five students
-         python messy_collab.py --method teacher --seed 0 1 2 3 4      # five teachers ...
-         python messy_collab.py --teacher-ckpt FILE    # ... the best of which teaches
+         python messy_collab.py --method teacher --noise-rate 0.25 --seed 0 1 2 3 4   # five ...
+         python messy_collab.py --teacher-ckpt FILE    # ... teachers, the best of which teaches
          python messy_collab.py --demo             # 1 minute on a CPU
 Expect   CIFAR-10, WRN-40-2 and WRN-16-2: not measured. Small nets: docs/noisy_collaboration.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); logits (B, K)
@@ -136,7 +136,7 @@ def parse_args(argv=None):
         if flag in args.given and args.method not in methods:
             parser.error(f"{flag}: has no effect with --method {args.method}; leave it out")
 
-    if args.labels_file and args.corruption_rate is not None:
+    if args.labels_file and "--corruption-rate" in args.given:
         remedy = "--labels-file holds corrupted labels already; leave one of the two out"
         parser.error(f"--corruption-rate {args.corruption_rate:g}: {remedy}")
 
@@ -287,7 +287,8 @@ def train(args, data, folder, stage, teacher=None):
         row = common.epoch_row(args, stage, epoch, model, history, began)
         rows.append(row | common.validate(args, stage, model, data))
         common.save_epoch(folder, stage, model, state, rows, args)
-    common.save_model(folder / f"{stage}.pt", model, rows, training=args.method)
+    meta = {"training": args.method, "noise_rate": args.noise_rate or 0.0}
+    common.save_model(folder / f"{stage}.pt", model, rows, **meta)
     return common.load_model(folder / f"{stage}.pt", data)
 
 
@@ -350,7 +351,7 @@ def main(argv=None):
     """Data, teacher, student, evaluation, one table; for each seed."""
     args = parse_args(argv)
     data = common.load_training_data(args, common.setup_device(args))
-    eval_robustness.check_nets(args, data)
+    check_teacher(args, eval_robustness.check_nets(args, data))
     if args.labels_file:
         read_labels(args.labels_file, data)
     summaries = []
@@ -367,6 +368,18 @@ def main(argv=None):
     return summaries
 
 
+def check_teacher(args, teacher):
+    """A UserError if the teacher of --teacher-ckpt (or None) has learned at another noise rate.
+
+    Files from elsewhere, and best epochs, do not say at which.
+    """
+    if teacher is not None and args.method in VARIED_TEACHER:
+        learned = teacher.meta.get("noise_rate", args.noise_rate)
+        if learned != args.noise_rate:
+            wrong = f"learned at noise rate {learned:g}, not --noise-rate {args.noise_rate:g}"
+            raise common.UserError(f"--teacher-ckpt: {wrong}")
+
+
 def train_and_evaluate(args, data, folder):
     """One seed: train what is missing, evaluate all nets -> the rows of the summary."""
     nets = {}  # role of the net -> (its label in the table, the net)
@@ -374,10 +387,10 @@ def train_and_evaluate(args, data, folder):
     wrong = with_wrong_labels(args, data)
     if wrong is not data:
         keep_labels(wrong.y_train, data, folder)
+    student_data = wrong if args.method in CORRUPTED_STUDENT else data
     if args.demo and args.method not in ("student", "teacher"):
-        alone = train(
-            common.replace(args, method="student", noise_rate=0.0), wrong, folder, "student-alone"
-        )
+        alone_args = common.replace(args, method="student", noise_rate=0.0)
+        alone = train(alone_args, student_data, folder, "student-alone")
         nets["alone"] = "student alone", alone
     if args.method in TAUGHT or args.method == "teacher":
         teacher = get_teacher(args, wrong if args.method in CORRUPTED_TEACHER else data)
@@ -385,7 +398,6 @@ def train_and_evaluate(args, data, folder):
     if args.method != "teacher":
         rate = args.noise_rate if args.method in VARIED_STUDENT else 0.0
         student_args = common.replace(args, noise_rate=rate)
-        student_data = wrong if args.method in CORRUPTED_STUDENT else data
         student = train(student_args, student_data, folder, "student", teacher)
         nets["student"] = f"student ({args.method})", student
         if student.meta["best"].get("epoch", args.epochs) != args.epochs:

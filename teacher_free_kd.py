@@ -278,6 +278,11 @@ def check_flags(args, error):
     teacher_epochs = args.teacher_epochs or args.epochs
     if args.teacher_es is not None and args.teacher_es > teacher_epochs:
         error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {teacher_epochs}")
+    for flag in ("--grad-epochs", "--grad-loss"):
+        if flag in args.given and not args.grad_heatmap:
+            error(f"{flag}: has no effect without --grad-heatmap; leave it out")
+    if args.grad_loss == "ce" and (args.compile or common.world() > 1):
+        error("--grad-loss ce: its second backward pass goes with neither --compile nor torchrun")
     if max(args.grad_epochs or [1]) > args.epochs:
         error(f"--grad-epochs {max(args.grad_epochs)}: --epochs is only {args.epochs}")
     if args.method == "self-distillation" and (args.model.startswith("mlp") or ":" in args.model):
@@ -548,30 +553,43 @@ class Gradients(nn.Module):
     """The mean |dL/dW| of each layer in some epochs (1, 2, ...): Figure 1.
 
     A layer is named by its stage and its number there ("2.1"), or as the stage's shortcut
-    ("2.shortcut"); an MLP is one stage. A module, so that checkpoints keep its sums.
+    ("2.shortcut"); an MLP or a net of your own is one stage. A module, so that checkpoints keep its
+    sums.
     """
 
     def __init__(self, model, epochs, steps_per_epoch):
         super().__init__()
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
         self.weights = {}  # name of the layer -> its weight
-        for i, stage in enumerate(getattr(model, "stages", [model]), 1):
-            weights = {n: p for n, p in stage.named_parameters() if p.dim() > 1}  # without biases
-            straight = [weight for name, weight in weights.items() if "shortcut" not in name]
-            for number, weight in enumerate(straight, 1):
-                self.weights[f"{i}.{number}"] = weight
-            for name, weight in weights.items():
-                if "shortcut" in name:
+        has_stages = isinstance(model, common.ConvNet)
+        for i, stage in enumerate(model.stages if has_stages else [model], 1):
+            number = 0
+            for name, weight in stage.named_parameters():
+                if weight.dim() == 1 or not weight.requires_grad:  # a bias, or frozen
+                    continue
+                if has_stages and "shortcut" in name:
                     self.weights[f"{i}.shortcut"] = weight
+                else:
+                    number += 1
+                    self.weights[f"{i}.{number}"] = weight
         device = next(model.parameters()).device
         self.register_buffer("means", torch.zeros(len(epochs), len(self.weights), device=device))
 
-    def add(self, loss, epoch):
-        """Add the gradients of the loss of one step, if the epoch is recorded."""
-        if epoch in self.epochs:
-            gradients = torch.autograd.grad(loss, list(self.weights.values()), retain_graph=True)
-            means = torch.stack([gradient.abs().mean() for gradient in gradients])
-            self.means[self.epochs.index(epoch)] += means / self.steps_per_epoch
+    def add(self, epoch, loss=None):
+        """Add what a step's backward pass has left in .grad, if the epoch is recorded.
+
+        loss: add the gradients of this one instead, and keep its graph.
+        """
+        if epoch not in self.epochs:
+            return
+        weights = list(self.weights.values())
+        gradients = [weight.grad for weight in weights]
+        if loss is not None:
+            gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+        for layer, gradient in enumerate(gradients):
+            if gradient is not None:  # the net does not use the weight
+                mean = gradient.abs().mean() / self.steps_per_epoch
+                self.means[self.epochs.index(epoch), layer] += mean
 
     def numbers(self):
         """{epochs: (E,), layers: (L,), means: (E, L)}, as lists, for the meta of a model."""
@@ -615,7 +633,8 @@ def teacher_args(args):
         model=args.teacher_model or args.model,
         epochs=args.teacher_es or epochs,
         schedule_epochs=epochs,
-        milestones=[epoch / args.epochs * epochs for epoch in args.milestones],
+        # rounded: 55 / 200 * 200 is not 55, and the rate would fall an epoch late
+        milestones=[round(epoch / args.epochs * epochs, 6) for epoch in args.milestones],
         lr=args.teacher_lr or args.lr,
         batch_size=args.teacher_batch_size or args.batch_size,
     )
@@ -624,6 +643,8 @@ def teacher_args(args):
             setattr(teacher, flag, None)
     if args.schedule != "steps":
         teacher.milestones = None
+    if args.schedule == "cosine":
+        teacher.gamma = None
     if args.schedule == "exponential":
         teacher.schedule_epochs = None
     if args.method not in ATTACKED:
@@ -740,11 +761,13 @@ def train(args, data, folder, stage, teacher=None):
                             args.tau2,
                         )
 
-            recorded = loss if args.grad_loss == "own" else F.cross_entropy(logits, labels)
-            gradients.add(recorded, epoch + 1)  # in the epochs of --grad-epochs
             optimizer.zero_grad()
+            if args.grad_loss == "ce":
+                gradients.add(epoch + 1, F.cross_entropy(logits, labels))
             loss.backward()
             common.average_gradients(learner, len(labels))  # under torchrun, otherwise nothing
+            if args.grad_loss == "own":
+                gradients.add(epoch + 1)  # in the epochs of --grad-epochs
             optimizer.step()
             schedule.step()  # per batch
             history.append(common.step_sums(loss, logits, labels))  # the GPU is not waited for
@@ -789,6 +812,9 @@ def main(argv=None):
     args = parse_args(argv)
     data = common.load_training_data(args, common.setup_device(args))
     check_teacher(args, data, eval_robustness.check_nets(args, data))
+    if args.omit_digit is not None and not (data.y_test == args.omit_digit).any():
+        none = f"no test image shows the digit {args.omit_digit}; take more"
+        raise common.UserError(f"--test-subset {args.test_subset}: {none}")
     summaries = []
     for seed in args.seed:
         seed_args = common.replace(args, seed=seed)

@@ -48,6 +48,12 @@ def test_class_names_of_bytes_that_are_no_letters_are_refused(order, tmp_path, r
     assert common.load_data(saved(path, classes=names)).classes == ["p", "", "\U0001f431"]
 
 
+def test_class_names_of_bytes_are_their_letters(tmp_path):
+    """As CIFAR's own files have them, read with encoding="bytes"."""
+    path = saved(tmp_path / "a.npz", classes=np.array([b"airplane", b"cat", b"dog"]))
+    assert common.load_data(path).classes == ["airplane", "cat", "dog"]
+
+
 def test_npz_is_loaded_with_statistics_of_the_training_images(tmp_path):
     arrays = tiny()
     data = common.load_data(saved(tmp_path / "a.npz", classes=np.array(["p", "q", "r"])))

@@ -694,6 +694,74 @@ def test_grey_images_are_other_images_of_grey_data(grey, tmp_path, refused):
     )
 
 
+def test_a_class_name_that_is_there_twice_keeps_its_labels(tmp_path):
+    """ImageNet has two kinds of crane."""
+    names = ["crane", "cat", "crane"]
+    x = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "other.npz", x_test=x, y_test=np.arange(30) % 3)
+    np.savez(tmp_path / "named.npz", x_test=x, y_test=np.arange(30) % 3, classes=names)
+    for file in ("other.npz", "named.npz"):
+        images = ev.load_other_images(tmp_path / file, names, (8, 8, 3))
+        assert images.labels.tolist() == [0, 1, 2] * 10
+
+
+ATTACKS_OF_ALL_KINDS = ["clean", "pgd2", "apgd-ce", "apgd-t", "fab-t", "square"]
+
+
+def test_what_the_caller_has_switched_off_changes_no_number(small):
+    model, x, labels = small
+    x, labels = x[:20], labels[:20]
+
+    def numbers():
+        return ev.evaluate(model, x, labels, ATTACKS_OF_ALL_KINDS, steps=3, queries=5, targets=2)
+
+    expected = numbers()
+    assert expected["pgd2_acc"] < expected["clean_acc"] and len(expected) == 6
+    with torch.no_grad():
+        assert numbers() == expected
+    with torch.inference_mode():
+        assert numbers() == expected
+        x, labels = x.clone(), labels.clone()  # tensors of inference mode
+        assert numbers() == expected
+    with torch.autocast("cpu", torch.bfloat16):
+        assert numbers() == expected
+
+
+class Viewed(nn.Module):
+    """A net that needs contiguous images."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x.view(len(x), -1).view(x.shape))
+
+
+def test_nets_that_view_their_images_are_evaluated_and_stay_as_they_are(small):
+    model, x, labels = small
+    net = Viewed(model)
+    for images in (x[:20], common.to_float(x[:20])):
+        options = {"steps": 3, "queries": 5, "targets": 2}
+        found, expected = (
+            ev.evaluate(each, images, labels[:20], ATTACKS_OF_ALL_KINDS, **options)
+            for each in (net, model)
+        )
+        assert found == expected
+    assert not net._forward_pre_hooks and not model._forward_pre_hooks
+
+
+def test_an_evaluation_under_torchrun_is_refused(monkeypatch, refused):
+    monkeypatch.setattr(common, "world", lambda: 2)
+    assert "without torchrun" in refused(ev.main, ["net.pt"])
+
+
+def test_a_curve_of_radius_0_has_one_point(small):
+    model, x, labels = small
+    curve = ev.accuracy_curve(model, x[:10], labels[:10], ev.Settings(eps=0.0, step_size=0.0))
+    assert len(curve) == 1
+
+
 def test_grey_images_are_other_images_of_colour_data(tmp_path, small):
     _, x, labels = small
     grey = x[..., 0].numpy()

@@ -185,6 +185,33 @@ def test_layers_of_all_dimensions_vary():
         assert [layer.training for layer in teacher] == [True] * active + [False] * (5 - active)
 
 
+def test_a_transformer_s_dropout_varies():
+    """In eval mode its layers take a path of their own, without dropout."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.5, batch_first=True)
+    teacher, x = nn.Sequential(layer).eval().requires_grad_(False), torch.rand(2, 3, 8)
+    assert torch.equal(teacher(x), teacher(x))
+    fickle_teacher.make_fickle(teacher, "dropout")
+    with torch.no_grad():
+        assert not torch.equal(teacher(x), teacher(x))
+    assert layer.self_attn.training
+
+
+def test_the_demo_of_a_method_without_dropout_has_a_teacher_without():
+    for method in ("signal", "swap", "student"):
+        flags = ["--demo", "--method", method, "--teacher-model", "resnet18-w8"]
+        args = fickle_teacher.parse_args(flags)
+        assert args.dropout == 0 and not fickle_teacher.teacher_args(args).dropout
+    assert fickle_teacher.parse_args(["--demo"]).dropout == 0.1
+
+
+def test_dropout_that_a_given_teacher_has_not_learned_with_is_refused(tmp_path, refused):
+    common.save_model(tmp_path / "t.pt", common.build_model("mlp-12"))
+    flags = f"{SMALL} --method hinton --teacher-ckpt {tmp_path}/t.pt --runs {tmp_path}"
+    fickle_teacher.main(flags.split())
+    message = refused(fickle_teacher.main, f"{flags} --dropout 0.4 --name y".split())
+    assert "learned with dropout 0, not --dropout 0.4" in message
+
+
 @pytest.mark.parametrize("script", [fickle_teacher, messy_collab, soft_randomization])
 @pytest.mark.parametrize("method", ["teacher", "student"])
 def test_a_demo_of_one_net_trains_one_net(script, method, tmp_path):

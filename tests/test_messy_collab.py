@@ -191,6 +191,41 @@ def test_the_net_alone_of_the_demo_has_the_fixed_wrong_labels_and_no_noise(tmp_p
     assert all(torch.equal(labels, wrong_labels) for _, labels in given.values())
 
 
+def test_the_net_alone_of_the_demo_has_the_labels_of_the_student(tmp_path, monkeypatch):
+    given, train = {}, messy_collab.train
+
+    def record(args, data, folder, stage, teacher=None):
+        given[stage] = data.y_train
+        return train(args, data, folder, stage, teacher)
+
+    monkeypatch.setattr(messy_collab, "train", record)
+    run(tmp_path, "--demo --method flc-t --epochs 1 --teacher-epochs 1")
+    assert torch.equal(given["student-alone"], given["student"])
+    assert not torch.equal(given["student"], given["teacher"])
+
+
+def test_a_demo_takes_labels_from_a_file(tmp_path):
+    file = run(tmp_path / "a", "--demo --epochs 1 --teacher-epochs 1") / "labels.pt"
+    flags = f"--demo --epochs 1 --teacher-epochs 1 --labels-file {file}"
+    again = run(tmp_path / "b", flags)
+    assert torch.equal(common.load(again / "labels.pt")["labels"], common.load(file)["labels"])
+
+
+def test_the_noise_rate_of_a_given_teacher_is_checked(tmp_path, refused):
+    """The best of several teachers, as the script's Usage has it."""
+    short = f"{SMALL} --epochs 1 --teacher-epochs 1 --runs {tmp_path}"
+    for rate, name in (("", "clean"), ("--noise-rate 0.25", "noisy")):
+        messy_collab.main(f"{short} --method teacher {rate} --name {name}".split())
+    files = {}
+    for path in tmp_path.glob("teachers/*/teacher.pt"):
+        files[common.load(path)["meta"]["noise_rate"]] = path
+    assert sorted(files) == [0.0, 0.25]
+    messy_collab.main(f"{short} --teacher-ckpt {files[0.25]} --name good".split())
+    messy_collab.main(f"{short} --method mc-s --teacher-ckpt {files[0.0]} --name fine".split())
+    message = refused(messy_collab.main, f"{short} --teacher-ckpt {files[0.0]} --name bad".split())
+    assert "learned at noise rate 0, not --noise-rate 0.25" in message
+
+
 def test_a_teacher_is_shared_if_its_labels_are_the_same(tmp_path):
     def teacher(flags):
         """The file of the teacher of a run with these flags."""

@@ -1,5 +1,6 @@
 """Several processes under torchrun (gloo): what one computes, their noise, going on, a kill."""
 
+import argparse
 import json
 import os
 import re
@@ -301,6 +302,18 @@ def test_processes_draw_different_noise_and_nothing_else_differs(job, two_proces
 def test_the_processes_train_on_the_labels_that_the_first_one_has_written(two_processes):
     path = two_processes / "fixed labels" / "messy_collab" / "run-s0" / "labels.pt"
     assert (common.load(path)["labels"] != 3).all()
+
+
+def test_a_teacher_that_each_process_draws_otherwise_has_one_folder(tmp_path, monkeypatch):
+    """Its function may draw weights in ways that no seed reaches."""
+    data = common.load_data("shapes", val_size=0, train_subset=8, test_subset=4)
+    args = argparse.Namespace(model="own:net", seed=0, runs=tmp_path, augment="crop")
+    monkeypatch.setattr(common, "from_first_process", lambda value: "the digest of the first")
+    folders = set()
+    for digest in ("a", "b"):
+        monkeypatch.setattr(common, "initial_digest", lambda *_, found=digest: found)
+        folders.add(common.teacher_folder(args, data))
+    assert len(folders) == 1
 
 
 def test_processes_seed_their_epochs_by_rank_and_the_first_one_as_one_alone(monkeypatch):

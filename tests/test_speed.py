@@ -80,6 +80,7 @@ def compiled(monkeypatch):
         (robust_kd, f"--loss adaad {WRN} {ROBUST} --train-subset 16 --awp 0.01", {16}),
         (fickle_teacher, f"--method hinton {MLP} --teacher-model wrn-10-1", {16, 4}),
         (teacher_free_kd, f"--method self-distillation {WRN} --train-subset 16", {16}),
+        (teacher_free_kd, f"--method plain {WRN} --train-subset 16 --grad-heatmap", {16}),
     ],
 )
 def test_compiled_nets_train_alike_and_evaluations_run_as_they_are(

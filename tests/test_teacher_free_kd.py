@@ -507,7 +507,7 @@ def test_the_heat_map_is_a_gradient_computed_by_hand_on_a_two_layer_net():
         x = torch.rand(BATCH, 1, 2, 2)
         loss = F.cross_entropy(net(x), LABELS)
         for epoch in (1, 2):  # the first is not recorded
-            gradients.add(loss, epoch)
+            gradients.add(epoch, loss)
         flat = x.flatten(1).double()
         hidden = flat @ first.weight.double().T + first.bias.double()
         probs = (hidden.relu() @ second.weight.double().T + second.bias.double()).softmax(1)
@@ -518,6 +518,60 @@ def test_the_heat_map_is_a_gradient_computed_by_hand_on_a_two_layer_net():
     numbers = gradients.numbers()
     assert numbers["layers"] == ["1.1", "1.2"] and numbers["epochs"] == [2]
     assert numbers["means"][0] == pytest.approx([total["1.1"], total["1.2"]], rel=1e-5)
+
+
+def test_what_a_backward_pass_left_is_what_the_loss_gives():
+    net = common.build_model("mlp-3", 4, channels=1, size=2)
+    kept, given = (tf.Gradients(net, [1], steps_per_epoch=1) for _ in range(2))
+    loss = F.cross_entropy(net(torch.rand(BATCH, 1, 2, 2)), LABELS)
+    given.add(1, loss)
+    loss.backward()
+    kept.add(1)
+    assert kept.numbers() == given.numbers() and min(kept.numbers()["means"][0]) > 0
+
+
+def test_layers_of_a_net_of_your_own_are_its_trained_weights():
+    class Own(nn.Module):
+        stages = [2, 2]  # no list of modules
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.shortcut, self.unused = (nn.Linear(4, 4) for _ in range(3))
+            self.b, self.frozen = nn.ModuleDict({"shortcut": nn.Linear(4, 4)}), nn.Linear(4, 4)
+            self.frozen.requires_grad_(False)
+
+        def forward(self, x):
+            return self.b["shortcut"](self.frozen(self.a(x) + self.shortcut(x)))
+
+    net = Own()
+    for loss in (None, net(torch.rand(2, 4)).square().sum()):
+        gradients = tf.Gradients(net, [1], 1)
+        net(torch.rand(2, 4)).square().sum().backward()
+        gradients.add(1, loss)
+        means = gradients.numbers()["means"][0]
+        assert gradients.numbers()["layers"] == ["1.1", "1.2", "1.3", "1.4"]
+        assert [mean > 0 for mean in means] == [True, True, False, True]
+
+
+def test_the_milestones_of_an_equal_teacher_are_the_students():
+    for epochs in (12, 50, 60, 150, 200):
+        for milestone in range(1, epochs):
+            args = parse(f"--method tf-kd-self --epochs {epochs} --milestones {milestone}")
+            assert tf.teacher_args(args).milestones == [milestone]
+    args = parse("--method tf-kd-self --epochs 12 --teacher-epochs 20")
+    assert tf.teacher_args(args).milestones == [6, 12, 16]
+
+
+def test_gamma_has_no_effect_on_a_teacher_whose_rate_is_a_cosine():
+    one, other = (
+        tf.teacher_args(parse(f"--method vanilla --gamma {gamma}")) for gamma in (0.2, 0.5)
+    )
+    assert common.run_flags(one) == common.run_flags(other)
+
+
+def test_a_digit_that_no_test_image_shows_is_named_before_the_training(mnist, tmp_path, refused):
+    flags = f"{DIGITS} --omit-digit 7 --test-subset 1 --data-root {mnist} --runs {tmp_path}"
+    assert "no test image shows the digit 7" in refused(tf.main, flags.split())
 
 
 def test_the_layers_of_a_resnet_are_its_convolutions_by_stage():
@@ -859,7 +913,10 @@ BAD_FLAGS = {
     "--method re-kd --teacher-model resnet19": "--teacher-model",
     "--teacher-es 9": "--teacher-es 9: --teacher-epochs is only 2",
     "--teacher-ckpt t.pt --teacher-es 2": "--teacher-es: the teacher of --teacher-ckpt",
-    "--grad-epochs 3": "--grad-epochs 3: --epochs is only 2",
+    "--grad-heatmap --grad-epochs 3": "--grad-epochs 3: --epochs is only 2",
+    "--grad-epochs 1": "--grad-epochs: has no effect without --grad-heatmap",
+    "--grad-loss ce": "--grad-loss: has no effect without --grad-heatmap",
+    "--grad-heatmap --grad-loss ce --compile": "--grad-loss ce: its second backward pass",
     "--grad-heatmap out.npz": "out.npz",
     "--eval-attack fgsm": "--eval-attack",
     "--eval-attack clean calibration": "--eval-attack",
