@@ -655,7 +655,7 @@ def train(args, data, folder, stage, teacher=None):
             # before the checkpoint: a run that is killed here repeats the epoch and saves again
             keep_epoch(args, data, folder, stage, kept_model, rows)
         whole = not collapsed(args, rows)
-        common.save_epoch(folder, stage, kept_model, state, rows, args, may_be_best=whole)
+        common.save_epoch(folder, stage, kept_model, state, rows, args, whole)
 
     meta = {"training": args.loss}
     if collapsed(args, rows):
@@ -801,9 +801,12 @@ def draw_extra(data, number):
     picks = torch.randint(len(data.y_extra), (number,))
     corners = torch.randint(2 * data.pad + 1, (2, number))
     flip = torch.randint(1 + data.flip, (number,))
-    picks, windows = picks.to(device), torch.stack([torch.arange(number), *corners, flip])
+    draws = torch.stack([picks, torch.arange(number), *corners, flip])
+    if device.type == "cuda":
+        draws = draws.pin_memory()  # otherwise the copy would wait for the GPU
+    picks, *windows = draws.to(device, non_blocking=True)
     padded = common.pad(data.x_extra[picks], data.pad)
-    return common.crop(padded, *windows.to(device), height, width), data.y_extra[picks]
+    return common.crop(padded, *windows, height, width), data.y_extra[picks]
 
 
 def cutout(x, fill):

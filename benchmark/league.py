@@ -452,6 +452,8 @@ def readme_text(results):
             effect = difference(results, best[0], akd, "robust_acc", regime)
             text += f" {name_of(best[0])} against AKD+: {difference_text(effect, False)} points of "
             text += "robust accuracy."
+    if is_finished(results, "teachers"):
+        text += f" Is it the teacher or the method? {teacher_sentence(results)}"
     return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
 
 

@@ -9,11 +9,12 @@ GPU      Every loss and method takes one step in float32 on the device and on th
          random numbers: the gradients must agree. Times of a training step of ResNet-18, at and
          akd+, without torch.compile and in two of its modes. Two epochs of the main command,
          stopped after the first one of the student and gone on with: the weights must be those of
-         a run that was not stopped. AutoAttack on 1,000 images with that student. Each result is a
-         line of --out, written at once. What the minutes do not suffice for is named.
+         a run that was not stopped. AutoAttack on 1,000 images with that student. All on drawn
+         images of CIFAR-10's size, unless --data names others. Each result is a line of --out,
+         written at once. What the minutes do not suffice for is named.
 Ladder   what each trick is worth, one after the other on top of those before, for --loss st, at,
-         ckd or akd+ of robust_kd.py. The first rung is what most published code does, in float32,
-         on CUDA with TF32 convolutions, which are the default of PyTorch.
+         ckd or akd+ of robust_kd.py. The first rung is what most published code does, in float32
+         (strict, also on CUDA, where PyTorch's default would be TF32 convolutions).
          All live in one process and are timed in turn, a few steps each; medians and quartiles.
          The losses of the first two steps of all rungs must agree, but for that of the DataLoader,
          which draws other images. TFLOP/s count the multiply-adds (times two) that the job needs,
@@ -96,7 +97,7 @@ def parse_args(argv=None):
     add(
         "--minutes", type=common.positive, default=10.0, help="time after which nothing more begins"
     )
-    add("--data", default="cifar10", help=f"data set of the longer parts: {common.DATA_NAMES}")
+    add("--data", default="shapes", help=f"data set of the longer parts: {common.DATA_NAMES}")
     add("--data-root", default="data", help="folder of the data sets")
     add("--device", default="cuda", choices=devices, help="device that is compared with the CPU")
     add("--small", action="store_true", help="tiny nets and few images, to try the program itself")
@@ -341,7 +342,9 @@ def describe(device):
 def commit():
     """The commit of this code; "-dirty" after it if files have changed since."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    with contextlib.suppress(OSError):  # git is not installed
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def speed_page(records):
@@ -606,6 +609,7 @@ def time_steps(data, loss, tricks, args, first_losses):
         tricks = {"no compiler" if "compile" in trick else trick for trick in tricks}
     options = argparse.Namespace(**options)
     set_up(args)  # the comparison of gradients has left float32 behind
+    torch._dynamo.reset()  # or a net would find the graphs of the one before
     torch.manual_seed(0)
     loop, began = train_with(data, options, tricks), time.perf_counter()
     first_loss = float(next(loop))
@@ -625,6 +629,7 @@ def stop_and_resume(args, folder):
     """-> the row of two runs of the main command, of which one is killed and gone on with."""
     flags = ["--data", args.data, "--data-root", args.data_root, "--epochs", "2"]
     flags += ["--teacher-epochs", "2", "--teacher-es", "2", "--deterministic"]
+    flags += ["--test-subset", "1000"]  # evaluated four times or more, in strict float32
     flags += ["--device", args.device, "--runs", str(folder)]
     if args.small:
         flags += "--data shapes --train-subset 500 --val-size 0 --test-subset 20 --steps 2".split()
@@ -653,6 +658,7 @@ def stop_and_resume(args, folder):
 
 def attack_student(data, path, args):
     """-> the row of AutoAttack on 1,000 test images of a saved student."""
+    set_up(args)  # the runs before were deterministic, which is slower
     model = common.load_model(path, data)
     n, options = (20, {"steps": 2, "queries": 5}) if args.small else (1000, {})
     x, labels = data.x_test[:n], data.y_test[:n]
@@ -665,6 +671,7 @@ def attack_student(data, path, args):
 def check_gpu(args):
     """The job `gpu`: one part after the other, as far as the minutes go."""
     ends = time.monotonic() + 60 * args.minutes
+    common.make_shapes = functools.cache(common.make_shapes)  # a hundred short runs draw them
     device = set_up(args)
     if args.small:
         args.data = "shapes"
@@ -682,11 +689,13 @@ def check_gpu(args):
     runs = Path(folder.name)
     student = runs / "robust_kd/whole-s0/student.pt"
     first_losses = {}
-    jobs = []  # (part, name, function that makes the row)
+    comparisons = []  # (part, name, function that makes the row)
     for script, students in STUDENTS.items():
         for text in students[:1] if args.small else students:
             job = functools.partial(compare_gradients, script, text, device, args.small)
-            jobs.append(("gradients", f"{script}.py {text}", job))
+            comparisons.append(("gradients", f"{script}.py {text}", job))
+    of_robust_kd = 1 if args.small else len(STUDENTS["robust_kd"])
+    jobs = comparisons[:of_robust_kd]
     for loss in ("akd+",) if args.small else ("at", "akd+"):
         for mode, tricks in modes.items():
             job = functools.partial(time_steps, data, loss, tricks, args, first_losses)
@@ -695,6 +704,7 @@ def check_gpu(args):
     jobs.append(("resume", "two epochs of robust_kd.py", job))
     job = functools.partial(attack_student, data, student, args)
     jobs.append(("autoattack", "student of robust_kd.py", job))
+    jobs += comparisons[of_robust_kd:]  # the short ones fill the minutes that are left
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     wrong = []
     with folder, open(args.out, "a") as out:

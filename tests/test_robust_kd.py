@@ -1103,10 +1103,10 @@ def test_a_teacher_whose_last_epoch_is_not_in_its_log_is_not_finished(tmp_path, 
     flags = "--loss akd --teacher-epochs 2 --epochs 1 --save-every 1 --name run"
     save_epoch = common.save_epoch
 
-    def killed(folder, stage, model, state, rows, args):
+    def killed(folder, stage, model, state, rows, *more):
         if len(rows) == 2:
             raise KeyboardInterrupt
-        save_epoch(folder, stage, model, state, rows, args)
+        save_epoch(folder, stage, model, state, rows, *more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(common, "save_epoch", killed)

@@ -613,10 +613,10 @@ def test_a_teacher_that_is_stopped_in_its_last_epoch_is_not_taken_for_a_finished
 ):
     save_epoch = common.save_epoch
 
-    def stop_before(folder, stage, model, state, rows, args):
+    def stop_before(folder, stage, model, state, rows, *more):
         if (stage, len(rows)) == ("teacher", 3):
             raise KeyboardInterrupt
-        save_epoch(folder, stage, model, state, rows, args)
+        save_epoch(folder, stage, model, state, rows, *more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(common, "save_epoch", stop_before)
