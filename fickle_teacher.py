@@ -15,8 +15,8 @@ Usage    python fickle_teacher.py --dropout 0.4                      # 350 epoch
          python fickle_teacher.py --method swap --swap top2 --swap-probability 0.3
          python fickle_teacher.py --method hinton --dropout 0.4      # dropout off to teach
          python fickle_teacher.py --seed 0 1 2 3 4   # one teacher, five students
-         python fickle_teacher.py --method teacher --dropout 0.4 --seed 0 1 2 3 4   # five ...
-         python fickle_teacher.py --teacher-ckpt FILE    # ... teachers, the best of which teaches
+         python fickle_teacher.py --method teacher --dropout 0.4 --seed 0 1 2 3 4   # teachers ...
+         python fickle_teacher.py --teacher-ckpt FILE    # ... the best of which teaches
          python fickle_teacher.py --demo             # 1 minute on a CPU
 Expect   CIFAR-10, WRN-40-2 and WRN-16-2: not measured. Small nets: docs/noisy_collaboration.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); logits (B, K)
@@ -25,7 +25,7 @@ Differs  1. Momentum 0.9, weight decay 5e-4 and PGD steps of 0.003 come from lat
             0.03, and no weight decay.
          2. 1,024 training images are held out to choose the student's best epoch (--val-size 0:
             none). The teacher is that of seed 0 for all students; the paper takes the best of five
-            on the test images (--method teacher --seed 0 1 2 3 4, then --teacher-ckpt).
+            on the test images (see Usage).
          3. The KL is KL(T || S), as in Hinton's loss; Eq. 2 prints S first. Training on CUDA is in
             bf16 (--precision fp32: float32). An image is robust if no start of PGD breaks it; the
             paper reports the lowest accuracy of five runs of PGD.

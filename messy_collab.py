@@ -16,8 +16,8 @@ Usage    python messy_collab.py --noise-rate 0.5                     # mc-ts
          python messy_collab.py --method mc-s --noise-rate 0.1 --corruption-rate 0.25   # Figure 10
          python messy_collab.py --method student --corruption-rate 0.25      # without a teacher
          python messy_collab.py --seed 0 1 2 3 4   # one teacher, five students
-         python messy_collab.py --method teacher --noise-rate 0.25 --seed 0 1 2 3 4   # five ...
-         python messy_collab.py --teacher-ckpt FILE    # ... teachers, the best of which teaches
+         python messy_collab.py --method teacher --noise-rate 0.25 --seed 0 1 2 3 4  # teachers ...
+         python messy_collab.py --teacher-ckpt FILE    # ... the best of which teaches
          python messy_collab.py --demo             # 1 minute on a CPU
 Expect   CIFAR-10, WRN-40-2 and WRN-16-2: not measured. Small nets: docs/noisy_collaboration.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); logits (B, K)
@@ -26,7 +26,7 @@ Differs  1. Momentum 0.9, weight decay 5e-4 and PGD steps of 0.003 come from lat
             0.03, and no weight decay.
          2. 1,024 training images are held out to choose the student's best epoch (--val-size 0:
             none). The teacher is that of seed 0 for all students; the paper takes the best of five
-            on the test images (--method teacher --seed 0 1 2 3 4, then --teacher-ckpt).
+            on the test images (see Usage; the teacher of mc-t and mc-ts needs its --noise-rate).
          3. The KL is KL(T || S), as in Hinton's loss; Eq. 2 prints S first. Training on CUDA is in
             bf16 (--precision fp32: float32). An image is robust if no start of PGD breaks it; the
             paper reports the lowest accuracy of five runs of PGD.

@@ -551,9 +551,8 @@ def train(args, data, folder, stage, teacher=None):
         common.seed_epoch(args.seed, stage, epoch)
         began, history = time.monotonic(), []
         for x, labels in common.batches(data, args.batch_size, args.seed, stage, epoch):
-            x, labels = augment(
-                x, labels, data, args
-            )  # beside crop and flip; labels perhaps (B, K)
+            # what comes on top of crop and flip; the labels are perhaps (B, K) afterwards
+            x, labels = augment(x, labels, data, args)
 
             with common.autocast(args, x.device):
                 # The teacher looks at the clean images. It is frozen: no gradient reaches it. Its
@@ -654,8 +653,8 @@ def train(args, data, folder, stage, teacher=None):
         if args.save_every and len(rows) % args.save_every == 0 and not collapsed(args, rows):
             # before the checkpoint: a run that is killed here repeats the epoch and saves again
             keep_epoch(args, data, folder, stage, kept_model, rows)
-        whole = not collapsed(args, rows)
-        common.save_epoch(folder, stage, kept_model, state, rows, args, whole)
+        may_be_best = not collapsed(args, rows)
+        common.save_epoch(folder, stage, kept_model, state, rows, args, may_be_best)
 
     meta = {"training": args.loss}
     if collapsed(args, rows):

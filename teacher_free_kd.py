@@ -565,7 +565,7 @@ class Gradients(nn.Module):
         for i, stage in enumerate(model.stages if has_stages else [model], 1):
             number = 0
             for name, weight in stage.named_parameters():
-                if weight.dim() == 1 or not weight.requires_grad:  # a bias, or frozen
+                if weight.dim() <= 1 or not weight.requires_grad:  # a bias, or frozen
                     continue
                 if has_stages and "shortcut" in name:
                     self.weights[f"{i}.shortcut"] = weight
@@ -587,7 +587,7 @@ class Gradients(nn.Module):
         if loss is not None:
             gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
         for layer, gradient in enumerate(gradients):
-            if gradient is not None:  # the net does not use the weight
+            if gradient is not None:  # None: the net does not use this weight
                 mean = gradient.abs().mean() / self.steps_per_epoch
                 self.means[self.epochs.index(epoch), layer] += mean
 
