@@ -2143,10 +2143,13 @@ def check_same_run(folder: Path, config, flags: dict, data: Data) -> None:
         if flags.get(key) != old_flags.get(key):
             values = f"{old_flags.get(key)}, not {flags.get(key)}"
             flag = f"--{key.replace('_', '-')}"
-            raise UserError(f"{flag}: {folder} was made with {values}; take another --name")
+            raise UserError(
+                f"{flag}: {folder} was made with {values}; take another --name, or delete it"
+            )
     if old_fingerprint != data.fingerprint:
         raise UserError(
-            f"--data: {folder} was made with other images or labels; take another --name"
+            f"--data: {folder} was made with other images or labels; take another --name, or "
+            "delete it"
         )
 
 

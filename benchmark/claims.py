@@ -20,8 +20,9 @@ Rule     For each rule of a claim the differences of two arms with the same seed
          and run with the first ten seeds.
 Seeds    A claim is looked at after 5, 10, 15 and 20 seeds, and is finished at the first look at
          which the intervals of all its rules are at most a point wide, at the latest with 20 seeds.
-         Until then its verdict stands with "so far". What is undecided then, where the paper prints
-         less than half a point, is "too small to tell here".
+         Seeds that other claims have run with its arms do not count then. Before, its verdict
+         stands with "so far". What is undecided in the end, where the paper prints less
+         than half a point, is "too small to tell here".
 Holm     A claim's p-value is the largest of its rules (two-sided t tests). Claims that hold also
          after Holm's correction for all claims of their paper are marked; claims that have not
          run count with p = 1.
@@ -38,6 +39,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -95,7 +97,7 @@ def parse_args(argv=None):
     add("--list", action="store_true", help="show all claims with their state and run nothing")
     add("--page", action="store_true", help="write the page of the results and run nothing")
     add("--workers", type=common.whole, default=2, help="number of runs at the same time")
-    add("--runs", default="runs/claims", help="folder in which the runs are kept")
+    add("--runs", default=str(ROOT / "runs/claims"), help="folder in which the runs are kept")
     add("--results", default=str(ROOT / "benchmark/claims"), help="folder of the results")
     add("--docs", default=str(ROOT / "docs"), help="folder of CLAIMS.md and claims.png")
     args = parser.parse_args(argv)
@@ -244,15 +246,32 @@ def difference(results, rule, seed):
 
 
 def seeds_of(results, claim):
-    """The seeds of the latest look at a claim: they have all that its rules and gates compare."""
+    """The seeds of the latest look at a claim, or of the first with which it is finished.
+
+    All have what its rules and gates compare.
+    """
     rules = (*claim.rules, *claim.gates)
-    seeds = 0
-    while seeds < MAX_SEEDS:
-        seed = claim.first_seed + seeds
-        if any(difference(results, rule, seed) is None for rule in rules):
+    looked_at = range(claim.first_seed, claim.first_seed)
+    for count in range(SEEDS_PER_LOOK, MAX_SEEDS + 1, SEEDS_PER_LOOK):
+        seeds = range(claim.first_seed, claim.first_seed + count)
+        numbers = [difference(results, rule, seed) for rule in rules for seed in seeds]
+        if None in numbers:
             break
-        seeds += 1
-    return range(claim.first_seed, claim.first_seed + seeds - seeds % SEEDS_PER_LOOK)
+        looked_at = seeds
+        if is_narrow(results, claim, seeds):
+            break
+    return looked_at
+
+
+def is_narrow(results, claim, seeds):
+    """Whether with these seeds the intervals of all rules that decide are narrow enough."""
+    if len(seeds) < 2:
+        return False
+    for rule in claim.rules:
+        effect = effect_of([difference(results, rule, seed) for seed in seeds])
+        if effect.high - effect.low > WIDEST.get(rule.metric, 0.01):
+            return False
+    return True
 
 
 def measure(results, rule, claim):
@@ -267,14 +286,8 @@ def measure(results, rule, claim):
 
 def is_finished(results, claim):
     """Whether no more seeds are run for a claim: see Seeds in the docstring."""
-    seeds = len(seeds_of(results, claim))
-    if seeds in (0, MAX_SEEDS):
-        return seeds > 0
-    for rule in claim.rules:
-        effect = measure(results, rule, claim)
-        if effect is None or effect.high - effect.low > WIDEST.get(rule.metric, 0.01):
-            return False
-    return True
+    seeds = seeds_of(results, claim)
+    return len(seeds) == MAX_SEEDS or is_narrow(results, claim, seeds)
 
 
 def judge(results, claim):
@@ -292,7 +305,7 @@ def judge(results, claim):
         return "contradicted", p
     if "undecided" not in verdicts:
         return "holds", p
-    if claim.paper_effect is not None and len(seeds_of(results, claim)) == MAX_SEEDS:
+    if claim.paper_effect is not None and is_finished(results, claim):
         return "too small to tell here", p
     return "undecided", p
 
@@ -384,7 +397,8 @@ def run_arm(arm, seed, args):
         attacks.append("aa" if seed in AUTOATTACK_SEEDS else "apgd")
     wanted = ["student", *nets_compared_by(arm, "robust_acc", "entropy")]
     evaluated = [net for net in files if net in wanted]
-    result_file = folder / "claims.json"
+    # named after what is in it: an arm that later needs more nets or attacks has another file
+    result_file = folder / f"{attacks[-1]}-{'-'.join(evaluated)}.json"
     flags = config["flags"]
     evaluation = [str(files[net]) for net in evaluated]
     evaluation += ["--attack", *attacks, "--json", str(result_file), "--n", str(AUTOATTACK_IMAGES)]
@@ -463,7 +477,10 @@ def keep(folder, arm, seed, run):
 
 
 def run_jobs(jobs, args):
-    """Run some (arm, seed), --workers at a time; each finished run is kept at once."""
+    """Run some (arm, seed), --workers at a time; each finished run is kept at once.
+
+    -> [what failed]
+    """
     needs_small_images = any("cifar10-16" in ARMS[arm] for arm, _ in jobs)
     if needs_small_images and not (ROOT / "data/cifar10-16.npz").exists():
         raise common.UserError("data/cifar10-16.npz: no such file; prepare.py makes it")
@@ -494,6 +511,11 @@ def run_jobs(jobs, args):
             for process in list(RUNNING):
                 process.terminate()  # they go on where they are the next time
             raise
+    return failures
+
+
+def name_failures(failures):
+    """A UserError with the first of the runs that failed, if any did."""
     if failures:
         raise common.UserError(f"{len(failures)} runs failed, the first: {failures[0]}")
 
@@ -536,7 +558,7 @@ METRIC_TITLES = {
 def in_words(arm):
     """What the figures call an arm of a rule: "akd+0.8" -> "AKD+"."""
     name, _, net = arm.partition("@")
-    nets = {"teacher": "its teacher", "alone": "the same net alone"}
+    nets = {"teacher": "the teacher", "alone": "the same net alone"}
     return nets.get(net, WORDS.get(name, name))
 
 
@@ -553,6 +575,9 @@ def rule_text(rule, name=str):
     if above < 0:
         return f"{title}: {arm} at most {-above:g} below {rival}"
     bound = f" by more than {above:g}" if above else ""
+    if name is str and rule.smallest != 0.005 and not above:
+        smallest = rule.smallest if metric in UNITS else 100 * rule.smallest
+        bound = f", counts from {smallest:g}"
     return f"{title}: {arm} above {rival}{bound}"
 
 
@@ -691,8 +716,9 @@ def show(name, results, folder):
             line = rule_text(rule, in_words)
             points.append((line, effect, rule.above, rule_verdict(rule, effect)))
     path = Path(folder) / f"{name}.png"
-    if points and plots.draw_forest(path, {claim.title: points}):
-        print(f"figure: {path}", flush=True)
+    if points:
+        drawn = plots.draw_forest(path, {claim.title: points})
+        print(f"figure: {path}" if drawn else plots.NO_MATPLOTLIB, flush=True)
 
 
 def teacher_rows(results):
@@ -700,7 +726,8 @@ def teacher_rows(results):
     rows = []
     for regime, (taught, others) in WITHOUT_TEACHER.items():
         for name in (taught, *others):
-            seeds = [s for s in results[split(name)[0]] if value(results, name, "robust_acc", s)]
+            seeds = range(FIRST_SEED, FIRST_SEED + RIVAL_SEEDS)
+            seeds = [s for s in seeds if value(results, name, "robust_acc", s) is not None]
             if not seeds:
                 continue
             row = {"regime": regime, "arm": name}
@@ -732,7 +759,7 @@ def regime_curves(results):
             runs = results[arm].values()
             curves = [run["curve"][metric] for run in runs if metric in run["curve"]]
             if curves:
-                panels.setdefault(title, {})[arm] = np.array(curves)
+                panels.setdefault(title, {})[in_words(arm)] = np.array(curves)
     return panels
 
 
@@ -741,17 +768,24 @@ def counts_text(results, judged):
     counts = {verdict: 0 for verdict in VERDICTS}
     for verdict, _ in judged.values():
         counts[verdict] += 1
-    counts = {"hold": counts.pop("holds")} | counts
-    parts = [f"{count} {verdict}" for verdict, count in counts.items() if count]
+    open_counts = Counter(
+        verdict for name, (verdict, _) in judged.items() if not is_finished(results, CLAIMS[name])
+    )
+    parts = []
+    for verdict in VERDICTS:
+        if counts[verdict]:
+            part = f"{counts[verdict]} {'hold' if verdict == 'holds' else verdict}"
+            if open_counts[verdict] and verdict != "not run":
+                part += f" ({open_counts[verdict]} so far)"
+            parts.append(part)
     text = f"Verdicts on {len(judged)} claims: {', '.join(parts)}"
     corrected = sum(also for _, also in judged.values())
     if corrected:
         text += (
             f"; {corrected} of those that hold also do after Holm's correction within their paper"
         )
-    open_claims = sum(not is_finished(results, CLAIMS[name]) for name in judged)
-    if open_claims:
-        text += f"; {open_claims} may change with more seeds"
+    if any(open_counts.values()):
+        text += ". So far: more seeds may change it"
     earlier = [claim.earlier_verdict for claim in CLAIMS.values() if claim.earlier_verdict]
     if earlier:
         counts = [f"{earlier.count(verdict)} {verdict}" for verdict in dict.fromkeys(earlier)]
@@ -772,15 +806,12 @@ def readme_text(results, judged):
         def gain(metric, arm):
             return measure(results, Rule(metric, arm, "at"), claim).mean
 
-        robust = percent(gain("robust_acc", "akd+0.8"))
-        clean = gain("clean_acc", "akd+0.8")
-        text += f"the distilled student gains {robust} points of robust accuracy over adversarial "
-        text += f"training and {'gains' if clean > 0 else 'loses'} {percent(abs(clean))} of clean "
-        text += "accuracy. Without a teacher, stopping at the best epoch gains "
-        text += (
-            f"{percent(gain('robust_acc', 'at@best'))} points of robust accuracy, label smoothing "
-        )
-        text += f"{percent(gain('robust_acc', 'at-smooth-0.5'))}. "
+        def gains(arm):
+            return f"{100 * gain('robust_acc', arm):+.1f} ({100 * gain('clean_acc', arm):+.1f})"
+
+        text += f"over adversarial training the distilled student gains {gains('akd+0.8')} points "
+        text += "of robust (clean) accuracy, and without a teacher, stopping at the best epoch "
+        text += f"{gains('at@best')}, label smoothing {gains('at-smooth-0.5')}. "
     text += f"[All claims](docs/CLAIMS.md). {counts_text(results, judged)}."
     return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
 
@@ -839,7 +870,8 @@ PAGE = """# What the papers claim, tested with small nets
 {counts}.
 
 A verdict says whether the direction of a claim appears where its
-mechanism is present. It reproduces no number of a paper, whose nets and data are larger.
+mechanism is present. It reproduces no number of a paper, whose nets and data are larger; but for
+two claims about MNIST, which have the nets and data of the third paper.
 
 {figure}{tables}Here: the mean difference between the arms of each deciding rule in points, and its
 95 % interval. Not tested: signal noise and swapped logits in the teacher, and a large net that
@@ -867,19 +899,21 @@ and the gates that are marked so, were added when five or ten seeds were known.
   20 without any effect one would seem to have one.
 - All arms have the seeds 10, 11, ... (smaller seeds were used to find the
   settings), or later ones where a first design was changed. A claim is looked at after 5, 10, 15
-  and 20 seeds. It is finished when the intervals of all its rules are at most a point wide, at the
-  latest with 20 seeds; until then its verdict stands with *so far*.
+  and 20 seeds. It is finished at the first look at which the intervals of all its rules are at most
+  a point wide (0.1 nats for entropies, 0.2 thousandths for gradients), at the latest with 20 seeds;
+  until then its verdict stands with *so far*.
 - Numbers come from the last epoch, those of `@best` from the best epoch on held-out images, those
   of `@teacher` and `@alone` from the other nets of the same run.
 - A rule compares two arms: differences with the same seed, their mean and 95 % t interval, in
   points. It **holds** if the interval lies above its bound (0 if nothing else is said) and the
-  mean reaches the smallest effect that counts (half a point if nothing else is said). It is
+  mean reaches the smallest effect that counts (half a point, and none where "at most x below" is
+  asked, if nothing else is said). It is
   **contradicted** if the interval lies below the bound, otherwise **undecided**. A claim holds if
-  all its rules hold. What is undecided after 20 seeds, where the paper prints less than half a
+  all its rules hold. What is undecided in the end, where the paper prints less than half a
   point, is **too small to tell here**.
 - **Regime absent**: a gate is closed, so the mechanism of the claim does not act here. Gates look
   at the mean alone.
-- Comparisons *beside* are what a reader would ask for. They do not decide, and run with the first
+- Comparisons *beside* are what a reader would ask for. They do not decide, and run with at most
   ten seeds.
 - Holm's correction covers all claims of a paper; a claim that has not run counts with p = 1. It
   does not cover the four looks: where there is no effect, 5 to 7 of 100 finished claims have an
@@ -925,9 +959,15 @@ def write_page(args, results):
             if effect is not None and rule.metric not in UNITS:
                 points = papers.setdefault(PAPERS[claim.paper], [])
                 line = rule_text(rule, in_words)
-                points.append((line, effect, rule.above, judged[name][0]))
-    drawn = bool(papers) and plots.draw_forest(docs / "claims.png", papers)
-    figure = "![Differences with their intervals, rule by rule](claims.png)\n\n" if drawn else ""
+                verdict = judged[name][0]
+                if verdict != "regime absent":
+                    verdict = rule_verdict(rule, effect)
+                points.append((line, effect, rule.above, verdict))
+    figure = ""
+    if papers:
+        drawn = plots.draw_forest(docs / "claims.png", papers)
+        text = "Differences with their intervals, rule by rule, of all claims that have run"
+        figure = figure_link(drawn, docs / "claims.png", text)
     sections, tables = [], ""
     for paper, title in PAPERS.items():
         note = f"{NOTES[paper]}\n\n" if paper in NOTES else ""
@@ -939,9 +979,12 @@ def write_page(args, results):
             if claim.paper == paper:
                 sections.append(claim_section(name, results, judged))
     panels, curves = regime_curves(results), ""
-    if panels and plots.draw_regimes(docs / "regimes.png", panels):
-        text = "Held-out accuracy after each epoch, mean and deviation over the seeds"
-        curves = f"![{text}](regimes.png)\n\n{text}: what a regime is chosen for.\n\n"
+    if panels:
+        drawn = plots.draw_regimes(docs / "regimes.png", panels)
+        text = "Held-out accuracy after each epoch in four of the regimes, mean and deviation over "
+        text += "the seeds"
+        curves = figure_link(drawn, docs / "regimes.png", text)
+        curves += f"{text}: what a regime is chosen for.\n\n"
     without_teacher = teacher_rows(results)
     text = PAGE.format(
         counts=counts_text(results, judged),
@@ -954,6 +997,13 @@ def write_page(args, results):
     write_text(docs / "CLAIMS.md", text.rstrip() + "\n")
     replace_between("claims", docs.resolve().parent / "README.md", readme_text(results, judged))
     print(f"written: {docs / 'CLAIMS.md'}", flush=True)
+
+
+def figure_link(drawn, path, text):
+    """The Markdown of a figure; without matplotlib that of before, if it is there, and a line."""
+    if not drawn:
+        print(f"{path}: {plots.NO_MATPLOTLIB}", flush=True)
+    return f"![{text}]({path.name})\n\n" if path.exists() else ""
 
 
 def replace_between(mark, path, text):
@@ -978,12 +1028,14 @@ def main(argv=None):
         return
     chosen = [CLAIMS[name] for name in args.claims]
     results = read_results(args.results)
-    while jobs := missing_runs(results, chosen):  # one look after the other
-        run_jobs(jobs, args)
+    failures = []
+    while not failures and (jobs := missing_runs(results, chosen)):  # one look after the other
+        failures = run_jobs(jobs, args)
         results = read_results(args.results)
     for name in args.claims:
         show(name, results, args.runs)
     write_page(args, results)
+    name_failures(failures)
 
 
 if __name__ == "__main__":

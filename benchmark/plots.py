@@ -482,11 +482,10 @@ def draw_frontiers(path, panels):
     figure = common.new_figure(6 * len(panels), 5)
     if figure is None:
         return False
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    axes, names_of = figure.subplots(1, len(panels), squeeze=False)[0], {}
     for axis, (title, (lines, best)) in zip(axes, panels.items()):
-        best = sorted((100 * clean, 100 * robust) for clean, robust in best)
+        best, names = sorted((100 * clean, 100 * robust) for clean, robust in best), []
         axis.plot(*zip(*best), color="gray", linewidth=1, linestyle="--", label="frontier")
-        labelled = []  # the points whose names stand above them
         for name, (clean, robust), (clean_effect, robust_effect), taught in lines:
             colour, marker = common.COLOURS[1 if taught else 0], "s" if taught else "o"
             clean, robust = 100 * clean, 100 * robust
@@ -496,19 +495,40 @@ def draw_frontiers(path, panels):
                 axis.plot([clean_low, clean_high], [robust, robust], color=colour, alpha=0.4)
                 axis.plot([clean, clean], [robust_low, robust_high], color=colour, alpha=0.4)
             axis.plot(clean, robust, marker, color=colour)
-            close = any(abs(x - clean) < 0.8 and abs(y - robust) < 0.3 for x, y in labelled)
-            offset = (4, -9) if close else (4, 3)
-            if not close:
-                labelled.append((clean, robust))
-            axis.annotate(
-                name, (clean, robust), offset, textcoords="offset points", fontsize=7, color=colour
-            )
+            names.append((name, (clean, robust), colour))
         axis.plot([], [], "o", color=common.COLOURS[0], label="without a teacher")
         axis.plot([], [], "s", color=common.COLOURS[1], label="with a teacher")
         axis.set(xlabel="clean accuracy, %", ylabel="robust accuracy, %", title=title)
+        axis.margins(0.12)
+        names_of[axis] = names
+    figure.draw_without_rendering()  # from here on the axes have their final size
+    for axis, names in names_of.items():
+        write_names(axis, names)
         axis.legend(fontsize=8)
     common.save_figure(figure, path)
     return True
+
+
+def write_names(axis, names):
+    """Write [(name, point, colour)] beside the points, each where it hits the fewest before it."""
+    from matplotlib.transforms import Bbox  # where there is an axis there is matplotlib
+
+    places = [((5, 4), "left"), ((5, -10), "left"), ((-5, 4), "right"), ((-5, -10), "right")]
+    taken = [axis.transData.transform([point, point]) for _, point, _ in names]
+    taken = [Bbox(corners).padded(4) for corners in taken]
+    for name, point, colour in names:
+        found = []
+        for offset, side in places:
+            text = axis.annotate(
+                name, point, offset, textcoords="offset points", ha=side, fontsize=7, color=colour
+            )
+            box = text.get_window_extent()
+            inside = axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1
+            found.append((box.count_overlaps(taken) + (0 if inside else 2), text, box))
+        found.sort(key=lambda place: place[0])
+        for _, text, _ in found[1:]:
+            text.remove()
+        taken.append(found[0][2])
 
 
 def draw_grids(path, grids, rows, columns):

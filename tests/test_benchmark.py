@@ -693,12 +693,15 @@ LADDER += " --rounds 2 --steps 1 --workers 0 --device cpu"
 
 
 @pytest.mark.parametrize("loss", ["st", "ckd", "akd+"])
-def test_the_ladder_of_a_cpu_has_four_rungs_that_agree(loss, capsys):
+def test_the_rungs_of_the_ladder_on_a_cpu_agree(loss, capsys):
     speed.main(f"{LADDER} --loss {loss}".split())
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("| ")][1:]
     names = [line.split(" | ")[0][2:] for line in lines]
-    assert names == list(speed.RUNGS)[: speed.RUNGS_ON_CPU]
+    rungs = list(speed.RUNGS)[: speed.RUNGS_ON_CPU]
+    if loss in ("st", "ckd"):
+        rungs.remove("in the attack the gradient of x alone")
+    assert names == rungs
     assert all(re.search(r"\| [\d.]+ \([\d.]+ to [\d.]+\) \|", line) for line in lines)
     assert re.search(r"^ratio \d\.\d{3} \(channels_last / DataLoader", out, re.M)
 

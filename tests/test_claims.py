@@ -169,6 +169,12 @@ def test_a_claim_is_looked_at_every_five_seeds_until_its_interval_is_a_point_wid
     assert state(7, 0.02) == (5, False, [17, 18, 19], [*range(10, 20)])
     assert state(7, 0.002) == (5, True, [], [*range(10, 15)])  # the rival has not run yet
     assert state(20, 0.02) == (20, True, [], [*range(10, 20)])  # a rival: ten seeds
+    # more seeds, of another claim with the same arms, do not change a claim that is finished
+    assert state(20, 0.002)[:2] == (5, True)
+    results = results_after(20, 0.002)
+    for seed in range(15, 30):
+        results["a"][seed]["nets"]["student"]["clean_acc"] = 0.1
+    assert claims.judge(results, claim)[0] == "holds"
     wide = results_after(10, 0.02)
     assert claims.verdict_text(wide, claim, *("holds", True)) == "holds so far (Holm)"
     assert claims.verdict_text(results_after(20, 0.02), claim, "holds", False) == "holds"
@@ -204,6 +210,10 @@ def test_what_twenty_seeds_cannot_tell_is_too_small_where_the_paper_prints_littl
     assert claims.judge(results, make_claim(rule, paper_effect=0.004))[0] == (
         "too small to tell here"
     )
+    exact = results_of(a=[0.402, 0.4021, 0.4019], b=[0.4] * 3)  # finished: 0.2 points, surely
+    assert claims.judge(exact, make_claim(rule, paper_effect=0.004))[0] == (
+        "too small to tell here"
+    )
     fewer = results_of(a=[0.4 + d for d in level[:19]], b=[0.4] * 19)
     assert claims.judge(fewer, make_claim(rule, paper_effect=0.004))[0] == "undecided"
 
@@ -228,6 +238,8 @@ def test_a_rule_without_a_rival_is_about_the_number_itself():
     rule = Rule("clean_acc", "a", "", above=0.3)
     assert claims.difference(results, rule, claim_list.FIRST_SEED) == 0.5
     assert claims.rule_text(rule) == "clean: a more than 30"
+    smaller = Rule("clean_acc", "a", "b", smallest=0.001)
+    assert claims.rule_text(smaller) == "clean: a above b, counts from 0.1"
     assert claims.judge(results, make_claim(Rule("clean_acc", "a", "a"), gates=(rule,)))[0] == (
         "undecided"
     )
@@ -443,13 +455,14 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(
         ran.append((arm, seed))
         if (arm, seed) == ("akd", 10):
             raise common.UserError("robust_kd.py: error: no disk")
-        return {"nets": {"student": {"clean_acc": 0.5}}, "minutes": 1.0}
+        return {"nets": {"student": {"clean_acc": 0.5}}, "curve": {}, "minutes": 1.0}
 
     monkeypatch.setattr(claims, "run_arm", run_arm)
     flags = ["small", "--results", str(tmp_path), "--docs", str(tmp_path)]
     message = refused(claims.main, flags)
     assert "1 runs failed" in message and "akd, seed 10" in message and "no disk" in message
     assert len(ran) == 4 and sorted(claims.read_results(tmp_path)["at"]) == [10, 11]
+    assert "1 not run" in (tmp_path / "CLAIMS.md").read_text()
 
 
 def test_a_script_that_ends_with_an_error_is_one_line(tmp_path, refused):

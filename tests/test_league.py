@@ -76,6 +76,33 @@ def test_a_method_that_one_seed_has_put_on_the_frontier_leaves_it_without_that_s
     assert all("at-awp" in found for found in without) and without[3] == ["at-awp"]
 
 
+def test_a_method_that_is_on_the_frontier_without_a_seed_is_named_too():
+    results = results_of(MLP, [(0.4, 0.1)] * 10)
+    for run in results["at-awp"].values():
+        run["nets"]["student"] |= {"apgd_acc": 0.2, "clean_acc": 0.5}
+    for seed, run in results["mart"].items():  # more robust but for one seed
+        run["nets"]["student"]["apgd_acc"] = 0.0 if seed == 13 else 0.21
+    assert league.frontier(league.points_of(results, "MLP")) == ["at-awp"]
+    assert league.frontier_counts(results, "MLP") == {"at-awp": 10, "mart": 1}
+    found = "\n".join(league.findings(results))
+    assert "AT with AWP (10)." in found and "on some of these alone: MART (1)." in found
+    assert "(without one of the seeds perhaps MART too)" in league.readme_text(results)
+
+
+def test_one_seed_is_a_table_without_intervals(tmp_path):
+    results = results_of([*MLP, *CELLS], [(0.4, 0.1)])
+    assert league.frontiers_without_a_seed(results, "MLP") == []
+    found = "\n".join(league.findings(results))
+    assert "1 of 10 seeds" in found and "In brackets" not in found
+    assert {row["robust"] for row in league.table_rows(results, "MLP")} == {"10.0"}
+    (tmp_path / "results").mkdir()
+    for arm, runs in results.items():
+        for seed, run in runs.items():
+            claims.keep(tmp_path / "results", arm, seed, run)
+    league.main(["--page", "--docs", str(tmp_path), "--results", str(tmp_path / "results")])
+    assert "| 10.0 / 40.0 |" in (tmp_path / "LEAGUE.md").read_text()
+
+
 def test_a_net_of_a_run_that_was_not_attacked_yet_is_missing():
     results = results_of(MLP, [(0.4, 0.1)] * 10)
     assert not [job for job in league.missing_runs(results) if job[0] in MLP]
@@ -175,8 +202,12 @@ def test_teacher_or_method_is_answered_by_the_interval(teachers, methods, answer
         effect += teachers[list(claim_list.TEACHERS).index(teacher)]
         for run in results[cell].values():
             run["nets"]["student"]["apgd_acc"] += 0.01 * (effect + 0.1 * generator.normal())
-    assert league.teacher_sentence(results).startswith("All five teachers: ")
-    assert answer in league.teacher_sentence(results).partition("Without")[0]
+    of_all = league.teacher_sentence(results).partition("With all five teachers ")[2]
+    assert of_all.startswith(answer)
+    shapes = [cells.shape for cells in league.teacher_parts(results).values()]
+    assert shapes == [(5, 5, 5), (5, 5, 4), (5, 5, 2)]
+    two = list(league.teacher_parts(results).values())[2].mean((0, 1))  # the first, the last one
+    assert two[1] - two[0] == pytest.approx(0.01 * (teachers[4] - teachers[0]), abs=0.002)
     del results["igdm-wide"][11]
     assert league.teacher_table(results, "robust_acc").shape == (4, 5, 5)
     assert "4 of 5 seeds" in league.teacher_sentence(results)
@@ -274,7 +305,7 @@ SMALL = {
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """Three small arms in the place of the real ones, called in this process; -> the flags."""
-    methods, teachers = ("akd+0.8", "mart"), ("early", "late")
+    methods, teachers = ("akd+0.8", "mart"), ("early", "wide")
     short = functools.partial(eval_robustness.Settings, steps=2, queries=4, targets=1)
     monkeypatch.setattr(eval_robustness, "Settings", short)
     changes = {
@@ -282,14 +313,15 @@ def small(monkeypatch, tmp_path):
         "LEAGUE_SEEDS": {"MLP": 2, "teachers": 2},
         "BY_TEACHER": {(arm, teacher): arm for arm in methods for teacher in teachers},
         "LOSS_OF": dict.fromkeys(methods),
-        "TEACHERS": {"early": "", "late": ""},
-        "TEACHER_NAMES": {"early": "stopped early", "late": "trained to the end"},
+        "TEACHERS": {"early": "", "wide": ""},
+        "TEACHER_NAMES": {"early": "stopped early", "wide": "twice as wide"},
         "NAMES": {name: league.NAMES[name] for name in ("at", "at@best", "akd+0.8", "mart")},
     }
     for name, value in changes.items():
         monkeypatch.setattr(league, name, value)
     monkeypatch.setattr(claims, "ARMS", SMALL)
-    monkeypatch.setattr(claims, "CLAIMS", {})
+    for name in ("CLAIMS", "REGIMES", "WITHOUT_TEACHER"):
+        monkeypatch.setattr(claims, name, {})
     monkeypatch.setattr(claims, "LEAGUE_NAMES", {*SMALL, "at@best"})
     called = []
 
@@ -326,9 +358,34 @@ def test_the_league_runs_keeps_what_it_has_and_writes_its_page(small, tmp_path, 
         for name in ("league.png", "league_teachers.png"):
             assert (tmp_path / "docs" / name).stat().st_size > 5000
     assert "nan" not in page
+    assert "Verdicts on 0 claims" in (tmp_path / "docs/CLAIMS.md").read_text()
     before = len(called)
     league.main(["run", *flags])
     assert len(called) == before
+
+
+def test_a_run_that_fails_leaves_a_page_of_the_others(small, tmp_path, monkeypatch, refused):
+    flags, _ = small
+    run_arm = claims.run_arm
+
+    def failing(arm, seed, args):
+        if (arm, seed) == ("mart", 11):
+            raise common.UserError("robust_kd.py: no disk")
+        return run_arm(arm, seed, args)
+
+    monkeypatch.setattr(claims, "run_arm", failing)
+    assert "1 runs failed, the first: mart, seed 11" in refused(league.main, ["run", *flags])
+    assert "1 of 2 seeds" in (tmp_path / "docs/LEAGUE.md").read_text()
+
+
+def test_without_matplotlib_the_figures_of_before_stay(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "new_figure", lambda *_, **__: None)
+    (tmp_path / "league.png").write_bytes(b"of before")
+    league.main(["--page", "--docs", str(tmp_path)])
+    assert "(league.png)" in (tmp_path / "LEAGUE.md").read_text()
+    assert "(league_teachers.png)" not in (tmp_path / "LEAGUE.md").read_text()
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/league.png: no figure: matplotlib is not installed" in out
 
 
 def test_the_page_in_docs_says_what_the_results_say(tmp_path):
