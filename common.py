@@ -262,29 +262,50 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def set_precision(precision: str) -> None:
-    """What float32 is on CUDA: with "tf32" convolutions and matrix products have 10 bits.
+def set_float32(tf32_convolutions: bool = False) -> None:
+    """float32 is IEEE float32 everywhere, or but for convolutions on CUDA, which may be in TF32.
 
-    With "fp32", and in what "bf16" autocast leaves in float32, they are those of IEEE float32. Set
-    by operation, since a model from elsewhere may have set torch.backends.fp32_precision, and by
-    PyTorch's old switches too: torch.compile of some versions refuses a contradiction.
+    Set by operation, since a model from elsewhere may have set torch.backends.fp32_precision, and
+    by PyTorch's old switches too: it refuses to read those that contradict the new ones, as
+    torch.compile and torch.backends.cudnn.flags do.
     """
-    tf32 = precision == "tf32"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some versions call the old switches deprecated
-        torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
-    torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
-    set_matmul_tf32(tf32)
+        torch.backends.cudnn.allow_tf32 = tf32_convolutions
+        torch.set_float32_matmul_precision("highest")
+    for operation in float32_operations():
+        operation.fp32_precision = "ieee"
+    if tf32_convolutions:
+        for operation in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+            operation.fp32_precision = "tf32"
 
 
-def set_matmul_tf32(allowed: bool) -> None:
-    """Whether matrix products of float32 on CUDA are in TF32."""
-    if (torch.backends.cuda.matmul.fp32_precision == "tf32") == allowed:
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.backends.cuda.matmul.allow_tf32 = allowed  # the old switch sets the new one
+def float32_operations() -> list:
+    """PyTorch's switches of the precision of float32: of each kind of operation, CUDA and CPU."""
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    cuda = torch.backends.cuda
+    return [cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.rnn, mkldnn.matmul]
+
+
+@contextlib.contextmanager
+def float32_restored():
+    """What the block changes of the precision of float32 is afterwards as it was."""
+    before = [operation.fp32_precision for operation in float32_operations()]
+    convolutions = products = None
+    with contextlib.suppress(RuntimeError):  # the caller's old and new switches contradict
+        convolutions = torch.backends.cudnn.allow_tf32
+        products = torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if convolutions is not None:
+                torch.backends.cudnn.allow_tf32 = convolutions
+            if products is not None:
+                torch.set_float32_matmul_precision(products)
+        for operation, precision in zip(float32_operations(), before):
+            operation.fp32_precision = precision
 
 
 def check_processes() -> None:
@@ -1091,15 +1112,17 @@ def find_function(flag: str, text: str) -> str:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        with torch.set_grad_enabled(torch.is_grad_enabled()):  # the module may switch it off
+        # the module may switch off gradients, or strict float32
+        with torch.set_grad_enabled(torch.is_grad_enabled()), float32_restored():
             built_by = getattr(importlib.import_module(module), function)
+        built_by = functools.partial(built_by, **arguments)
     except (Exception, SystemExit) as error:  # whatever the module raises
         raise UserError(f"{flag} {text}: {one_line(error)}") from None
     name = f"{module}:{function}"
     if arguments:
         values = [f"{key}={value!r}" for key, value in sorted(arguments.items())]
         name += f"({', '.join(values)})"
-    FUNCTIONS[name] = functools.partial(built_by, **arguments)
+    FUNCTIONS[name] = built_by
     return name
 
 
@@ -1124,7 +1147,8 @@ def call_function(name: str, dropout: float = 0.0) -> nn.Module:
         advice = "give it as --model, or as --teacher-model if it is the teacher"
         raise UserError(f"is a net of {name[:200]!r}, which no file can import; {advice}")
     try:
-        with torch.set_grad_enabled(torch.is_grad_enabled()):  # the function may switch it off
+        # the function may switch off gradients, or strict float32
+        with torch.set_grad_enabled(torch.is_grad_enabled()), float32_restored():
             model = FUNCTIONS[name]()
     except (Exception, SystemExit) as error:  # whatever the function raises
         raise UserError(f"{name}: {one_line(error)}") from None
@@ -1192,10 +1216,7 @@ def load_weights(flag: str, path: str | Path, model: nn.Module) -> None:
         if tensor.is_floating_point() and not in_file.is_floating_point():
             types = f"{tensor.dtype} in the net, {in_file.dtype} in the file"
             raise UserError(f"{flag} {path}: {name} is {types}; convert the weights first")
-    tensors = model.parameters()
-    if isinstance(model, ConvNet | MLP):  # the buffers of other nets may hold masks of -inf
-        tensors = model.state_dict().values()
-    if not all(tensor.isfinite().all() for tensor in tensors):
+    if not weights_are_finite(model):
         raise UserError(f"{flag} {path}: weights that are not finite")
     for other in states:
         if other != taken and (other in fitting or is_averaged(other) != is_averaged(taken)):
@@ -1204,6 +1225,18 @@ def load_weights(flag: str, path: str | Path, model: nn.Module) -> None:
             how = f'for these type python -c "{program}" and {flag} other.pt'
             print_once(f"{flag} {path}: {places}; {how}")
             break
+
+
+def weights_are_finite(model: nn.Module) -> bool:
+    """Whether all weights are finite, and the statistics of our nets.
+
+    The buffers of other nets may hold masks of -inf. It waits for the device once.
+    """
+    tensors = list(model.parameters())
+    if isinstance(model, ConvNet | MLP):
+        tensors += model.buffers()
+    finite = [tensor.isfinite().all() for tensor in tensors]
+    return not finite or bool(torch.stack(finite).all())
 
 
 @functools.cache
@@ -1472,25 +1505,20 @@ def frozen(model: nn.Module):
 
 
 @contextlib.contextmanager
-def convolutions(tf32: bool):
-    """Convolutions on CUDA in TF32 (10 bits of mantissa) or, like all else, in strict float32.
+def strict_float32(tf32_convolutions: bool = False):
+    """set_float32 inside, afterwards as it was.
 
     cudnn.benchmark is off inside: it times its kernels for each new batch size, and an attack that
-    drops broken images has hundreds of sizes. The precision is set by operation, since a model from
-    elsewhere may have set torch.backends.fp32_precision.
+    drops broken images has hundreds of sizes.
     """
-    cudnn = torch.backends.cudnn
-    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark
-    matmul_before = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
-    cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
-    cudnn.benchmark = False
-    set_matmul_tf32(False)
-    try:
-        yield
-    finally:
-        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark = before
-        set_matmul_tf32(matmul_before)
+    benchmark = torch.backends.cudnn.benchmark
+    with float32_restored():
+        set_float32(tf32_convolutions)
+        torch.backends.cudnn.benchmark = False
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = benchmark
 
 
 @contextlib.contextmanager
@@ -1498,24 +1526,33 @@ def evaluating(model: nn.Module):
     """The model in eval mode, its weights frozen, in strict float32 and without torch.compile.
 
     Afterwards each submodule is in the mode in which it was, and each buffer as it was: a net may
-    move the statistics of its BatchNorm in its own forward pass.
+    move its statistics in its own forward pass, or put other tensors in their place.
     """
     modes = {module: getattr(module, "training", False) for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = []
+    for module in modes:
+        for name, buffer in module.named_buffers(recurse=False):
+            buffers.append((module, name, buffer, buffer.clone()))
     eager = contextlib.nullcontext()
     if "torch._dynamo" in sys.modules:  # something is compiled
         eager = torch.compiler.set_stance("force_eager")
     try:
         model.eval()
-        with frozen(model), convolutions(tf32=False), eager:
+        with frozen(model), strict_float32(), eager:
             yield model
     finally:
         model.train(modes[model])  # some nets do more there than set the mode
         for module, training in modes.items():
             module.training = training
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for module, name, buffer, before in buffers:
+                expanded = any(
+                    n > 1 and stride == 0 for n, stride in zip(buffer.shape, buffer.stride())
+                )
+                if not expanded:  # nothing can be written into what expand() has made
+                    buffer.copy_(before)
+                if getattr(module, name) is not buffer:
+                    setattr(module, name, buffer)
 
 
 @torch.no_grad()
@@ -1779,8 +1816,6 @@ def load_model(path, data: Data | None = None, name: str | None = None) -> nn.Mo
             raise ValueError(f"the weights do not belong to {arch}")
         if not (isinstance(meta, dict) and is_plain(meta)):
             raise ValueError("more than numbers, names and tensors beside the weights")
-        if not all(v.isfinite().all() for v in weights.values()):
-            raise ValueError("weights that are not finite")
         names = arch.get("class_names")  # None: unknown, as in files of earlier versions
         if names is not None:
             strings = isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -1788,6 +1823,8 @@ def load_model(path, data: Data | None = None, name: str | None = None) -> nn.Mo
                 raise ValueError(f"class_names: expected the names of {arch['classes']} classes")
         model = build_model(**arch)
         model.load_state_dict(weights)
+        if not weights_are_finite(model):
+            raise ValueError("weights that are not finite")
         model.meta = meta | {"file": str(path)}
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -2016,7 +2053,7 @@ def setup_device(args: argparse.Namespace) -> torch.device:
         week = datetime.timedelta(days=7)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=week)
         atexit.register(dist.destroy_process_group)
-    set_precision("fp32")  # what is not under bf16 autocast is strict float32
+    set_float32()  # of what is not under bf16 autocast
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -2308,9 +2345,7 @@ def epoch_row(args, stage: str, epoch: int, model: nn.Module, history: list, beg
     steps = steps.cpu()
     seconds = time.monotonic() - began
     finite = steps[:, 0].isfinite().tolist()
-    # one wait for the device, not one for each tensor
-    weights_finite = torch.stack([v.isfinite().all() for v in model.state_dict().values()]).all()
-    if not all(finite) or not weights_finite:
+    if not all(finite) or not weights_are_finite(model):
         step = finite.index(False) + 1 if not all(finite) else len(steps)
         where = f"{stage}, epoch {epoch + 1}, step {step}"
         raise UserError(f"{where}: loss or weights are not finite; {calmer(args, stage)}")
@@ -2677,7 +2712,7 @@ def mean_and_std(summaries: list[list[dict]]) -> list[dict]:
                 continue
             if None in values:
                 merged[key] = None
-            elif isinstance(value, float):
+            elif isinstance(value, float) or isinstance(value, int) and len({*values}) > 1:
                 digits = 4 if "_acc" in key else 1
                 mean, std = np.mean(values), np.std(values, ddof=1)
                 merged[key] = f"{mean:.{digits}f} +- {std:.{digits}f}"

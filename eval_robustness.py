@@ -130,19 +130,41 @@ def check_flags(args, error):
     for name in args.attack:
         if args.attack.count(name) > 1:
             error(f"--attack: expected each name once, got {name} twice")
-    models = len(args.checkpoints) + len(args.model)
-    if models == 0 or args.weights and not args.model:
+    models = [*args.checkpoints, *args.model]
+    for name in models:
+        if models.count(name) > 1:
+            error(f"{name}: expected each net once")
+    if not models or args.weights and not args.model:
         error("expected CKPT..., or --model MODULE:FUNCTION, perhaps with --weights FILE")
     for name in ("corruptions", "cinic", "ood"):
         if name in args.attack and getattr(args, name) is None:
             error(f"--attack {name}: say where the images are, with --{name}")
+        if name not in args.attack and getattr(args, name) is not None:
+            error(f"--{name}: has no effect without --attack {name}")
+    has_pgd = any(name.startswith("pgd") for name in args.attack)
+    if args.restarts != 1 and not has_pgd:
+        error("--restarts: has no effect without --attack pgdN")
+    if args.step_size is not None and not has_pgd and "calibration" not in args.attack:
+        error("--step-size: has no effect without --attack pgdN or calibration")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         error("--plot: needs matplotlib; pip install matplotlib")
     for path in (args.json, args.plot):
         if path is None:
             continue
-        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        is_other = os.path.exists(path) and not os.path.isfile(path)  # a folder, a device
+        if is_other or not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             error(f"{path}: expected a file, in a folder that is there")
+    if args.plot:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        formats = FigureCanvasBase.get_supported_filetypes()
+        if file_format(args.plot) not in formats:
+            error(f"--plot {args.plot}: expected a name with .png, .pdf, .svg or another format")
+
+
+def file_format(path):
+    """The format of a figure by the end of its name, png without one."""
+    return Path(path).suffix[1:].lower() or "png"
 
 
 def attack_name(text):
@@ -189,7 +211,7 @@ class Batch:
     x: Tensor  # float32 (B, C, H, W) in [0, 1]
     labels: Tensor  # int64 (B,)
     logits: Tensor  # (B, K) of the clean images
-    index: Tensor  # int64 (B,): the number of each image in the data set
+    index: Tensor  # int64 (B,): the number of each image among those of the evaluation
     settings: Settings
     attack: str
     repeat: int = 0  # number of the random restart or of the target class: 0, 1, ...
@@ -901,7 +923,6 @@ def check_net(model, x, labels, classes, name, attacked=True):
 
     Its mode and its statistics stay as they are.
     """
-    buffers = [buffer.clone() for buffer in model.buffers()]
     with common.evaluating(model):
         logits = clean_logits(model, x, labels, classes=classes, name=name)
         refuse_probabilities(logits, name)
@@ -911,8 +932,6 @@ def check_net(model, x, labels, classes, name, attacked=True):
         if attacked and not reaches_any(model, images, labels[:8], [images], subject):
             need = "which all attacks but square follow"
             raise common.UserError(f"{name}: no gradient reaches the images, {need}; {NO_GRADIENT}")
-    for buffer, before in zip(model.buffers(), buffers):
-        buffer.data.copy_(before)
 
 
 NO_GRADIENT = "its forward must do without no_grad, inference_mode, detach, numpy and whole numbers"
@@ -997,8 +1016,6 @@ def load_models(args, data, device):
         if args.weights:
             common.load_weights("--weights", args.weights, models[name])
         models[name].to(device).eval()
-    if args.model:
-        torch.set_float32_matmul_precision("highest")  # whatever their modules have set
     x, labels = data.x_test[:100], data.y_test[:100]
     for name, model in models.items():
         check_net(model, x, labels, len(data.classes), name, needs_gradient(args))
@@ -1193,6 +1210,7 @@ def with_contiguous_images(model):
     if isinstance(model, common.ConvNet | common.MLP):
         return model
     net = torch.nn.Sequential(model)  # a hook on the caller's own net would stay there
+    net.training = model.training
     net.register_forward_pre_hook(
         lambda module, inputs: inputs[0].clone(memory_format=torch.contiguous_format)
     )
@@ -1208,6 +1226,10 @@ def check_arguments(model, x):
         raise common.UserError(f"{expected}, got {type(x).__name__}")
     if x.dim() != 4 or x.dtype == torch.uint8 and x.shape[3] not in (1, 3):
         raise common.UserError(f"{expected}, got {x.dtype} {tuple(x.shape)}")
+    if x.dtype != torch.uint8 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
+        raise common.UserError(
+            f"{expected}, got floats {tuple(x.shape)}; try x.permute(0, 3, 1, 2)"
+        )
 
 
 def check_settings(settings):
@@ -1364,7 +1386,7 @@ def search(model, batch, tf32=True):
     """
     tf32 = tf32 and batch.attack in ATTACKS
     attack = ATTACKS.get(batch.attack, pgd)
-    with common.convolutions(tf32):
+    with common.strict_float32(tf32):
         x_adv = attack(model, batch)
     allowed = is_allowed(x_adv, batch.x, batch.settings.eps)
     logits = model(x_adv.clone()).float()
@@ -1555,7 +1577,7 @@ def summary_rows(nets, data, folder, attacks, **settings):
 
 
 # Flags that change no number: an evaluation may go on with others
-FREE_FLAGS = {"json", "data_root", "device", "batch_size", "command"}
+FREE_FLAGS = {"json", "data_root", "device", "batch_size", "command", "plot"}
 
 
 def main(argv=None):
@@ -1564,6 +1586,9 @@ def main(argv=None):
     if common.world() > 1:
         raise common.UserError("one process evaluates; start it without torchrun")
     record = make_or_find_record(args)
+    if args.plot:  # also of a record that is finished, whose figure may be missing
+        with common.drawing(args.plot):
+            plot(args.plot, record)
     print(format_record(record))  # last: perhaps nobody reads it
 
 
@@ -1579,6 +1604,7 @@ def make_or_find_record(args):
     for name, value in vars(args).items():
         if name not in FREE_FLAGS:
             flags[f"--{name.replace('_', '-')}"] = value
+    flags["--plot"] = args.plot and "a figure"  # any name: the record holds what is drawn
     if args.json is None:
         return make_record(args, data, others, models, flags, State())
     with state_folder(args.json) as folder:
@@ -1608,7 +1634,7 @@ def finished_record(path, flags):
 
 
 def make_record(args, data, others, models, flags, state):
-    """-> the record of --json: the rows of all models, and how they were made; draws --plot."""
+    """-> the record of --json: the rows of all models, and how they were made."""
     settings = Settings(args.eps, args.step_size, args.restarts, args.seed, args.batch_size)
     x, labels, rows = data.x_test, data.y_test, []
     for name, model in models.items():
@@ -1636,7 +1662,7 @@ def make_record(args, data, others, models, flags, state):
         if args.plot:
             row["curve"] = accuracy_curve(model, x, labels, settings)
         rows.append(row)
-    record = {
+    return {
         "command": args.command,
         "flags": flags,
         "torch": torch.__version__,
@@ -1649,10 +1675,6 @@ def make_record(args, data, others, models, flags, state):
         "logits": "log of the averaged probabilities" if args.ensemble else "of the model",
         "rows": rows,
     }
-    if args.plot:
-        with common.drawing(args.plot):
-            plot(args.plot, record)
-    return record
 
 
 def format_record(record):
@@ -1729,7 +1751,7 @@ def plot(path, record):
         axis.set(title=f"{name}: accuracy", xlabel="severity", xticks=range(5))
         axis.set(xticklabels=range(1, 6), yticks=range(len(table)))
         axis.set_yticklabels(table, fontsize=6)
-    kind = Path(path).suffix[1:] or "png"
+    kind = file_format(path)
     common.write_atomically(Path(path), lambda file: figure.savefig(file, format=kind, dpi=150))
 
 

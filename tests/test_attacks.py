@@ -197,7 +197,8 @@ def test_a_net_that_moves_its_own_statistics_gets_them_back(look):
     assert all(torch.equal(a, b) for a, b in zip(after[1], before[1]))
 
 
-def test_a_net_that_does_more_in_its_change_of_mode_is_told_of_it():
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_net_that_does_more_in_its_change_of_mode_is_told_of_it(look):
     class Merging(nn.Linear):  # as adapters do, which are merged into the weights in eval mode
         merged = False
 
@@ -205,9 +206,33 @@ def test_a_net_that_does_more_in_its_change_of_mode_is_told_of_it():
             self.merged = not mode
             return super().train(mode)
 
-    model = nn.Sequential(nn.Flatten(), Merging(48, 10))
-    common.predict(model, torch.rand(2, 3, 4, 4))
-    assert model.training and model[1].training and not model[1].merged
+    for training in (True, False):
+        model = nn.Sequential(nn.Flatten(), Merging(48, 10)).train(training)
+        LOOKS[look](model, torch.rand(4, 3, 4, 4), torch.arange(4))
+        assert model.training == model[1].training == training
+        assert model[1].merged == (not training)
+
+
+class Replacing(nn.Module):
+    """Puts another tensor in the place of its buffer in each forward pass; another is expanded."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(48, 10)
+        self.register_buffer("passes", torch.zeros(()))
+        self.register_buffer("ones", torch.ones(1, 1).expand(1, 48))
+
+    def forward(self, x):
+        self.passes = self.passes + 1
+        return self.fc(x.flatten(1) * self.ones)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_buffers_that_are_replaced_or_cannot_be_written_stay(look):
+    model = Replacing()
+    passes = model.passes
+    LOOKS[look](model, torch.rand(4, 3, 4, 4), torch.arange(4))
+    assert model.passes is passes and model.passes == 0 and model.ones.sum() == 48
 
 
 class InPlace(nn.Module):
@@ -267,16 +292,49 @@ def test_digests_follow_every_weight_of_any_type():
     assert len(digests) == 3
 
 
-def test_evaluating_is_in_strict_float32_and_puts_the_precision_back():
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    cudnn.allow_tf32, matmul.allow_tf32 = True, True
+def precision_switches():
+    """The precision of float32 by PyTorch's new switches and, unless it refuses, its old ones."""
+    found = [operation.fp32_precision for operation in common.float32_operations()]
     try:
+        found.append(torch.backends.cudnn.allow_tf32)
+        found.append(torch.get_float32_matmul_precision())
+    except RuntimeError:
+        found.append("contradiction")
+    return found
+
+
+def by_new_switches():
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # not that of recurrent nets
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+CALLERS = {  # what the program that calls us may have set before
+    "nothing": lambda: None,
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "no tf32": lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
+    "new switches": by_new_switches,
+}
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+def test_evaluating_is_in_strict_float32_and_puts_the_precision_back(caller):
+    cudnn = torch.backends.cudnn
+    with common.float32_restored():
+        cudnn.allow_tf32 = True  # PyTorch's defaults
+        torch.set_float32_matmul_precision("highest")
+        CALLERS[caller]()
+        before = precision_switches()
         with common.evaluating(common.build_model("mlp-4", size=4)):
-            assert (cudnn.conv.fp32_precision, matmul.fp32_precision) == ("ieee", "ieee")
+            assert precision_switches() == ["ieee"] * 6 + [False, "highest"]
             assert not cudnn.benchmark
-        assert (cudnn.conv.fp32_precision, matmul.fp32_precision) == ("tf32", "tf32")
-    finally:
-        matmul.allow_tf32 = False  # PyTorch's default
+            with common.strict_float32(tf32_convolutions=True):
+                found = ["tf32", "tf32", "ieee", "ieee", "ieee", "ieee", True, "highest"]
+                assert precision_switches() == found
+            assert precision_switches() == ["ieee"] * 6 + [False, "highest"]
+            with cudnn.flags(enabled=False):  # nets that do without cuDNN read the old switch
+                pass
+        assert precision_switches() == before
 
 
 WRONG_ARGUMENTS = {  # what is given instead -> the error
@@ -284,6 +342,7 @@ WRONG_ARGUMENTS = {  # what is given instead -> the error
     "array": (np.zeros((4, 8, 8, 3), np.uint8), "x: expected a tensor, uint8 (N, H, W, C)"),
     "nchw": (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), "x: expected a tensor, uint8"),
     "flat": (torch.rand(4, 192), "got torch.float32 (4, 192)"),
+    "nhwc": (torch.rand(4, 8, 8, 3), "got floats (4, 8, 8, 3); try x.permute(0, 3, 1, 2)"),
     "labels": (["a", "b", "c", "d"], "labels: expected whole numbers"),
     "eps": ("8/255", "eps: expected a number in pixel units"),
     "no eps": (None, "eps: expected a number in pixel units"),
@@ -296,7 +355,7 @@ def test_wrong_arguments_of_evaluate_are_one_line(name, refused):
     value, message = WRONG_ARGUMENTS[name]
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     right = {"model": model, "x": torch.rand(4, 3, 8, 8), "labels": torch.arange(4)}
-    field = {"array": "x", "nchw": "x", "flat": "x", "no eps": "eps"}.get(name, name)
+    field = {"array": "x", "nchw": "x", "flat": "x", "nhwc": "x", "no eps": "eps"}.get(name, name)
     assert message in refused(ev.evaluate, attacks=["pgd2"], **right | {field: value})
 
 

@@ -862,7 +862,7 @@ def test_a_foreign_model_that_asks_for_tf32_is_judged_without(small, monkeypatch
     assert set(found) == {"ieee"}
 
 
-def test_a_plot_is_drawn_and_the_curve_falls_to_zero(tmp_path):
+def test_a_plot_is_drawn_and_the_curve_falls_to_zero(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     out = tmp_path / "p.json"
     png = tmp_path / "p.png"
@@ -870,6 +870,10 @@ def test_a_plot_is_drawn_and_the_curve_falls_to_zero(tmp_path):
     curve = json.loads(out.read_text())["rows"][0]["curve"]
     assert png.stat().st_size > 1000 and curve[0][0] == 0 and curve[-1][1] == 0
     assert all(a[0] < b[0] and a[1] >= b[1] for a, b in pairwise(curve))
+    png.unlink()  # the record has all that is drawn
+    monkeypatch.setattr(ev, "measure", None)
+    main("net0.pt", "--attack", "clean", "calibration", "--plot", "q.pdf", "--json", out)
+    assert Path("q.pdf").read_bytes().startswith(b"%PDF") and not png.exists()
 
 
 def test_a_plot_shows_both_histograms_and_the_corruptions(monkeypatch, tmp_path):
@@ -939,6 +943,12 @@ BAD = {
     "attack twice": (["net0.pt", "--attack", "clean", "clean"], "--attack: expected each name"),
     "no folder": (["net0.pt", "--json", "nowhere/out.json"], "expected a file, in a folder"),
     "a folder": (["net0.pt", "--json", "."], ".: expected a file"),
+    "a device": (["net0.pt", "--json", "/dev/null"], "/dev/null: expected a file"),
+    "no such format": (["net0.pt", "--plot", "p.xyz"], "--plot p.xyz: expected a name with .png"),
+    "twice": (["net0.pt", "net1.pt", "net0.pt", "--ensemble"], "net0.pt: expected each net once"),
+    "unused images": (["net0.pt", "--cinic", "c.npz"], "--cinic: has no effect without --attack"),
+    "unused starts": (["net0.pt", "--attack", "aa", "--restarts", "5"], "--restarts: has no"),
+    "unused step": (["net0.pt", "--attack", "aa", "--step-size", "0.1"], "--step-size: has no"),
     "no cinic": (["net0.pt", "--attack", "cinic"], "--attack cinic"),
     "no corruptions": (["net0.pt", "--attack", "corruptions"], "with --corruptions"),
     "no folder of corruptions": (

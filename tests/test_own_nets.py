@@ -44,7 +44,26 @@ class Views(nn.Module):
 def views():
     return Views()
 
+MEAN = [0.5, 0.5, 0.5]
+
 def needs(size):
+    return net()
+
+class Masked(nn.Module):
+    # a mask of -inf in a buffer, as in attention
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+        self.register_buffer("mask", torch.full((10, 10), float("-inf")).triu(1))
+
+    def forward(self, x):
+        return self.net(x) + self.mask[-1]
+
+def masked():
+    return Masked()
+
+def sets_precision():
+    torch.set_float32_matmul_precision("medium")
     return net()
 
 def fails():
@@ -577,6 +596,7 @@ BAD = {
     "theirs:": "--model: expected MODULE:FUNCTION",
     "nowhere:net": "--model nowhere:net: ModuleNotFoundError: No module named 'nowhere'",
     "theirs:nothing": "--model theirs:nothing: AttributeError",
+    "theirs:MEAN": "--model theirs:MEAN: TypeError: the first argument must be callable",
     "theirs:needs": "theirs:needs: TypeError: needs() missing 1 required",
     "theirs:net(depth=3)": "theirs:net(depth=3): TypeError: net() got an unexpected",
     "theirs:net(width=open('x','w'))": "the values must be plain",
@@ -617,6 +637,20 @@ def test_bad_nets_get_one_line_and_nothing_is_written(net, tmp_path, refused):
     assert BAD[net] in refused(run, robust_kd, f"--loss at --model {net}")
     after = {path for path in tmp_path.iterdir() if path.name != "__pycache__"}
     assert after == before
+
+
+def test_a_net_with_a_mask_of_minus_infinity_is_trained_and_read_again(tmp_path):
+    rows = run(robust_kd, f"--loss at --model theirs:masked --runs {tmp_path}")
+    (file,) = tmp_path.rglob("student.pt")
+    state = common.load_model(file).state_dict()
+    assert state["mask"].isinf().any() and rows[-1]["clean_acc"] >= 0
+
+
+def test_a_net_does_not_change_the_precision_of_the_training(tmp_path):
+    with common.float32_restored():
+        run(robust_kd, f"--loss at --model theirs:sets_precision --runs {tmp_path}")
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
 
 
 BAD_WEIGHTS = {

@@ -1,5 +1,6 @@
 """WideResNets of RobustBench and TRADES as teachers: their state_dicts under the names of ours."""
 
+import importlib.metadata
 import importlib.util
 import re
 import shlex
@@ -25,9 +26,11 @@ SMALL = (
 
 def architectures(module):
     """A module of RobustBench's architectures, by its path: the package itself imports too much."""
-    package = importlib.util.find_spec("robustbench")
-    if package is None:
+    try:
+        importlib.metadata.version("robustbench")  # torchattacks brings an old copy of it
+    except importlib.metadata.PackageNotFoundError:
         pytest.skip("robustbench is not installed; make test does so")
+    package = importlib.util.find_spec("robustbench")
     (folder,) = package.submodule_search_locations
     path = Path(folder) / "model_zoo/architectures" / f"{module}.py"
     spec = importlib.util.spec_from_file_location(module, path)

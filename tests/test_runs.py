@@ -256,6 +256,12 @@ def test_a_value_or_a_row_that_a_seed_lacks_has_no_mean():
         assert row == {"model": "student", "clean_acc": "0.5500 +- 0.0707", "ood_auroc": None}
 
 
+def test_whole_numbers_that_differ_between_seeds_have_a_mean_too():
+    summaries = [[{"model": "best", "epochs": epochs, "n": 500}] for epochs in (40, 35, 31)]
+    (row,) = common.mean_and_std(summaries)
+    assert row == {"model": "best", "epochs": "35.3 +- 4.5", "n": 500}
+
+
 # ------------------------------------------------------------------------------------------------
 # Going on
 

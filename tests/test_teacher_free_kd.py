@@ -323,11 +323,8 @@ def test_ensembles_are_of_all_exits_and_every_exit_is_evaluated_in_strict_float3
 
     monkeypatch.setattr(tf.Exits, "head", spied)
     data = common.load_data("shapes", test_subset=40)
-    common.set_precision("tf32")
-    try:
+    with common.strict_float32(tf32_convolutions=True):
         rows = tf.exit_rows(net, exits.early_heads.state_dict(), data)
-    finally:
-        common.set_precision("bf16")
     assert precisions == {("ieee", False)}
     accuracies = {row["model"]: row["clean_acc"] for row in rows}
     with torch.no_grad():
@@ -485,11 +482,9 @@ def test_accuracies_with_and_without_a_digit_are_in_strict_float32(mnist, monkey
     monkeypatch.setattr(tf, "macs", lambda *args: 0)
     data = common.load_data("mnist", mnist)
     model = common.new_model(data, "mlp-16", 0, "student").eval()
-    common.set_precision("tf32")
-    try:
+    with common.float32_restored():
+        torch.set_float32_matmul_precision("high")  # TF32
         tf.digit_columns(tf.correct_bias(model, data, 3), data, 3)
-    finally:
-        common.set_precision("bf16")
     assert precisions == {"ieee"}
 
 
