@@ -108,6 +108,8 @@ def start(main, stopped=None) -> None:
             exit_with_error(f"--compile: {reason}; the same command goes on without --compile")
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             exit_with_error(f"process {rank()}: another process has ended; start all of them again")
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            exit_with_error(f"too little memory; take a smaller net or fewer images ({error})")
         raise
 
 
@@ -1791,6 +1793,17 @@ def is_plain(value, depth: int = 5) -> bool:
     return value is None or isinstance(value, float | int)
 
 
+# What the scripts read of a model's meta, and its types
+META_TYPES = {
+    "training": str,
+    "epoch": int,
+    "seconds": int | float,
+    "best": dict,
+    "noise_rate": int | float,
+    "gradients": dict,
+}
+
+
 def load_model(path, data: Data | None = None, name: str | None = None) -> nn.Module:
     """The model in a file of save_model, in eval mode with frozen weights, on the device of `data`.
 
@@ -1816,6 +1829,9 @@ def load_model(path, data: Data | None = None, name: str | None = None) -> nn.Mo
             raise ValueError(f"the weights do not belong to {arch}")
         if not (isinstance(meta, dict) and is_plain(meta)):
             raise ValueError("more than numbers, names and tensors beside the weights")
+        for key, types in META_TYPES.items():
+            if key in meta and not isinstance(meta[key], types):
+                raise ValueError(f"{key} is {str(meta[key])[:60]!r}")
         names = arch.get("class_names")  # None: unknown, as in files of earlier versions
         if names is not None:
             strings = isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -2144,7 +2160,7 @@ def open_run(script: str, args: argparse.Namespace, data: Data):
             if config is None:
                 write_json(folder / "config.json", describe_run(args, data))
             else:
-                check_same_run(folder, config, run_flags(args), data)
+                check_same_run(folder, config, args, data)
         global run_has_begun
         run_has_begun = True
         yield folder
@@ -2167,11 +2183,24 @@ def describe_run(args: argparse.Namespace, data: Data) -> dict:
         "data": training_data(data),
         "given": args.given,
         "flags": run_flags(args),
+        "files": digests_of_files(args),
     }
 
 
-def check_same_run(folder: Path, config, flags: dict, data: Data) -> None:
-    """A UserError if config.json of a folder is of other flags or data than those given now."""
+def digests_of_files(args: argparse.Namespace) -> dict:
+    """{flag: a digest of the content} of a given teacher and of given labels."""
+    digests = {}
+    for flag in ("teacher_ckpt", "labels_file"):
+        path = getattr(args, flag, None)
+        if path:
+            with naming(path):
+                digests[flag] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return digests
+
+
+def check_same_run(folder: Path, config, args: argparse.Namespace, data: Data) -> None:
+    """A UserError if config.json of a folder is of other flags, files or data than those now."""
+    flags, remedy = run_flags(args), "take another --name, or delete it"
     if not is_config(config):
         advice = "delete it if the folder belongs to this command, or take another --name"
         raise UserError(f"{folder / 'config.json'}: damaged; {advice}")
@@ -2180,19 +2209,20 @@ def check_same_run(folder: Path, config, flags: dict, data: Data) -> None:
         if flags.get(key) != old_flags.get(key):
             values = f"{old_flags.get(key)}, not {flags.get(key)}"
             flag = f"--{key.replace('_', '-')}"
-            raise UserError(
-                f"{flag}: {folder} was made with {values}; take another --name, or delete it"
-            )
+            raise UserError(f"{flag}: {folder} was made with {values}; {remedy}")
     if old_fingerprint != data.fingerprint:
-        raise UserError(
-            f"--data: {folder} was made with other images or labels; take another --name, or "
-            "delete it"
-        )
+        raise UserError(f"--data: {folder} was made with other images or labels; {remedy}")
+    for key, digest in digests_of_files(args).items():
+        if config.get("files", {}).get(key, digest) != digest:  # older versions kept none
+            flag, file = f"--{key.replace('_', '-')}", getattr(args, key)
+            raise UserError(f"{flag}: {folder} was made with another {file}; {remedy}")
 
 
 def is_config(config) -> bool:
     """Whether it is the content of a config.json: its flags and the fingerprint of its data."""
     if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
+        return False
+    if not isinstance(config.get("files", {}), dict):
         return False
     return isinstance(config.get("fingerprint"), int)
 

@@ -60,6 +60,7 @@ HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it 
     "--swap-gap": {"swap"},
     "--alpha": TAUGHT,
     "--temperature": TAUGHT,
+    "--teacher-ckpt": TAUGHT | {"teacher"},
 }
 NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "teacher_mode", "sigma", "noise_per", "swap"]
 NO_EFFECT_ON_TEACHER += ["swap_probability", "swap_threshold", "swap_gap"]
@@ -111,7 +112,9 @@ def parse_args(argv=None):
     pairs = {"choices": ["top2", "all"], "default": "top2"}
     add("--swap", **pairs, help="which neighbours among the sorted logits may change places")
     add("--swap-probability", type=probability, default=0.3, help="chance that a pair swaps")
-    add("--swap-threshold", type=nonnegative, default=0.2, help="largest gap of a pair that swaps")
+    add(
+        "--swap-threshold", type=nonnegative, default=0.2, help="a pair with a smaller gap may swap"
+    )
     gaps = {"choices": ["relative", "absolute"], "default": "relative"}
     add("--swap-gap", **gaps, help="gap of softened probabilities p >= q: (p - q) / p, or p - q")
     add("--model", default="wrn-16-2", help="net of the student, such as wrn-16-2 or resnet18")

@@ -61,6 +61,7 @@ HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it 
     "--noise-rate": VARIED_TEACHER | VARIED_STUDENT,
     "--alpha": TAUGHT,
     "--temperature": TAUGHT,
+    "--teacher-ckpt": TAUGHT | {"teacher"},
 }
 NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "eval_eps", "eval_step_size", "eval_restarts"]
 # Corrupted labels are a part of the data, see with_wrong_labels
@@ -139,6 +140,8 @@ def parse_args(argv=None):
     if args.labels_file and "--corruption-rate" in args.given:
         remedy = "--labels-file holds corrupted labels already; leave one of the two out"
         parser.error(f"--corruption-rate {args.corruption_rate:g}: {remedy}")
+    if args.labels_file and "--corruption-seed" in args.given:
+        parser.error("--corruption-seed: has no effect with --labels-file; leave it out")
 
     if args.noise_rate is None:
         args.noise_rate = 0.25 if args.method.startswith("mc-") else 0.0
@@ -215,7 +218,8 @@ def read_labels(path, data):
     record = common.load(path)
     labels = record.get("labels")
     fits = (
-        record.get("fingerprint") == data.fingerprint
+        isinstance(record.get("fingerprint"), int)
+        and record["fingerprint"] == data.fingerprint
         and isinstance(labels, torch.Tensor)
         and labels.dtype == torch.int64
         and labels.shape == data.y_train.shape
@@ -373,10 +377,11 @@ def check_teacher(args, teacher):
 
     Files from elsewhere, and best epochs, do not say at which.
     """
-    if teacher is not None and args.method in VARIED_TEACHER:
-        learned = teacher.meta.get("noise_rate", args.noise_rate)
-        if learned != args.noise_rate:
-            wrong = f"learned at noise rate {learned:g}, not --noise-rate {args.noise_rate:g}"
+    if teacher is not None:
+        wanted = args.noise_rate if args.method in VARIED_TEACHER else 0.0
+        learned = teacher.meta.get("noise_rate", wanted)
+        if learned != wanted:
+            wrong = f"learned at noise rate {learned:g}; --method {args.method} wants {wanted:g}"
             raise common.UserError(f"--teacher-ckpt: {wrong}")
 
 

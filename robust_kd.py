@@ -221,16 +221,20 @@ def parse_args(argv=None):
     add("--label-smoothing", type=common.below_1, default=0.0, help=smoothed)
     add("--extra-data", metavar="FILE", help=".npz of generated images: arrays image and label")
     add("--extra-fraction", type=common.below_1, default=0.7, help="share of them in each batch")
-    keep = "keep each net after every N epochs; a later --teacher-es finds such a teacher"
+    keep = "keep each net that is trained after every N epochs; a later --teacher-es finds it"
     add("--save-every", type=whole, metavar="N", help=keep)
     common.add_run_flags(parser, augment=["crop", "none", "cutout", "cutmix"])
     args = common.parse(parser, argv, {"--recipe at+": AT_PLUS, "--demo": DEMO})
+    if args.teacher_es and "--teacher-es" not in args.given:  # that of --demo
+        args.teacher_es = min(args.teacher_es, args.teacher_epochs)
     check_flags(args, parser.error)
 
     if args.step_size is None:
         args.step_size = args.eps / 4
     if args.attack_loss is None:
         args.attack_loss = ATTACK_LOSSES.get(args.loss, "ce")
+    if args.teacher_ckpt and not needs_teacher(args):
+        parser.error(f"--teacher-ckpt: --loss {args.loss} has no teacher; leave it out")
     if args.loss == "adr" and "--ema" not in args.given and not args.ema:
         args.ema = 0.995
     args.schedule_epochs = args.epochs  # a teacher may stop before the end of its schedule
@@ -251,10 +255,11 @@ def check_flags(args, error):
         error("--ema 0: --loss adr rectifies its labels by the weight average; leave out --ema")
     if args.teacher_es is not None and args.teacher_es > args.teacher_epochs:
         error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {args.teacher_epochs}")
-    if args.teacher_ckpt and "--teacher-es" in args.given:
-        error("--teacher-es: the teacher of --teacher-ckpt is finished; leave out --teacher-es")
-    if args.teacher_ckpt and len(trainings) > 1:
-        error("--teacher-ckpt: gives one teacher; leave out --teacher-training")
+    if "--teacher-gamma" in args.given and args.schedule == "cosine":
+        error("--teacher-gamma: has no effect with --schedule cosine; leave it out")
+    for flag in ("--teacher-training", "--teacher-es", "--teacher-eps"):
+        if args.teacher_ckpt and flag in args.given:
+            error(f"{flag}: the teacher of --teacher-ckpt is finished; leave out {flag}")
     beta = args.beta or [1 / len(trainings)] * len(trainings)
     if len(beta) != len(trainings) or abs(sum(beta) - 1) > 1e-6:
         wanted = "expected a weight for each word of --teacher-training, with sum 1"
@@ -543,6 +548,7 @@ def train(args, data, folder, stage, teacher=None):
     alpha = args.alpha if args.loss.endswith("+") else 1.0
     lam, temperature = args.lam, args.temperature
     directions = ["up", "down"] if args.awp else ["down"]
+    is_adaiad = args.loss == "iad" and args.attack_loss == "kl-teacher-adv"  # needs no T(x)
 
     rows = common.resume(folder, stage, state)
     for epoch in range(len(rows), args.epochs):
@@ -558,7 +564,8 @@ def train(args, data, folder, stage, teacher=None):
                 # The teacher looks at the clean images. It is frozen: no gradient reaches it. Its
                 # answers are copied: with CUDA graphs (--compile reduce-overhead) the next call of
                 # a net may take their memory.
-                if args.loss in TAUGHT_ON_X or args.attack_loss == "kl-teacher":
+                is_taught_on_x = args.loss in TAUGHT_ON_X and not is_adaiad
+                if is_taught_on_x or args.attack_loss == "kl-teacher":
                     teacher_logits = teacher(x).clone()
                 attack_targets = labels
                 if args.loss == "adr":  # the labels are rectified by the student's own average
@@ -594,7 +601,7 @@ def train(args, data, folder, stage, teacher=None):
                     # the authors trust the teacher alone (w = 1) for 60 of 200 epochs
                     beta = args.iad_beta if epoch >= 0.3 * args.epochs else 0.0
                     trust = teacher_trust(teacher_adv_logits, labels, beta)
-                    if args.attack_loss == "kl-teacher-adv":  # AdaIAD
+                    if is_adaiad:
                         teacher_logits = teacher_adv_logits
                 if args.loss in TAUGHT_ON_X | TAUGHT_ON_X_ADV:
                     targets = mix_labels(teacher_logits, labels, alpha, temperature)
@@ -649,6 +656,8 @@ def train(args, data, folder, stage, teacher=None):
             history.append(common.step_sums(loss, logits, labels))  # the GPU is not waited for
 
         row = common.epoch_row(args, stage, epoch, model, history, began)
+        if average is not None:  # epoch_row may have changed the statistics under torchrun
+            copy_buffers(model, average.module)
         rows.append(row | common.validate(args, stage, kept_model, data, args.eps))
         if args.save_every and len(rows) % args.save_every == 0 and not collapsed(args, rows):
             # before the checkpoint: a run that is killed here repeats the epoch and saves again
@@ -761,9 +770,15 @@ def update_average(average, model):
     t = average.n_averaged  # on the host
     for averaged, weights in zip(average.module.parameters(), model.parameters()):
         averaged.copy_(average.avg_fn(averaged, weights, t) if t > 0 else weights)
-    for averaged, buffer in zip(average.module.buffers(), model.buffers()):
-        averaged.copy_(buffer)
+    copy_buffers(model, average.module)
     average.n_averaged += 1
+
+
+@torch.no_grad()
+def copy_buffers(model, other):
+    """Give another net the buffers of `model`, such as the statistics of BatchNorm."""
+    for theirs, ours in zip(other.buffers(), model.buffers()):
+        theirs.copy_(ours)
 
 
 def augment(x, labels, data, args):

@@ -49,6 +49,7 @@ HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it 
     "--clip": NOISY,
     "--alpha": TAUGHT,
     "--temperature": TAUGHT,
+    "--teacher-ckpt": TAUGHT | {"teacher"},
 }
 NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "sigma", "clip"]
 NO_EFFECT_ON_TEACHER += ["eval_eps", "eval_step_size", "eval_restarts"]

@@ -125,6 +125,7 @@ TRAINING = {
 DEMO = {
     "data": "shapes",
     "model": "wrn-10-1",
+    "teacher_model": None,  # the student's
     "epochs": 5,
     "teacher_epochs": 4,
     "batch_size": 32,
@@ -150,7 +151,6 @@ HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it 
     "--alpha": HAS_KL | TAUGHT_ON_X_ADV,
     "--temperature": HAS_KL | TAUGHT_ON_X_ADV,
     "--tau2": HAS_KL | {"self-distillation"},
-    "--no-tau2": HAS_KL | {"self-distillation"},
     "--delta": VIRTUAL_TEACHER,
     "--reg-form": VIRTUAL_TEACHER,
     "--smoothing": {"label-smoothing"},
@@ -235,7 +235,6 @@ def parse_args(argv=None):
     add("--warmup", type=nonnegative, help="epochs in which the learning rate rises to --lr")
     common.add_run_flags(parser)
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser.set_defaults(data=None)
     words = [word for word in argv if word not in ("-h", "--help")]
     method = parser.parse_known_args(words)[0].method
     parser.set_defaults(**method_defaults(method))
@@ -244,8 +243,7 @@ def parse_args(argv=None):
 
     if args.milestones is None:
         args.milestones = [share * args.epochs for share in (0.3, 0.6, 0.8)]
-    if args.grad_epochs is None:
-        args.grad_epochs = sorted({1, (args.epochs + 1) // 2, args.epochs})
+    args.grad_epochs = sorted({*(args.grad_epochs or [1, (args.epochs + 1) // 2, args.epochs])})
     args.schedule_epochs = args.epochs  # a teacher may stop before the end of its schedule
     return args
 
@@ -269,12 +267,17 @@ def check_flags(args, error):
     for flag, methods in HAS_EFFECT.items():
         if flag in args.given and args.method not in methods:
             error(f"{flag}: has no effect with --method {args.method}; leave it out")
+    if "--milestones" in args.given and args.schedule != "steps":
+        error(f"--milestones: has no effect with --schedule {args.schedule}; leave it out")
+    if "--gamma" in args.given and args.schedule == "cosine":
+        error("--gamma: has no effect with --schedule cosine; leave it out")
     if args.omit_digit is not None and args.data != "mnist":
         error(f"--omit-digit: goes with --data mnist, not {args.data}")
     if args.bias_correction and args.omit_digit is None:
         error("--bias-correction: raises the bias of an omitted digit; give --omit-digit")
-    if args.teacher_ckpt and "--teacher-es" in args.given:
-        error("--teacher-es: the teacher of --teacher-ckpt is finished; leave out --teacher-es")
+    for flag in ("--teacher-es", "--teacher-shift"):
+        if args.teacher_ckpt and flag in args.given:
+            error(f"{flag}: the teacher of --teacher-ckpt is finished; leave out {flag}")
     teacher_epochs = args.teacher_epochs or args.epochs
     if args.teacher_es is not None and args.teacher_es > teacher_epochs:
         error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {teacher_epochs}")
@@ -488,12 +491,11 @@ def exit_rows(net, exit_weights, data):
     cost_of_all_exits = macs(exits, data)
     rows = []
     for name, exit_logits in logits.items():
-        right = exit_logits.argmax(1) == data.y_test
         row = {
             "net": "exit",
             "model": name,
             "macs": cost.get(name, cost_of_all_exits),
-            "clean_acc": right.double().mean().item(),
+            "clean_acc": common.accuracy(exit_logits, data.y_test),
         }
         rows.append(row)
     return rows
@@ -645,7 +647,7 @@ def teacher_args(args):
         teacher.milestones = None
     if args.schedule == "cosine":
         teacher.gamma = None
-    if args.schedule == "exponential":
+    else:
         teacher.schedule_epochs = None
     if args.method not in ATTACKED:
         teacher.eps = teacher.steps = teacher.step_size = teacher.attack_bn = None

@@ -102,7 +102,8 @@ WRN = (
 DROPOUT_TEACHER = "--dropout 0.1 --teacher-epochs 33"
 
 # A narrow ResNet-18 on 4,000 images of 16x16, trained on clean images without augmentation: it
-# learns them by heart. With crops and flips it stays at 0.44 in training (seed 3).
+# learns them by heart. With crops and flips it stays at 0.44 in training (seed 3). The rate falls
+# by 0.9 at 30, 60 and 80 % of the epochs, so it hardly falls: in all arms alike.
 TEACHER_FREE = (
     "--data data/cifar10-16.npz --augment none --train-subset 4000 --val-size 500 "
     "--test-subset 4000 --model resnet18-w8 --batch-size 64 --epochs 20 --lr 0.05 "

@@ -124,7 +124,9 @@ def epoch_files(path):
             file = path.parent.parent / digest / path.name
         if not file.exists():
             missing = f"its net after epoch {epoch} is not there ({file})"
-            raise common.UserError(f"{path}: {missing}; train with --save-every 1")
+            raise common.UserError(
+                f"{path}: {missing}; delete it, and train it with --save-every 1"
+            )
         files.append(file)
     return files
 

@@ -601,6 +601,7 @@ BAD_FLAGS = [
     ("--temperature 0", "--temperature: expected a number above 0"),
     ("--teacher-ckpt none.pt", "none.pt: no such checkpoint"),
     ("--method student --alpha 0.5", "--alpha: has no effect with --method student"),
+    ("--method student --teacher-ckpt t.pt", "--teacher-ckpt: has no effect with --method"),
     ("--eval-eps 2", "--eval-eps: expected"),
     ("--eval-restarts 0", "--eval-restarts: expected a whole number of at least 1"),
     ("--seed 1 1", "--seed: each seed once"),

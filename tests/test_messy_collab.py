@@ -211,6 +211,20 @@ def test_a_demo_takes_labels_from_a_file(tmp_path):
     assert torch.equal(common.load(again / "labels.pt")["labels"], common.load(file)["labels"])
 
 
+def test_given_labels_that_have_changed_are_another_run(tmp_path, refused):
+    file = tmp_path / "labels.pt"
+    for seed in (0, 1):
+        flags = f"--demo --epochs 1 --teacher-epochs 1 --corruption-seed {seed}"
+        made = run(tmp_path / f"seed{seed}", flags) / "labels.pt"
+        file.write_bytes(made.read_bytes())
+        flags = f"--demo --epochs 1 --teacher-epochs 1 --labels-file {file}"
+        if seed == 0:
+            run(tmp_path / "given", flags)
+    assert f"was made with another {file}" in refused(run, tmp_path / "given", flags)
+    common.save(file, common.load(file) | {"fingerprint": torch.ones(2)})
+    assert "holds no labels of these training images" in refused(run, tmp_path / "new", flags)
+
+
 def test_the_noise_rate_of_a_given_teacher_is_checked(tmp_path, refused):
     """The best of several teachers, as the script's Usage has it."""
     short = f"{SMALL} --epochs 1 --teacher-epochs 1 --runs {tmp_path}"
@@ -223,7 +237,10 @@ def test_the_noise_rate_of_a_given_teacher_is_checked(tmp_path, refused):
     messy_collab.main(f"{short} --teacher-ckpt {files[0.25]} --name good".split())
     messy_collab.main(f"{short} --method mc-s --teacher-ckpt {files[0.0]} --name fine".split())
     message = refused(messy_collab.main, f"{short} --teacher-ckpt {files[0.0]} --name bad".split())
-    assert "learned at noise rate 0, not --noise-rate 0.25" in message
+    assert "learned at noise rate 0; --method mc-ts wants 0.25" in message
+    argv = f"{short} --method mc-s --teacher-ckpt {files[0.25]} --name worse".split()
+    message = refused(messy_collab.main, argv)
+    assert "learned at noise rate 0.25; --method mc-s wants 0" in message
 
 
 def test_a_teacher_is_shared_if_its_labels_are_the_same(tmp_path):

@@ -535,7 +535,10 @@ def test_a_preset_says_what_it_sets_and_flags_that_are_given_win(capsys):
         "--teacher-es 0": "--teacher-es",
         "--teacher-es 101": "--teacher-es 101: --teacher-epochs is only 100",
         "--teacher-training none": "--teacher-training: invalid choice: 'none'",
-        "--teacher-training at at --teacher-ckpt a.pt": "--teacher-ckpt: gives one teacher",
+        "--teacher-training ffgsm --teacher-ckpt a.pt": "--teacher-training: the teacher of",
+        "--teacher-eps 2/255 --teacher-ckpt a.pt": "--teacher-eps: the teacher of --teacher-ckpt",
+        "--loss at --teacher-ckpt a.pt": "--teacher-ckpt: --loss at has no teacher",
+        "--schedule cosine --teacher-gamma 0.9": "--teacher-gamma: has no effect with --schedule",
         "--teacher-training st at --beta 0.5 0.6": "--beta: expected a weight for each word",
         "--teacher-training st at --beta 1": "with sum 1, got 1.0",
         "--teacher-training st at --beta 0.5 0.25 0.25": "--beta",
@@ -623,6 +626,7 @@ class Spied(nn.Module):
         ("igdm", ["x_adv", "x_mirrored"], ["x_adv", "x_mirrored"], "kl-teacher-adv"),
         ("igdm+", ["x_adv", "x_mirrored"], ["x_adv", "x_mirrored"], "kl-teacher-adv"),
         ("iad", ["x_adv", "x"], ["x", "x_adv"], "ce"),
+        ("iad --attack-loss kl-teacher-adv", ["x_adv", "x"], ["x_adv"], "kl-teacher-adv"),
         ("adr", ["x_adv"], [], "ce"),
         ("mart", ["x_adv", "x"], [], "ce"),
     ],
@@ -631,6 +635,7 @@ def test_student_and_teacher_see_what_the_equation_says_in_the_right_mode(
     loss, student_sees, teacher_sees, attack_loss, tmp_path, monkeypatch
 ):
     flags = f"--loss {loss} --epochs 1"
+    loss = loss.split()[0]
     if loss in TAUGHT:
         flags += " --temperature 3"
     args = common.replace(parse(flags), seed=0)
@@ -1069,6 +1074,45 @@ def test_a_given_teacher_is_used_as_it_is(tmp_path, capsys):
     assert rows[0]["model"] == "teacher (st)" and path.read_bytes() == before
     assert str(path) in capsys.readouterr().out and not (tmp_path / "teachers").exists()
     assert {stage for stage, _ in log_of(tmp_path)} == {"student"}
+
+
+def test_a_given_teacher_that_has_changed_is_another_run(tmp_path, refused):
+    path, flags = tmp_path / "given.pt", "--loss akd --epochs 1 --teacher-ckpt"
+    common.save_model(path, common.build_model("mlp-12"), training="st")
+    first = run(tmp_path, f"{flags} {path}")
+    assert run(tmp_path, f"{flags} {path}") == first
+    common.save_model(path, common.build_model("mlp-12"), training="st")  # other weights
+    line = refused(run, tmp_path, f"{flags} {path}")
+    assert f"was made with another {path}; take another --name, or delete it" in line
+
+
+def test_what_a_foreign_file_says_of_its_training_is_checked(tmp_path, refused):
+    wrong = {"epoch": "3", "seconds": torch.ones(2), "training": 1, "best": [], "gradients": 0.5}
+    for key, value in wrong.items():
+        common.save_model(tmp_path / "given.pt", common.build_model("mlp-12"), **{key: value})
+        line = refused(run, tmp_path, f"--loss akd --teacher-ckpt {tmp_path}/given.pt")
+        assert f"given.pt: holds no model of these scripts ({key} is" in line
+
+
+def test_the_average_has_the_statistics_of_the_epoch(tmp_path, monkeypatch):
+    """As under torchrun, where they become those of the first process after each epoch."""
+    epoch_row = common.epoch_row
+
+    def changed(args, stage, epoch, model, *more):
+        for buffer in model.buffers():
+            buffer.fill_(epoch + 2)
+        return epoch_row(args, stage, epoch, model, *more)
+
+    monkeypatch.setattr(common, "epoch_row", changed)
+    run(tmp_path, "--loss st --ema 0.9 --epochs 2 --model wrn-10-1 --name x")
+    weights = common.load(tmp_path / "robust_kd/x-s0/student.pt")["weights"]
+    statistics = [value for name, value in weights.items() if "running" in name]
+    assert statistics and all(value.eq(3).all() for value in statistics)
+
+
+def test_a_demo_with_a_shorter_teacher_stops_it_no_later():
+    args = robust_kd.parse_args("--demo --teacher-epochs 3".split())
+    assert (args.teacher_es, args.teacher_epochs) == (3, 3)
 
 
 def test_early_stops_of_a_longer_training_are_found_and_are_what_a_shorter_one_gives(tmp_path):

@@ -671,6 +671,7 @@ def test_a_killed_run_goes_on_by_the_command_that_it_prints(whole, tmp_path):
         (common.UserError("--eps: two\nlines \x1b[2J"), 2, "error: --eps: two lines ?[2J\n"),
         (OSError(28, "No space left on device", "a.pt"), 2, "error: a.pt: No space left on"),
         (torch.OutOfMemoryError("CUDA"), 2, "take a smaller --batch-size"),
+        (MemoryError("Unable to allocate 6 TiB"), 2, "too little memory; take a smaller net"),
         (RuntimeError("[gloo] Connection closed by peer"), 2, "another process has ended"),
     ],
 )
@@ -686,6 +687,11 @@ def test_what_a_user_can_cause_is_one_line(stop, status, message, ended, monkeyp
         assert error.startswith("error: ") and error.count("\n") == 1
     else:
         assert error.splitlines()[-1] == common.command_line()
+
+
+def test_a_net_that_the_memory_cannot_hold_is_one_line(ended):
+    found, error = ended(lambda: torch.empty(10**15))
+    assert found == 2 and "error: too little memory" in error and error.count("\n") == 1
 
 
 def test_an_error_of_the_program_itself_keeps_its_traceback(ended):

@@ -558,9 +558,8 @@ def test_the_milestones_of_an_equal_teacher_are_the_students():
 
 
 def test_gamma_has_no_effect_on_a_teacher_whose_rate_is_a_cosine():
-    one, other = (
-        tf.teacher_args(parse(f"--method vanilla --gamma {gamma}")) for gamma in (0.2, 0.5)
-    )
+    args = parse("--method vanilla")  # refuses --gamma; --demo sets it for all methods
+    one, other = (tf.teacher_args(common.replace(args, gamma=gamma)) for gamma in (0.2, 0.5))
     assert common.run_flags(one) == common.run_flags(other)
 
 
@@ -777,7 +776,10 @@ def test_learning_rates_follow_the_recipes():
 def test_a_teachers_milestones_are_in_proportion_and_its_stop_does_not_shorten_the_schedule():
     args = parse("--method re-kd --epochs 10 --milestones 2 5 --teacher-epochs 20 --teacher-es 7")
     teacher = tf.teacher_args(args)
-    assert teacher.epochs == 7 and teacher.schedule_epochs == 20
+    assert teacher.epochs == 7
+    whole = "--method re-kd --epochs 10 --milestones 2 5 --teacher-epochs 7"
+    whole = common.replace(tf.teacher_args(parse(whole)), milestones=teacher.milestones)
+    assert common.run_flags(whole) == common.run_flags(teacher)  # the same net is trained once
     assert [tf.lr_factor(teacher, epoch, 1) for epoch in (3, 4, 9, 10)] == pytest.approx(
         [1, 0.2, 0.2, 0.04]
     )
@@ -908,6 +910,9 @@ BAD_FLAGS = {
     "--method re-kd --teacher-model resnet19": "--teacher-model",
     "--teacher-es 9": "--teacher-es 9: --teacher-epochs is only 2",
     "--teacher-ckpt t.pt --teacher-es 2": "--teacher-es: the teacher of --teacher-ckpt",
+    "--teacher-ckpt t.pt --teacher-shift 1": "--teacher-shift: the teacher of --teacher-ckpt",
+    "--method at --milestones 1": "--milestones: has no effect with --schedule exponential",
+    "--method vanilla --gamma 0.5": "--gamma: has no effect with --schedule cosine",
     "--grad-heatmap --grad-epochs 3": "--grad-epochs 3: --epochs is only 2",
     "--grad-epochs 1": "--grad-epochs: has no effect without --grad-heatmap",
     "--grad-loss ce": "--grad-loss: has no effect without --grad-heatmap",
@@ -924,6 +929,17 @@ def test_bad_flags_are_one_line_and_write_nothing(flags, tmp_path, refused):
     argv = [*TINY.split(), "--model", "mlp-8", *flags.split(), "--runs", str(tmp_path / "runs")]
     assert BAD_FLAGS[flags] in refused(tf.main, argv)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_epoch_of_gradients_that_is_named_twice_is_recorded_once():
+    args = tf.parse_args("--method plain --epochs 4 --grad-heatmap --grad-epochs 3 2 2".split())
+    assert args.grad_epochs == [2, 3]
+
+
+def test_the_teacher_of_a_demo_is_as_small_as_its_student():
+    for method in ("re-kd", "tf-kd-self", "vanilla"):
+        args = tf.parse_args(["--demo", "--method", method])
+        assert tf.teacher_args(common.replace(args, seed=0)).model == "wrn-10-1"
 
 
 def test_every_flag_of_a_loss_names_methods_that_there_are():
