@@ -1703,14 +1703,9 @@ def format_record(record):
             summary = row["corruptions"]
             lines.append(f"\n{row['model']}: {summary['note']}")
             lines.append(common.table(corruption_rows(summary)))
-    return "\n".join(lines + warning_lines(record))
-
-
-def warning_lines(record):
-    """A line for each warning of the record, with the name of its model."""
-    return [
-        f"{row['model']}: warning: {line}" for row in record["rows"] for line in row["warnings"]
-    ]
+    for row in record["rows"]:
+        lines += [f"{row['model']}: warning: {warning}" for warning in row["warnings"]]
+    return "\n".join(lines)
 
 
 def plot(path, record):

@@ -110,6 +110,7 @@ LATER = ("mart", "at-awp", "adr", "iad", "adaad", "adaad+0.8", "igdm", "akd+0.8-
 STEPS = {"MLP": 7, "narrow ResNet-18": 3}  # of the PGD in training
 NUMBERS = {"clean": "clean_acc", "robust": "robust_acc"}
 SMALLEST = 0.005  # half a point, as for the claims
+AT_CHANCE = 0.12  # the clean accuracy, with ten classes, below which a net has learned nothing
 
 
 def parse_args(argv=None):
@@ -436,6 +437,14 @@ def findings(results):
                 others = [f"{name_of(arm)} ({counts[arm]})" for arm in others]
                 line = "  In brackets: on how many of the frontiers without one of the seeds it is;"
                 lines.append(f"{line} on some of these alone: {listed(others)}.")
+        for arm in points:
+            clean = numbers(results, arm, "clean_acc", regime)
+            failed = sum(accuracy < AT_CHANCE for accuracy in clean)
+            if failed:
+                text = (
+                    f"  {name_of(arm)}: {failed} of {len(clean)} nets learned nothing, their clean"
+                )
+                lines.append(f"{text} accuracy is that of a guess; the means are with them.")
         if is_finished(results, regime):
             for rival in rivals(regime):
                 groups = compared(results, regime, rival, "robust_acc")

@@ -89,6 +89,13 @@ def test_a_method_that_is_on_the_frontier_without_a_seed_is_named_too():
     assert "(without one of the seeds perhaps MART too)" in league.readme_text(results)
 
 
+def test_nets_that_have_learned_nothing_are_counted():
+    results = results_of(MLP, [(0.4, 0.1)] * 10)
+    assert "learned nothing" not in "\n".join(league.findings(results))
+    results["at-awp"][12]["nets"]["student"]["clean_acc"] = 0.101
+    assert "AT with AWP: 1 of 10 nets learned nothing" in "\n".join(league.findings(results))
+
+
 def test_one_seed_is_a_table_without_intervals(tmp_path):
     results = results_of([*MLP, *CELLS], [(0.4, 0.1)])
     assert league.frontiers_without_a_seed(results, "MLP") == []
