@@ -50,7 +50,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import fickle_teacher
-from benchmark import ROOT, plots
+from benchmark import ROOT, evaluation_attack, plots
 from benchmark.claim_list import (
     ARMS,
     CLAIMS,
@@ -402,7 +402,8 @@ def run_arm(arm, seed, args):
     flags = config["flags"]
     evaluation = [str(files[net]) for net in evaluated]
     evaluation += ["--attack", *attacks, "--json", str(result_file), "--n", str(AUTOATTACK_IMAGES)]
-    evaluation += ["--data", flags["data"], "--eps", str(flags["eps"]), "--device", "cpu"]
+    evaluation += ["--data", flags["data"], "--eps", str(evaluation_attack(flags)[0])]
+    evaluation += ["--device", "cpu"]
     call("eval_robustness.py", evaluation, log_file)
     for net, row in zip(evaluated, common.read_json(result_file)["rows"], strict=True):
         nets[net]["entropy"] = row["calibration"]["clean"]["entropy"]

@@ -11,7 +11,7 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from benchmark import ROOT
+from benchmark import ROOT, evaluation_attack
 from benchmark.run import PRINTED, RESULTS, read_printed, read_results
 
 PAPERS = {
@@ -128,9 +128,9 @@ def origin(rows, records):
             text = f"{record['gpu'] or 'CPU'}, torch {record['torch']}, commit {record['commit']}"
             text += f"; {flags.get('test_subset') or 'all'} test images"
             if attacked:
-                step = flags.get("step_size") or flags["eps"] / 4
-                text += f"; eps {255 * flags['eps']:.3g}/255, PGD step {255 * step:.3g}/255"
-                text += f", {flags.get('restarts') or 1} start(s)"
+                eps, step = evaluation_attack(flags)
+                text += f"; eps {255 * eps:.3g}/255, PGD step {255 * step:.3g}/255"
+                text += f", {flags.get('eval_restarts', 1)} start(s)"
             seeds_of.setdefault(text, set()).add(seed)
     parts = [f"{text}; seeds {', '.join(map(str, sorted(s)))}" for text, s in seeds_of.items()]
     return f"Measured: {'; '.join(parts)}." if parts else ""

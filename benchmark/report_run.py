@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import eval_robustness
 import robust_kd
+from benchmark import evaluation_attack
 from benchmark.plots import NO_MATPLOTLIB
 from benchmark.report import metric_title
 
@@ -119,13 +120,6 @@ def check_config(config: dict):
         raise ValueError("no radius or no step")
     if not all(isinstance(flag, str) for flag in config["given"]):
         raise ValueError("not names of flags")
-
-
-def evaluation_attack(flags: dict) -> tuple[float, float]:
-    """Radius and step of PGD in the evaluation of a run, in pixel units."""
-    if "eval_eps" in flags:  # scripts that train without an attack
-        return flags["eval_eps"], flags["eval_step_size"]
-    return flags["eps"], flags["eps"] / 4
 
 
 def read_data(run: Run, root: str) -> common.Data:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from benchmark import ROOT
+from benchmark import ROOT, evaluation_attack
 
 PRINTED = ROOT / "benchmark/printed.csv"
 RESULTS = ROOT / "benchmark/results"
@@ -118,12 +118,13 @@ def evaluate(rows, record, folder):
         for key, paths in evaluated.items():
             result = folder / f"{key}-{metric}.json"
             words = ["eval_robustness.py", *paths, "--attack", EVALUATED[metric]]
-            words += ["--data", flags["data"], "--eps", str(flags["eps"]), "--json", str(result)]
+            words += ["--data", flags["data"], "--eps", str(evaluation_attack(flags)[0])]
+            words += ["--json", str(result)]
             if metric == "cinic_acc":
                 words += ["--cinic", str(CINIC)]
             if len(paths) > 1:
                 words.append("--ensemble")
-            if flags["test_subset"]:
+            if "test_subset" in flags:
                 words += ["--n", str(flags["test_subset"])]
             call(words)
             (found,) = common.read_json(result)["rows"]

@@ -83,7 +83,17 @@ def test_ffgsm_is_one_projected_step_of_its_own_size():
 def test_a_zero_radius_changes_nothing():
     x = torch.rand(2, 3, 4, 4)
     model = Linear(torch.randn(3, 4, 4))
-    assert torch.equal(common.pgd(model, x, torch.zeros(2).long(), 0.0, 0.0, 3), x)
+    assert torch.equal(common.pgd(model, x, torch.zeros(2).long(), 0.0, 0.1, 3), x)
+
+
+def test_the_starts_of_pgd_have_their_distributions():
+    model, labels = Linear(torch.ones(3, 8, 8)), torch.zeros(300).long()
+    x = torch.full((300, 3, 8, 8), 0.5)
+    starts = [common.pgd(model, x, labels, 0.1, 0.0, 0, s) - x for s in ("uniform", "gaussian")]
+    uniform, gaussian = starts
+    assert uniform.min() < -0.0999 and uniform.max() > 0.0999 and abs(uniform.mean()) < 1e-3
+    assert uniform.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.02)
+    assert gaussian.std().item() == pytest.approx(1e-3, rel=0.02) and abs(gaussian.mean()) < 2e-5
 
 
 def test_a_given_start_is_taken():
@@ -111,7 +121,7 @@ def test_predictions_are_those_of_the_net_in_eval_mode_in_any_batches():
 
 def test_attacked_predictions_are_those_on_attacked_images():
     model, x = Linear(torch.randn(3, 4, 4)), torch.full((6, 3, 4, 4), 0.5)
-    labels = torch.arange(6) % 2
+    labels = torch.tensor([0, 0, 1, 0, 1, 1])  # each batch has others
     found = common.predict(model, x, labels, (0.1, 0.05, 5), batch_size=4)
     gain = (found - model(x))[:, 1]
     bound = 0.1 * model.w.abs().sum()

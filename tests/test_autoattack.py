@@ -233,6 +233,36 @@ def test_accuracy_never_rises_from_attack_to_attack_and_is_the_pointwise_worst(s
     assert 0.1 < row["aa_acc"] < 0.9 * row["clean_acc"]
 
 
+@pytest.mark.parametrize("steps, step_size", [(1, None), (3, None), (5, 0.004)])
+def test_pgd_of_the_evaluation_is_that_of_training_from_its_own_start(small, steps, step_size):
+    model, x, labels = small
+    eps = 0.03
+    given = batch(model, x, labels, f"pgd{steps}", eps=eps, step_size=step_size)
+    start = 2 * eps * given.draw(*given.x.shape[1:]) - eps
+    assert start.min() < -0.99 * eps and start.max() > 0.99 * eps
+    size = step_size or eps / 4
+    expected = common.pgd(model, given.x, labels, eps, size, steps, start)
+    torch.testing.assert_close(ev.pgd(model, given), expected)
+
+
+def test_every_restart_and_every_target_class_is_a_pass_of_its_own():
+    passes = ev.passes("pgd2", 10, ev.Settings(restarts=5))
+    assert [(step.attack, step.repeat) for step in passes] == [("pgd2", i) for i in range(5)]
+    for classes, targets in ((100, 9), (10, 9), (4, 3)):
+        attacks = [step.attack for step in ev.passes("aa", classes, ev.Settings())]
+        assert attacks.count("apgd-t") == attacks.count("fab-t") == targets
+        assert attacks.count("apgd-ce") == attacks.count("square") == 1
+
+
+def test_calibration_under_attack_is_that_of_the_attacked_logits(small):
+    model, x, labels = small
+    row = ev.measure(model, x, labels, ["calibration"], ev.Settings())["calibration"]
+    x_adv = ev.pgd(model, batch(model, x, labels, "pgd20"))
+    expected = ev.calibration(model(x_adv).detach(), labels)
+    assert row["pgd20"]["nll"] == pytest.approx(expected["nll"], rel=1e-4)
+    assert row["pgd20"]["nll"] > 1.05 * row["clean"]["nll"]
+
+
 def test_restarts_of_pgd_take_the_worst_case_and_spare_broken_points(small):
     model, x, labels = small
     rows = []

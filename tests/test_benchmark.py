@@ -188,6 +188,27 @@ def test_a_command_writes_one_small_result_and_is_not_run_again(only_lines, tmp_
     assert re.search(r"paper2 table9 +0 +python robust_kd", capsys.readouterr().out)
 
 
+def test_a_command_on_all_test_images_is_evaluated(only_lines, tmp_path):
+    command = AT.replace("--test-subset 10 ", "")
+    only_lines(("at", "student", "pgd3_acc", "40.00", command))("paper2")
+    (record,) = read_results(tmp_path)
+    assert "test_subset" not in record["flags"]
+    assert all("pgd3_acc" in row for row in record["rows"] if row["net"] in ("student", "best"))
+
+
+def test_a_command_of_the_noisy_scripts_is_evaluated_and_reported_as_it_was_attacked(
+    only_lines, tmp_path
+):
+    command = f"python fickle_teacher.py --method hinton {SMALL} --teacher-epochs 1"
+    command += " --teacher-model mlp-8 --eval-restarts 2 --eval-eps 0.05 --eval-step-size 0.01"
+    only_lines(("kd", "student", "pgd3_acc", "40.00", command))("paper2")
+    records = run.read_results(tmp_path / "results")
+    rows = run.read_printed(tmp_path / "printed.csv")
+    assert "eps 12.8/255, PGD step 2.55/255, 2 start(s)" in report.origin(rows, records)
+    (path,) = tmp_path.glob("runs/fickle_teacher/*/student-pgd3_acc.json")
+    assert json.loads(path.read_text())["eps"] == 0.05
+
+
 def test_a_script_runs_in_a_process_of_its_own_and_its_failure_is_named(tmp_path, refused, capfd):
     words = ["benchmark/prepare.py", "cifar10-16", "--data-root", str(tmp_path)]
     assert refused(run.call, words) == f"python {' '.join(words)}: status 2"

@@ -368,6 +368,48 @@ def test_answers_vary_with_dropout_alone(tmp_path):
     assert shares[0] == 0.0 and 0.1 < shares[1] < 1.0
 
 
+@pytest.mark.parametrize("script", ["fickle_teacher", "soft_randomization", "messy_collab"])
+def test_an_arm_of_the_noisy_scripts_is_evaluated_at_its_own_radius(
+    script, only, in_process, tmp_path
+):
+    flags = TINY.replace("--steps 1", "--teacher-model mlp-8 --teacher-epochs 1")
+    only({}, {"x": f"{script}.py --method hinton {flags} --eval-restarts 1 --eval-eps 0.05"})
+    (tmp_path / "runs").mkdir()
+    args = argparse.Namespace(runs=tmp_path / "runs", results=tmp_path / "results")
+    nets = claims.run_arm("x", 10, args)["nets"]
+    (words,) = [words for name, words in in_process if name == "eval_robustness.py"]
+    assert words[words.index("--eps") + 1] == "0.05" and "entropy" in nets["student"]
+
+
+def test_the_robust_accuracy_is_what_targeted_apgd_leaves(only, in_process, monkeypatch, tmp_path):
+    only({})
+    monkeypatch.setattr(claims, "nets_compared_by", lambda *_: ["student"])
+    call = claims.call
+
+    def call_and_rewrite(script, flags, log_file):
+        call(script, flags, log_file)
+        if script == "eval_robustness.py":
+            path = claims.Path(flags[flags.index("--json") + 1])
+            record = common.read_json(path)
+            (row,) = record["rows"]
+            for stage, left in zip(row["reports"]["aa"]["stages"], (0.5, 0.4, 0.35, 0.3)):
+                stage["robust_acc"] = left
+            common.write_json(path, record | {"rows": [row | {"aa_acc": 0.3}]})
+
+    monkeypatch.setattr(claims, "call", call_and_rewrite)
+    (tmp_path / "runs").mkdir()
+    args = argparse.Namespace(runs=tmp_path / "runs", results=tmp_path / "results")
+    student = claims.run_arm("at", 10, args)["nets"]["student"]
+    assert (student["apgd_acc"], student["aa_acc"]) == (0.4, 0.3)
+
+
+def test_the_p_value_is_against_the_bound_of_the_rule():
+    rule = Rule("clean_acc", "a", "b", above=-0.01, smallest=-0.01)
+    results = results_of(a=[0.4, 0.401, 0.399], b=[0.4] * 3)
+    verdict, p = claims.judge(results, make_claim(rule))
+    assert verdict == "holds" and p < 0.01
+
+
 def test_the_numbers_of_an_ensemble_are_kept(only, in_process, tmp_path):
     flags = f"{TINY} --teacher-epochs 1 --teacher-batch-size 20 --teacher-training st st"
     only({}, {"two": f"robust_kd.py --loss akd {flags}"})

@@ -384,6 +384,38 @@ def test_every_image_comes_once_an_epoch_cropped_and_flipped_as_one_of_its_162_v
     assert sorted(seen) == list(range(20))
 
 
+# An image whose pixels tell where they came from: its row and its column, from 1
+ROW = torch.arange(1, 33, dtype=torch.uint8)
+PLACES = torch.stack(
+    [ROW[:, None].expand(32, 32), ROW.expand(32, 32), torch.zeros(32, 32, dtype=torch.uint8)], -1
+)
+
+
+def counts_of_views(x):
+    """How often each of the 162 crops and mirrorings of PLACES is among x (N, 3, 32, 32)."""
+    x = (255 * x).round().long()
+    flipped = x[:, 1, 16, 17] < x[:, 1, 16, 16]
+    top = x[:, 0, 16, 16] - 13
+    left = torch.where(flipped, x[:, 1, 16, 15], x[:, 1, 16, 16]) - 13
+    return torch.bincount(81 * flipped + 9 * top + left, minlength=162)
+
+
+@pytest.mark.parametrize("which", ["own", "generated"])
+def test_all_views_of_an_image_are_drawn_alike(which):
+    n, data = 8100, common.load_data("shapes", train_subset=2)
+    x, labels = PLACES.expand(n, 32, 32, 3).contiguous(), torch.zeros(n, dtype=torch.long)
+    if which == "own":
+        data = dataclasses.replace(data, x_train=x, y_train=labels)
+        images = whole_epoch(data, 1000, 0, "student", 0)[0]
+    else:
+        torch.manual_seed(0)
+        data = dataclasses.replace(data, x_extra=x, y_extra=labels)
+        images = robust_kd.draw_extra(data, n)[0]
+    counts = counts_of_views(images)
+    assert len(counts) == 162 and counts.sum() == n
+    assert (counts - n / 162).abs().max() < 6 * (n / 162) ** 0.5
+
+
 def test_without_augmentation_images_are_as_they_are():
     data = common.load_data("shapes", train_subset=20, augment="none")
     own = {image.numpy().tobytes() for image in data.x_train}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.models import resnet
 
 import common
 
@@ -23,6 +24,30 @@ def test_parameter_counts_are_the_published_ones(case):
     with torch.device("meta"):
         model = common.build_model(*case)
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[case]
+
+
+@pytest.mark.parametrize(
+    "name, block, layers",
+    [("resnet18", "BasicBlock", [2, 2, 2, 2]), ("resnet50", "Bottleneck", [3, 4, 6, 3])],
+)
+def test_resnets_compute_what_those_of_torchvision_do(name, block, layers):
+    theirs = resnet.ResNet(getattr(resnet, block), layers, num_classes=10)
+    theirs.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)  # the stem for small images
+    theirs.maxpool = torch.nn.Identity()
+    ours, x = common.build_model(name), torch.rand(4, 3, 32, 32)
+    ours.train()(x)  # moves the statistics
+    state = [value for key, value in ours.state_dict().items() if "normalize" not in key]
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), state, strict=True)))
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), atol=1e-4, rtol=1e-4)
+
+
+def test_convolutions_begin_with_the_deviation_of_their_outgoing_connections():
+    net = common.build_model("resnet18")
+    convolutions = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) == 20
+    for conv in convolutions:
+        expected = (2 / (conv.out_channels * conv.kernel_size[0] ** 2)) ** 0.5
+        assert conv.weight.std().item() == pytest.approx(expected, rel=0.1)
 
 
 def test_the_mlp_of_paper_three_has_2_4_million_parameters():

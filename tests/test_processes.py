@@ -37,7 +37,7 @@ def small(tmp_path_factory):
 def torchrun(processes, program, *argv, **options):
     """Start a program in so many processes; their output is text."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    launcher += ["--master_port", str(20000 + os.getpid() % 20000), str(program), *map(str, argv)]
+    launcher += ["--master_port", str(10000 + os.getpid() % 20000), str(program), *map(str, argv)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(launcher, env=environment, text=True, **options)
 
@@ -66,6 +66,15 @@ def test_three_processes_go_on_where_one_stopped_and_train_as_one(tmp_path, stop
     weights = common.load(one / "student.pt")["weights"]
     for name, tensor in common.load(three / "student.pt")["weights"].items():
         torch.testing.assert_close(tensor, weights[name], atol=1e-4, rtol=0)
+
+
+def test_gradients_are_weighted_by_the_images_of_each_process(monkeypatch):
+    net, other = torch.nn.Linear(2, 1, bias=False), torch.tensor([5.0, 6.0, 1.0])  # of one image
+    net.weight.grad = torch.tensor([[1.0, 2.0]])
+    monkeypatch.setattr(common, "world", lambda: 2)
+    monkeypatch.setattr(common.dist, "all_reduce", lambda sums: sums.add_(other))
+    common.average_gradients(net, 3)
+    torch.testing.assert_close(net.weight.grad, torch.tensor([[2.0, 3.0]]))  # (3 g + other) / 4
 
 
 def test_two_processes_wait_for_a_teacher_find_it_and_train_the_next_one_together(tmp_path, small):

@@ -19,7 +19,7 @@ import messy_collab
 import robust_kd
 import soft_randomization
 import teacher_free_kd
-from benchmark import report_run
+from benchmark import evaluation_attack, report_run
 
 SMALL = "--data shapes --test-subset 60 --val-size 20 --batch-size 32 --model mlp-32 --device cpu"
 SMALL_NOISY = f"{SMALL} --train-subset 60 --teacher-model mlp-8 --teacher-epochs 1 --epochs 1"
@@ -276,8 +276,8 @@ def test_the_attack_is_that_of_the_evaluation(finished):
 def test_the_attack_is_that_of_the_evaluation_and_not_of_the_training(finished):
     fickle = report_run.read_run(finished("fickle_teacher")).config["flags"]
     robust = report_run.read_run(finished("robust_kd")).config["flags"]
-    assert report_run.evaluation_attack(fickle) == (0.031, 0.003)
-    assert report_run.evaluation_attack(robust | {"step_size": 0.5}) == (2 / 255, 0.5 / 255)
+    assert evaluation_attack(fickle) == (0.031, 0.003)
+    assert evaluation_attack(robust | {"step_size": 0.5}) == (2 / 255, 0.5 / 255)
 
 
 def test_examples_show_the_images_and_what_the_net_says(finished):

@@ -711,10 +711,13 @@ def by_hand_of_nets(
     return by_hand(loss, 5 / 6, 0.8, args.temperature, labels, logits, igdm, beta, *adr)
 
 
-def losses_by_epoch(flags, epochs, tmp_path, monkeypatch):
-    """-> (losses of a student that does not learn, those by hand for each epoch(epoch) of them)."""
+def losses_by_step(flags, epochs, tmp_path, monkeypatch, train_subset=16):
+    """-> (losses of a student that does not learn, those by hand for each step(step) of them).
+
+    16 images are one step.
+    """
     args = common.replace(parse(f"{flags} --epochs {epochs} --lr 1e-30 --weight-decay 0"), seed=0)
-    data = common.load_data("shapes", train_subset=16)
+    data = common.load_data("shapes", train_subset=train_subset)
     student, teacher = Spied(), Spied().eval().requires_grad_(False)
     untrained, losses, batches = copy.deepcopy(student.net).eval(), [], []
     pgd, step_sums = common.pgd, common.step_sums
@@ -743,19 +746,19 @@ def losses_by_epoch(flags, epochs, tmp_path, monkeypatch):
 
 def test_the_weight_of_igdm_rises_with_the_epochs(tmp_path, monkeypatch):
     flags = "--loss igdm --igdm-weight 3"
-    losses, expected = losses_by_epoch(flags, 4, tmp_path, monkeypatch)
+    losses, expected = losses_by_step(flags, 4, tmp_path, monkeypatch)
     by_epoch = [expected(epoch, igdm=3 * epoch / 4) for epoch in range(4)]
     assert losses == pytest.approx(by_epoch, rel=1e-5)
 
 
 def test_weight_and_temperature_of_adr_go_along_half_a_cosine(tmp_path, monkeypatch):
     flags = "--loss adr --adr-lam 0.2 0.8 --adr-temperature 3 1"
-    losses, expected = losses_by_epoch(flags, 4, tmp_path, monkeypatch)
-    by_epoch = []
-    for epoch in range(4):  # of one step each
-        rise = 0.5 - 0.5 * math.cos(math.pi * epoch / 4)
-        by_epoch.append(expected(epoch, adr=(0.2 + 0.6 * rise, 3 - 2 * rise)))
-    assert losses == pytest.approx(by_epoch, rel=1e-5)
+    losses, expected = losses_by_step(flags, 3, tmp_path, monkeypatch, train_subset=32)
+    by_step = []
+    for step in range(6):  # two in each epoch
+        rise = 0.5 - 0.5 * math.cos(math.pi * step / 6)
+        by_step.append(expected(step, adr=(0.2 + 0.6 * rise, 3 - 2 * rise)))
+    assert losses == pytest.approx(by_step, rel=1e-5)
 
 
 @pytest.mark.parametrize("attack_loss", ["ce", "kl-teacher-adv"])
@@ -763,8 +766,8 @@ def test_iad_trusts_its_teacher_alone_for_the_first_three_tenths(
     attack_loss, tmp_path, monkeypatch
 ):
     flags = f"--loss iad --iad-beta 0.5 --attack-loss {attack_loss}"
-    losses, expected = losses_by_epoch(flags, 5, tmp_path, monkeypatch)
-    by_epoch = [expected(epoch, beta=0.0 if epoch < 2 else 0.5) for epoch in range(5)]
+    losses, expected = losses_by_step(flags, 10, tmp_path, monkeypatch)
+    by_epoch = [expected(epoch, beta=0.0 if epoch < 3 else 0.5) for epoch in range(10)]
     assert losses == pytest.approx(by_epoch, rel=1e-5)
 
 
@@ -1320,18 +1323,90 @@ def save_extra(path, n=30, size=32, **other):
 
 def test_the_average_follows_the_ramp_and_takes_batchnorm_as_it_is():
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    average, expected = AveragedModel(net, avg_fn=robust_kd.ema_with_ramp(0.6)), None
+    average, expected = robust_kd.weight_average(net, 0.6), None
     for t in range(12):
         with torch.no_grad():
             for p in net.parameters():
                 p.add_(torch.randn_like(p))
         net[1].running_mean += 1
-        average.update_parameters(net)
+        robust_kd.update_average(average, net)
         weight = net[0].weight.detach().clone()
         decay = min(0.6, (1 + t) / (10 + t))
         expected = weight if t == 0 else decay * expected + (1 - decay) * weight
     torch.testing.assert_close(average.module[0].weight, expected)
     assert torch.equal(average.module[1].running_mean, net[1].running_mean)
+
+
+def test_after_one_step_the_average_is_the_net(tmp_path):
+    for name, ema in (("without", ""), ("with", "--ema 0.9")):
+        run(tmp_path, f"--loss st --train-subset 16 --epochs 1 {ema} --name {name}")
+    folder = tmp_path / "robust_kd"
+    assert same_weights(folder / "without-s0/student.pt", folder / "with-s0/student.pt")
+
+
+def test_the_net_that_is_validated_is_the_net_that_is_kept(tmp_path, monkeypatch):
+    validated = []
+
+    def validate(args, stage, model, data, eps=None):
+        validated.append({key: value.clone() for key, value in model.state_dict().items()})
+        return {"val_clean_acc": 1 / len(validated), "val_pgd7_acc": 0.0}  # the first is the best
+
+    monkeypatch.setattr(common, "validate", validate)
+    run(tmp_path, "--loss st --ema 0.9 --epochs 2 --save-every 1 --name x")
+    files = {"student_best": 0, "student-epoch1": 0, "student-epoch2": 1, "student": 1}
+    for name, epoch in files.items():
+        weights = common.load(tmp_path / f"robust_kd/x-s0/{name}.pt")["weights"]
+        assert all(torch.equal(weights[k], value) for k, value in validated[epoch].items()), name
+
+
+def test_beta_weighs_the_teachers_in_their_order(tmp_path):
+    teachers = {"one": "st", "first": "st at --beta 1 0", "second": "st at --beta 0 1"}
+    weights = {}
+    for name, flags in teachers.items():
+        run(tmp_path, f"--loss ckd --epochs 1 --teacher-training {flags} --name {name}")
+        weights[name] = common.load(tmp_path / f"robust_kd/{name}-s0/student.pt")["weights"]
+    layer = "layers.2.weight"
+    torch.testing.assert_close(weights["first"][layer], weights["one"][layer], atol=1e-5, rtol=0)
+    assert (weights["second"][layer] - weights["one"][layer]).abs().max() > 1e-4
+
+
+def test_the_average_answers_adr_in_eval_mode(tmp_path, monkeypatch):
+    modes, weight_average = [], robust_kd.weight_average
+
+    def spied(model, decay):
+        average = weight_average(model, decay)
+        average.module.register_forward_pre_hook(
+            lambda net, _: modes.append({module.training for module in net.modules()})
+        )
+        return average
+
+    monkeypatch.setattr(robust_kd, "weight_average", spied)
+    args = parse("--loss adr --model wrn-10-1 --epochs 1 --val-size 0")
+    data = common.load_data("shapes", train_subset=16, val_size=0)
+    robust_kd.train(common.replace(args, seed=0), data, tmp_path, "student")
+    assert modes == [{False}]
+
+
+def test_the_demo_shows_a_standard_net_a_teacher_and_a_student(tmp_path):
+    rows = run(tmp_path, "--demo --teacher-es 1 --epochs 1 --name x")
+    assert [row["net"] for row in rows if row["net"] != "best"] == [
+        "standard",
+        "teacher",
+        "student",
+    ]
+    standard = common.load(tmp_path / "robust_kd/x-s0/standard.pt")["meta"]
+    assert standard["training"] == "st" and standard["epoch"] == 1
+
+
+def test_the_radius_of_the_evaluation_and_its_seed_are_those_of_the_run(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        robust_kd.eval_robustness,
+        "summary_rows",
+        lambda *_, **settings: asked.append(settings) or [{"net": "student", "model": "s"}],
+    )
+    run(tmp_path, "--loss st --epochs 1 --eps 3/255 --seed 5")
+    assert asked == [{"eps": 3 / 255, "seed": 5}]
 
 
 def test_cutout_fills_a_square_of_18_pixels(monkeypatch):

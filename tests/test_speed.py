@@ -2,6 +2,7 @@
 
 import collections
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -262,7 +263,8 @@ def test_a_step_waits_for_nothing_and_an_epoch_for_its_numbers(script, flags, tr
     epochs = len(sizes) // 2
     assert sizes == [16, 4] * epochs and epochs >= 2 and not within
     waits = collections.Counter(gpu.waits)
-    assert waits.pop("common.epoch_row") == 2 * epochs  # the metrics; whether all is finite
+    # the metrics; whether all weights are finite
+    assert waits.pop("common.epoch_row") == waits.pop("common.weights_are_finite") == epochs
     assert waits.pop("common.batches") == epochs  # the draws of the epoch go there in one copy
     beginning = {"common.load_data", "common.new_model", "common.load_model"}
     validation = {"common.check_finite", "common.accuracy"}  # one number each
@@ -327,6 +329,19 @@ def test_a_precision_of_training_is_what_its_name_says(precision, precisions, tm
     assert torch.backends.cuda.matmul.allow_tf32 is False
 
 
+def test_autocast_is_asked_for_what_the_flag_says(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "autocast", lambda *a, **options: asked.append((*a, options)))
+    for precision, name in (("bf16", "cuda"), ("fp32", "cuda"), ("bf16", "cpu")):
+        common.autocast(SimpleNamespace(precision=precision), torch.device(name))
+    options = {"cache_enabled": False}
+    assert [call[1:] for call in asked] == [
+        (torch.bfloat16, True, options),
+        (torch.bfloat16, False, options),
+        (torch.bfloat16, False, options),
+    ]
+
+
 @pytest.mark.parametrize(
     "script, flags",
     [
@@ -345,8 +360,8 @@ def test_training_in_bfloat16_has_the_losses_of_float32(
     losses, autocast = [], torch.autocast
     for bf16 in (False, True):
 
-        def autocast_as_on_cuda(*_, bf16=bf16, **options):
-            return autocast("cpu", torch.bfloat16, bf16, cache_enabled=False)
+        def autocast_as_on_cuda(_, dtype, enabled, *, cache_enabled, bf16=bf16):
+            return autocast("cpu", dtype, bf16, cache_enabled=cache_enabled)
 
         monkeypatch.setattr(torch, "autocast", autocast_as_on_cuda)
         script.main(f"{SMALL} {flags} --val-size 0 --runs {tmp_path}/{bf16}".split())

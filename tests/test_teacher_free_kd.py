@@ -417,6 +417,13 @@ def test_omitted_digits_never_reach_the_students_batches(mnist, tmp_path, monkey
             images.setdefault(stage, []).append(x.view(-1, 28, 28))
             yield x, labels
 
+    corrected_on, correct_bias = [], tf.correct_bias
+
+    def spied_correction(net, data, digit):
+        corrected_on.append(data)
+        return correct_bias(net, data, digit)
+
+    monkeypatch.setattr(tf, "correct_bias", spied_correction)
     monkeypatch.setattr(common, "batches", spied)
     flags = f"{DIGITS} --omit-digit 7 --bias-correction --grad-heatmap --data-root {mnist}"
     (summary,) = tf.main([*flags.split(), "--runs", str(tmp_path)])
@@ -443,6 +450,7 @@ def test_omitted_digits_never_reach_the_students_batches(mnist, tmp_path, monkey
         assert raised["only_7_acc"] >= row["only_7_acc"]
         whole = (9 * row["without_7_acc"] + row["only_7_acc"]) / 10
         assert row["clean_acc"] == pytest.approx(whole)
+    assert len(corrected_on) == 2 and all((seen.y_train == 7).any() for seen in corrected_on)
     alone = rows["student-alone (plain)"]
     assert alone["only_7_acc"] <= 0.2 and alone["without_7_acc"] > 0.9
     assert rows["student (vanilla)"]["weights"] == 784 * 16 + 160
@@ -726,6 +734,58 @@ def test_the_first_step_has_the_loss_of_the_method(method, tmp_path):
         teacher_x = student_x
     expected = loss(model(student_x), teacher(teacher_x), labels)
     assert row["loss"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_first_step_of_self_distillation_has_its_loss(tmp_path):
+    flags = "--byot-alpha 0.4 --byot-lambda 0.05 --byot-temperature 2 --tau2 --epochs 1"
+    args = parse(f"--method self-distillation --model wrn-10-1 {flags}")
+    args.seed = 0
+    data = common.load_data("shapes", train_subset=16)
+    tf.train(args, data, tmp_path, "student")
+    ((x, labels),) = common.batches(data, 16, 0, "student", 0)
+    exits = tf.Exits(common.new_model(data, "wrn-10-1", 0, "student")).train()
+    expected = tf.self_distillation_loss(*exits(x), labels, 0.4, 0.05, 2.0, True)
+    (row,) = common.read_log(tmp_path)["student"]
+    assert row["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_training_is_sgd_with_momentum_written_out(tmp_path):
+    flags = "--milestones 1 2 --gamma 0.5 --warmup 0 --weight-decay 0.01 --epochs 3 --lr 0.1"
+    args = parse(f"--method plain --model mlp-8 {flags}")
+    args.seed = 0
+    data = common.load_data("shapes", train_subset=40)
+    trained = tf.train(args, data, tmp_path, "student")
+    net = common.new_model(data, "mlp-8", 0, "student")
+    momenta = [torch.zeros_like(weights) for weights in net.parameters()]
+    for epoch in range(3):
+        for x, labels in common.batches(data, args.batch_size, 0, "student", epoch):
+            loss = F.cross_entropy(net(x), labels)
+            gradients = torch.autograd.grad(loss, [*net.parameters()])
+            for weights, momentum, gradient in zip(net.parameters(), momenta, gradients):
+                momentum.mul_(0.9).add_(gradient + 0.01 * weights.detach())
+                weights.data -= 0.1 * 0.5**epoch * momentum
+    for found, expected in zip(trained.parameters(), net.parameters()):
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_cosine_of_an_early_stopped_teacher_is_that_of_a_whole_one():
+    flags = "--method vanilla --data shapes --teacher-epochs 20 --teacher-es"
+    early, whole = (tf.teacher_args(parse(f"{flags} {epochs}")) for epochs in (5, 20))
+    factors = [[tf.lr_factor(args, step, 3) for step in range(15)] for args in (early, whole)]
+    assert factors[0] == factors[1] and factors[0][14] > 0.8
+
+
+def test_the_radius_of_the_evaluation_and_its_seed_are_those_of_the_run(tmp_path, monkeypatch):
+    asked = []
+
+    def summary_rows(nets, data, folder, attacks, **settings):
+        asked.append((attacks, settings))
+        return [{"net": "student", "model": "s"}]
+
+    monkeypatch.setattr(tf.eval_robustness, "summary_rows", summary_rows)
+    flags = "--method plain --model mlp-8 --epochs 1 --eps 3/255 --seed 5 --eval-attack pgd3"
+    run(tmp_path, flags)
+    assert asked == [(["pgd3"], {"eps": 3 / 255, "seed": 5})]
 
 
 def test_the_student_alone_starts_from_the_weights_of_the_student(tmp_path, monkeypatch):
