@@ -259,6 +259,8 @@ def plot_gradients(args):
             file = Path(path).resolve()
             label = file.parent.name if file.stem == "gradients" else file.stem
             name = f"{label}: {net}" if len(args.files) > 1 else net
+            if name in gradients:
+                raise common.UserError(f"{path}: there are two runs named {label}; rename one")
             gradients[name] = parts
     lines = gradient_lines(gradients)
     rows = []

@@ -54,7 +54,8 @@ def main(argv=None):
     else:
         cifar10 = Path(args.data_root) / "cifar10.npz"
         if not cifar10.exists():
-            advice = "python -c 'import common; common.load_data(\"cifar10\")' makes it"
+            program = f'import common; common.load_data("cifar10", "{args.data_root}")'
+            advice = f"python -c '{program}' makes it"
             raise common.UserError(f"--data-root: there is no {cifar10}; {advice}")
         arrays = common.read_npz(cifar10)
         arrays = small_images(arrays) if args.name == "cifar10-16" else planes_and_cars(arrays)

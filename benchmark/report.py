@@ -25,7 +25,6 @@ METRIC_NAMES = {
     "clean_acc": "clean",
     "aa_acc": "AutoAttack",
     "cinic_acc": "CINIC-10",
-    "mca_acc": "mCA",
     "macs": "multiply-adds",
 }
 INTRODUCTION = """\
@@ -67,9 +66,12 @@ def measured(row, records, net=None):
         return [] if net else [sum(p.numel() for p in model.parameters()) / 1e6]
     values, digests = [], set()
     for (command, seed), record in sorted(records.items()):
+        wanted = net or row["net"]
+        if wanted == "best" and all(found["net"] != "best" for found in record["rows"]):
+            wanted = "student"  # its last epoch was the best one
         for found in record["rows"] if command == row["command"] else []:
             digest = found.get("digest", seed)
-            if found["net"] == (net or row["net"]) and digest not in digests:
+            if found["net"] == wanted and digest not in digests:
                 digests.add(digest)  # two seeds that measured the same net count as one
                 if row["metric"] in found:
                     scale = 100 if row["metric"].endswith("_acc") else 1

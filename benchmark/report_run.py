@@ -473,7 +473,7 @@ def main(argv=None):
         common.find_function("--model", args.model)
     data = read_data(run, args.data_root)
     device = common.find_device("auto")
-    model = common.load_model(run.folder / run.net["file"], data)
+    model = common.load_model(run.folder / run.net["file"], data).to(device)
     attacked = attack_images(model, data, args.n, run.config["flags"])
     page = make_page(run, data, attacked, device, out)
     # a name in a foreign file may hold half a character, which UTF-8 has no bytes for

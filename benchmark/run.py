@@ -64,7 +64,7 @@ def parse_args(argv=None):
 
 def read_printed(path):
     """The lines of the CSV of printed numbers, a dict each."""
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # Excel writes a mark before it
         return list(csv.DictReader(file))
 
 
@@ -133,8 +133,11 @@ def evaluate(rows, record, folder):
                     row[metric] = found[metric]
 
 
-def run(command, seed, rows, args):
-    """Train and evaluate a command with a seed, and write its result; raises UserError."""
+def run(command, seed, rows, args, before):
+    """Train and evaluate a command with a seed, and write its result; raises UserError.
+
+    before: the record that is there already, or None; what it has of EVALUATED stays.
+    """
     script, *flags = shlex.split(command.removeprefix("python "))
     runs = Path(args.runs).resolve()
     name = name_of(command)
@@ -148,6 +151,9 @@ def run(command, seed, rows, args):
     for row in record["rows"]:
         if row.get("file"):  # seeds that share a teacher have one net, and not two
             row["digest"] = common.weights_digest(folder / row["file"])
+        for old in before["rows"] if before else []:
+            if old["net"] == row["net"] and old.get("digest") == row.get("digest"):
+                row |= {metric: old[metric] for metric in EVALUATED if metric in old}
     evaluate(rows, record, folder)
     for row in record["rows"]:
         row.pop("file", None)
@@ -174,9 +180,10 @@ def main(argv=None):
     failures = []
     for seed in args.seed:
         for command, rows in rows_of.items():
-            if missing(rows, records.get((command, seed))):
+            before = records.get((command, seed))
+            if missing(rows, before):
                 try:
-                    run(command, seed, rows, args)
+                    run(command, seed, rows, args, before)
                 except common.UserError as error:
                     failures.append(f"seed {seed}: {error}")
     if failures:

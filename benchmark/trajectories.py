@@ -134,8 +134,8 @@ def epoch_files(path):
 def read_trajectories(path, data, flags):
     """{train, test, adv: log-probabilities (E, N), entropy: nats (E,)} of a net after each epoch.
 
-    train, test: of the right class of the clean images; adv: of the test images under the PGD by
-    which the run trained; entropy: the mean over the training images.
+    train, test: of the right class of the clean images; adv: of the test images under PGD on the
+    cross-entropy with the run's radius and steps; entropy: the mean over the training images.
     """
     attack = flags["eps"], flags["step_size"], flags["steps"]
     values = {"train": [], "test": [], "adv": [], "entropy": []}

@@ -34,7 +34,13 @@ socket.socket.connect = socket.getaddrinfo = no_network
 @pytest.fixture(scope="session", autouse=True)
 def shapes_once():
     """The shapes are drawn once per process: it takes longer than most of the small runs."""
-    common.make_shapes = functools.cache(common.make_shapes)
+    drawn = functools.cache(common.make_shapes)
+
+    @functools.wraps(common.make_shapes)
+    def copies(*sizes):
+        return {key: values.copy() for key, values in drawn(*sizes).items()}
+
+    common.make_shapes = copies
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -231,6 +232,29 @@ def test_accuracy_never_rises_from_attack_to_attack_and_is_the_pointwise_worst(s
     assert row["apgd_acc"] == stages[1]  # the first two of the four, with the same draws
     assert row["aa_conditional_acc"] == pytest.approx(row["aa_acc"] / row["clean_acc"])
     assert 0.1 < row["aa_acc"] < 0.9 * row["clean_acc"]
+
+
+class OnCuda(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize("last", [3, 20, 60])
+def test_on_cuda_what_the_last_step_found_is_written(last):
+    x_adv = torch.zeros(2, 1, 1, 1).as_subclass(OnCuda)
+    found = {"row": torch.arange(2), "done": torch.tensor([True, False])}
+    active = SimpleNamespace(**found, found=torch.ones(2, 1, 1, 1))
+    assert ev.drop_done(active, x_adv, last, last)
+    assert x_adv.flatten().tolist() == [1, 0]
+
+
+def test_the_curve_of_a_linear_model_is_its_closed_form():
+    model, x, labels = linear_problem(2)
+    d = distances(model, x, labels)
+    curve = ev.accuracy_curve(model, x, labels, ev.Settings(eps=middle(d)))
+    inside = [(eps, accuracy) for eps, accuracy in curve if eps < 0.2]  # the box is not met
+    assert len(inside) > 3
+    for eps, accuracy in inside:
+        assert abs(accuracy - (d > eps).double().mean().item()) <= 1 / len(x)
 
 
 @pytest.mark.parametrize("steps, step_size", [(1, None), (3, None), (5, 0.004)])

@@ -1,6 +1,7 @@
 """The 19 corruptions against the reference generator and known answers; folders; other images."""
 
 import hashlib
+import json
 import math
 
 import numpy as np
@@ -518,8 +519,40 @@ def test_official_files_give_accuracy_and_the_papers_conditional_form(official):
     of_15 = [v for name in list(ev.CORRUPTIONS)[:15] for v in result["corruptions_acc"][name]]
     assert result["mean15_acc"] == pytest.approx(np.mean(of_15))
     assert result["note"] == f"images of {folder}"
+    means = {name: np.mean(values) for name, values in result["corruptions_acc"].items()}
+    conditional = {name: np.mean(values) for name, values in result["conditional_acc"].items()}
+    assert result["mean19_acc"] == pytest.approx(np.mean([*means.values()]))
+    without_frost = [value for name, value in conditional.items() if name != "frost"]
+    assert result["mca18_acc"] == pytest.approx(np.mean(without_frost))
+    for row in ev.corruption_rows(result):
+        found = row["mean_acc"], row["conditional_acc"]
+        name = row["corruption"]
+        assert found == pytest.approx((means[name], conditional[name]))
     few = ev.corruption_accuracy(Brightness(), x[y == 0][:5], y[y == 0][:5], folder)
     assert few["n"] == 5 and few["corruptions_acc"]["fog"] == [few["clean_acc"]] * 4 + [1.0]
+
+
+def test_two_nets_in_one_command_have_the_numbers_that_each_has_alone(official, tmp_path):
+    folder, x, y = official
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        net = common.build_model("mlp-8", 2, size=x.shape[1])
+        net.layers[-1].weight.data *= 30
+        common.save_model(tmp_path / f"{seed}.pt", net)
+
+    def rows(out, *nets):
+        argv = [f"{tmp_path}/{net}.pt" for net in nets]
+        argv += f"--data {tmp_path}/d.npz --device cpu --attack clean pgd2 corruptions".split()
+        ev.main([*argv, "--corruptions", str(folder), "--json", f"{tmp_path}/{out}"])
+        found = json.loads((tmp_path / out).read_text())["rows"]
+        return [{k: v for k, v in row.items() if k != "reports"} | {"seconds": 0} for row in found]
+
+    both = rows("both.json", 0, 1)
+    assert both == rows("first.json", 0) + rows("second.json", 1)
+    assert both[0]["corruptions"]["corruptions_acc"] != both[1]["corruptions"]["corruptions_acc"]
+    for key in ("mean15_acc", "mean18_acc", "mean19_acc", "mca_acc"):
+        assert both[0][key] == both[0]["corruptions"][key]
 
 
 def test_test_images_that_are_not_in_the_folder_are_refused(official, refused):

@@ -384,6 +384,18 @@ def test_every_image_comes_once_an_epoch_cropped_and_flipped_as_one_of_its_162_v
     assert sorted(seen) == list(range(20))
 
 
+def test_held_out_and_test_images_are_a_fixed_choice(tmp_path):
+    """Kept results are of these images: another choice would be another test."""
+    arrays = tiny()
+    sizes = {"val_size": 10, "train_subset": 5, "test_subset": 3}
+    data = common.load_data(saved(tmp_path / "a.npz"), **sizes)
+    order = np.random.default_rng(0).permutation(40)
+    test = np.sort(np.random.default_rng(0).permutation(10)[:3])
+    assert (data.x_val.numpy() == arrays["x_train"][order[:10]]).all()
+    assert (data.x_train.numpy() == arrays["x_train"][np.sort(order[10:15])]).all()
+    assert (data.x_test.numpy() == arrays["x_test"][test]).all()
+
+
 # An image whose pixels tell where they came from: its row and its column, from 1
 ROW = torch.arange(1, 33, dtype=torch.uint8)
 PLACES = torch.stack(

@@ -571,6 +571,37 @@ def test_every_checkpoint_gets_a_row_and_the_json_holds_all(tmp_path, capsys, re
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other.json", "out.json"]
 
 
+MORE = ["--seed 1", "--eps 4/255", "--step-size 1/255", "--restarts 2", "--n 40"]
+
+
+@pytest.mark.parametrize("more", MORE)
+def test_a_finished_evaluation_is_not_shown_for_other_settings(more, tmp_path, refused):
+    argv = ["net0.pt", "--attack", "pgd1", "--json", tmp_path / "o.json"]
+    main(*argv)
+    line = refused(main, *argv, *more.split())
+    assert "was made with" in line and "take another --json" in line
+    assert more.split()[0] in line or "the images and labels of --data" in line
+    main(*argv, "--batch-size", "7")  # changes no number
+
+
+def test_the_ensemble_of_the_command_is_the_mean_of_all_its_nets(tmp_path, small):
+    _, x, labels = small
+    out = tmp_path / "e.json"
+    main("net0.pt", "net1.pt", "--ensemble", "--attack", "clean", "calibration", "--json", out)
+    (row,) = json.loads(out.read_text())["rows"]
+    nets = [common.load_model(f"net{k}.pt") for k in (0, 1)]
+    probs = sum(common.predict(net, x).softmax(1) for net in nets) / 2
+    expected = torch.nn.functional.nll_loss(probs.log(), labels).item()
+    assert row["calibration"]["clean"]["nll"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_net_of_a_run_with_other_data_is_warned_of(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"flags": {"data": "cifar10"}}')
+    for name, warned in (("a/cifar10.npz", False), ("mnist", True)):
+        ev.warn_of_other_data(tmp_path / "student.pt", name)
+        assert ("trained on 'cifar10', not 'mnist'" in capsys.readouterr().err) == warned
+
+
 def test_another_file_of_data_or_weights_is_refused_and_the_labels_count(tmp_path, refused, small):
     _, x, labels = small
     arrays = {"x_train": x, "y_train": labels, "x_test": x, "y_test": labels}

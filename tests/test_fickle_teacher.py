@@ -588,6 +588,20 @@ def test_the_evaluation_script_gives_a_finished_student_the_numbers_of_its_summa
     assert line.split()[1:3] == [f"{rows[0][key]:.4f}" for key in ("clean_acc", "pgd20_acc")]
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_flags_of_the_evaluation_reach_it(script, tmp_path, monkeypatch):
+    asked = []
+
+    def summary_rows(nets, data, folder, attacks, **settings):
+        asked.append(settings)
+        return [{"net": "student", "model": "s"}]
+
+    monkeypatch.setattr(eval_robustness, "summary_rows", summary_rows)
+    flags = "--method student --epochs 1 --seed 5 --eval-eps 0.1 --eval-step-size 0.02"
+    run(script, tmp_path, f"{flags} --eval-restarts 3")
+    assert asked == [{"eps": 0.1, "step_size": 0.02, "restarts": 3, "seed": 5}]
+
+
 BAD_FLAGS = [
     ("--dropout 1", "--dropout: expected a number of at least 0 and below 1"),
     ("--dropout -0.1", "--dropout: expected"),

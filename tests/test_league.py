@@ -12,7 +12,7 @@ import torch.nn as nn
 import common
 import eval_robustness
 import robust_kd
-from benchmark import claim_list, claims, league
+from benchmark import claim_list, claims, league, plots
 
 TINY = (
     "--data shapes --model mlp-8 --train-subset 60 --test-subset 20 --val-size 20 --epochs 2 "
@@ -405,6 +405,29 @@ def test_the_page_in_docs_says_what_the_results_say(tmp_path):
         text = (claims.ROOT / name).read_text()
         assert (tmp_path / name).read_text() == text, "run benchmark/league.py --page"
         assert "AT with AWP" in text
+
+
+def test_the_figures_have_the_numbers_that_they_are_given(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(common, "save_figure", lambda figure, path: drawn.append(figure))
+    effects = [claims.Effect([], 0.4, 0.38, 0.42, 0), claims.Effect([], 0.1, 0.07, 0.13, 0)]
+    lines = [("a", (0.4, 0.1), effects, False)]
+    plots.draw_frontiers(tmp_path / "l.png", {"MLP": (lines, [(0.4, 0.1)])})
+    bound = claims.Effect([], 0.02, 0.01, 0.03, 0)
+    plots.draw_forest(tmp_path / "f.png", {"t": [("x", bound, 0.005, "holds")]})
+    league_axis, forest = (figure.axes[0] for figure in drawn)
+
+    def has(axis, xs, ys):
+        return any(
+            np.allclose(line.get_xdata(), xs) and np.allclose(line.get_ydata(), ys)
+            for line in axis.lines
+            if len(line.get_xdata()) == len(xs)
+        )
+
+    assert has(league_axis, [40], [10]) and league_axis.get_xlabel() == "clean accuracy, %"
+    assert has(league_axis, [38, 42], [10, 10]) and has(league_axis, [40, 40], [7, 13])
+    assert has(forest, [1, 3], [0, 0]) and has(forest, [2], [0]) and has(forest, [0.5], [0])
 
 
 def test_a_league_without_results_is_a_page_too(tmp_path):

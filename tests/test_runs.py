@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -254,6 +255,32 @@ def test_a_value_or_a_row_that_a_seed_lacks_has_no_mean():
     for summaries in ([first, [*second, best]], [[*second, best], first]):
         (row,) = common.mean_and_std(summaries)
         assert row == {"model": "student", "clean_acc": "0.5500 +- 0.0707", "ood_auroc": None}
+
+
+def test_epochs_are_seeded_by_seed_stage_and_number():
+    draws = set()
+    for seed, stage, epoch in ((0, "student", 0), (1, "student", 0), (0, "teacher", 0)):
+        for number in (epoch, epoch + 1):
+            common.seed_epoch(seed, stage, number)
+            draws.add(torch.rand(1).item())
+    assert len(draws) == 6
+
+
+def test_a_file_is_synced_then_moved_then_its_folder_is_synced(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def spied_fsync(number):
+        done.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "file")
+        fsync(number)
+
+    def spied_replace(*paths):
+        done.append("move")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", spied_fsync)
+    monkeypatch.setattr(os, "replace", spied_replace)
+    common.write_json(tmp_path / "a.json", 1)
+    assert done == ["file", "move", "folder"]
 
 
 def test_whole_numbers_that_differ_between_seeds_have_a_mean_too():
