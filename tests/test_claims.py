@@ -95,7 +95,7 @@ def test_an_interval_and_a_p_value_agree():
 
 
 @pytest.mark.parametrize("deviation", [0.005, 0.010, 0.015])
-def test_looks_make_an_effect_where_there_is_none_as_often_as_the_page_says(deviation):
+def test_looks_make_an_effect_where_there_is_none_as_often_as_the_page_says(deviation, monkeypatch):
     """5 to 7 of 100 finished claims, up to 14 at some look."""
     generator = np.random.default_rng(0)
     quantiles = {5: 2.776, 10: 2.262, 15: 2.145, 20: 2.093}
@@ -110,6 +110,15 @@ def test_looks_make_an_effect_where_there_is_none_as_often_as_the_page_says(devi
         at_the_end |= without_0 & ends
         finished |= ends
     assert 0.045 < at_the_end.mean() < 0.075 and at_some_look.mean() < 0.145
+    assert "5 to 7 of 100 finished claims" in claims.PAGE
+    # the same by the code that makes the page
+    monkeypatch.setattr(claims, "SEEDS_PER_LOOK", 5)
+    claim, ours = make_claim(Rule("clean_acc", "a", "b")), []
+    for numbers in differences[:300]:
+        results = results_of(a=list(numbers), b=[0.0] * 20)
+        effect = claims.measure(results, claim.rules[0], claim)
+        ours.append(not effect.low <= 0 <= effect.high)
+    assert ours == at_the_end[:300].tolist()
 
 
 def test_holm_stops_at_the_first_that_is_not_significant():
@@ -548,6 +557,7 @@ def test_a_stopped_program_stops_its_runs_and_keeps_what_is_finished(
 
     def stop_when_two_run(*_):
         while len(claims.RUNNING) < 2:
+            assert time.monotonic() - began < 40, "two runs never began"
             time.sleep(0.05)
         raise KeyboardInterrupt
 

@@ -689,6 +689,7 @@ def test_a_killed_run_goes_on_by_the_command_that_it_prints(whole, tmp_path):
     command = [sys.executable, "robust_kd.py", *TINY.split(), "--runs", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.rglob("teacher.checkpoint?.pt")):
+        assert process.poll() is None, "it ended before its first checkpoint"
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     error = process.communicate(timeout=100)[1]

@@ -17,8 +17,10 @@ STOPPED = ("teacher_free_kd", "student", 2)  # a stage of four epochs
 def stopped(job, stage, epoch, folder):
     """Start the job and kill it once the log has this epoch of the stage."""
     pid, run = faults.start(job, folder), folder / job / "x-s0"
+    ends = faults.time.monotonic() + 100
     while faults.finished_epochs(folder) not in [(stage, n) for n in range(epoch, 99)]:
         assert not (run / f"{stage}.pt").exists(), "it was too fast"
+        assert faults.time.monotonic() < ends, "the epoch never came"
         faults.time.sleep(0.0005)
     faults.os.kill(pid, faults.KILL)
     faults.wait(pid, folder)
