@@ -72,8 +72,6 @@ RKD = f"robust_kd.py {MLP_STUDENT} {MLP_TEACHER}"
 # A narrow ResNet-18 on half of these images: the same mechanism in a convolutional net with
 # BatchNorm. With 2,000 images it hardly overfits in 20 epochs: 0.165 against 0.179 at its best
 # epoch (seed 3), so that the gate would be closed; with 1,000 it does: 0.089 against 0.140.
-# The results that are kept chose their best epoch by PGD-3 (val_pgd3_acc), as the scripts did then;
-# today all validate by PGD-7.
 CONV = (
     "--data data/cifar10-16.npz --augment none --train-subset 1000 --val-size 500 "
     "--test-subset 2000 --model resnet18-w8 --batch-size 32 --lr 0.1 --epochs 24 "
@@ -302,7 +300,7 @@ WORDS = {
 # The pictures of the regimes: title -> (held-out accuracy that is drawn, arms)
 REGIMES = {
     "MLP, under PGD-7": ("val_pgd7_acc", ("at", "akd+0.8")),
-    "narrow ResNet-18, under PGD-3": ("val_pgd3_acc", ("conv-at", "conv-akd+0.8")),
+    "narrow ResNet-18, under PGD-7": ("val_pgd7_acc", ("conv-at", "conv-akd+0.8")),
     "MNIST, half of the labels wrong": ("val_clean_acc", ("wrong-alone", "wrong-hinton")),
     "small WideResNets, clean": ("val_clean_acc", ("alone", "hinton")),
 }

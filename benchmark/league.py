@@ -680,7 +680,9 @@ def draw(results, docs):
     figure = teacher_figure = ""
     if panels:
         drawn = plots.draw_frontiers(docs / "league.png", panels)
-        text = "Clean against robust accuracy of all methods, with 95 % intervals"
+        text = (
+            "Clean against robust accuracy of all methods, with 95 % intervals (wide ones are cut)"
+        )
         figure = claims.figure_link(drawn, docs / "league.png", text)
     grids = {}
     for title, metric in NUMBERS.items():

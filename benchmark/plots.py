@@ -501,7 +501,11 @@ def draw_frontiers(path, panels):
         axis.plot([], [], "o", color=common.COLOURS[0], label="without a teacher")
         axis.plot([], [], "s", color=common.COLOURS[1], label="with a teacher")
         axis.set(xlabel="clean accuracy, %", ylabel="robust accuracy, %", title=title)
-        axis.margins(0.12)
+        # around the points, with room for their names: a wide interval is cut
+        for i, set_limits in enumerate((axis.set_xlim, axis.set_ylim)):
+            places = [point[i] for _, point, _ in names]
+            room = 0.15 * (max(places) - min(places)) + 0.5
+            set_limits(min(places) - room, max(places) + (2 - i) * room)
         names_of[axis] = names
     figure.draw_without_rendering()  # from here on the axes have their final size
     for axis, names in names_of.items():
