@@ -8,8 +8,8 @@ Attacks  pgdN     N steps of size --step-size from --restarts uniform starts
          aa       AutoAttack, the standard version: apgd-ce, apgd-t, fab-t and square in turn
          apgd     the first two of these in turn
          apgd-ce, apgd-t, fab-t, square   each of them alone
-Usage    python eval_robustness.py CKPT CKPT --attack clean pgd20 aa --json a.json
-         python eval_robustness.py CKPT CKPT --ensemble --attack clean aa --n 1000
+Usage    python eval_robustness.py CKPT1 CKPT2 --attack clean pgd20 aa --json a.json
+         python eval_robustness.py CKPT1 CKPT2 --ensemble --attack clean aa --n 1000
          python eval_robustness.py --model package.module:function --weights FILE --attack aa
          python eval_robustness.py CKPT --attack corruptions calibration --corruptions DIR
          With --json the same command goes on where a killed one stopped.
