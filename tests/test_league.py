@@ -272,8 +272,8 @@ def test_the_cost_of_a_step_is_what_a_step_runs(arm, regime, tmp_path, monkeypat
     arm = arm if regime == "MLP" else f"conv-{arm}"
     flags = shlex.split(claim_list.ARMS[arm])[1:]
     flags += ["--data", "shapes", "--train-subset", "8", "--val-size", "0", "--batch-size", "8"]
-    args = robust_kd.parse_args([*flags, "--epochs", "1", "--schedule", "cosine"])
-    args = common.replace(args, seed=0)
+    args = robust_kd.parse_args([*flags, "--epochs", "1"])
+    args = common.replace(args, seed=0, schedule="cosine")  # OneCycle needs more than one step
     data = common.load_data("shapes", train_subset=8)
     student, teacher = Counted(), Counted().eval().requires_grad_(False)
     monkeypatch.setattr(common, "new_model", lambda *_: student)

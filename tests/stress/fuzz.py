@@ -164,7 +164,10 @@ JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["flags", "fingerprint", "stage", "epoch", "rows", "state"]), inner
+            st.sampled_from(
+                ["flags", "fingerprint", "files", "teacher_ckpt", "stage", "epoch", "rows", "state"]
+            ),
+            inner,
         )
     ),
     max_leaves=8,
@@ -174,12 +177,17 @@ JSON = st.recursive(
 def records(folder, examples, seed=None):
     """Logs, configurations and checkpoints whose content is not ours."""
     data, model = types.SimpleNamespace(fingerprint=1), common.build_model("mlp-2", 3, size=4)
+    given = folder / "given.pt"
+    given.write_bytes(b"a teacher")
+    args = types.SimpleNamespace(model="x", teacher_ckpt=str(given))
 
     def check(value):
         text = json.dumps(value)
         (folder / "log.jsonl").write_text(text)
         ends_well(lambda: common.write_log(folder, "student", []))
-        ends_well(lambda: common.check_same_run(folder, json.loads(text), {"model": "x"}, data))
+        ends_well(lambda: common.check_same_run(folder, json.loads(text), args, data))
+        config = {"flags": {"model": "x", "teacher_ckpt": str(given)}, "fingerprint": 1}
+        ends_well(lambda: common.check_same_run(folder, config | {"files": value}, args, data))
         for record in (value, {"rows": value}, {"rows": [value], "state": value}):
             if isinstance(record, dict):
                 common.save(common.checkpoint_file(folder, "student", 1), record)
