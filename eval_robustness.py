@@ -215,7 +215,7 @@ class Batch:
     not_finite: Tensor | int = 0  # result: evaluations with logits or gradients not finite
 
     def draw(self, *shape, use="start"):
-        """Uniform (B, *shape) in [0, 1], by seed, attack, repeat, use and image alone."""
+        """Uniform (B, *shape) in [0, 1), by seed, attack, repeat, use and image alone."""
         draw = uniform(self.index, self.attack, use, self.settings.seed, self.repeat)
         return draw(*shape).float()
 
@@ -237,28 +237,20 @@ class Batch:
 
 
 def uniform(numbers, *key):
-    """-> draw(*shape): float64 (B, *shape) in (0, 1), others at each call; numbers int64 (B,).
+    """-> draw(*shape): float64 (B, *shape) in [0, 1), others at each call; numbers int64 (B,).
 
-    They depend on the image's number and `key` alone, not on the batch or the device: splitmix64
-    (Steele, Lea and Flood 2014) of a counter, in integers that every device computes alike.
+    Each image has a generator of its own, on the CPU: its draws depend on its number and `key`
+    alone, not on the batch or the device.
     """
-    golden = 0x9E3779B97F4A7C15 - 2**64  # odd constants of splitmix64, as signed 64-bit numbers
-    first_factor, second_factor = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
-    calls = itertools.count()
-
-    def shift_right(z, bits):  # without the sign
-        return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-    def mix(z):
-        z = (z ^ shift_right(z, 30)) * first_factor
-        z = (z ^ shift_right(z, 27)) * second_factor
-        return z ^ shift_right(z, 31)
+    generators = []
+    for number in numbers.tolist():
+        seed = common.derive_seed(*key, number)
+        generators.append(torch.Generator("cpu").manual_seed(seed))
 
     def draw(*shape):
-        stream = mix(numbers * golden + common.derive_seed(*key, next(calls)))[:, None]
-        counter = torch.arange(1, math.prod(shape) + 1, device=numbers.device)
-        bits = shift_right(mix(stream + counter * golden), 12)
-        return ((bits.double() + 0.5) * 2.0**-52).view(-1, *shape)
+        options = {"dtype": torch.float64, "device": "cpu"}  # whatever the default device is
+        draws = [torch.rand(shape, generator=generator, **options) for generator in generators]
+        return torch.stack(draws).to(numbers.device)
 
     return draw
 
