@@ -291,12 +291,11 @@ def draw_trajectories_of_run(figure, label, numbers, window):
             y = values[key][order]
             axis.plot(rank, y, ".", color=common.COLOURS[5], markersize=2, alpha=0.5)
             axis.plot(rank, trajectories.smooth(y, window), color=common.COLOURS[1], linewidth=2)
-            if line is axes[0]:
-                axis.set_title(title)
-            if line is axes[-1]:
-                axis.set_xlabel(RANK)
         line[0].set_ylabel(f"{kind} images")
         line[-1].axhline(0, color="black", linewidth=0.6)
+    for column, title in enumerate(titles.values()):
+        axes[0, column].set_title(title)
+        axes[-1, column].set_xlabel(RANK)
     note = f"dots: test images; line: running mean of {window} of them"
     figure.suptitle(f"{label} ({note})", fontsize=11)
 

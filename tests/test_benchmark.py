@@ -647,6 +647,20 @@ def test_tables_numbers_and_pictures_of_two_runs(make_run, tmp_path, capsys):
     assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in names[:-1])
 
 
+def test_each_panel_of_a_trajectory_says_what_it_shows():
+    pytest.importorskip("matplotlib")
+    values = dict.fromkeys(("difficulty", "cosine", "teacher", "change"), np.arange(6) / 6)
+    figure = common.new_figure(12, 6)
+    plots.draw_trajectories_of_run(figure, "a", dict.fromkeys(trajectories.KINDS, values), 2)
+    upper, lower = figure.axes[:3], figure.axes[3:]
+    assert [axis.get_title()[:6] for axis in upper] == ["cosine", "$p_{T,", "$p_{S,"]
+    assert {axis.get_xlabel() for axis in lower} == {plots.RANK}
+    assert [axis.get_ylabel() for axis in (upper[0], lower[0])] == [
+        "natural images",
+        "adversarial images",
+    ]
+
+
 def test_another_model_ranks_or_is_compared_with(make_run, tmp_path, no_matplotlib, capsys):
     turned = {name: values[..., ::-1] for name, values in make_trajectories(3).items()}
     a = make_run("a", make_trajectories(4), make_trajectories(4))
