@@ -67,7 +67,7 @@ NAMES = {  # arms of the MLP; those of the ResNet are the same behind `conv-`
     "mart": "MART",
     "at-smooth-0.5": "AT with label smoothing",
     "at-ema-0.98": "AT with weight average",
-    "at-ema-0.98@best": "AT with weight average at its best epoch",
+    "at-ema-0.98@best": "AT with weight average, best epoch",
     "at-awp": "AT with AWP",
     "adr": "ADR",
     "akd+0.8": "AKD+",
@@ -455,15 +455,17 @@ def findings(results):
 
 
 def readme_text(results):
-    """The paragraph of the README: the frontier, and the most robust on it against AKD+."""
-    text = (
-        f"**Which method?** In the [league](docs/LEAGUE.md) {len(NAMES)} methods, up to those of "
-        "2025, have the same small net, the same images (2,000 or 1,000 of CIFAR-10 at 16x16) and "
-        "the same epochs. AT is adversarial training, robust what APGD leaves at 8/255."
+    """The part of the README: the picture, each regime's frontier, and teacher or method."""
+    begin = (
+        f"**Which method?** The [league](docs/LEAGUE.md) trains {len(NAMES)} methods, up to those "
+        "of 2025, with the same small net, images and epochs. AT is adversarial training, robust "
+        "is what APGD leaves at 8/255, and no other method is better in both than those on the "
+        "frontier."
     )
+    items = []
     for regime in LEAGUE:
         if not is_finished(results, regime):
-            text += f" The {regime} is not finished."
+            items.append(f"**{regime}**: not finished.")
             continue
         points, counts = points_of(results, regime), frontier_counts(results, regime)
         best = by_robustness(frontier(points), points)
@@ -473,18 +475,31 @@ def readme_text(results):
             names.append(f"{name_of(arm)} ({robust} % robust, {clean} % clean)")
         near = [name_of(arm) for arm in by_robustness(set(counts) - set(best), points)]
         near = f" (without one of the seeds perhaps {listed(near)} too)" if near else ""
-        text += (
-            f" {regime}, {LEAGUE_SEEDS[regime]} seeds: no method is both more accurate and more "
-            f"robust than {listed(names)}{near}."
-        )
+        text = f"**{regime}**, {LEAGUE_SEEDS[regime]} seeds: on the frontier are "
+        text += f"{listed(names)}{near}."
         akd = rivals(regime)[1]
         if best[0] != akd:
             effect = difference(results, best[0], akd, "robust_acc", regime)
             text += f" {name_of(best[0])} against AKD+, the method of the paper: "
             text += f"{difference_text(effect, False)} points of robust accuracy."
+        items.append(text)
     if is_finished(results, "teachers"):
-        text += f" Is it the teacher or the method? {teacher_sentence(results)}"
-    return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
+        parts = teacher_decisions(results)
+        texts = [
+            f"with {part} {who} decides more (a spread of {100 * over_teachers:.1f} points over "
+            f"teachers, {100 * over_methods:.1f} over methods)"
+            for part, (over_teachers, over_methods, _, who) in parts.items()
+            if part != "all but the standard one"
+        ]
+        items.append(f"**Is it the teacher or the method?** In the MLP, {'; '.join(texts)}.")
+    figure = "![Clean and robust accuracy of all methods](docs/league.png)"
+    return "\n".join([wrapped(begin), "", figure, "", *[wrapped(f"- {i}", "  ") for i in items]])
+
+
+def wrapped(text, indent=""):
+    """A paragraph of the README in lines of at most 110 characters."""
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(text, 110, subsequent_indent=indent, **options)
 
 
 def teacher_parts(results):
@@ -500,21 +515,29 @@ def teacher_parts(results):
     }
 
 
+def teacher_decisions(results):
+    """{which teachers: (spread over teachers, over methods, Effect, who decides more)}: rule 4."""
+    decisions = {}
+    for part, cells in teacher_parts(results).items():
+        over_teachers, over_methods, effect = teacher_or_method(cells)
+        who = "neither"
+        if effect.low > 0:
+            who = "the teacher"
+        elif effect.high < 0:
+            who = "the method"
+        decisions[part] = over_teachers, over_methods, effect, who
+    return decisions
+
+
 def teacher_sentence(results):
     """What rule 4 says, of all teachers and of some."""
     if not is_finished(results, "teachers"):
         return progress_text(results, "teachers")
     sentences = []
-    for part, cells in teacher_parts(results).items():
-        over_teachers, over_methods, effect = teacher_or_method(cells)
-        decides = "neither decides more"
-        if effect.low > 0:
-            decides = "the teacher decides more"
-        elif effect.high < 0:
-            decides = "the method decides more"
+    for part, (over_teachers, over_methods, effect, who) in teacher_decisions(results).items():
         spread = f"{100 * over_teachers:.1f} points over teachers, {100 * over_methods:.1f}"
         between = f"{claims.percent(effect.low)} to {claims.percent(effect.high)}"
-        sentences.append(f"With {part} {decides} ({spread} over methods; {between}).")
+        sentences.append(f"With {part} {who} decides more ({spread} over methods; {between}).")
     return (
         f"(MLP, {LEAGUE_SEEDS['teachers']} seeds, five methods; in brackets standard deviations of "
         "the mean robust accuracy, and the 95 % interval of their difference.) "

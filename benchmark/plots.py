@@ -287,7 +287,7 @@ def draw_trajectories_of_run(figure, label, numbers, window):
     for line, (kind, values) in zip(axes, numbers.items()):
         order = trajectories.easiest_first(values["difficulty"])
         rank = np.arange(1, len(order) + 1)
-        for axis, (key, title) in zip(line, titles.items()):
+        for axis, key in zip(line, titles):
             y = values[key][order]
             axis.plot(rank, y, ".", color=common.COLOURS[5], markersize=2, alpha=0.5)
             axis.plot(rank, trajectories.smooth(y, window), color=common.COLOURS[1], linewidth=2)
