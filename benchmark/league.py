@@ -67,7 +67,7 @@ NAMES = {  # arms of the MLP; those of the ResNet are the same behind `conv-`
     "mart": "MART",
     "at-smooth-0.5": "AT with label smoothing",
     "at-ema-0.98": "AT with weight average",
-    "at-ema-0.98@best": "AT with weight average, best epoch",
+    "at-ema-0.98@best": "AT with weight average at best epoch",
     "at-awp": "AT with AWP",
     "adr": "ADR",
     "akd+0.8": "AKD+",
@@ -462,36 +462,39 @@ def readme_text(results):
         "is what APGD leaves at 8/255, and no other method is better in both than those on the "
         "frontier."
     )
-    items = []
+    items, frontiers = [], []
     for regime in LEAGUE:
         if not is_finished(results, regime):
             items.append(f"**{regime}**: not finished.")
             continue
         points, counts = points_of(results, regime), frontier_counts(results, regime)
         best = by_robustness(frontier(points), points)
-        names = []
-        for arm in best:
-            clean, robust = map(claims.percent, points[arm])
-            names.append(f"{name_of(arm)} ({robust} % robust, {clean} % clean)")
         near = [name_of(arm) for arm in by_robustness(set(counts) - set(best), points)]
         near = f" (without one of the seeds perhaps {listed(near)} too)" if near else ""
         text = f"**{regime}**, {LEAGUE_SEEDS[regime]} seeds: on the frontier are "
-        text += f"{listed(names)}{near}."
+        text += f"{listed([name_of(arm) for arm in best])}{near}."
         akd = rivals(regime)[1]
         if best[0] != akd:
-            effect = difference(results, best[0], akd, "robust_acc", regime)
+            gains = []
+            for metric in ("robust_acc", "clean_acc"):
+                effect = difference(results, best[0], akd, metric, regime)
+                gains.append(difference_text(effect, False))
             text += f" {name_of(best[0])} against AKD+, the method of the paper: "
-            text += f"{difference_text(effect, False)} points of robust accuracy."
+            text += f"{gains[0]} points robust, {gains[1]} clean."
         items.append(text)
+        frontiers.append({name_of(arm) for arm in best})
+    if len(frontiers) == len(LEAGUE):
+        both = [name for name in NAMES.values() if all(name in names for names in frontiers)]
+        items.append(f"**On both frontiers**: {listed(both)}.")
     if is_finished(results, "teachers"):
         parts = teacher_decisions(results)
         texts = [
-            f"with {part} {who} decides more (a spread of {100 * over_teachers:.1f} points over "
-            f"teachers, {100 * over_methods:.1f} over methods)"
+            f"with {part} {who} decides more ({100 * over_teachers:.1f} points over teachers, "
+            f"{100 * over_methods:.1f} over methods)"
             for part, (over_teachers, over_methods, _, who) in parts.items()
             if part != "all but the standard one"
         ]
-        items.append(f"**Is it the teacher or the method?** In the MLP, {'; '.join(texts)}.")
+        items.append(f"**Teacher or method?** Spreads in the MLP: {'; '.join(texts)}.")
     figure = "![Clean and robust accuracy of all methods](docs/league.png)"
     return "\n".join([wrapped(begin), "", figure, "", *[wrapped(f"- {i}", "  ") for i in items]])
 
