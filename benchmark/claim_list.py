@@ -491,7 +491,8 @@ CLAIMS = {
         remark="The student of a robust teacher that is shown clean images alone is hardly robust.",
     ),
     "standard-teacher": Claim(
-        title="A standard teacher makes a more accurate student than none, and no less robust",
+        title="A standard teacher makes a more accurate student than none, at most two points less "
+        "robust",
         paper=2,
         quote="standardly trained teachers tend to boost the clean performance of the student "
         "while preserving robustness",
@@ -500,7 +501,8 @@ CLAIMS = {
         mechanism="The teacher is right more often on clean images, but not on attacked ones.",
         rules=(
             Rule("clean_acc", "standard-0.3", "at"),
-            Rule("robust_acc", "standard-0.3", "at", above=-0.01, smallest=-0.01),
+            # the paper calls a loss of 1.16 points preserved
+            Rule("robust_acc", "standard-0.3", "at", above=-0.02, smallest=-0.02),
         ),
         gates=(
             Rule("clean_acc", "standard-0.3@teacher", "akd+0.3@teacher", above=0.005),
