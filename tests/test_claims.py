@@ -465,22 +465,42 @@ def test_a_claim_is_run_kept_shown_and_not_run_again(only, looks, in_process, tm
     assert len(run["curve"]["val_clean_acc"]) == 2
     page = (tmp_path / "docs/CLAIMS.md").read_text()
     readme = (tmp_path / "README.md").read_text()
-    assert readme.startswith("A\n<!-- claims: begin -->\nWhat came out")
-    assert "Verdicts on 1 claims: 1 " in readme
-    assert readme.endswith(".\n<!-- claims: end -->\nB\n")
+    assert readme.startswith("A\n<!-- claims: begin -->\n**Do the papers' claims hold?**")
+    assert "Verdicts on 1 claims: 1 " in " ".join(readme.split())
+    assert readme.endswith("(docs/CLAIMS.md).\n<!-- claims: end -->\nB\n")
     assert (
         "Verdicts on 1 claims: 1 " in page and "robust: akd above at" in page and "> quote" in page
     )
     assert "| small | at |" in page and "(regimes.png)" in page
-    for path in ("docs/claims.png", "docs/regimes.png", "runs/small.png"):
+    for path in ("docs/claims.png", "docs/regimes.png"):
         assert (tmp_path / path).stat().st_size > 5000
-    assert f"figure: {tmp_path}/runs/small.png" in out
     before = len(in_process)
     claims.main(flags)
     assert len(in_process) == before
     only({"small": make_claim(*rules, gates=(gate,))}, SMALL_ARMS | {"akd": "robust_kd.py"})
     results = claims.read_results(tmp_path / "results")
     assert results["akd"] == {} and len(results["at"]) == 2  # another command is another arm
+
+
+def test_a_rule_on_a_number_that_no_run_gives_ends_in_one_line(
+    only, looks, monkeypatch, tmp_path, refused
+):
+    looks(2)
+    only({"small": make_claim(Rule("varies", "at", ""))})
+    monkeypatch.setattr(claims, "run_arm", lambda *_: {"nets": {"student": {}}, "minutes": 0.0})
+    flags = ["small", "--docs", str(tmp_path), "--results", str(tmp_path / "results")]
+    assert "at: its runs lack a number that a rule asks for" in refused(claims.main, flags)
+
+
+def test_a_page_with_one_of_the_two_marks_stays_as_it_is(tmp_path):
+    page = tmp_path / "page.md"
+    for text in ("A\n<!-- x: begin -->\nB\n", "A\n<!-- x: end -->\nB\n"):
+        page.write_text(text)
+        claims.replace_between("x", page, "new")
+        assert page.read_text() == text
+    page.write_text("A\n<!-- x: begin -->\nB\n<!-- x: end -->\nC\n")
+    claims.replace_between("x", page, "new")
+    assert page.read_text() == "A\n<!-- x: begin -->\nnew\n<!-- x: end -->\nC\n"
 
 
 def test_the_page_in_docs_and_the_readme_say_what_the_results_say(tmp_path, monkeypatch):

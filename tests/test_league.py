@@ -85,15 +85,17 @@ def test_a_method_that_is_on_the_frontier_without_a_seed_is_named_too():
     assert league.frontier(league.points_of(results, "MLP")) == ["at-awp"]
     assert league.frontier_counts(results, "MLP") == {"at-awp": 10, "mart": 1}
     found = "\n".join(league.findings(results))
-    assert "AT with AWP (10)." in found and "on some of these alone: MART (1)." in found
-    assert "(without one of the seeds perhaps MART too)" in league.readme_text(results)
+    assert "AT with AWP (10)." in found and "Only then on it: MART (1)." in found
+    assert "(if one seed is left out, perhaps MART too)" in league.readme_text(results)
 
 
 def test_nets_that_have_learned_nothing_are_counted():
     results = results_of(MLP, [(0.4, 0.1)] * 10)
-    assert "learned nothing" not in "\n".join(league.findings(results))
+    assert "learned next to" not in "\n".join(league.findings(results))
     results["at-awp"][12]["nets"]["student"]["clean_acc"] = 0.101
-    assert "AT with AWP: 1 of 10 nets learned nothing" in "\n".join(league.findings(results))
+    assert "AT with AWP: 1 of 10 nets learned next to nothing" in "\n".join(
+        league.findings(results)
+    )
 
 
 def test_one_seed_is_a_table_without_intervals(tmp_path):
@@ -143,7 +145,7 @@ def test_images_that_the_rest_of_autoattack_broke_are_counted_once_for_each_net(
     results["at"][10]["nets"]["student"]["aa_acc"] = 0.09
     results["akd+0.8"][11]["nets"]["student"]["aa_acc"] = 0.198
     text = league.autoattack_text(results)
-    assert text.startswith("2 nets") and "broke 12 of their 2,000" in text
+    assert text.startswith("2 nets") and "broke 12 of the 300 images" in text
 
 
 def test_nothing_is_called_before_all_seeds_have_run(tmp_path):
@@ -209,7 +211,7 @@ def test_teacher_or_method_is_answered_by_the_interval(teachers, methods, answer
         effect += teachers[list(claim_list.TEACHERS).index(teacher)]
         for run in results[cell].values():
             run["nets"]["student"]["apgd_acc"] += 0.01 * (effect + 0.1 * generator.normal())
-    of_all = league.teacher_sentence(results).partition("With all five teachers ")[2]
+    of_all = league.teacher_sentence(results).partition("All five teachers: ")[2]
     assert of_all.startswith(answer)
     shapes = [cells.shape for cells in league.teacher_parts(results).values()]
     assert shapes == [(5, 5, 5), (5, 5, 4), (5, 5, 2)]
