@@ -106,7 +106,7 @@ def start(main, stopped=None) -> None:
         if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
             reason = str(error).split("Set TORCH")[0]
             exit_with_error(f"--compile: {reason}; the same command goes on without --compile")
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if isinstance(error, dist.DistError) or (world() > 1 and "gloo" in str(error)):
             exit_with_error(f"process {rank()}: another process has ended; start all of them again")
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             exit_with_error(f"too little memory; take a smaller net or fewer images ({error})")
@@ -232,6 +232,14 @@ class Parser(argparse.ArgumentParser):
             formatter_class=HelpLayout,
             allow_abbrev=False,
         )
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """As in argparse, but an empty value, such as that of "$UNSET", is a UserError."""
+        args = super().parse_args(args, namespace)
+        for key, value in vars(args).items():
+            if value == "" or (isinstance(value, list) and "" in value):
+                self.error(f"--{key.replace('_', '-')}: its value is empty")
+        return args
 
     def error(self, message: str):
         """Raise the UserError `message`; argparse calls it too."""
@@ -533,9 +541,11 @@ def writable_folder(folder: Path, runs) -> Path:
 
 def check_images(name: str, part: str, arrays: dict):
     """The images of a part as uint8 (N, S, S, C) and its labels as int64 (N,); or a UserError."""
-    x, y = arrays[f"x_{part}"], flat_labels(arrays[f"y_{part}"])
+    x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
     if x.ndim == 3:
         x = x[..., None]
+    if y.ndim == 2 and y.shape[1] == 1:  # as many tools keep labels
+        y = y[:, 0]
     square = x.ndim == 4 and x.shape[1] == x.shape[2] and x.shape[3] in (1, 3)
     if x.dtype != np.uint8 or not square or not x.size:
         wanted = "uint8 (N, S, S, 3) or (N, S, S)"
@@ -565,11 +575,6 @@ def advice_for_pixels(x) -> str:
         if x.max() <= 255:
             return "round and convert to uint8"
     return "scale to 0 to 255, round and convert to uint8"
-
-
-def flat_labels(y):
-    """Labels (N,) of (N, 1), as many tools keep them; any other array stays as it is."""
-    return y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
 
 
 def are_labels(y, n: int, classes: int) -> bool:
@@ -691,9 +696,9 @@ def list_class_folders(folder: Path, is_wanted=None):
 
 
 def read_class_folders(folder: Path) -> dict:
-    """{x: uint8 (N, H, W, 3), y: labels (N,), classes, files} of a folder of class folders."""
+    """{x: uint8 (N, H, W, 3), y: labels (N,), classes} of a folder of class folders."""
     files, labels, classes = list_class_folders(folder)
-    return {"x": read_images(files), "y": labels, "classes": classes, "files": files}
+    return {"x": read_images(files), "y": labels, "classes": classes}
 
 
 def read_images(files: list[Path]):
@@ -1404,7 +1409,8 @@ def rename_wide_resnet(state: dict, prefix: str, model: nn.Module):
     renamed, unknown = {}, []
     for name, tensor in state.items():
         in_net = name_in_net.get(name) or STATISTICS.get(name.split(".")[-1])
-        if in_net and in_net not in renamed and isinstance(tensor, Tensor):
+        is_dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        if in_net and in_net not in renamed and is_dense:
             is_statistic = in_net in STATISTICS.values()
             renamed[in_net] = tensor.reshape(1, -1, 1, 1) if is_statistic else tensor
         elif not name.startswith(f"{prefix}sub_block1."):
@@ -1656,8 +1662,8 @@ def save(path: Path, record: dict) -> None:
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def check_zip(path: str | Path, whole: bool = True) -> None:
-    """ValueError if a zip is made to swell or, if whole, has parts that fail their CRC-32."""
+def check_zip(path: str | Path) -> None:
+    """ValueError if a zip is made to swell, or has parts that fail their CRC-32."""
     if not Path(path).is_file():  # reading a pipe would block
         raise ValueError("not a file")
     with zipfile.ZipFile(path) as file:
@@ -1666,7 +1672,8 @@ def check_zip(path: str | Path, whole: bool = True) -> None:
             raise ValueError(f"a zip bomb of {size:,} bytes")
         if any(part.compress_type not in (0, 8) for part in file.infolist()):
             raise ValueError("packed in a way that numpy and torch never use")
-        if whole and (damaged := file.testzip()):
+        damaged = file.testzip()
+        if damaged:
             raise ValueError(f"the checksum of {damaged} is wrong")
 
 
@@ -1754,15 +1761,11 @@ def load_tensors(path: str | Path):
 
 def load(path: str | Path) -> dict:
     """Read a file of `save`. Raises UserError."""
-    if check_first_bytes(path).startswith(BEFORE_TORCH_1_6):
-        is_state_dict, record = True, None  # these scripts have never written such a file
-    else:
-        record = load_tensors(path)
-        is_state_dict = bool(state_dicts_in(record))
-    if isinstance(record, dict) and record.get("format") == 1:
+    record = load_tensors(path)
+    if has_our_format(record):
         return record
     advice = ""
-    if is_state_dict:
+    if state_dicts_in(record):
         advice = (
             f"; for a state_dict type --model NET --weights {path} (eval_robustness.py), or "
             f"--teacher-model NET --teacher-ckpt {path}; NET is MODULE:FUNCTION, for our nets "
@@ -1771,13 +1774,10 @@ def load(path: str | Path) -> dict:
     raise UserError(f"{path}: not a checkpoint of these scripts{advice}")
 
 
-def is_checkpoint(path: str | Path) -> bool:
-    """Whether it is a file of `save`, and whole."""
-    try:
-        load(path)
-    except UserError:
-        return False
-    return True
+def has_our_format(record) -> bool:
+    """Whether a record was written by `save`."""
+    number = record.get("format") if isinstance(record, dict) else None
+    return isinstance(number, int) and number == 1
 
 
 def is_plain(value, depth: int = 5) -> bool:
@@ -1815,7 +1815,8 @@ def load_model(path, data: Data | None = None, name: str | None = None) -> nn.Mo
     record = load(path)
     try:
         arch, weights, meta = (record[key] for key in ("arch", "weights", "meta"))
-        check_model(f"{path}", arch["name"], arch["dropout"])
+        if not all(type(arch[key]) is int for key in ("classes", "size", "channels")):
+            raise ValueError("classes, size and channels must be whole numbers")
         if ":" not in arch["name"]:
             with torch.device("meta"):  # takes no memory, whatever arch asks for
                 net = build_model(**arch)
@@ -2201,7 +2202,9 @@ def digests_of_files(args: argparse.Namespace) -> dict:
 def check_same_run(folder: Path, config, args: argparse.Namespace, data: Data) -> None:
     """A UserError if config.json of a folder is of other flags, files or data than those now."""
     flags, remedy = run_flags(args), "take another --name, or delete it"
-    if not is_config(config):
+    is_whole = isinstance(config, dict) and isinstance(config.get("flags"), dict)
+    is_whole = is_whole and isinstance(config.get("fingerprint"), int)
+    if not is_whole or not isinstance(config.get("files", {}), dict):
         advice = "delete it if the folder belongs to this command, or take another --name"
         raise UserError(f"{folder / 'config.json'}: damaged; {advice}")
     old_flags, old_fingerprint = config["flags"], config["fingerprint"]
@@ -2216,15 +2219,6 @@ def check_same_run(folder: Path, config, args: argparse.Namespace, data: Data) -
         if config.get("files", {}).get(key, digest) != digest:  # older versions kept none
             flag, file = f"--{key.replace('_', '-')}", getattr(args, key)
             raise UserError(f"{flag}: {folder} was made with another {file}; {remedy}")
-
-
-def is_config(config) -> bool:
-    """Whether it is the content of a config.json: its flags and the fingerprint of its data."""
-    if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
-        return False
-    if not isinstance(config.get("files", {}), dict):
-        return False
-    return isinstance(config.get("fingerprint"), int)
 
 
 @contextlib.contextmanager
@@ -2251,14 +2245,15 @@ def lock_file(folder: Path, wait: bool):
         try:
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with naming(file.name):  # some file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:  # Windows has no fcntl: nothing is locked there
             pass
         except BlockingIOError:
             file.seek(0)
             owner = file.read()
             if not wait:
-                advice = "wait for it, or take another --name"
+                advice = "wait for it, or write elsewhere"
                 raise UserError(f"{folder}: in use by process {owner}; {advice}") from None
             print(f"{folder}: waiting for process {owner}, which is at work there", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -2473,6 +2468,8 @@ def resume(folder: Path, stage: str, state: dict) -> list[dict]:
         return []
     try:
         for name, part in state.items():
+            if newest["state"][name].keys() != part.state_dict().keys():
+                raise ValueError  # a schedule would take names that are not its own
             part.load_state_dict(newest["state"][name])
         rows = [dict(row) for row in newest["rows"]]
         last = {"stage": rows[-1]["stage"], "epoch": rows[-1]["epoch"]}
@@ -2494,7 +2491,9 @@ def is_epoch_row(row) -> bool:
         return False
     numbers = [value for key, value in row.items() if key != "stage"]
     names_are_text = all(isinstance(key, str) for key in row)
-    return names_are_text and all(isinstance(number, float | int) for number in numbers)
+    if not names_are_text or not all(isinstance(number, float | int) for number in numbers):
+        return False
+    return 0 <= row["seconds"] < 1e9  # the time left is a multiple of it
 
 
 def save_epoch(folder, stage, model, state, rows, args, may_be_best=True) -> None:
@@ -2641,7 +2640,7 @@ def given_teacher(args: argparse.Namespace, data: Data, dropout: float = 0.0) ->
     names. Raises UserError.
     """
     path, name = args.teacher_ckpt, args.teacher_model or args.model
-    if not is_checkpoint(path):
+    if not has_our_format(load_tensors(path)):
         size, channels = data.x_test.shape[2:]
         model = build_model(name, len(data.classes), dropout, channels, size)
         load_weights("--teacher-ckpt", path, model)
@@ -2735,7 +2734,7 @@ def mean_and_std(summaries: list[list[dict]]) -> list[dict]:
             continue
         merged = dict(first)
         file = first.get("file") or ""
-        shared = file.startswith("..") and all(row["file"] == file for row in same)
+        shared = file.startswith("..") and all(row.get("file") == file for row in same)
         for key, value in first.items():
             values = [row.get(key) for row in same]
             if shared and values.count(value) == len(values):

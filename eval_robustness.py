@@ -894,10 +894,7 @@ def clean_logits(model, x, labels, batch_size=500, classes=None, name="the model
     if logits.shape[1] != classes:
         wrong = f"{logits.shape[1]} logits, the data has {classes} classes"
         raise common.UserError(f"{name} returns {wrong}")
-    not_finite = (~logits.isfinite().all(1)).nonzero()
-    if len(not_finite):
-        numbers = f"{len(not_finite)} images are not finite, the first is {int(not_finite[0])}"
-        raise common.UserError(f"{name}: the logits of {numbers}")
+    common.check_finite(logits, f"images, by {name},")
     return logits
 
 
@@ -913,7 +910,10 @@ def check_net(model, x, labels, classes, name, attacked=True):
     """
     with common.evaluating(model):
         logits = clean_logits(model, x, labels, classes=classes, name=name)
-        refuse_probabilities(logits, name)
+        if is_probabilities(logits):
+            raise common.UserError(
+                f"{name}: returns probabilities; hand it over without its softmax"
+            )
         images, subject = common.to_float(x[:8]).requires_grad_(), f"{name}: cannot be attacked"
         if attacked:  # the last images of an attack may stand alone in their batch
             clean_logits(model, x[:1], labels[:1], classes=classes, name=name)
@@ -978,13 +978,6 @@ def check_nets(args, data, teacher_dropout=0.0):
     return teacher
 
 
-def refuse_probabilities(logits, name):
-    """A UserError if the logits of the net `name` are probabilities."""
-    if is_probabilities(logits):
-        advice = "hand it over without its softmax"
-        raise common.UserError(f"{name}: returns probabilities; {advice}")
-
-
 def load_models(args, data, device):
     """-> {name of the row: model}, {file or words for it: digest of the weights}, from the flags.
 
@@ -993,7 +986,6 @@ def load_models(args, data, device):
     models, functions = {}, [common.find_function("--model", name) for name in args.model]
     for path in args.checkpoints:
         models[path] = common.load_model(path, data)
-        warn_of_other_data(path, args.data)
     of_checkpoints = [model.build_arguments["name"] for model in models.values()]
     functions = [name for name in functions if name not in of_checkpoints]
     if args.weights and len(functions) != 1:
@@ -1038,15 +1030,6 @@ def short_names(names):
         if len(set(short.values())) == len(short):
             return short
     return {name: name for name in names}
-
-
-def warn_of_other_data(path, name):
-    """A line on stderr for a checkpoint whose run, by its config.json, had not --data `name`."""
-    config = Path(path).parent / "config.json"
-    with contextlib.suppress(Exception):  # whatever a foreign file makes Python raise
-        trained_on = json.loads(config.read_text())["flags"]["data"] if config.is_file() else name
-        if Path(trained_on).stem != Path(name).stem:
-            print(f"warning: {path}: trained on {trained_on!r}, not {name!r}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1113,10 +1096,10 @@ class State:
                     valid = valid and name in CORRUPTIONS and shape == (5, 2)
             if not valid:
                 raise ValueError
+            compare_flags(self.folder, flags, self.flags)
         except common.MALFORMED:
             wrong = "not the state of an evaluation; delete it to begin again"
             raise common.UserError(f"{self.folder}: {wrong}") from None
-        compare_flags(self.folder, flags, self.flags)
         self.attacks, self.corruptions = attacks, corruptions
 
     def save(self):
@@ -1142,15 +1125,7 @@ def state_folder(result):
     It is removed afterwards unless it holds the progress of an evaluation that was stopped.
     """
     folder = Path(f"{result}.state")
-    if folder.exists() and not folder.is_dir():
-        raise common.UserError(f"{folder}: expected a folder; delete it to begin again")
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(common.locked(folder))
-        except common.UserError:
-            owner = (folder / "lock").read_text()
-            busy = f"{result}: another evaluation is writing it, process {owner}"
-            raise common.UserError(f"--json: {busy}; wait for it, or take another --json") from None
+    with common.locked(folder):
         for torn in folder.parent.glob(f".{glob.escape(Path(result).name)}.*.tmp"):
             torn.unlink(missing_ok=True)  # the result itself, half written by a killed process
         try:

@@ -140,6 +140,9 @@ def test_a_state_of_other_flags_or_a_foreign_one_is_refused(tmp_path, refused):
         assert "not the state" in refused(ev.State, tmp_path, {"--eps": 0.1})
     common.save(tmp_path / "state.pt", {"another": 1})
     assert "not the state" in refused(ev.State, tmp_path, {"--eps": 0.1})
+    flags = {"flags": {"--eps": torch.zeros(3)}, "attacks": {}, "corruptions": {}}
+    common.save(tmp_path / "state.pt", flags)
+    assert "not the state" in refused(ev.State, tmp_path, {"--eps": 0.1})
 
 
 @pytest.mark.parametrize("change", [lambda file: file[:-100], lambda file: b"", lambda file: b"0"])
@@ -210,8 +213,7 @@ def test_a_second_evaluation_of_the_same_file_is_refused(tmp_path, refused):
     assert ready.wait(60)
     with_json = ["net0.pt", "--attack", "pgd1", "--json", path]
     message = refused(main, *with_json)
-    assert message.startswith("--json: ") and str(path) in message
-    assert f"process {process.pid}" in message
+    assert message.startswith(f"{path}.state: in use by process {process.pid}; wait for it")
     go_on.set()
     process.join()
     main(*with_json)
@@ -593,13 +595,6 @@ def test_the_ensemble_of_the_command_is_the_mean_of_all_its_nets(tmp_path, small
     probs = sum(common.predict(net, x).softmax(1) for net in nets) / 2
     expected = torch.nn.functional.nll_loss(probs.log(), labels).item()
     assert row["calibration"]["clean"]["nll"] == pytest.approx(expected, rel=1e-4)
-
-
-def test_a_net_of_a_run_with_other_data_is_warned_of(tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"flags": {"data": "cifar10"}}')
-    for name, warned in (("a/cifar10.npz", False), ("mnist", True)):
-        ev.warn_of_other_data(tmp_path / "student.pt", name)
-        assert ("trained on 'cifar10', not 'mnist'" in capsys.readouterr().err) == warned
 
 
 def test_another_file_of_data_or_weights_is_refused_and_the_labels_count(tmp_path, refused, small):

@@ -56,6 +56,27 @@ def test_bad_checkpoints_are_one_line_and_never_run(tmp_path, refused):
     assert "3 classes" in refused(common.load_model, good, data)
 
 
+def test_a_checkpoint_without_a_part_of_its_arch_is_one_line(tmp_path, refused):
+    data, path = common.load_data("shapes", train_subset=1), tmp_path / "x.pt"
+    model = common.build_model("wrn-10-1")
+    common.save_model(path, model)
+    record = common.load(path)
+    for key in ("classes", "size", "channels"):
+        for arch in (
+            {name: value for name, value in record["arch"].items() if name != key},
+            record["arch"] | {key: torch.zeros(3)},
+            record["arch"] | {key: "10"},
+        ):
+            common.save(path, record | {"arch": arch})
+            assert "holds no model of these scripts" in refused(common.load_model, path, data)
+
+
+def test_a_state_dict_with_a_tensor_called_format_is_a_state_dict(tmp_path, refused):
+    torch.save({"format": torch.zeros(3)}, tmp_path / "x.pt")
+    line = refused(common.load, tmp_path / "x.pt")
+    assert "not a checkpoint of these scripts; for a state_dict type" in line
+
+
 def torch_bytes(value, **options):
     """The bytes of torch.save."""
     buffer = io.BytesIO()

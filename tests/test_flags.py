@@ -47,6 +47,18 @@ def test_the_error_of_a_flag_names_it_and_no_flag_is_abbreviated(refused):
     assert "--no-such-flag" in refused(parser.parse_args, ["--no-such-flag", "1"])
 
 
+def test_an_empty_value_is_refused(refused):
+    """As "$UNSET" in a shell gives it: not the same as no flag."""
+    parser = common.Parser(DOC)
+    parser.add_argument("--teacher-ckpt")
+    parser.add_argument("--attack", nargs="+")
+    assert (
+        refused(parser.parse_args, ["--teacher-ckpt", ""]) == "--teacher-ckpt: its value is empty"
+    )
+    assert "--attack: its value" in refused(parser.parse_args, ["--attack", "clean", ""])
+    assert parser.parse_args(["--attack", "clean"]).teacher_ckpt is None
+
+
 def run_args(*argv, presets=None):
     """The namespace of a script with a few flags of its own."""
     parser = common.Parser(DOC)

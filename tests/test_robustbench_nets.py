@@ -280,6 +280,7 @@ WRONG = {  # what is done to a state_dict of a wrn-10-1: what the line says
         "unknown: extra0, extra1, extra2 and 6 more",
     ),
     "a number": (lambda s: s | {"epoch": 3}, "unknown: epoch"),
+    "sparse": (lambda s: s | {"mu": torch.ones(3).to_sparse()}, "unknown: mu"),
     "no tensor": (lambda s: s | {FIRST_CONV: 3}, "the weights of a wrn-10-0"),
     "mean alone": (lambda s: s | {"mu": torch.ones(3)}, "missing: normalize.std; unknown: none"),
     "two means": (

@@ -289,6 +289,12 @@ def test_whole_numbers_that_differ_between_seeds_have_a_mean_too():
     assert row == {"model": "best", "epochs": "35.3 +- 4.5", "n": 500}
 
 
+def test_a_summary_without_the_file_of_a_shared_net_has_a_mean_too():
+    shared = {"model": "teacher", "file": "../../teachers/a/teacher.pt", "clean_acc": 0.5}
+    (row,) = common.mean_and_std([[shared], [{"model": "teacher", "clean_acc": 0.7}]])
+    assert row["clean_acc"] == "0.6000 +- 0.1414"
+
+
 # ------------------------------------------------------------------------------------------------
 # Going on
 
@@ -411,6 +417,8 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(stopped, refused):
         {"rows": rows, "state": {}},
         {"rows": rows, "state": state | {"model": {}}},
         {"rows": rows, "state": state | {"optimizer": {}}},
+        {"rows": rows, "state": state | {"schedule": state["schedule"] | {"step": 1}}},
+        {"rows": [row | {"seconds": 1e300} for row in rows], "state": state},
     ):
         common.save(newest, changed)
         message = refused(run_in, runs)
@@ -712,7 +720,6 @@ def test_a_killed_run_goes_on_by_the_command_that_it_prints(whole, tmp_path):
         (OSError(28, "No space left on device", "a.pt"), 2, "error: a.pt: No space left on"),
         (torch.OutOfMemoryError("CUDA"), 2, "take a smaller --batch-size"),
         (MemoryError("Unable to allocate 6 TiB"), 2, "too little memory; take a smaller net"),
-        (RuntimeError("[gloo] Connection closed by peer"), 2, "another process has ended"),
     ],
 )
 def test_what_a_user_can_cause_is_one_line(stop, status, message, ended, monkeypatch):
@@ -727,6 +734,19 @@ def test_what_a_user_can_cause_is_one_line(stop, status, message, ended, monkeyp
         assert error.startswith("error: ") and error.count("\n") == 1
     else:
         assert error.splitlines()[-1] == common.command_line()
+
+
+def test_an_end_of_another_process_is_told_only_where_there_are_others(ended, monkeypatch):
+    def main():
+        raise RuntimeError("[gloo] Connection closed by peer")
+
+    with pytest.raises(RuntimeError):  # perhaps of a module called igloo
+        common.start(main)
+    torchrun = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    for name, value in (torchrun | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    found, error = ended(main)
+    assert found == 2 and "process 0: another process has ended" in error
 
 
 def test_a_net_that_the_memory_cannot_hold_is_one_line(ended):
