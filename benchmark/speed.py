@@ -1,10 +1,8 @@
-"""How fast it is, and whether what is fast is right: a new GPU, a training step, AutoAttack.
+"""How fast it is, and whether what is fast is right: a new GPU, a training step.
 
 Usage    python benchmark/speed.py gpu --minutes 10           # what to run first on a new GPU
          python benchmark/speed.py ladder                     # WRN-10-1, batch 128, PGD-7 training
          python benchmark/speed.py ladder --loss akd+ --model resnet18 --device cuda --keep
-         python benchmark/speed.py autoattack --n 60 --batch-size 20 --threads 2
-         python benchmark/speed.py autoattack --device cuda --checkpoint CKPT --n 1000
 GPU      Every loss and method takes one step in float32 on the device and on the CPU, with the same
          random numbers: the gradients must agree. Times of a training step of ResNet-18, at and
          akd+, without torch.compile and in two of its modes. Two epochs of the main command,
@@ -20,9 +18,6 @@ Ladder   what each trick is worth, one after the other on top of those before, f
          which draws other images. TFLOP/s count the multiply-adds (times two) that the job needs,
          without the gradients that the first rung throws away. The first step, with torch.compile,
          is apart. --keep: into benchmark/speed.json, and docs/SPEED.md of that.
-AutoAttack  eval_robustness.py against the authors' code (pip install pyautoattack), in turn. A
-         WRN-10-1 is trained for seconds on the drawn shapes; eps is chosen such that about half of
-         the images survive PGD. The standard attack: --steps 100 --queries 5000.
 """
 
 import argparse
@@ -81,8 +76,7 @@ What each trick is worth for one training step, one on top of the other: made by
 in turn; medians and quartiles. The scripts do what the last line of a CPU table does; on CUDA bf16
 too. torch.compile is off without `--compile` until it has been measured on a GPU:
 `python benchmark/speed.py gpu` is what to run first on one. On CUDA the first rungs are in strict
-float32, where PyTorch's default would be TF32 convolutions. The losses of the rungs must agree.
-`python benchmark/speed.py autoattack` times AutoAttack."""
+float32, where PyTorch's default would be TF32 convolutions. The losses of the rungs must agree."""
 NO_GPU_YET = "So far there are no GPU numbers here."
 PAGE_COLUMNS = (
     "| | ms a step (quartiles) | images/s | TFLOP/s | of the line above | first step, s |"
@@ -122,23 +116,6 @@ def parse_args(argv=None):
         help="processes of the DataLoader of the first rung",
     )
     add("--keep", action="store_true", help="put the numbers into speed.json and docs/SPEED.md")
-
-    add = add_command(jobs, "autoattack", "AutoAttack against the authors' code")
-    add("--n", type=common.whole, default=60, help="number of test images")
-    add("--batch-size", type=common.whole, default=20, help="images that are attacked together")
-    add("--steps", type=common.whole, default=20, help="iterations of APGD and FAB")
-    add("--queries", type=common.whole, default=1000, help="queries that Square makes")
-    add("--threads", type=common.whole, default=2, help="threads on the CPU")
-    add(
-        "--repeats",
-        type=common.whole,
-        default=2,
-        help="times that all run in turn; the fastest counts",
-    )
-    add("--device", default="cpu", choices=devices, help="where all run; auto: CUDA if present")
-    add("--checkpoint", help="model of a script to attack at 8/255, instead of the small net")
-    add("--data", default="cifar10", help="data set that the checkpoint was trained on")
-    add("--data-root", default="data", help="folder of the data sets")
 
     return parser.parse_args(argv)
 
@@ -440,88 +417,6 @@ def time_ladder(args):
 
 
 # ------------------------------------------------------------------------------------------------
-# AutoAttack
-
-
-def train_small_net(data):
-    """A WRN-10-1 after three epochs of single-step adversarial training, in eval mode."""
-    model = common.new_model(data, "wrn-10-1", 0, "student")
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4)
-    for epoch in range(3):
-        for x, labels in common.batches(data, 50, 0, "student", epoch):
-            x_adv = common.pgd(model.eval(), x, labels, 8 / 255, 10 / 255, steps=1)
-            optimizer.zero_grad()
-            F.cross_entropy(model.train()(x_adv), labels).backward()
-            optimizer.step()
-    return model.eval()
-
-
-def choose_eps(model, data):
-    """The radius of 1/255 to 32/255 at which PGD-20 breaks about half of the test images."""
-
-    def gap(eps):
-        attack_of_eps = (eps, eps / 4, 20)
-        logits = common.predict(model, data.x_test, data.y_test, attack_of_eps)
-        return abs(common.accuracy(logits, data.y_test) - 0.5)
-
-    return min((k / 255 for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)), key=gap)
-
-
-def time_autoattack(args):
-    """The job `autoattack`: accuracies, seconds and their ratio to those of the authors' code."""
-    try:
-        from pyautoattack import AutoAttack
-    except ImportError:
-        raise common.UserError("autoattack: pip install pyautoattack") from None
-    torch.set_num_threads(args.threads)
-    device = common.find_device(args.device)
-    if args.checkpoint:
-        data = common.load_data(args.data, args.data_root, device, test_subset=args.n)
-        model = common.load_model(args.checkpoint, data)
-        eps = 8 / 255
-    else:
-        data = common.load_data("shapes", device=device, train_subset=2000, test_subset=args.n)
-        model = train_small_net(data)
-        eps = choose_eps(model, data)
-    options = {"batch_size": args.batch_size, "steps": args.steps, "queries": args.queries}
-
-    def run_authors():
-        attack = AutoAttack(model, norm="Linf", eps=eps, seed=0, device=device)
-        for part in (attack.apgd, attack.apgd_targeted, attack.fab):
-            part.n_iter = args.steps
-        attack.square.n_queries = args.queries
-        x = common.to_float(data.x_test).contiguous()  # the package takes views of it
-        # ours searches in TF32 on CUDA; so does PyTorch if nobody asks for more
-        with common.evaluating(model), common.strict_float32(tf32_convolutions=True):
-            x_adv, _ = attack.run_standard_evaluation(x, data.y_test, batch_size=args.batch_size)
-        return common.accuracy(common.predict(model, x_adv), data.y_test)
-
-    def run_ours():
-        found = eval_robustness.evaluate(
-            model, data.x_test, data.y_test, ["aa"], eps=eps, **options
-        )
-        return found["aa_acc"]
-
-    ways = {"authors": run_authors, "ours": run_ours}
-    seconds, accuracies = {name: [] for name in ways}, {}
-    for _ in range(args.repeats):
-        for name, run in ways.items():
-            began = time.perf_counter()
-            accuracies[name] = run()
-            seconds[name].append(time.perf_counter() - began)
-            print(f"{name}: {seconds[name][-1]:.1f} s", flush=True)
-    clean = common.accuracy(common.predict(model, data.x_test), data.y_test)
-    print(f"eps {255 * eps:.3g}/255, {args.n} images, clean accuracy {clean:.4f}, ", end="")
-    print(f"{describe(device)}, torch {torch.__version__}")
-    rows = []
-    for name, times in seconds.items():
-        ratio = min(times) / min(seconds["authors"])
-        row = {"way": name, "aa_acc": accuracies[name], "seconds": min(times)}
-        rows.append(row | {"ratio": f"{ratio:.3f}"})
-    print(common.table(rows))
-
-
-# ------------------------------------------------------------------------------------------------
 # First on a new GPU
 
 STUDENTS = {  # every loss and method that is compared, by script
@@ -765,11 +660,7 @@ def check_gpu(args):
 def main(argv=None):
     """Do the job that is asked for."""
     args = parse_args(argv)
-    jobs = {
-        "gpu": check_gpu,
-        "ladder": time_ladder,
-        "autoattack": time_autoattack,
-    }
+    jobs = {"gpu": check_gpu, "ladder": time_ladder}
     jobs[args.job](args)
 
 
