@@ -8,15 +8,12 @@ Page     One HTML file that needs nothing else: the images are inside, it has no
 Attack   PGD-20 on the last epoch of the student (--method teacher: of the teacher), with the radius
          and step of the run's own evaluation, from the same random start as its first one there. It
          attacks --n test images, a fixed choice.
-Defaults are what the script's parse_args gives for the run's --loss or --method, --data, --recipe
-         and --demo alone: in teacher_free_kd.py other defaults depend on these.
 Data     The data set is read again and must be the one that the run had (its checksum is in
          config.json). A net of your own is never imported because a file says so: repeat --model.
          Without matplotlib the page has the learning curves only if the folder has a curves.png.
 """
 
 import base64
-import contextlib
 import html
 import importlib
 import io
@@ -118,8 +115,6 @@ def check_config(config: dict):
     eps, step_size = evaluation_attack(flags)
     if not 0 <= eps <= 1 or not 0 <= step_size <= 1:
         raise ValueError("no radius or no step")
-    if not all(isinstance(flag, str) for flag in config["given"]):
-        raise ValueError("not names of flags")
 
 
 def read_data(run: Run, root: str) -> common.Data:
@@ -242,17 +237,6 @@ def html_table(head: list[str], rows: list[list], label: str, kind: str = "numbe
     return scroll_box(f'<table class="{kind}">{"".join(lines)}</table>', label)
 
 
-def flag_text(value) -> str:
-    """The value of a flag as one types it."""
-    if isinstance(value, list):
-        return " ".join(flag_text(part) for part in value)
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
 def cell_text(key: str, value) -> str:
     """A cell of the summary: accuracies in percent with two digits, a missing value as a dash."""
     if value is None:
@@ -266,32 +250,6 @@ def cell_text(key: str, value) -> str:
 
 # ------------------------------------------------------------------------------------------------
 # What is filled into the page
-
-
-def asked(run: Run, script) -> dict:
-    """The flags that were given, with their defaults where the script tells them."""
-    flags, words = run.config["flags"], []
-    for name in ("loss", "method", "data", "recipe"):
-        if flags.get(name) is not None:
-            words.append(f"--{name}={flags[name]}")
-    if flags.get("demo"):
-        words.append("--demo")
-    base = code([f"{run.script}.py", *words])
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # a preset prints what it sets
-            defaults = common.run_flags(script.parse_args(words))
-    except common.UserError:
-        defaults = dict.fromkeys(flags, "?")
-    rows = []
-    for name, value in flags.items():
-        flag, default = f"--{name.replace('_', '-')}", defaults.get(name)
-        if flag in run.config["given"] and value != default:
-            rows.append([flag, flag_text(value), flag_text(default)])
-    text = f"These flags have other values than {base} alone gives them."
-    if not rows:
-        return {"flags": "", "flags_text": f"All flags have the values that {base} gives them."}
-    table = html_table(["flag", "value", "default"], rows, "flags", "words")
-    return {"flags": table, "flags_text": text}
 
 
 def learning_curves(run: Run) -> str:
@@ -460,7 +418,7 @@ def make_page(run: Run, data: common.Data, attacked: Attacked, device, out: Path
         "orange": common.COLOURS[1],
         "light_blue": common.COLOURS[5],
     }
-    values |= asked(run, script) | came_out(run, attacked, data) | origin(run, data, device, out)
+    values |= came_out(run, attacked, data) | origin(run, data, device, out)
     return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
 
 
