@@ -99,6 +99,7 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__)
     probability, positive = common.probability, common.positive
     whole, nonnegative = common.whole, common.nonnegative
+    pixel_units, pixel_step = common.pixel_units, common.pixel_step
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="fickle", help="training method, see Methods above")
     add("--alpha", type=probability, default=0.9, help="weight of the distillation term")
@@ -112,9 +113,7 @@ def parse_args(argv=None):
     pairs = {"choices": ["top2", "all"], "default": "top2"}
     add("--swap", **pairs, help="which neighbours among the sorted logits may change places")
     add("--swap-probability", type=probability, default=0.3, help="chance that a pair swaps")
-    add(
-        "--swap-threshold", type=nonnegative, default=0.2, help="a pair with a smaller gap may swap"
-    )
+    add("--swap-threshold", type=nonnegative, default=0.2, help="pairs with a smaller gap may swap")
     gaps = {"choices": ["relative", "absolute"], "default": "relative"}
     add("--swap-gap", **gaps, help="gap of softened probabilities p >= q: (p - q) / p, or p - q")
     add("--model", default="wrn-16-2", help="net of the student, such as wrn-16-2 or resnet18")
@@ -135,15 +134,8 @@ def parse_args(argv=None):
     add("--weight-decay", type=nonnegative, default=5e-4, help="weight decay of SGD for both nets")
 
     add = parser.add_argument_group("evaluation").add_argument
-    add(
-        "--eval-eps", type=common.pixel_units, default=0.031, help="radius of PGD-20 in pixel units"
-    )
-    add(
-        "--eval-step-size",
-        type=common.pixel_step,
-        default=0.003,
-        help="step of PGD-20 in pixel units",
-    )
+    add("--eval-eps", type=pixel_units, default=0.031, help="radius of PGD-20 in pixel units")
+    add("--eval-step-size", type=pixel_step, default=0.003, help="step of PGD-20 in pixel units")
     add("--eval-restarts", type=whole, default=5, help="random starts of PGD-20; the worst counts")
     common.add_run_flags(parser)
     args = common.parse(parser, argv, {"--demo": DEMO})

@@ -141,7 +141,8 @@ def parse_args(argv=None):
     """The flags of this script as a namespace; a UserError for those that check_flags refuses."""
     parser = common.Parser(__doc__)
     probability, positive = common.probability, common.positive
-    whole, nonnegative = common.whole, common.nonnegative
+    whole, nonnegative, below_1 = common.whole, common.nonnegative, common.below_1
+    pixel_units, pixel_step = common.pixel_units, common.pixel_step
     add = parser.add_argument_group("method").add_argument
     add("--loss", choices=LOSSES, default="akd+", help="loss of the student, see Loss above")
     add("--alpha", type=probability, default=0.8, help="weight of the teacher in mixed targets")
@@ -150,9 +151,7 @@ def parse_args(argv=None):
     add("--trades-beta", type=nonnegative, default=6.0, help="weight of the robust term of TRADES")
     add("--mart-beta", type=nonnegative, default=5.0, help="weight of the robust term of MART")
     add("--igdm-weight", type=nonnegative, default=1.0, help="weight A of IGDM's term")
-    add(
-        "--iad-beta", type=nonnegative, default=0.1, help="power beta of IAD's trust in the teacher"
-    )
+    add("--iad-beta", type=nonnegative, default=0.1, help="power of IAD's trust in the teacher")
     ends = {"nargs": 2, "metavar": ("FIRST", "LAST")}  # a half cosine between them
     lam_help = "weight of the average's answer in ADR, first and last step"
     add("--adr-lam", **ends, type=probability, default=[0.7, 0.95], help=lam_help)
@@ -166,14 +165,8 @@ def parse_args(argv=None):
     add("--teacher-training", **trainings, default=["at"], help="st, at, ffgsm, trades or several")
     add("--beta", type=probability, nargs="+", help="weight of each teacher (default: all equal)")
     add("--teacher-es", type=whole, help="stop the teacher after this epoch (default: no stop)")
-    add(
-        "--teacher-epochs", type=whole, default=100, help="epochs of a teacher without --teacher-es"
-    )
-    add(
-        "--teacher-eps",
-        type=common.pixel_units,
-        help="radius of the teacher's attack (default: --eps)",
-    )
+    add("--teacher-epochs", type=whole, default=100, help="epochs of a teacher that is not stopped")
+    add("--teacher-eps", type=pixel_units, help="radius of the teacher's attack (default: --eps)")
     add("--teacher-model", help="net of the teacher (default: the student's, --model)")
     add("--teacher-lr", type=positive, default=0.1, help="learning rate the teacher starts with")
     add("--teacher-gamma", type=common.decay, default=0.9, help="factor on it after each epoch")
@@ -181,18 +174,9 @@ def parse_args(argv=None):
     add("--teacher-ckpt", metavar="FILE", help="file of a finished teacher; none is trained then")
 
     add = parser.add_argument_group("attack").add_argument
-    add(
-        "--eps",
-        type=common.pixel_units,
-        default=8 / 255,
-        help="radius of the attacks in pixel units",
-    )
+    add("--eps", type=pixel_units, default=8 / 255, help="radius of the attacks in pixel units")
     add("--steps", type=whole, default=7, help="number of PGD steps in training, of both nets")
-    add(
-        "--step-size",
-        type=common.pixel_step,
-        help="PGD step in training, of both nets (default: a quarter of --eps)",
-    )
+    add("--step-size", type=pixel_step, help="PGD step in training (default: a quarter of --eps)")
     losses = {"choices": ["ce", "kl-teacher", "kl-teacher-adv"]}
     add("--attack-loss", **losses, help="what x' maximises, see Differs 2 (default: by --loss)")
     add("--attack-bn", choices=["eval", "train"], default="eval", help="BatchNorm in both attacks")
@@ -207,20 +191,14 @@ def parse_args(argv=None):
     add("--nesterov", **common.SWITCH, help="Nesterov's momentum for both nets")
     decays = common.SWITCH | {"default": True}
     add("--decay-norms", **decays, help="apply the weight decay to BatchNorm's parameters too")
-    add(
-        "--ema",
-        type=common.below_1,
-        default=0.0,
-        help="decay of the weight average of both nets (0: no average; 0.995 with --loss adr)",
-    )
+    average = "decay of the weight average of both nets (0: no average; 0.995 with --loss adr)"
+    add("--ema", type=below_1, default=0.0, help=average)
     awp = "AWP: radius of the student's weight perturbation, relative to each tensor (0: none)"
     add("--awp", type=nonnegative, default=0.0, help=awp)
-    smoothed = (
-        "mass spread over all classes, both nets; with --extra-data of generated images alone"
-    )
-    add("--label-smoothing", type=common.below_1, default=0.0, help=smoothed)
+    smoothed = "mass spread over all classes; with --extra-data that of generated images alone"
+    add("--label-smoothing", type=below_1, default=0.0, help=smoothed)
     add("--extra-data", metavar="FILE", help=".npz of generated images: arrays image and label")
-    add("--extra-fraction", type=common.below_1, default=0.7, help="share of them in each batch")
+    add("--extra-fraction", type=below_1, default=0.7, help="share of them in each batch")
     keep = "keep each net that is trained after every N epochs; a later --teacher-es finds it"
     add("--save-every", type=whole, metavar="N", help=keep)
     common.add_run_flags(parser, augment=["crop", "none", "cutout", "cutmix"])

@@ -80,6 +80,7 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__)
     probability, positive = common.probability, common.positive
     whole, nonnegative = common.whole, common.nonnegative
+    pixel_units, pixel_step = common.pixel_units, common.pixel_step
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="soft-randomization", help="method, see Methods above")
     add("--alpha", type=probability, default=0.9, help="weight of the distillation term")
@@ -104,15 +105,8 @@ def parse_args(argv=None):
     add("--weight-decay", type=nonnegative, default=5e-4, help="weight decay of SGD for both nets")
 
     add = parser.add_argument_group("evaluation").add_argument
-    add(
-        "--eval-eps", type=common.pixel_units, default=0.031, help="radius of PGD-20 in pixel units"
-    )
-    add(
-        "--eval-step-size",
-        type=common.pixel_step,
-        default=0.003,
-        help="step of PGD-20 in pixel units",
-    )
+    add("--eval-eps", type=pixel_units, default=0.031, help="radius of PGD-20 in pixel units")
+    add("--eval-step-size", type=pixel_step, default=0.003, help="step of PGD-20 in pixel units")
     add("--eval-restarts", type=whole, default=5, help="random starts of PGD-20; the worst counts")
     common.add_run_flags(parser)
     args = common.parse(parser, argv, {"--demo": DEMO})

@@ -202,12 +202,8 @@ def parse_args(argv=None):
     add("--teacher-shift", type=common.whole_or_0, help=shift)
 
     add = parser.add_argument_group("attack").add_argument
-    add(
-        "--eps",
-        type=common.pixel_units,
-        default=8 / 255,
-        help="radius of the attacks in pixel units",
-    )
+    pixels = {"type": common.pixel_units, "default": 8 / 255}
+    add("--eps", **pixels, help="radius of the attacks in pixel units")
     add("--steps", type=whole, default=7, help="number of PGD steps in training")
     add("--step-size", type=common.pixel_step, default=2 / 255, help="PGD step in training")
     add("--attack-bn", choices=["eval", "train"], default="eval", help="BatchNorm in the attack")
