@@ -765,8 +765,13 @@ def counts_text(results, judged):
     for verdict in VERDICTS:
         if counts[verdict]:
             part = f"{counts[verdict]} {'hold' if verdict == 'holds' else verdict}"
-            if open_counts[verdict] and verdict != "not run":
-                part += f" ({open_counts[verdict]} of them so far)"
+            so_far = open_counts[verdict]
+            if verdict in ("not run", "regime absent"):  # more seeds would not change these
+                so_far = 0
+            if so_far == counts[verdict]:
+                part += " so far"
+            elif so_far:
+                part += f" ({so_far} of them so far)"
             parts.append(part)
     text = f"Verdicts on {len(judged)} claims: {', '.join(parts)}"
     corrected = sum(also for _, also in judged.values())
