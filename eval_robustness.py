@@ -207,7 +207,7 @@ class Batch:
     x: Tensor  # float32 (B, C, H, W) in [0, 1]
     labels: Tensor  # int64 (B,)
     logits: Tensor  # (B, K) of the clean images
-    index: Tensor  # int64 (B,): the number of each image among those of the evaluation
+    index: Tensor  # int64 (B,), on the CPU: the number of each image of the evaluation
     settings: Settings
     attack: str
     repeat: int = 0  # number of the random restart or of the target class: 0, 1, ...
@@ -217,7 +217,10 @@ class Batch:
     def draw(self, *shape, use="start"):
         """Uniform (B, *shape) in [0, 1), by seed, attack, repeat, use and image alone."""
         draw = uniform(self.index, self.attack, use, self.settings.seed, self.repeat)
-        return draw(*shape).float()
+        draws = draw(*shape).float()
+        if self.x.device.type == "cuda":
+            draws = draws.pin_memory()  # otherwise the copy would wait for the GPU
+        return draws.to(self.x.device, non_blocking=True)
 
     def count(self, logits, gradient=None, is_start=False):
         """Add to the results what logits (B, K) and a gradient (B, C, H, W) of a step show."""
@@ -262,7 +265,7 @@ def batches(images, index, settings, attack="", repeat=0):
     for part in index.split(settings.batch_size):
         x = common.to_float(images.x[part])
         labels, logits = images.labels[part], images.logits[part]
-        yield part, Batch(x, labels, logits, part.to(images.x.device), settings, attack, repeat)
+        yield part, Batch(x, labels, logits, part, settings, attack, repeat)
 
 
 def misclassified(logits, labels):
@@ -1363,7 +1366,7 @@ def search(model, batch, tf32=True):
                 batch.x[unconfirmed],
                 batch.labels[unconfirmed],
                 batch.logits[unconfirmed],
-                batch.index[unconfirmed],
+                batch.index[unconfirmed.cpu()],
                 batch.settings,
                 batch.attack,
                 batch.repeat,

@@ -874,9 +874,9 @@ CLAIMS = {
             Rule("gradient", "tf-kd-reg-40", "plain-40", smallest=0.0),
             Rule("gradient", "tf-kd-self-40", "plain-40", smallest=0.0),
         ),
-        remark="Half of it. Those of self are larger, but already in the first epoch, where nothing "
-        "can have vanished. Those of reg vanish more than plain training's: a thirtieth is left of "
-        "them, a third of the others. The claim asks for both, so it is contradicted.",
+        remark="Half of it. Those of self are larger, but already in the first epoch, where "
+        "nothing can have vanished. Those of reg vanish more than plain training's: a thirtieth is "
+        "left of them, a third of the others. The claim asks for both, so it is contradicted.",
         earlier="A first design of 20 epochs compared the mean of the first, the middle and the "
         "last epoch. Nothing had vanished there: the gradients of plain training were as large in "
         "the last epoch as in the first. With seeds 10 to 14 the claim was called contradicted: "

@@ -81,8 +81,10 @@ class Device(TorchDispatchMode):
             out = args[0] if name == "copy_" else op(*args, **kwargs)
             with unset_fake_temporarily():
                 return torch.ones(out.shape, dtype=out.dtype)
-        if len(here) < len(tensors) and name in ("_to_copy", "copy_"):
-            self.waits.append(caller())  # from the host
+        # from the host; non_blocking ones do not wait if their memory is pinned, as on CUDA
+        blocks = not kwargs.get("non_blocking")
+        if len(here) < len(tensors) and name in ("_to_copy", "copy_") and blocks:
+            self.waits.append(caller())
         return op(*args, **kwargs)
 
     def rows(self, place):

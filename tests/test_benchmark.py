@@ -385,8 +385,6 @@ def test_the_committed_page_is_what_the_committed_results_give(tmp_path):
         assert record["command"] in COMMANDS and path.stat().st_size < 10_000
     readme = (ROOT / "README.md").read_text()
     assert f"the {sum(PRINTED.values())} numbers" in readme
-    for number in ("95.68 ± 1.61", "98.73", "98.50"):  # the README quotes the page
-        assert number in page and number in readme
 
 
 # ------------------------------------------------------------------------------------------------

@@ -383,7 +383,7 @@ def test_an_attack_waits_only_to_drop_what_is_broken(attack, monkeypatch):
         model.to(DEVICE).eval()
         x = torch.rand(3, 3, 32, 32, device=DEVICE)
         labels = torch.zeros(3, dtype=torch.int64, device=DEVICE)
-        index = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+        index = torch.zeros(3, dtype=torch.int64)
         batch = eval_robustness.Batch(x, labels, model(x), index, settings, attack)
         gpu.waits.clear()
         x_adv = eval_robustness.ATTACKS[attack](model, batch)
