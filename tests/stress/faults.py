@@ -88,7 +88,11 @@ def start(job, folder, prepare=lambda: None):
         argv += ["--runs", str(folder), "--name", "x"]
     for name in ("stdout", "stderr"):
         (folder / name).unlink(missing_ok=True)
+    # held back until the job has its handlers: Python drops a signal that comes in its own work
+    # after a fork
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     if pid := os.fork():
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
         return pid
     status = 1
     common.make_shapes = lambda: drawn
@@ -99,6 +103,7 @@ def start(job, folder, prepare=lambda: None):
         sys.stdout, sys.stderr = open(folder / "stdout", "w"), open(folder / "stderr", "w")  # noqa: SIM115
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
         sys.argv = [f"{job}.py", *argv]
         prepare()
         common.start(lambda: module.main(argv))
