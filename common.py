@@ -1948,6 +1948,7 @@ def drawing(path):
 # Flags that do not change what is computed: the same run goes on with other values
 FREE_FLAGS = {"data_root", "device", "runs", "name", "tensorboard", "compile", "save_every"}
 FREE_FLAGS |= {"given"}  # not a flag: the list of those that are in the command
+OF_FINISHED_TEACHERS = {"--teacher-ckpt", "--teacher-model", "--teacher-mode"}
 # What a record of another shape, or one that is nested too deep, makes Python raise
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError)
 
@@ -2028,10 +2029,27 @@ def parse(parser, argv: list | None, presets: dict) -> argparse.Namespace:
     return args
 
 
+def refuse_without_effect(args: argparse.Namespace, error, has_effect: dict) -> None:
+    """Call error(line) for a flag that is given and changes nothing.
+
+    has_effect: {flag: losses or methods on which it has an effect}; a flag that is not there always
+    has one. Those by which a teacher is trained have none beside --teacher-ckpt.
+    """
+    choice = "loss" if hasattr(args, "loss") else "method"
+    value = getattr(args, choice)
+    for flag in args.given:
+        if value not in has_effect.get(flag, [value]):
+            error(f"{flag}: has no effect with --{choice} {value}; leave it out")
+        is_of_training = flag.startswith("--teacher-") and flag not in OF_FINISHED_TEACHERS
+        if args.teacher_ckpt and is_of_training:
+            error(f"{flag}: the teacher of --teacher-ckpt is finished; leave out {flag}")
+
+
 def run_name(args: argparse.Namespace) -> str:
     """A folder name of data, net, method and the other flags that were given."""
     method = args.loss if hasattr(args, "loss") else args.method
-    name = f"{Path(args.data).stem}-{args.model}-{method}"
+    net = args.teacher_model if method == "teacher" else args.model
+    name = f"{Path(args.data).stem}-{net}-{method}"
     if args.demo:
         name = f"demo-{name}"
     in_name = FREE_FLAGS | {"data", "model", "loss", "method", "seed", "demo"}

@@ -49,6 +49,7 @@ import eval_robustness
 
 METHODS = ["fickle", "signal", "swap", "hinton", "teacher", "student"]
 TAUGHT = {"fickle", "signal", "swap", "hinton"}  # the student has a teacher
+HAS_STUDENT = set(METHODS) - {"teacher"}
 HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it is refused
     "--dropout": {"fickle", "hinton", "teacher"},
     "--teacher-mode": {"fickle"},
@@ -60,7 +61,14 @@ HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it 
     "--swap-gap": {"swap"},
     "--alpha": TAUGHT,
     "--temperature": TAUGHT,
+    "--model": HAS_STUDENT,
+    "--epochs": HAS_STUDENT,
+    "--milestones": HAS_STUDENT,
+    "--teacher-seed": TAUGHT,
     "--teacher-ckpt": TAUGHT | {"teacher"},
+    "--teacher-model": TAUGHT | {"teacher"},
+    "--teacher-epochs": TAUGHT | {"teacher"},
+    "--teacher-milestones": TAUGHT | {"teacher"},
 }
 NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "teacher_mode", "sigma", "noise_per", "swap"]
 NO_EFFECT_ON_TEACHER += ["swap_probability", "swap_threshold", "swap_gap"]
@@ -119,6 +127,8 @@ def parse_args(argv=None):
     add("--model", default="wrn-16-2", help="net of the student, such as wrn-16-2 or resnet18")
 
     add = parser.add_argument_group("teacher").add_argument
+    seed_help = "seed of the teacher, the same for all students"
+    add("--teacher-seed", type=common.whole_or_0, default=0, help=seed_help)
     add("--teacher-model", default="wrn-40-2", help="net of the teacher, named as for --model")
     add("--teacher-epochs", type=whole, default=200, help="epochs of the teacher's training")
     drops = {"type": whole, "nargs": "+", "metavar": "EPOCH"}
@@ -136,12 +146,11 @@ def parse_args(argv=None):
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-eps", type=pixel_units, default=0.031, help="radius of PGD-20 in pixel units")
     add("--eval-step-size", type=pixel_step, default=0.003, help="step of PGD-20 in pixel units")
-    add("--eval-restarts", type=whole, default=5, help="random starts of PGD-20; the worst counts")
+    starts = "random starts of PGD-20; the worst counts (0: no PGD)"
+    add("--eval-restarts", type=common.whole_or_0, default=5, help=starts)
     common.add_run_flags(parser)
     args = common.parse(parser, argv, {"--demo": DEMO})
-    for flag, methods in HAS_EFFECT.items():
-        if flag in args.given and args.method not in methods:
-            parser.error(f"{flag}: has no effect with --method {args.method}; leave it out")
+    common.refuse_without_effect(args, parser.error, HAS_EFFECT)
 
     if args.method not in HAS_EFFECT["--dropout"]:
         args.dropout = 0.0  # whatever --demo sets
@@ -310,7 +319,7 @@ def teacher_args(args):
         args,
         method="teacher",
         model=args.teacher_model,
-        seed=args.seed if args.method == "teacher" else 0,  # all students have the same teacher
+        seed=args.seed if args.method == "teacher" else args.teacher_seed,
         epochs=args.teacher_epochs,
         milestones=args.teacher_milestones,
         dropout=args.dropout or None,  # without dropout it is the teacher of the other scripts too
@@ -391,10 +400,11 @@ def train_and_evaluate(args, data, folder):
     attack = {
         "eps": args.eval_eps,
         "step_size": args.eval_step_size,
-        "restarts": args.eval_restarts,
+        "restarts": max(args.eval_restarts, 1),
         "seed": args.seed,
     }
-    return eval_robustness.summary_rows(nets, data, folder, ["clean", "pgd20"], **attack)
+    attacks = ["clean", "pgd20"] if args.eval_restarts else ["clean"]
+    return eval_robustness.summary_rows(nets, data, folder, attacks, **attack)
 
 
 if __name__ == "__main__":

@@ -157,8 +157,9 @@ HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it 
     "--byot-alpha": {"self-distillation"},
     "--byot-lambda": {"self-distillation"},
     "--byot-temperature": {"self-distillation"},
-    "--teacher-ckpt": TAUGHT_ON_X | TAUGHT_ON_X_ADV,
 }
+for flag in ("ckpt", "model", "epochs", "es", "lr", "batch-size", "shift"):
+    HAS_EFFECT[f"--teacher-{flag}"] = TAUGHT_ON_X | TAUGHT_ON_X_ADV
 NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "tau2", "delta", "reg_form", "smoothing"]
 NO_EFFECT_ON_TEACHER += ["byot_alpha", "byot_lambda", "byot_temperature"]
 NO_EFFECT_ON_TEACHER += ["omit_digit", "bias_correction", "eval_attack"]
@@ -205,7 +206,7 @@ def parse_args(argv=None):
     pixels = {"type": common.pixel_units, "default": 8 / 255}
     add("--eps", **pixels, help="radius of the attacks in pixel units")
     add("--steps", type=whole, default=7, help="number of PGD steps in training")
-    add("--step-size", type=common.pixel_step, default=2 / 255, help="PGD step in training")
+    add("--step-size", type=common.pixel_step, help="PGD step (default: a quarter of --eps)")
     add("--attack-bn", choices=["eval", "train"], default="eval", help="BatchNorm in the attack")
     names = {"nargs": "+", "type": attack_name, "metavar": "ATTACK"}
     add("--eval-attack", **names, help="what is evaluated, such as clean pgd20 aa")
@@ -237,6 +238,8 @@ def parse_args(argv=None):
     args = common.parse(parser, argv, {"--demo": DEMO})
     check_flags(args, parser.error)
 
+    if args.step_size is None:
+        args.step_size = args.eps / 4
     if args.milestones is None:
         args.milestones = [share * args.epochs for share in (0.3, 0.6, 0.8)]
     args.grad_epochs = sorted({*(args.grad_epochs or [1, (args.epochs + 1) // 2, args.epochs])})
@@ -260,9 +263,11 @@ def method_defaults(method):
 
 def check_flags(args, error):
     """Call error(line) for flags that do not go together."""
-    for flag, methods in HAS_EFFECT.items():
-        if flag in args.given and args.method not in methods:
-            error(f"{flag}: has no effect with --method {args.method}; leave it out")
+    common.refuse_without_effect(args, error, HAS_EFFECT)
+    if args.reg_form == "plain" and "--temperature" in args.given:
+        error("--temperature: has no effect with --reg-form plain; leave it out")
+    if args.reg_form != "paper" and "--tau2" in args.given:
+        error(f"--tau2: has no effect with --reg-form {args.reg_form}; leave it out")
     if "--milestones" in args.given and args.schedule != "steps":
         error(f"--milestones: has no effect with --schedule {args.schedule}; leave it out")
     if "--gamma" in args.given and args.schedule == "cosine":
@@ -271,9 +276,6 @@ def check_flags(args, error):
         error(f"--omit-digit: goes with --data mnist, not {args.data}")
     if args.bias_correction and args.omit_digit is None:
         error("--bias-correction: raises the bias of an omitted digit; give --omit-digit")
-    for flag in ("--teacher-es", "--teacher-shift"):
-        if args.teacher_ckpt and flag in args.given:
-            error(f"{flag}: the teacher of --teacher-ckpt is finished; leave out {flag}")
     teacher_epochs = args.teacher_epochs or args.epochs
     if args.teacher_es is not None and args.teacher_es > teacher_epochs:
         error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {teacher_epochs}")

@@ -69,8 +69,9 @@ PAPERS = {
 }
 # Said of all claims of a paper
 NOTES = {
-    1: "All students of an arm have one teacher, that of seed 0, as in the paper: the verdicts are "
-    "about these teachers, and the intervals cover their students alone.",
+    1: "Each seed has its own teacher, so that the intervals cover teachers too. The paper has one "
+    "for all students, the best of five; with one, a second teacher of the same command moved its "
+    "students by more than the effects of the paper.",
 }
 # After the @ of an arm; `net` in a summary
 NETS = ("student", "best", "teacher", "ensemble", "alone")
@@ -85,7 +86,8 @@ VERDICTS = (
 MAX_SEEDS, SEEDS_PER_LOOK = 20, 5
 RIVAL_SEEDS = 10
 AUTOATTACK_IMAGES = 1000
-AUTOATTACK_SEEDS = (10, 11)  # all of AutoAttack; others: APGD-CE and targeted APGD alone
+# The first two of each design: all of AutoAttack; others: APGD-CE and targeted APGD alone
+AUTOATTACK_SEEDS = (10, 11, 20, 21, 30, 31)
 
 
 def parse_args(argv=None):
@@ -369,10 +371,15 @@ def call(script, flags, log_file):
         raise common.UserError(f"{script}: {lines[-1]} (status {status}; {log_file})")
 
 
+def words_of(arm, seed):
+    """The command of an arm as a list of words, its SEED replaced."""
+    return shlex.split(ARMS[arm].replace("SEED", str(seed)))
+
+
 def run_arm(arm, seed, args):
     """Train and evaluate an arm with a seed -> what its results keep of the run."""
     began = time.monotonic()
-    script, *flags = shlex.split(ARMS[arm])
+    script, *flags = words_of(arm, seed)
     runs = Path(args.runs).resolve()
     log_file = runs / "logs" / f"{arm}-s{seed}.log"
     name = re.sub(r"[^\w.,=+-]", "-", arm)
@@ -394,7 +401,7 @@ def run_arm(arm, seed, args):
     attacks = ["clean", "calibration"]
     if nets_compared_by(arm, "robust_acc"):
         attacks.append("aa" if seed in AUTOATTACK_SEEDS else "apgd")
-    wanted = ["student", *nets_compared_by(arm, "robust_acc", "entropy")]
+    wanted = ["student", *nets_compared_by(arm, "robust_acc", "entropy", "ece")]
     evaluated = [net for net in files if net in wanted]
     # named after what is in it: an arm that later needs more nets or attacks has another file
     result_file = folder / f"{attacks[-1]}-{'-'.join(evaluated)}.json"
@@ -406,6 +413,7 @@ def run_arm(arm, seed, args):
     call("eval_robustness.py", evaluation, log_file)
     for net, row in zip(evaluated, common.read_json(result_file)["rows"], strict=True):
         nets[net]["entropy"] = row["calibration"]["clean"]["entropy"]
+        nets[net]["ece"] = row["calibration"]["clean"]["ece"]
         if "aa_acc" in row:
             nets[net]["aa_acc"] = row["aa_acc"]
             stages = {stage["attack"]: stage for stage in row["reports"]["aa"]["stages"]}
@@ -545,6 +553,7 @@ METRIC_TITLES = {
     "pgd20_acc": "PGD-20",
     "robust_acc": "robust",
     "entropy": "entropy",
+    "ece": "calibration error",
     "only_1_acc": "accuracy on ones",
     "train_acc": "training accuracy on its labels",
     "varies": "answers that change",

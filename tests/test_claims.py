@@ -305,10 +305,12 @@ def test_the_regimes_are_drawn_from_arms_that_there_are():
 
 
 def test_every_arm_is_a_command_of_a_script_and_belongs_to_a_claim_or_to_the_league():
-    for arm, command in claim_list.ARMS.items():
-        script, *flags = shlex.split(command)
+    for arm in claim_list.ARMS:
+        script, *flags = claims.words_of(arm, 7)
         args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
         assert not {"--seed", "--name", "--runs"} & set(args.given), arm
+        # a teacher of each seed, wherever one is trained
+        assert getattr(args, "teacher_seed", 7) == 7 or args.method in ("student", "gaussian"), arm
     rules = [rule for claim in claim_list.CLAIMS.values() for rule in claims.rules_of(claim)]
     used = {claims.split(name)[0] for rule in rules for name in claims.names_in(rule)}
     used |= {claims.split(name)[0] for name in claim_list.LEAGUE_NAMES}
