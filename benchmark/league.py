@@ -35,8 +35,8 @@ Rules    1. Two methods differ if the mean of their differences, paired by seed,
             five means over teachers. Their difference has a 95 % interval by the jackknife over
             seeds (pseudo-values, Student's t). The teacher decides more if it lies above 0, the
             method if below. Also without the standard teacher, and, since the runs, with the two
-            alone that are robust and were stopped early: the other three are poor on purpose. The
-            answer is about these teachers and methods.
+            alone that are robust and were stopped early: the other three are poor on purpose. Two
+            are too few for an answer. It is about these teachers and methods.
 """
 
 import sys
@@ -528,8 +528,10 @@ def teacher_sentence(results):
         elif effect.high < 0:
             decides = "the method decides more"
         spreads = f"{100 * over_teachers:.1f} over teachers, {100 * over_methods:.1f} over methods"
-        between = f"{claims.percent(effect.low)} to {claims.percent(effect.high)}"
-        sentences.append(f"{part}: {decides} ({spreads}, difference {between}).")
+        between = f", difference {claims.percent(effect.low)} to {claims.percent(effect.high)}"
+        if cells.shape[2] < 3:  # the deviation of two means comes out too small
+            decides, between = "too few for an answer", ""
+        sentences.append(f"{part}: {decides} ({spreads}{between}).")
     return (
         f"MLP, {LEAGUE_SEEDS['teachers']} seeds, five methods; in brackets the standard deviations "
         "of the mean robust accuracy in points, and the 95 % interval of their difference. "
@@ -555,9 +557,10 @@ def sentence(results, arm):
             if effect is None:
                 continue
             points = 100 * effect.mean
+            shown = "shown" if effect.low <= 0 <= effect.high else "left by the correction"
             words = {
                 1: f"{points:.1f} points more {adjective}",
-                0: f"no difference in {noun} shown ({difference_text(effect, False)})",
+                0: f"no difference in {noun} {shown} ({difference_text(effect, False)})",
                 -1: f"{-points:.1f} points less {adjective}",
             }
             if finished:

@@ -434,30 +434,39 @@ def draw_regimes(path, panels):
 
 
 def draw_forest(path, groups):
-    """Write a forest plot of {title: [(label, effect, bound, verdict)]} of benchmark/claims.py.
+    """Write a forest plot of {title: {claim: (verdict, finished, lines)}} of benchmark/claims.py.
 
-    In points, a panel of its own height for each group. False without matplotlib.
+    lines: (label, effect, bound) of its rules, in points. A panel for each group, a band for each
+    claim. False without matplotlib.
     """
-    heights = [len(lines) for lines in groups.values()]
-    figure = common.new_figure(9, 1.2 + 0.5 * len(groups) + 0.22 * sum(heights))
+    heights = [sum(len(lines) for *_, lines in group.values()) for group in groups.values()]
+    figure = common.new_figure(9, 1.4 + 0.5 * len(groups) + 0.22 * sum(heights))
     if figure is None:
         return False
     colours = {"holds": common.COLOURS[2], "contradicted": common.COLOURS[1]}
     rows = figure.subplots(
         len(groups), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
     )
-    for axis, (title, lines) in zip(rows[:, 0], groups.items()):
+    for axis, (title, group) in zip(rows[:, 0], groups.items()):
         axis.set_title(title, loc="left", fontsize=9)
         axis.axvline(0, color="black", linewidth=0.8)
-        for place, (_, effect, bound, verdict) in enumerate(lines):
+        labels = []
+        for number, (verdict, finished, lines) in enumerate(group.values()):
+            if number % 2 == 0:
+                first = len(labels) - 0.5
+                axis.axhspan(first, first + len(lines), color="#F0F0F0", zorder=0)
             colour = colours.get(verdict, "gray")
-            low, middle, high = 100 * effect.low, 100 * effect.mean, 100 * effect.high
-            axis.plot([low, high], [place, place], color=colour, linewidth=2)
-            axis.plot(middle, place, "o", color=colour, markersize=5)
-            if bound:
-                axis.plot(100 * bound, place, "|", color="black", markersize=9)
-        axis.set_yticks(range(len(lines)), [line[0] for line in lines], fontsize=7)
-        axis.set_ylim(len(lines) - 0.4, -0.6)
+            for label, effect, bound in lines:
+                place = len(labels)
+                low, middle, high = 100 * effect.low, 100 * effect.mean, 100 * effect.high
+                axis.plot([low, high], [place, place], color=colour, linewidth=2)
+                inside = colour if finished else "white"
+                axis.plot(middle, place, "o", color=colour, markerfacecolor=inside, markersize=5)
+                if bound:
+                    axis.plot(100 * bound, place, "|", color="black", markersize=9)
+                labels.append(label)
+        axis.set_yticks(range(len(labels)), labels, fontsize=7)
+        axis.set_ylim(len(labels) - 0.4, -0.6)
         axis.set_xscale("symlog", linthresh=5)
     low, high = axis.get_xlim()
     ticks = [t for t in (-50, -20, -10, -5, -2, 0, 2, 5, 10, 20, 50) if low <= t <= high]
@@ -468,8 +477,9 @@ def draw_forest(path, groups):
         "linear to 5 points, then logarithmic; black tick: bound"
     )
     for verdict, colour in (*colours.items(), ("undecided or regime absent", "gray")):
-        axis.plot([], [], "o-", color=colour, label=verdict)
-    figure.legend(loc="outside lower right", ncols=3)
+        axis.plot([], [], "o-", color=colour, label=f"the claim: {verdict}")
+    axis.plot([], [], "o-", color="gray", markerfacecolor="white", label="so far")
+    figure.legend(loc="outside lower right", ncols=2)
     common.save_figure(figure, path)
     return True
 

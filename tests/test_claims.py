@@ -5,7 +5,7 @@ import functools
 import importlib
 import json
 import re
-import shlex
+import threading
 import time
 
 import numpy as np
@@ -220,7 +220,8 @@ def test_what_twenty_seeds_cannot_tell_is_too_small_where_the_paper_prints_littl
         "too small to tell here"
     )
     exact = results_of(a=[0.402, 0.4021, 0.4019], b=[0.4] * 3)  # finished: 0.2 points, surely
-    assert claims.judge(exact, make_claim(rule, paper_effect=0.004))[0] == (
+    assert claims.judge(exact, make_claim(rule, paper_effect=0.004))[0] == "undecided"
+    assert claims.judge(exact, make_claim(rule, paper_effect=0.0021))[0] == (
         "too small to tell here"
     )
     fewer = results_of(a=[0.4 + d for d in level[:19]], b=[0.4] * 19)
@@ -264,7 +265,8 @@ def test_the_best_epoch_is_the_last_one_where_no_other_was_better():
     assert claims.value(results, "a@teacher", "clean_acc", 11) is None
 
 
-def test_claims_that_have_not_run_count_in_the_correction(only):
+def test_claims_that_have_not_run_count_in_the_correction(only, looks):
+    looks(3)
     rule = Rule("clean_acc", "a", "b")
     found = {"run": make_claim(rule)}
     arms = {"a": "", "b": "", "c": ""}
@@ -274,6 +276,34 @@ def test_claims_that_have_not_run_count_in_the_correction(only):
     other = {f"other {i}": make_claim(Rule("clean_acc", "c", "b")) for i in range(9)}
     only(found | other, arms)
     assert claims.judge_all(results)["run"] == ("holds", False)
+
+
+def test_a_claim_that_holds_so_far_is_not_marked_as_corrected(only, monkeypatch):
+    only({"run": make_claim(Rule("clean_acc", "a", "b"))}, {"a": "", "b": ""})
+    results = results_of(a=[0.5, 0.51, 0.53], b=[0.44, 0.44, 0.45])
+    monkeypatch.setattr(claims, "MAX_SEEDS", 3)
+    assert claims.judge_all(results) == {"run": ("holds", True)}
+    monkeypatch.setattr(claims, "MAX_SEEDS", 4)
+    assert claims.judge_all(results) == {"run": ("holds", False)}
+
+
+def test_one_of_several_rules_contradicts_with_its_share_of_the_five_percent():
+    # the mean of bad is -0.02, its p 0.03: contradicted alone, not beside two others
+    bad, level = Rule("clean_acc", "c", "b"), Rule("clean_acc", "a", "a")
+    results = results_of(a=[0.5] * 4, b=[0.4] * 4, c=[0.37, 0.38, 0.376, 0.394])
+    effect = claims.measure(results, bad, make_claim(bad))
+    assert 0.05 / 3 < effect.p < 0.05
+    assert claims.judge(results, make_claim(bad))[0] == "contradicted"
+    assert claims.judge(results, make_claim(bad, level, level))[0] == "undecided"
+
+
+def test_a_small_effect_contradicts_no_more_than_it_holds():
+    rule = Rule("clean_acc", "a", "b")
+    for sign, verdict in ((1, "undecided"), (-1, "undecided")):
+        differences = [sign * number for number in (0.003, 0.0031, 0.0032)]
+        assert claims.rule_verdict(rule, claims.effect_of(differences)) == verdict
+    no_loss = Rule("clean_acc", "a", "b", above=-0.01, smallest=-0.01)
+    assert claims.rule_verdict(no_loss, claims.effect_of([-0.013, -0.0131])) == "contradicted"
 
 
 def test_arms_without_a_teacher_are_compared_seed_by_seed(only):
@@ -555,6 +585,49 @@ def test_the_list_says_what_is_left(only, looks, tmp_path, capsys):
         claims.keep(tmp_path, arm, 10, run)
     claims.main(["--list", "--results", str(tmp_path)])
     assert "2 runs, 4 min" in capsys.readouterr().out
+
+
+def test_a_page_with_a_rival_that_has_not_run(only, looks, tmp_path):
+    looks(2)
+    rivals = (Rule("robust_acc", "akd+0.8", "at@best"),)
+    claim = make_claim(Rule("clean_acc", "akd+0.8", "at"), rivals=rivals)
+    arms = {"akd+0.8": "", "at": "", "akd": "", "at-smooth-0.5": ""}
+    only({"robust-distillation": claim}, arms)
+    (tmp_path / "README.md").write_text("<!-- claims: begin -->\n<!-- claims: end -->\n")
+    for arm, number in {"akd+0.8": 0.5, "at": 0.4}.items():
+        for seed in (10, 11):
+            run = {"nets": {"student": {"clean_acc": number + seed / 1e4}}, "curve": {}}
+            claims.keep(tmp_path / "results", arm, seed, run | {"minutes": 1.0})
+    flags = ["--page", "--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]
+    claims.main(flags)
+    assert "not run" in (tmp_path / "README.md").read_text()
+    assert (
+        "robust: akd+0.8 above at@best | beside | not run"
+        in (tmp_path / "docs/CLAIMS.md").read_text()
+    )
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"a": 1'])
+def test_results_that_are_none_are_one_line(only, tmp_path, refused, text):
+    only({"small": make_claim(Rule("clean_acc", "akd", "at"))})
+    (tmp_path / "at.json").write_text(text)
+    assert f"{tmp_path / 'at.json'}: " in refused(claims.read_results, tmp_path)
+
+
+def test_results_of_another_command_are_replaced_with_a_word(only, tmp_path, capsys):
+    only({}, {"at": "robust_kd.py --loss at"})
+    claims.keep(tmp_path, "at", 10, {"minutes": 1.0})
+    only({}, {"at": "robust_kd.py --loss at --eps 4/255"})
+    claims.keep(tmp_path, "at", 11, {"minutes": 1.0})
+    assert "at.json: the results of another command are replaced" in capsys.readouterr().out
+    assert list(common.read_json(tmp_path / "at.json")["runs"]) == ["11"]
+
+
+def test_nothing_starts_after_the_program_was_stopped(monkeypatch, refused, tmp_path):
+    monkeypatch.setattr(claims, "STOPPED", threading.Event())
+    claims.STOPPED.set()
+    message = refused(claims.call, "robust_kd.py", ["--help"], tmp_path / "log")
+    assert "stopped before it began" in message and not (tmp_path / "log").exists()
 
 
 def test_unknown_claims_and_none_are_refused(refused):

@@ -417,7 +417,7 @@ def test_the_figures_have_the_numbers_that_they_are_given(monkeypatch, tmp_path)
     lines = [("a", (0.4, 0.1), effects, False)]
     plots.draw_frontiers(tmp_path / "l.png", {"MLP": (lines, [(0.4, 0.1)])})
     bound = claims.Effect([], 0.02, 0.01, 0.03, 0)
-    plots.draw_forest(tmp_path / "f.png", {"t": [("x", bound, 0.005, "holds")]})
+    plots.draw_forest(tmp_path / "f.png", {"t": {"c": ("holds", True, [("x", bound, 0.005)])}})
     league_axis, forest = (figure.axes[0] for figure in drawn)
 
     def has(axis, xs, ys):
