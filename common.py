@@ -1948,7 +1948,6 @@ def drawing(path):
 # Flags that do not change what is computed: the same run goes on with other values
 FREE_FLAGS = {"data_root", "device", "runs", "name", "tensorboard", "compile", "save_every"}
 FREE_FLAGS |= {"given"}  # not a flag: the list of those that are in the command
-OF_FINISHED_TEACHERS = {"--teacher-ckpt", "--teacher-model", "--teacher-mode"}
 # What a record of another shape, or one that is nested too deep, makes Python raise
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError)
 
@@ -2029,20 +2028,28 @@ def parse(parser, argv: list | None, presets: dict) -> argparse.Namespace:
     return args
 
 
-def refuse_without_effect(args: argparse.Namespace, error, has_effect: dict) -> None:
-    """Call error(line) for a flag that is given and changes nothing.
+def check_effects(args, error, has_effect: dict, trains_teacher: bool, trains_student=True) -> None:
+    """Call error(line) for a flag of another method; print those of a net that is not trained.
 
-    has_effect: {flag: losses or methods on which it has an effect}; a flag that is not there always
-    has one. Those by which a teacher is trained have none beside --teacher-ckpt.
+    has_effect: {flag: losses or methods on which it has an effect}; a flag that is not in it has
+    one on all. Commands that are compared often share the settings of teacher and student, so
+    those that a command does not need are printed, not refused.
     """
     choice = "loss" if hasattr(args, "loss") else "method"
-    value = getattr(args, choice)
+    value, idle = getattr(args, choice), []
     for flag in args.given:
         if value not in has_effect.get(flag, [value]):
             error(f"{flag}: has no effect with --{choice} {value}; leave it out")
-        is_of_training = flag.startswith("--teacher-") and flag not in OF_FINISHED_TEACHERS
-        if args.teacher_ckpt and is_of_training:
-            error(f"{flag}: the teacher of --teacher-ckpt is finished; leave out {flag}")
+        if flag in ("--teacher-ckpt", "--teacher-model", "--teacher-mode"):  # of a finished one too
+            continue
+        of_student = flag in ("--model", "--epochs", "--milestones")
+        if (flag.startswith("--teacher-") and not trains_teacher) or (
+            of_student and not trains_student
+        ):
+            idle.append(flag)
+    if idle:
+        net = "student" if trains_teacher else "teacher"
+        print(f"no {net} is trained here, so without effect: {', '.join(idle)}", flush=True)
 
 
 def run_name(args: argparse.Namespace) -> str:

@@ -49,7 +49,6 @@ import eval_robustness
 
 METHODS = ["fickle", "signal", "swap", "hinton", "teacher", "student"]
 TAUGHT = {"fickle", "signal", "swap", "hinton"}  # the student has a teacher
-HAS_STUDENT = set(METHODS) - {"teacher"}
 HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it is refused
     "--dropout": {"fickle", "hinton", "teacher"},
     "--teacher-mode": {"fickle"},
@@ -61,14 +60,8 @@ HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it 
     "--swap-gap": {"swap"},
     "--alpha": TAUGHT,
     "--temperature": TAUGHT,
-    "--model": HAS_STUDENT,
-    "--epochs": HAS_STUDENT,
-    "--milestones": HAS_STUDENT,
     "--teacher-seed": TAUGHT,
     "--teacher-ckpt": TAUGHT | {"teacher"},
-    "--teacher-model": TAUGHT | {"teacher"},
-    "--teacher-epochs": TAUGHT | {"teacher"},
-    "--teacher-milestones": TAUGHT | {"teacher"},
 }
 NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "teacher_mode", "sigma", "noise_per", "swap"]
 NO_EFFECT_ON_TEACHER += ["swap_probability", "swap_threshold", "swap_gap"]
@@ -150,7 +143,9 @@ def parse_args(argv=None):
     add("--eval-restarts", type=common.whole_or_0, default=5, help=starts)
     common.add_run_flags(parser)
     args = common.parse(parser, argv, {"--demo": DEMO})
-    common.refuse_without_effect(args, parser.error, HAS_EFFECT)
+    trains_teacher = not args.teacher_ckpt and args.method in TAUGHT | {"teacher"}
+    trains_student = args.method != "teacher"
+    common.check_effects(args, parser.error, HAS_EFFECT, trains_teacher, trains_student)
 
     if args.method not in HAS_EFFECT["--dropout"]:
         args.dropout = 0.0  # whatever --demo sets

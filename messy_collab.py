@@ -57,19 +57,12 @@ VARIED_TEACHER = {"mc-t", "mc-ts", "teacher"}
 VARIED_STUDENT = {"mc-s", "mc-ts", "student"}
 CORRUPTED_TEACHER = set(METHODS) - {"flc-s"}
 CORRUPTED_STUDENT = set(METHODS) - {"flc-t"}
-HAS_STUDENT = set(METHODS) - {"teacher"}
 HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it is refused
     "--noise-rate": VARIED_TEACHER | VARIED_STUDENT,
     "--alpha": TAUGHT,
     "--temperature": TAUGHT,
-    "--model": HAS_STUDENT,
-    "--epochs": HAS_STUDENT,
-    "--milestones": HAS_STUDENT,
     "--teacher-seed": TAUGHT,
     "--teacher-ckpt": TAUGHT | {"teacher"},
-    "--teacher-model": TAUGHT | {"teacher"},
-    "--teacher-epochs": TAUGHT | {"teacher"},
-    "--teacher-milestones": TAUGHT | {"teacher"},
 }
 NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "eval_eps", "eval_step_size", "eval_restarts"]
 # Corrupted labels are a part of the data, see with_wrong_labels
@@ -138,7 +131,9 @@ def parse_args(argv=None):
     add("--eval-restarts", type=common.whole_or_0, default=5, help=starts)
     common.add_run_flags(parser)
     args = common.parse(parser, argv, {"--demo": DEMO})
-    common.refuse_without_effect(args, parser.error, HAS_EFFECT)
+    trains_teacher = not args.teacher_ckpt and args.method in TAUGHT | {"teacher"}
+    trains_student = args.method != "teacher"
+    common.check_effects(args, parser.error, HAS_EFFECT, trains_teacher, trains_student)
 
     if args.labels_file and "--corruption-rate" in args.given:
         remedy = "--labels-file holds corrupted labels already; leave one of the two out"

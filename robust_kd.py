@@ -211,9 +211,8 @@ def parse_args(argv=None):
         args.step_size = args.eps / 4
     if args.attack_loss is None:
         args.attack_loss = ATTACK_LOSSES.get(args.loss, "ce")
-    for flag in args.given:
-        if flag.startswith(("--teacher-", "--beta")) and not needs_teacher(args):
-            parser.error(f"{flag}: --loss {args.loss} has no teacher; leave it out")
+    if args.teacher_ckpt and not needs_teacher(args):
+        parser.error(f"--teacher-ckpt: --loss {args.loss} has no teacher; leave it out")
     if args.loss == "adr" and "--ema" not in args.given and not args.ema:
         args.ema = 0.995
     args.schedule_epochs = args.epochs  # a teacher may stop before the end of its schedule
@@ -222,7 +221,8 @@ def parse_args(argv=None):
 
 def check_flags(args, error):
     """Call error(line) for flags that do not go together."""
-    common.refuse_without_effect(args, error, HAS_EFFECT)
+    trains_teacher = needs_teacher(args) and not args.teacher_ckpt
+    common.check_effects(args, error, HAS_EFFECT, trains_teacher or args.demo)
     trainings = args.teacher_training
     if "--trades-beta" in args.given and "trades" not in [args.loss, *trainings]:
         error("--trades-beta: has no effect without --loss or --teacher-training trades")
@@ -234,6 +234,9 @@ def check_flags(args, error):
         error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {args.teacher_epochs}")
     if "--teacher-gamma" in args.given and args.schedule == "cosine":
         error("--teacher-gamma: has no effect with --schedule cosine; leave it out")
+    for flag in ("--teacher-training", "--teacher-es", "--teacher-eps"):
+        if args.teacher_ckpt and flag in args.given:
+            error(f"{flag}: the teacher of --teacher-ckpt is finished; leave out {flag}")
     beta = args.beta or [1 / len(trainings)] * len(trainings)
     if len(beta) != len(trainings) or abs(sum(beta) - 1) > 1e-6:
         wanted = "expected a weight for each word of --teacher-training, with sum 1"

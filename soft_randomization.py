@@ -44,20 +44,13 @@ import eval_robustness
 METHODS = ["soft-randomization", "gaussian", "hinton", "teacher", "student"]
 NOISY = {"soft-randomization", "gaussian"}  # the student sees noisy images
 TAUGHT = {"soft-randomization", "hinton"}  # the student has a teacher
-HAS_STUDENT = set(METHODS) - {"teacher"}
 HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it is refused
     "--sigma": NOISY,
     "--clip": NOISY,
     "--alpha": TAUGHT,
     "--temperature": TAUGHT,
-    "--model": HAS_STUDENT,
-    "--epochs": HAS_STUDENT,
-    "--milestones": HAS_STUDENT,
     "--teacher-seed": TAUGHT,
     "--teacher-ckpt": TAUGHT | {"teacher"},
-    "--teacher-model": TAUGHT | {"teacher"},
-    "--teacher-epochs": TAUGHT | {"teacher"},
-    "--teacher-milestones": TAUGHT | {"teacher"},
 }
 NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "sigma", "clip"]
 NO_EFFECT_ON_TEACHER += ["eval_eps", "eval_step_size", "eval_restarts"]
@@ -121,7 +114,9 @@ def parse_args(argv=None):
     add("--eval-restarts", type=common.whole_or_0, default=5, help=starts)
     common.add_run_flags(parser)
     args = common.parse(parser, argv, {"--demo": DEMO})
-    common.refuse_without_effect(args, parser.error, HAS_EFFECT)
+    trains_teacher = not args.teacher_ckpt and args.method in TAUGHT | {"teacher"}
+    trains_student = args.method != "teacher"
+    common.check_effects(args, parser.error, HAS_EFFECT, trains_teacher, trains_student)
 
     if args.milestones is None:
         args.milestones = stretch(STANDARD_SCHEDULE, args.epochs)

@@ -157,9 +157,8 @@ HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it 
     "--byot-alpha": {"self-distillation"},
     "--byot-lambda": {"self-distillation"},
     "--byot-temperature": {"self-distillation"},
+    "--teacher-ckpt": TAUGHT_ON_X | TAUGHT_ON_X_ADV,
 }
-for flag in ("ckpt", "model", "epochs", "es", "lr", "batch-size", "shift"):
-    HAS_EFFECT[f"--teacher-{flag}"] = TAUGHT_ON_X | TAUGHT_ON_X_ADV
 NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "tau2", "delta", "reg_form", "smoothing"]
 NO_EFFECT_ON_TEACHER += ["byot_alpha", "byot_lambda", "byot_temperature"]
 NO_EFFECT_ON_TEACHER += ["omit_digit", "bias_correction", "eval_attack"]
@@ -263,7 +262,8 @@ def method_defaults(method):
 
 def check_flags(args, error):
     """Call error(line) for flags that do not go together."""
-    common.refuse_without_effect(args, error, HAS_EFFECT)
+    has_teacher = args.method in TAUGHT_ON_X | TAUGHT_ON_X_ADV
+    common.check_effects(args, error, HAS_EFFECT, has_teacher and not args.teacher_ckpt)
     if args.reg_form == "plain" and "--temperature" in args.given:
         error("--temperature: has no effect with --reg-form plain; leave it out")
     if args.reg_form != "paper" and "--tau2" in args.given:
@@ -276,6 +276,9 @@ def check_flags(args, error):
         error(f"--omit-digit: goes with --data mnist, not {args.data}")
     if args.bias_correction and args.omit_digit is None:
         error("--bias-correction: raises the bias of an omitted digit; give --omit-digit")
+    for flag in ("--teacher-es", "--teacher-shift"):
+        if args.teacher_ckpt and flag in args.given:
+            error(f"{flag}: the teacher of --teacher-ckpt is finished; leave out {flag}")
     teacher_epochs = args.teacher_epochs or args.epochs
     if args.teacher_es is not None and args.teacher_es > teacher_epochs:
         error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {teacher_epochs}")

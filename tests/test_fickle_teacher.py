@@ -537,6 +537,39 @@ def test_method_teacher_is_about_the_teacher_of_the_seed_and_students_share_it(s
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_students_can_have_the_teacher_of_another_seed(script, tmp_path, capsys):
+    run(script, tmp_path, "--method hinton --seed 0 1 --teacher-seed 3 --eval-restarts 0")
+    files = teacher_files(tmp_path)
+    assert list(files) == [3]
+    assert capsys.readouterr().out.count(f"teacher: {files[3]}") == 2
+    (rows,) = run(script, tmp_path, "--method teacher --seed 3 --name t --eval-restarts 0")
+    assert teacher_files(tmp_path) == files  # none was trained
+    summary = common.read_json(tmp_path / script / "x-s1" / "summary.json")
+    assert summary[0]["net"] == "teacher" and summary[0]["clean_acc"] == rows[0]["clean_acc"]
+    # without random starts there is no PGD
+    assert not any("pgd20_acc" in row for row in [*summary, *rows])
+
+
+SAID = {  # settings of a net that is not trained are said, those that have an effect are not
+    "--method student": "no teacher is trained here, so without effect: --teacher-epochs",
+    "--method teacher": "no student is trained here, so without effect: --epochs",
+    "--method hinton": None,
+}
+
+
+@pytest.mark.parametrize("flags", SAID)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_settings_of_a_net_that_is_not_trained_are_said(script, flags, capsys):
+    settings = ["--teacher-epochs", "2", "--epochs", "3", "--teacher-model", "mlp-12"]
+    SCRIPTS[script].parse_args([*flags.split(), *settings])
+    out = capsys.readouterr().out
+    assert out == (f"{SAID[flags]}\n" if SAID[flags] else "")
+    given = ["--method", "hinton", "--teacher-ckpt", "t.pt", *settings]
+    SCRIPTS[script].parse_args(given)
+    assert capsys.readouterr().out == f"{SAID['--method student']}\n"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_the_teacher_that_a_file_holds_teaches_as_if_it_had_been_trained_now(script, tmp_path):
     (rows,) = run(script, tmp_path, "--method hinton --seed 1")
     run(script, tmp_path, "--method teacher --seed 1 --name t")
@@ -617,7 +650,9 @@ BAD_FLAGS = [
     ("--method student --alpha 0.5", "--alpha: has no effect with --method student"),
     ("--method student --teacher-ckpt t.pt", "--teacher-ckpt: has no effect with --method"),
     ("--eval-eps 2", "--eval-eps: expected"),
-    ("--eval-restarts 0", "--eval-restarts: expected a whole number of at least 1"),
+    ("--eval-restarts -1", "--eval-restarts: expected a whole number of at least 0"),
+    ("--method student --teacher-seed 1", "--teacher-seed: has no effect with --method student"),
+    ("--method teacher --teacher-seed 1", "--teacher-seed: has no effect with --method teacher"),
     ("--seed 1 1", "--seed: each seed once"),
     ("--milestones 0", "--milestones: expected a whole number of at least 1"),
 ]

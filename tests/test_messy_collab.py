@@ -363,3 +363,17 @@ def test_bad_flags_are_one_line_and_write_nothing(flags, message, tmp_path, refu
     argv = [*SMALL.split(), *flags.split(), "--runs", str(tmp_path / "runs")]
     assert message in refused(messy_collab.main, argv)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    {
+        "--corruption-seed 3": "--corruption-seed: has no effect without --corruption-rate",
+        "--method hinton --label-draw inclusive": "--label-draw: has no effect where no label",
+        "--labels-file l.pt --corruption-seed 3": "--corruption-seed: has no effect with",
+    }.items(),
+)
+def test_flags_of_labels_that_nothing_replaces_are_refused(flags, message, refused):
+    assert message in refused(messy_collab.parse_args, flags.split())
+    messy_collab.parse_args("--corruption-seed 3 --corruption-rate 0.1".split())
+    messy_collab.parse_args("--method flc-s --corruption-seed 3 --label-draw inclusive".split())

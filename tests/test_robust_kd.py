@@ -569,6 +569,18 @@ def test_flags_that_make_no_sense_are_refused_by_name(flags, message, refused):
     assert message in refused(robust_kd.parse_args, flags.split())
 
 
+def test_settings_of_a_teacher_that_is_not_trained_are_said(capsys):
+    said = "no teacher is trained here, so without effect: --teacher-es, --teacher-lr\n"
+    settings = ["--teacher-es", "4", "--teacher-lr", "0.1"]
+    robust_kd.parse_args(["--loss", "at", *settings])
+    assert capsys.readouterr().out == said
+    for flags in (["--loss", "at", "--attack-loss", "kl-teacher"], ["--loss", "akd"]):
+        robust_kd.parse_args([*flags, *settings])
+        assert capsys.readouterr().out == ""
+    robust_kd.parse_args(["--teacher-ckpt", "t.pt", "--teacher-lr", "0.1"])
+    assert capsys.readouterr().out == said.replace("--teacher-es, ", "")
+
+
 def test_weights_of_an_ensemble_are_taken_as_they_are_given():
     mixed = "--teacher-training st at ffgsm --beta"
     assert parse(f"{mixed} 1/2 1/2 0").beta == [0.5, 0.5, 0.0]

@@ -981,6 +981,8 @@ BAD_FLAGS = {
     "--eval-attack fgsm": "--eval-attack",
     "--eval-attack clean calibration": "--eval-attack",
     "--eps 8//255": "--eps",
+    "--method tf-kd-reg --reg-form plain --temperature 2": "--temperature: has no effect with",
+    "--method tf-kd-reg --reg-form repo --no-tau2": "--tau2: has no effect with --reg-form repo",
 }
 
 
@@ -989,6 +991,11 @@ def test_bad_flags_are_one_line_and_write_nothing(flags, tmp_path, refused):
     argv = [*TINY.split(), "--model", "mlp-8", *flags.split(), "--runs", str(tmp_path / "runs")]
     assert BAD_FLAGS[flags] in refused(tf.main, argv)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_step_of_the_attack_is_a_quarter_of_its_radius():
+    for flags, step in (("", 2 / 255), ("--eps 2/255", 0.5 / 255), ("--step-size 1/255", 1 / 255)):
+        assert tf.parse_args(f"--method at {flags}".split()).step_size == step
 
 
 def test_an_epoch_of_gradients_that_is_named_twice_is_recorded_once():
