@@ -118,7 +118,7 @@ DEMO = {
     "test_subset": 500,
     "val_size": 200,
 }
-AT_PLUS = {  # --recipe at+: section 4 of the paper, for student and teacher
+AT_PLUS = {  # --recipe at+: section 4, with numbers of Rebuffi et al. and Wang et al., both nets
     "model": "wrn-28-10-silu",
     "epochs": 400,
     "teacher_epochs": 400,
