@@ -16,19 +16,21 @@ Usage    python fickle_teacher.py --dropout 0.4                      # 350 epoch
          python fickle_teacher.py --method hinton --dropout 0.4      # dropout off to teach
          python fickle_teacher.py --seed 0 1 2 3 4   # one teacher, five students
          python fickle_teacher.py --method teacher --dropout 0.4 --seed 0 1 2 3 4   # teachers ...
-         python fickle_teacher.py --teacher-ckpt FILE    # ... the best of which teaches
+         python fickle_teacher.py --teacher-seed 3   # ... the best of which teaches, say that of 3
          python fickle_teacher.py --demo             # 1 minute on a CPU
 Expect   CIFAR-10, WRN-40-2 and WRN-16-2: not measured. Small nets: docs/noisy_collaboration.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); logits (B, K)
 Differs  1. Momentum 0.9, weight decay 5e-4 and PGD steps of 0.003 come from later code of the
             authors. The paper prints momentum 0.99 (we take it for a typing error), PGD steps of
-            0.03, and no weight decay.
+            0.03, and no weight decay. The nets normalise with mean and deviation of the training
+            images; the paper only scales them to [0, 1].
          2. 1,024 training images are held out to choose the student's best epoch (--val-size 0:
-            none). The teacher is that of seed 0 for all students; the paper takes the best of five
-            on the test images (see Usage).
+            none). The teacher is that of --teacher-seed for all students (0); the paper takes the
+            best of five on the test images (see Usage).
          3. The KL is KL(T || S), as in Hinton's loss; Eq. 2 prints S first. Training on CUDA is in
             bf16 (--precision fp32: float32). An image is robust if no start of PGD breaks it; the
-            paper reports the lowest accuracy of five runs of PGD.
+            paper reports the lowest accuracy of five runs of PGD, over the images that are right
+            without attack: pgd20_conditional_acc in summary.json. The table is over all images.
          4. Dropout alone is active in a teaching teacher, BatchNorm stays in eval mode; the paper
             does not say (--teacher-mode train: batch statistics, the running ones untouched).
          5. Noise is drawn for each logit; Eq. 5 may mean one draw an image (--noise-per image).
@@ -67,7 +69,7 @@ NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "teacher_mode", "sigma", "noise_
 NO_EFFECT_ON_TEACHER += ["swap_probability", "swap_threshold", "swap_gap"]
 NO_EFFECT_ON_TEACHER += ["eval_eps", "eval_step_size", "eval_restarts"]
 
-# Epochs, and the epochs after which the learning rate drops: section A.1
+# Epochs, and the epochs after which the learning rate drops: section 3
 STANDARD_SCHEDULE = (200, [60, 120, 150])
 # The student of a fickle teacher learns for longer, by the teacher's dropout: section A.3
 STUDENT_SCHEDULES = {  # largest dropout -> epochs, milestones

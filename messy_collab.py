@@ -2,7 +2,7 @@
 
 Paper    "Improving generalization and robustness with noisy collaboration in knowledge
          distillation", Arani, Sarfraz, Zonooz, arXiv 1910.05057v1 (2019): section 4.3,
-         Figures 6 to 10, 17.
+         Figures 6 to 10, 16 to 18.
 Loss     (1-alpha) CE(S(x), y') + alpha tau^2 KL(T(x) || S(x))                <- hinton_loss Eq. 2
          y' is y, or another class for a share of the images
 Methods  mc-t, mc-s, mc-ts      drawn anew for each batch, at --noise-rate    <- vary_labels
@@ -17,23 +17,26 @@ Usage    python messy_collab.py --noise-rate 0.5                     # mc-ts
          python messy_collab.py --method student --corruption-rate 0.25      # without a teacher
          python messy_collab.py --seed 0 1 2 3 4   # one teacher, five students
          python messy_collab.py --method teacher --noise-rate 0.25 --seed 0 1 2 3 4  # teachers ...
-         python messy_collab.py --teacher-ckpt FILE    # ... the best of which teaches
+         python messy_collab.py --noise-rate 0.25 --teacher-seed 3  # ... the best of which teaches
          python messy_collab.py --demo             # 1 minute on a CPU
 Expect   CIFAR-10, WRN-40-2 and WRN-16-2: not measured. Small nets: docs/noisy_collaboration.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); logits (B, K)
 Differs  1. Momentum 0.9, weight decay 5e-4 and PGD steps of 0.003 come from later code of the
             authors. The paper prints momentum 0.99 (we take it for a typing error), PGD steps of
-            0.03, and no weight decay.
+            0.03, and no weight decay. The nets normalise with mean and deviation of the training
+            images; the paper only scales them to [0, 1].
          2. 1,024 training images are held out to choose the student's best epoch (--val-size 0:
-            none). The teacher is that of seed 0 for all students; the paper takes the best of five
-            on the test images (see Usage; the teacher of mc-t and mc-ts needs its --noise-rate).
+            none). The teacher is that of --teacher-seed for all students (0); the paper takes the
+            best of five on the test images (see Usage; that of mc-t and mc-ts has --noise-rate).
          3. The KL is KL(T || S), as in Hinton's loss; Eq. 2 prints S first. Training on CUDA is in
             bf16 (--precision fp32: float32). An image is robust if no start of PGD breaks it; the
-            paper reports the lowest accuracy of five runs of PGD.
+            paper reports the lowest accuracy of five runs of PGD, over the images that are right
+            without attack: pgd20_conditional_acc in summary.json. The table is over all images.
          4. A wrong label is uniform over the wrong classes, as in the paper's words; in later code
             of the authors the true class may be drawn too (--label-draw inclusive).
          5. Only the cross-entropy sees wrong labels. In Figure 10 both nets have the corrupted ones
             and the student's vary at --noise-rate on top: the paper does not say who sees what.
+            They vary to any class but the corrupted label, so perhaps to the true one.
          6. Held-out and test images keep their labels. Exactly round(rate N) are replaced.
 """
 
@@ -68,7 +71,7 @@ NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "eval_eps", "eval_step_size", "e
 # Corrupted labels are a part of the data, see with_wrong_labels
 NO_EFFECT_ON_TEACHER += ["corruption_rate", "corruption_seed", "labels_file"]
 
-# Epochs, and the epochs after which the learning rate drops: section A.1
+# Epochs, and the epochs after which the learning rate drops: section 3
 STANDARD_SCHEDULE = (200, [60, 120, 150])
 
 DEMO = {

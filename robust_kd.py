@@ -14,7 +14,7 @@ Loss     x' is the adversarial example of the student on x, S and T are the prob
          ARD+, RSLAD+, AKD+: T replaced by alpha T + (1-alpha) y     <- mix_labels        Eq. 5-7
          Ensembles: T is the average of their probabilities          <- Ensemble          3.6, B.3
          st, at, trades: no teacher; CE on x, CE on x', trades_loss
-         Later methods (d = x' - x, P: probabilities of the student's weight average on x):
+         Other methods (d = x' - x, P: probabilities of the student's weight average on x):
          AdaAD   AKD on the x' where KL(T(x') || S(x')) is largest   <- common.pgd, akd_loss
          IGDM    AKD + A e KL(softmax(t(x+d) - t(x-d)) || softmax(s(x+d) - s(x-d)))  <- igdm_loss
                  s and t are logits, e is the share of the epochs that are over, x' is AdaAD's
@@ -26,7 +26,7 @@ Loss     x' is the adversarial example of the student on x, S and T are the prob
 Usage    python robust_kd.py --loss akd+ --alpha 0.8 --teacher-es 40
          python robust_kd.py --loss at --epochs 200                  # the baseline without teacher
          python robust_kd.py --teacher-training st --alpha 0.3       # an accurate teacher
-         python robust_kd.py --teacher-eps 2/255 --teacher-es 40     # a weakly robust one (LAT)
+         python robust_kd.py --teacher-eps 2/255 --teacher-es 40 --alpha 0.3    # LAT: a weak one
          python robust_kd.py --teacher-training ffgsm ffgsm ffgsm ffgsm  # an ensemble of cheap ones
          python robust_kd.py --teacher-training st at --beta 0.75 0.25   # a mixed ensemble
          python robust_kd.py --recipe at+ --extra-data data/cifar10_ddpm.npz --alpha 0.8    # AT+
@@ -37,16 +37,17 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
          2. x' of RSLAD maximises KL(T(x) || S(x')) from a Gaussian start, as in the code of RSLAD
             and of the first author, not the CE of the text (--attack-loss ce: the text). Also for
             RSLAD+ this T is the teacher alone, at temperature 1.
-         3. KL is the true KL averaged over the batch; the author's code also averages over the
-            classes, K times less.
+         3. KL is KL(T || S), averaged over the batch. Eqs. 1 to 3, 5 and 6 print S first; the
+            author's code has T first, and also averages over the classes, K times less.
          4. The paper gives no lam; we take 5/6, as RSLAD does. It has no temperature: the default
             is 1; another one softens teacher and student, and multiplies the term by its square.
          5. Step eps/4, uniform start, BatchNorm in eval mode during the attack, weight decay 5e-4
             and the teacher's momentum 0.9 are not in the paper; they come from the first author's
-            code. OneCycle moves the student's momentum from 0.95 to 0.85 and back.
+            code. OneCycle moves the student's momentum from 0.95 to 0.85 and back, and starts at
+            0.0084 (torch's default), where the paper has an initial rate of 0.1.
          6. Training on CUDA, the attack included, is in bf16 (--precision fp32: strict float32).
          7. AT+: docs/robust_kd.md says which settings of Rebuffi et al. and Wang et al. it takes.
-         8. The later methods train with our schedule, radius and the true KL, and report the last
+         8. The other methods train with our schedule, radius and the true KL, and report the last
             epoch and the best on held-out images. AdaAD's code divides the KL by K on CIFAR-10;
             that of AdaAD and IAD chooses the best epoch on test images.
          9. IGDM's weight rises with epoch / epochs; in the authors' code with epoch / 200.
@@ -76,7 +77,7 @@ import common
 import eval_robustness
 
 LOSSES = ["st", "at", "trades", "ckd", "ard", "rslad", "akd", "ard+", "rslad+", "akd+"]
-LOSSES += ["adaad", "adaad+", "igdm", "igdm+", "iad", "adr", "mart"]  # later methods
+LOSSES += ["adaad", "adaad+", "igdm", "igdm+", "iad", "adr", "mart"]  # other methods
 ATTACKED = set(LOSSES) - {"st", "ckd"} | {"ffgsm"}  # see x'
 TAUGHT_ON_X = {"ckd", "ard", "rslad", "ard+", "rslad+", "iad"}  # the teacher sees x
 # The teacher sees x', as the student does
@@ -117,7 +118,7 @@ DEMO = {
     "test_subset": 500,
     "val_size": 200,
 }
-AT_PLUS = {  # --recipe at+: section 4 of the paper, for student and teacher
+AT_PLUS = {  # --recipe at+: section 4, with numbers of Rebuffi et al. and Wang et al., both nets
     "model": "wrn-28-10-silu",
     "epochs": 400,
     "teacher_epochs": 400,
@@ -301,7 +302,7 @@ def akd_loss(student_adv_logits, targets, temperature=1.0):
 
 
 # ------------------------------------------------------------------------------------------------
-# Later methods: losses, labels, weights
+# Other methods: losses, labels, weights
 
 
 def igdm_loss(
@@ -804,7 +805,8 @@ def cutout(x, fill):
     """A square of 9/16 of the image's side becomes `fill` (C,) (DeVries and Taylor 2017).
 
     Its centre is drawn for each image of x (B, C, H, W); what lies outside of the image is lost.
-    18 pixels of 32, as in the code of Rebuffi et al. and Wang et al.
+    18 pixels of 32, as in the code of Wang et al., who fill with black; here `fill` is the mean
+    colour. The code of Rebuffi et al. has no cutout.
     """
     size = x.shape[-1]
     side = size * 9 // 16

@@ -14,19 +14,21 @@ Usage    python soft_randomization.py --sigma 0.05
          python soft_randomization.py --method hinton                # the baseline without noise
          python soft_randomization.py --seed 0 1 2 3 4   # one teacher, five students
          python soft_randomization.py --method teacher --seed 0 1 2 3 4      # five teachers ...
-         python soft_randomization.py --teacher-ckpt FILE    # ... the best of which teaches
+         python soft_randomization.py --teacher-seed 3   # ... the best of which teaches, say 3
          python soft_randomization.py --demo             # 1 minute on a CPU
 Expect   CIFAR-10, WRN-40-2 and WRN-16-2: not measured. Small nets: docs/noisy_collaboration.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); logits (B, K)
 Differs  1. Momentum 0.9, weight decay 5e-4 and PGD steps of 0.003 come from later code of the
             authors. The paper prints momentum 0.99 (we take it for a typing error), PGD steps of
-            0.03, and no weight decay.
+            0.03, and no weight decay. The nets normalise with mean and deviation of the training
+            images; the paper only scales them to [0, 1].
          2. 1,024 training images are held out to choose the student's best epoch (--val-size 0:
-            none). The teacher is that of seed 0 for all students; the paper takes the best of five
-            on the test images (--method teacher --seed 0 1 2 3 4, then --teacher-ckpt).
+            none). The teacher is that of --teacher-seed for all students (0); the paper takes the
+            best of five on the test images (see Usage).
          3. The KL is KL(T || S), as in Hinton's loss; Eq. 1 prints S first. Training on CUDA is in
             bf16 (--precision fp32: float32). An image is robust if no start of PGD breaks it; the
-            paper reports the lowest accuracy of five runs of PGD.
+            paper reports the lowest accuracy of five runs of PGD, over the images that are right
+            without attack: pgd20_conditional_acc in summary.json. The table is over all images.
          4. Noise is drawn for each pixel and channel, after crop and flip. x' may leave [0, 1], as
             in Eq. 1 (--clip: it is clipped). The teacher sees the same crop and flip without noise.
 """
@@ -55,7 +57,7 @@ HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it 
 NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "sigma", "clip"]
 NO_EFFECT_ON_TEACHER += ["eval_eps", "eval_step_size", "eval_restarts"]
 
-# Epochs, and the epochs after which the learning rate drops: section A.1
+# Epochs, and the epochs after which the learning rate drops: section 3
 STANDARD_SCHEDULE = (200, [60, 120, 150])
 
 DEMO = {

@@ -28,13 +28,16 @@ Expect   MNIST, seed 0: teacher 99.00, student alone 98.23, distilled 98.73 %. D
          and PGD-20: teacher 0.994, 0.802, student 0.998, 0.892. ResNets: not measured yet.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); targets and logits (B, K)
 Differs  1. 1,024 training images are held out to report the best epoch too (--val-size 0: none).
-         2. Printed are T = 10 (Table 2); SGD, lr 0.1, 50 epochs, PGD-7 (Table 5). The rest is as in
-            Yuan et al. (clean), Maroto et al. (at), or what reaches Table 1 (MNIST).
+         2. Printed are T = 10 (Table 2); SGD, lr 0.1 with exponential decay, 50 epochs, PGD-7
+            (Table 5). The rest is as in Yuan et al. (clean), Maroto et al. (at: x 0.9 an epoch), or
+            what reaches Table 1 (MNIST).
          3. t^2 is in none of its equations (--no-tau2). KL: averaged over the batch; the code of
             Yuan et al. averages over the classes too, K times less.
          4. tf-kd-reg is Eq. 4 as written. The code of Yuan et al. softens p^d, not its logarithm,
             and not the student, without t^2: whatever delta, the targets are nearly uniform, as in
-            label smoothing (--reg-form repo; their numbers come from it; plain: t = 1).
+            label smoothing (--reg-form repo; their numbers come from it; plain: t = 1). Eq. 4 asks
+            for p(y) = delta, whatever t: it smooths only nets that are surer than delta, such as
+            have learned their images by heart, and makes others surer.
          5. The MNIST teacher learns from digits shifted by up to 2 pixels (Hinton et al. 2015);
             without (--teacher-shift 0) Table 1 gains less, and Table 2 is nearer to the paper.
          6. at-kd is AKD of Maroto et al.; the paper does not say what its row was trained with.

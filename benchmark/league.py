@@ -106,7 +106,7 @@ ABOUT = {
     "igdm": "AdaAD, and the gradients of both by the image alike, Lee et al. 2025",
     "akd+0.8-awp": "both; ours",
 }
-# Methods of after the paper, for docs/robust_kd.md
+# Methods that are not of the paper, for docs/robust_kd.md
 LATER = ("mart", "at-awp", "adr", "iad", "adaad", "adaad+0.8", "igdm", "akd+0.8-awp")
 STEPS = {"MLP": 7, "narrow ResNet-18": 3}  # of the PGD in training
 NUMBERS = {"clean": "clean_acc", "robust": "robust_acc"}
@@ -636,7 +636,7 @@ They say nothing about the size of its gain in a large net.
 **Tables.** Accuracies in percent, mean ± half of the 95 % t interval over the seeds. Differences
 paired by seed, in points with their interval; bold: they differ by rule 1. Passes: forward passes
 of the student that a training step costs, with a teacher of its size
-([how they are counted](robust_kd.md#after-the-paper)); after the plus what the training of the
+([how they are counted](robust_kd.md#other-methods)); after the plus what the training of the
 teacher adds, a third of the student's epochs.
 
 {regimes}## Method by teacher
