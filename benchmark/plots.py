@@ -547,15 +547,20 @@ def write_names(axis, names):
 
 
 def draw_grids(path, grids, rows, columns):
-    """Write {title: values (rows, columns)} as heat maps with their numbers, side by side."""
+    """Write {title: values (rows, columns)} as heat maps with their numbers, side by side.
+
+    A step of colour is the same difference in all of them.
+    """
     figure = common.new_figure(5.5 * len(grids), 4)
     if figure is None:
         return False
     axes = figure.subplots(1, len(grids), squeeze=False)[0]
+    span = max(values.max() - values.min() for values in grids.values())
     for axis, (title, values) in zip(axes, grids.items()):
-        axis.imshow(values, cmap="viridis", aspect="auto")
-        axis.grid(False)
         middle = (values.min() + values.max()) / 2
+        low, high = middle - span / 2, middle + span / 2
+        axis.imshow(values, vmin=low, vmax=high, cmap="viridis", aspect="auto")
+        axis.grid(False)
         for i, line in enumerate(values):
             for j, value in enumerate(line):
                 colour = "black" if value > middle else "white"
