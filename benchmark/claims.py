@@ -782,42 +782,41 @@ def regime_curves(results):
 
 
 def counts_text(results, judged):
-    """How many claims have which verdict, without a full stop."""
-    counts = {verdict: 0 for verdict in VERDICTS}
-    for verdict, _ in judged.values():
-        counts[verdict] += 1
-    open_counts = Counter(
-        verdict for name, (verdict, _) in judged.items() if not is_finished(results, CLAIMS[name])
-    )
-    parts = []
+    """How many claims have which verdict, and what to think of those that hold."""
+    parts, open_ones = [], 0
     for verdict in VERDICTS:
-        if counts[verdict]:
-            part = f"{counts[verdict]} {'hold' if verdict == 'holds' else verdict}"
-            if verdict != "not run" and open_counts[verdict]:
-                part += f" ({open_counts[verdict]} of them so far)"
-            parts.append(part)
-    text = f"Verdicts on {len(judged)} claims: {', '.join(parts)}"
+        names = [name for name in judged if judged[name][0] == verdict]
+        if not names:
+            continue
+        part = f"{len(names)} {'hold' if verdict == 'holds' else verdict}"
+        so_far = sum(not is_finished(results, CLAIMS[name]) for name in names)
+        if verdict != "not run" and so_far:
+            open_ones += so_far
+            part += " so far" if so_far == len(names) else f" ({so_far} of them so far)"
+        parts.append(part)
+    text = f"Verdicts on {len(judged)} claims: {', '.join(parts)}."
+    if open_ones:
+        text += " So far: more seeds may change it."
+    holding = [CLAIMS[name] for name in judged if judged[name][0] == "holds"]
+    smoothing = sum(claim.smoothing_suffices for claim in holding)
+    if smoothing:
+        text += f" {smoothing} of those that hold might be passed by a smoothing of the labels too."
+    return text
+
+
+def designs_text(judged):
+    """How many claims hold after Holm's correction, and what came out in designs before."""
+    text = ""
     corrected = sum(also for _, also in judged.values())
     if corrected:
-        text += (
-            f"; {corrected} of those that hold are finished and also do after Holm's correction "
-            "within their paper"
-        )
-    if any(open_counts.values()):
-        text += ". So far: more seeds may change it"
-    smoothing = sum(
-        CLAIMS[name].smoothing_suffices
-        for name, (verdict, _) in judged.items()
-        if verdict == "holds"
-    )
-    if smoothing:
-        text += f". {smoothing} of those that hold might be passed by a smoothing of the labels too"
+        text += f"{corrected} of the claims that hold are finished and also do after Holm's "
+        text += "correction within their paper. "
     earlier = Counter(claim.earlier_verdict for claim in CLAIMS.values() if claim.earlier_verdict)
     if earlier:
         came_out = ", ".join(f"{count} {verdict}" for verdict, count in sorted(earlier.items()))
-        text += f". {earlier.total()} claims are not in their first design; the one before came "
-        text += f"out as {came_out}"
-    return text
+        text += f"{earlier.total()} claims are not in their first design; the one before came out "
+        text += f"as {came_out}."
+    return text.rstrip()
 
 
 def readme_text(results, judged):
@@ -842,7 +841,7 @@ def readme_text(results, judged):
         text += f"In a narrow ResNet-18: {gains(claim, 'conv-akd+0.8', 'conv-at')}; "
         text += f"{gains(claim, 'conv-at@best', 'conv-at')}; "
         text += f"{gains(claim, 'conv-at-smooth-0.5', 'conv-at')}. "
-    text += f"{counts_text(results, judged)}. [All claims](docs/CLAIMS.md)."
+    text += f"{counts_text(results, judged)} [All claims](docs/CLAIMS.md)."
     return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
 
 
@@ -897,7 +896,7 @@ def overview_rows(results, judged, paper):
 
 PAGE = """# What the papers claim, tested with small nets
 
-{counts}.
+{counts}
 
 A verdict says whether the direction of a claim appears, by at least what its rule asks for, where
 its mechanism is present. It reproduces no number of a paper: the nets and data of the papers are
@@ -923,7 +922,7 @@ and the gates that are marked so, were added when five or ten seeds were known. 
 where its mechanism was missing, where it asked something else than the sentence, or where all
 students had one teacher (all of paper 1). Of those changed for the first two reasons nearly all had
 not held. Each claim says what came out before; the runs are in `first_designs/` and `one_teacher/`
-of `benchmark/claims/`.
+of `benchmark/claims/`. {designs}
 
 ## Rules
 
@@ -1030,6 +1029,7 @@ def write_page(args, results):
     without_teacher = teacher_rows(results)
     text = PAGE.format(
         counts=counts_text(results, judged),
+        designs=designs_text(judged),
         curves=curves,
         without_teacher=markdown(without_teacher) if without_teacher else "Not run yet.",
         figure=figure,
