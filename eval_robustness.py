@@ -1275,7 +1275,7 @@ def measure(model, x, labels, attacks, settings, classes=None, state=None, name=
                 row["clean_acc"] = common.accuracy(logits, labels)
             elif attack == "calibration":
                 logits_adv, counts = attacked_logits(model, images, "pgd20", settings)
-                lines += gradient_warnings("pgd20 of the calibration", *counts)
+                lines += gradient_warnings(["pgd20 of the calibration"], *counts)
                 row["calibration"] = {
                     "clean": calibration(logits, labels),
                     "pgd20": calibration(logits_adv, labels),
@@ -1446,24 +1446,24 @@ def attack_warnings(progress, report, classes):
             lines.append(f"Square goes from {lower}: they may be masked; try an adaptive attack")
     if classes < 4 and "apgd-t" in attacks:
         lines.append(f"apgd-t: DLR needs 4 classes; with {classes} its numerator is used")
-    return lines + gradient_warnings(
-        ", ".join(attacks), progress.zero_gradients, progress.not_finite
-    )
+    return lines + gradient_warnings(attacks, progress.zero_gradients, progress.not_finite)
 
 
 def gradient_warnings(attacks, zero_gradients, not_finite):
     """Lines on gradients that are zero, and on gradients and logits that are not finite.
 
-    attacks: their names; zero_gradients, not_finite: the counts of Batch.
+    attacks: a list of their names; zero_gradients, not_finite: the counts of Batch.
     """
     lines = []
+    follow_gradients = ", ".join(name for name in attacks if name != "square")
     if zero_gradients:
         plural = "" if zero_gradients == 1 else "s"
         starts = f"zero gradient at {zero_gradients} starting point{plural}"
-        lines.append(f"{starts}: gradients are masked, {attacks} may overestimate the robustness")
+        masked = f"gradients are masked, {follow_gradients} may overestimate the robustness"
+        lines.append(f"{starts}: {masked}")
     if not_finite:
-        evaluations = f"at {not_finite} evaluations of {attacks}"
-        lines.append(f"logits or gradients that are not finite {evaluations}")
+        evaluations = f"logits or gradients that are not finite at {not_finite} evaluations"
+        lines.append(f"{evaluations}: {', '.join(attacks)} may overestimate the robustness")
     return lines
 
 

@@ -250,6 +250,7 @@ def test_vanishing_gradients_and_a_stronger_square_are_warned_of(small):
     flat = Made(model, lambda z: (8 * z).round())  # no gradient, but Square sees the logits
     found = warnings_with(flat, x, labels, ["aa"], eps=0.1)
     assert "zero gradient at " in found and "Square goes from" in found
+    assert "masked, apgd-ce, apgd-t, fab-t may overestimate" in found  # square has no gradient
 
 
 def test_masked_gradients_are_warned_of_when_pgd_is_far_above_autoattack(small):
