@@ -23,6 +23,7 @@ Differs  1. Draws depend on (seed, attack, pass, image) alone; all images share 
          4. Logits that are not finite are no success; the authors' code counts them as one.
          5. APGD's first check compares the first loss with that of the start, as in the paper; the
             authors' code with 0.
+         6. Square goes on where the label shares the largest logit; the authors' code stops there.
          L-infinity alone is here; docs/use_elsewhere.md runs the authors' package in L2.
 """
 
@@ -566,7 +567,16 @@ def square(model, batch):
         labels=batch.labels,
         found=start.clamp_(0, 1).contiguous(memory_format=torch.channels_last),
     )
-    active.margin = margin(model(active.found.clone()).float(), active.labels)
+
+    def query():
+        """The net at active.found -> margin (B,), inf if not finite; misclassified (B,)."""
+        logits = model(active.found.clone()).float()
+        batch.count(logits)
+        value = margin(logits, active.labels)
+        value = torch.where(logits.isfinite().all(1), value, math.inf)
+        return value, misclassified(logits, active.labels)
+
+    active.margin, active.done = query()
     for i, (row, column) in enumerate(corners):
         side = square_side(i, height, width)
         top, left = int(row * (height - side)), int(column * (width - side))
@@ -574,11 +584,11 @@ def square(model, batch):
         before = active.found[window].clone()
         proposal = (active.x[window] + settings.eps * signs[i]).clamp_(0, 1)
         active.found[window] = proposal  # in place: only the window changes
-        value = margin(model(active.found.clone()).float(), active.labels)
-        take = (value < active.margin) | (value <= 0)
+        value, wrong = query()
+        take = ~active.done & ((value < active.margin) | (value <= 0))
         active.found[window] = torch.where(take[:, None, None, None], proposal, before)
         active.margin = torch.where(take, value, active.margin)
-        active.done = active.margin <= 0
+        active.done = active.done | wrong
         if not drop_done(active, x_adv, i + 1, settings.queries):
             break
     return x_adv
