@@ -236,8 +236,8 @@ class Batch:
         """The wrong class (B,) with the largest clean logit; of repeat 1 the second largest ..."""
         infinity = torch.full_like(self.logits[:, :1], math.inf)
         label_first = self.logits.scatter(1, self.labels[:, None], infinity)
-        ranked = label_first.argsort(1, descending=True)
-        return ranked[:, 1 + self.repeat % (self.logits.shape[1] - 1)]
+        ranked = label_first.argsort(dim=1, descending=True, stable=True)
+        return ranked[:, 1 + self.repeat]
 
 
 def uniform(numbers, *key):
@@ -510,6 +510,7 @@ def fab_targeted(model, batch):
     for i in range(1, settings.steps + 1):
         logits, df, w = loss_gradient(model, active.now, gap_to_target)
         batch.count(logits, w, is_start=i == 1)
+        w = w.nan_to_num(0, 0, 0)  # the scale of to_hyperplane: one nan would stop the image
         df_at_x = df + (w * (active.x - active.now)).sum((1, 2, 3))
         # the projections of the current point and of x, in one call
         points = torch.cat([active.now, active.x])

@@ -165,6 +165,31 @@ def test_targets_are_ranked_without_the_label():
         assert b.target().tolist() == expected
 
 
+def test_targets_of_equal_logits_are_ranked_by_number():
+    b = ev.Batch(None, torch.tensor([3]), torch.zeros(1, 40), None, ev.Settings(), "apgd-t")
+    ranked = []
+    for b.repeat in range(39):
+        ranked += b.target().tolist()
+    assert ranked == [0, 1, 2, *range(4, 40)]
+
+
+def test_fab_goes_on_where_a_gradient_is_not_finite():
+    class Root(Made):
+        def forward(self, x):
+            return self.model(x.sqrt() ** 2)  # 0 * inf is the gradient of black pixels
+
+    model, x, labels = linear_problem(5)
+    x[:, 0] = 0
+    model.weight.data.view(5, 3, 6, 6)[:, :, 0] = 0  # so that only the other pixels matter
+    labels = model(common.to_float(x)).argmax(1)
+    d = distances(model, x, labels)
+    row = ev.measure(Root(model, None), x, labels, ["fab-t"], ev.Settings(middle(d), steps=30))
+    assert row["fab_t_acc"] == (d > middle(d)).double().mean().item()
+    (line,) = row["warnings"]
+    assert line.startswith("logits or gradients that are not finite at ")
+    assert line.endswith(" evaluations: fab-t may overestimate the robustness")
+
+
 def test_sides_of_square_are_those_of_the_published_schedule():
     sides = {i: ev.square_side(i, 32, 32) for i in (0, 10, 11, 50, 51, 201, 501, 1001, 2001, 4001)}
     assert list(sides.values()) == [29, 29, 20, 20, 14, 10, 7, 5, 4, 3]
