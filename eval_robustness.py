@@ -472,7 +472,7 @@ def to_hyperplane(x, w, c, iterations=8):
     x, w (B, C, H, W), c (B,). Eq. (5): d_i = -sign(w_i) min(r, m_i), m_i the room in the box. r:
     Newton's method, without sorting or waiting for the device (3 iterations are usual).
     """
-    w = w * torch.where(c < 0, -1.0, 1.0)[:, None, None, None]
+    w = torch.where(c[:, None, None, None] < 0, -w, w)
     scale = norm_of(w) + 1e-38
     w, c = w / scale, c.abs()[:, None, None, None] / scale
     room, size = torch.where(w > 0, x, 1 - x), w.abs()
@@ -500,7 +500,7 @@ def fab_targeted(model, batch):
         target=batch.target(),
         now=batch.x,
         found=batch.x,
-        size=torch.full((len(batch.x), 1, 1, 1), math.inf, device=batch.x.device),
+        size=torch.full_like(batch.x[:, :1, :1, :1], math.inf),
     )
 
     def gap_to_target(logits):  # z_t - z_y (B,)
@@ -556,7 +556,8 @@ def square(model, batch):
     x_adv, (n, channels, height, width) = batch.x.clone(), batch.x.shape
     generator = torch.Generator("cpu")
     generator.manual_seed(common.derive_seed("queries", settings.seed, batch.repeat))
-    on_cpu = {"generator": generator, "device": "cpu"}  # whatever the default device is
+    # whatever the default device and type are
+    on_cpu = {"generator": generator, "device": "cpu", "dtype": torch.float32}
     corners = torch.rand(settings.queries, 2, **on_cpu).tolist()
     signs = torch.rand(settings.queries, channels, 1, 1, **on_cpu).to(device)
     signs = (signs - 0.5).sign()

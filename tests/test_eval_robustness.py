@@ -735,7 +735,7 @@ def test_a_class_name_that_is_there_twice_keeps_its_labels(tmp_path):
 ATTACKS_OF_ALL_KINDS = ["clean", "pgd2", "apgd-ce", "apgd-t", "fab-t", "square"]
 
 
-def test_what_the_caller_has_switched_off_changes_no_number(small):
+def test_what_the_caller_has_switched_off_or_set_changes_no_number(small):
     model, x, labels = small
     x, labels = x[:20], labels[:20]
 
@@ -752,6 +752,11 @@ def test_what_the_caller_has_switched_off_changes_no_number(small):
         assert numbers() == expected
     with torch.autocast("cpu", torch.bfloat16):
         assert numbers() == expected
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert numbers() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 class Viewed(nn.Module):
