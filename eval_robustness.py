@@ -215,9 +215,9 @@ class Batch:
     zero_gradients: Tensor | int = 0  # result: starts at which the gradient is zero
     not_finite: Tensor | int = 0  # result: evaluations with logits or gradients not finite
 
-    def draw(self, *shape, use="start"):
-        """Uniform (B, *shape) in [0, 1), by seed, attack, repeat, use and image alone."""
-        draw = uniform(self.index, self.attack, use, self.settings.seed, self.repeat)
+    def draw(self, *shape):
+        """Uniform (B, *shape) in [0, 1), by seed, attack, repeat and image alone."""
+        draw = uniform(self.index, self.attack, "start", self.settings.seed, self.repeat)
         draws = draw(*shape).float()
         if self.x.device.type == "cuda":
             draws = draws.pin_memory()  # otherwise the copy would wait for the GPU
@@ -363,9 +363,14 @@ def ce_loss(logits, labels, target=None):
     return F.cross_entropy(logits, labels, reduction="none")
 
 
+def gap_to_target(logits, labels, target):
+    """z_t - z_y (B,), which FAB brings to 0."""
+    return (logits.gather(1, target[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
+
+
 def targeted_dlr_loss(logits, labels, target):
     """Eq. (7): -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2), (B,); the numerator if K < 4."""
-    numerator = (logits.gather(1, target[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
+    numerator = gap_to_target(logits, labels, target)
     if logits.shape[1] < 4:
         return numerator
     top = logits.topk(4).values.T
@@ -466,7 +471,7 @@ def apgd_targeted(model, batch):
 # FAB: Croce and Hein 2020b
 
 
-def to_hyperplane(x, w, c, iterations=8):
+def to_hyperplane(x, w, c):
     """The smallest d (B, C, H, W) with <w, d> = -c and x + d in [0, 1]; if none, to the corner.
 
     x, w (B, C, H, W), c (B,). Eq. (5): d_i = -sign(w_i) min(r, m_i), m_i the room in the box. r:
@@ -478,7 +483,7 @@ def to_hyperplane(x, w, c, iterations=8):
     room, size = torch.where(w > 0, x, 1 - x), w.abs()
     gain = size * room
     r = torch.where(gain.sum((1, 2, 3), keepdim=True) > c, 0.0, 1e30)
-    for _ in range(iterations):
+    for _ in range(8):
         free = room > r
         rest = c - torch.where(free, 0, gain).sum((1, 2, 3), keepdim=True)
         total = torch.where(free, size, 0).sum((1, 2, 3), keepdim=True)
@@ -502,13 +507,10 @@ def fab_targeted(model, batch):
         found=batch.x,
         size=torch.full_like(batch.x[:, :1, :1, :1], math.inf),
     )
-
-    def gap_to_target(logits):  # z_t - z_y (B,)
-        gaps = logits - logits.gather(1, active.labels[:, None])
-        return gaps.gather(1, active.target[:, None])[:, 0]
-
     for i in range(1, settings.steps + 1):
-        logits, df, w = loss_gradient(model, active.now, gap_to_target)
+        logits, df, w = loss_gradient(
+            model, active.now, lambda z: gap_to_target(z, active.labels, active.target)
+        )
         batch.count(logits, w, is_start=i == 1)
         w = w.nan_to_num(0, 0, 0)  # the scale of to_hyperplane: one nan would stop the image
         df_at_x = df + (w * (active.x - active.now)).sum((1, 2, 3))
@@ -1282,7 +1284,7 @@ def measure(model, x, labels, attacks, settings, classes=None, state=None, name=
             clean_logits(model, x[:1], labels[:1], classes=logits.shape[1])
         images = Images(x, labels, logits)
         lines += model_warnings(model, images, settings)
-        for attack in dict.fromkeys(attacks):
+        for attack in attacks:
             if attack == "clean":
                 row["clean_acc"] = common.accuracy(logits, labels)
             elif attack == "calibration":
@@ -1374,14 +1376,12 @@ def search(model, batch, tf32=True):
         moved = (x_adv != batch.x).flatten(1).any(1)
         unconfirmed = (moved & allowed & ~wrong).nonzero()[:, 0]
         if len(unconfirmed):
-            again = Batch(
-                batch.x[unconfirmed],
-                batch.labels[unconfirmed],
-                batch.logits[unconfirmed],
-                batch.index[unconfirmed.cpu()],
-                batch.settings,
-                batch.attack,
-                batch.repeat,
+            again = dataclasses.replace(
+                batch,
+                x=batch.x[unconfirmed],
+                labels=batch.labels[unconfirmed],
+                logits=batch.logits[unconfirmed],
+                index=batch.index[unconfirmed.cpu()],
             )
             x_adv[unconfirmed], wrong[unconfirmed] = search(model, again, tf32=False)
     return x_adv, allowed & wrong
