@@ -1057,7 +1057,7 @@ def short_names(names):
 class Progress:
     """How far an attack has come on all images of a model."""
 
-    broken_by: Tensor  # int16 (N,): 0 not broken, -1 wrong when clean, else the pass, from 1 on
+    broken_by: Tensor  # int32 (N,): 0 not broken, -1 wrong when clean, else the pass, from 1 on
     passes_done: int = 0
     seconds: dict = dataclasses.field(default_factory=dict)  # {attack: seconds}
     zero_gradients: int = 0
@@ -1067,7 +1067,7 @@ class Progress:
     def is_valid(self):
         """Whether the fields that come from a file are what they should be."""
         numbers = (self.passes_done, self.zero_gradients, self.not_finite)
-        tensor = isinstance(self.broken_by, Tensor) and self.broken_by.dtype == torch.int16
+        tensor = isinstance(self.broken_by, Tensor) and self.broken_by.dtype == torch.int32
         return (
             tensor
             and self.broken_by.dim() == 1
@@ -1320,7 +1320,7 @@ def run_attack(model, images, name, settings, state=None, model_name=""):
     """
     state = state or State()
     correct = (images.logits.argmax(1) == images.labels).cpu()
-    new = Progress(broken_by=correct.short() - 1)
+    new = Progress(broken_by=correct.int() - 1)
     progress = state.attacks.setdefault(f"{model_name} {name}", new)
     if len(progress.broken_by) != len(images.x):
         wrong = "not the state of these images; delete it to begin again"

@@ -116,11 +116,12 @@ def test_a_state_of_other_flags_or_a_foreign_one_is_refused(tmp_path, refused):
     ev.State(tmp_path, {"--eps": 0.1}).save()
     assert ev.State(tmp_path, {"--eps": 0.1}).attacks == {}
     assert "--eps: " in refused(ev.State, tmp_path, {"--eps": 0.2})
-    good = {"broken_by": torch.zeros(3).short()}
+    good = {"broken_by": torch.zeros(3).int()}
     for fields in (
         {"broken_by": [1]},
         {"broken_by": torch.zeros(3)},
-        {"broken_by": torch.zeros(1).short().expand(10**12)},
+        {"broken_by": torch.zeros(3).short()},
+        {"broken_by": torch.zeros(1).int().expand(10**12)},
         good | {"passes_done": -1},
         good | {"seconds": {"pgd1": "a"}},
         good | {"another": 1},
@@ -176,9 +177,19 @@ def test_a_state_of_another_number_of_images_is_refused(small, refused):
     model, x, labels = small
     images = ev.Images(x, labels, model(common.to_float(x)))
     state = ev.State()
-    state.attacks["net pgd1"] = ev.Progress(torch.zeros(3).short())
+    state.attacks["net pgd1"] = ev.Progress(torch.zeros(3).int())
     run = (model, images, "pgd1", ev.Settings(), state, "net")
     assert "these images" in refused(ev.run_attack, *run)
+
+
+def test_the_40000th_restart_can_break_an_image(small):
+    model, x, labels = small
+    images = ev.Images(x, labels, model(common.to_float(x)))
+    state = ev.State()
+    progress = ev.run_attack(model, images, "pgd2", ev.Settings(eps=0.0), state)
+    progress.passes_done = 39_999
+    found = ev.run_attack(model, images, "pgd2", ev.Settings(restarts=40_000), state)
+    assert set(found.broken_by.tolist()) == {-1, 0, 40_000}
 
 
 def test_only_what_the_model_itself_gets_wrong_counts_as_broken(small, monkeypatch):
