@@ -777,7 +777,7 @@ def pair_images(x, labels, blurred, blurred_labels):
     The published rows are in the order of CIFAR-10's test batch, which a converted data set may
     not keep; an image under a blur of 0.4 pixels is 1.4 levels away, another image 30 and more.
     """
-    rows = torch.zeros(len(x), dtype=torch.long)
+    rows = torch.zeros(len(x), dtype=torch.long, device="cpu")
     for label in labels.unique():
         own_rows = (labels == label).nonzero()[:, 0].cpu()
         blurred_rows = (blurred_labels == label.cpu()).nonzero()[:, 0]
@@ -1393,7 +1393,8 @@ def attacked_logits(model, images, attack, settings):
     And how many starts have a zero gradient, how many evaluations numbers that are not finite.
     """
     parts, zero_gradients, not_finite = [], 0, 0
-    for _, batch in batches(images, torch.arange(len(images.x)), settings, attack):
+    every = torch.arange(len(images.x), device="cpu")  # whatever the default device is
+    for _, batch in batches(images, every, settings, attack):
         parts.append(model(pgd(model, batch)).detach().float())
         batch.count(parts[-1])
         zero_gradients += int(batch.zero_gradients)

@@ -763,11 +763,23 @@ def test_what_the_caller_has_switched_off_or_set_changes_no_number(small):
         assert numbers() == expected
     with torch.autocast("cpu", torch.bfloat16):
         assert numbers() == expected
+    with torch.device("meta"):
+        assert numbers() == expected
     torch.set_default_dtype(torch.float64)
     try:
         assert numbers() == expected
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_calibration_and_corruptions_do_not_depend_on_the_default_device(small):
+    model, x, labels = small
+    expected = ev.measure(model, x, labels, ["calibration"], ev.Settings())
+    rows = ev.pair_images(x, labels, x.flip(0).numpy(), labels.flip(0))
+    with torch.device("meta"):
+        assert ev.measure(model, x, labels, ["calibration"], ev.Settings()) == expected
+        assert torch.equal(ev.pair_images(x, labels, x.flip(0).numpy(), labels.flip(0)), rows)
+    assert torch.equal(rows, torch.arange(79, -1, -1))
 
 
 class Viewed(nn.Module):
