@@ -935,7 +935,7 @@ def check_net(model, x, labels, classes, name, attacked=True):
         if attacked:  # the last images of an attack may stand alone in their batch
             clean_logits(model, x[:1], labels[:1], classes=classes, name=name)
         if attacked and not reaches_any(model, images, labels[:8], [images], subject):
-            need = "which all attacks but square follow"
+            need = "which --plot, calibration and all attacks but square follow"
             raise common.UserError(f"{name}: no gradient reaches the images, {need}; {NO_GRADIENT}")
 
 

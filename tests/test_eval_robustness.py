@@ -537,6 +537,10 @@ def files(tmp_path_factory, small):
         "    import torch\n"
         "    hole.weight = nn.Parameter(torch.arange(10.0))\n"
         "    return hole\n"
+        "def cut():\n"
+        "    cut = net()\n"
+        "    cut.register_forward_hook(lambda module, inputs, logits: logits.detach())\n"
+        "    return cut\n"
         "def seven():\n"
         "    return nn.Sequential(net(), nn.Linear(10, 7))\n"
         "def large():\n"
@@ -978,6 +982,15 @@ def test_every_checkpoint_gets_its_own_curve_and_name(tmp_path, monkeypatch, cap
 def test_a_plot_without_matplotlib_names_the_package(monkeypatch, tmp_path, refused):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in refused(main, "net0.pt", "--plot", tmp_path / "p.png")
+
+
+def test_a_net_without_gradient_is_refused_for_what_follows_it(tmp_path, refused):
+    pytest.importorskip("matplotlib")
+    argv = ["--model", "foreign:cut", "--attack", "clean", "square"]
+    main(*argv)
+    for flags in (["--plot", tmp_path / "p.png"], ["--attack", "calibration"]):
+        line = refused(main, *argv, *flags)
+        assert "the images, which --plot, calibration and all attacks but square follow" in line
 
 
 BAD = {
