@@ -1534,8 +1534,13 @@ def evaluating(model: nn.Module):
     """The model in eval mode, its weights frozen, in strict float32 and without torch.compile.
 
     Afterwards each submodule is in the mode in which it was, and each buffer as it was: a net may
-    move its statistics in its own forward pass, or put other tensors in their place.
+    move its statistics in its own forward pass, or put other tensors in their place. Raises
+    UserError for a net of torch.inference_mode, whose tensors cannot be written or followed.
     """
+    tensors = [*model.parameters(), *model.buffers()]
+    if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors):
+        made = "the net was built or loaded under torch.inference_mode"
+        raise UserError(f"{made}; build and load it outside, or under torch.no_grad")
     modes = {module: getattr(module, "training", False) for module in model.modules()}
     buffers = []
     for module in modes:

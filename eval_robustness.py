@@ -43,6 +43,7 @@ import shlex
 import sys
 import time
 import warnings
+from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -908,6 +909,8 @@ def clean_logits(model, x, labels, batch_size=500, classes=None, name="the model
     logits = torch.cat(parts)
     if classes is None:
         classes = max(int(labels.max()) + 1, logits.shape[1])
+    if logits.shape[1] < 2:
+        raise common.UserError(f"{name} returns one logit; expected one for each class, 2 or more")
     if logits.shape[1] != classes:
         wrong = f"{logits.shape[1]} logits, the data has {classes} classes"
         raise common.UserError(f"{name} returns {wrong}")
@@ -1204,28 +1207,34 @@ def check_arguments(model, x):
     expected = "x: expected a tensor, uint8 (N, H, W, C) or floats (N, C, H, W)"
     if not isinstance(x, torch.Tensor):
         raise common.UserError(f"{expected}, got {type(x).__name__}")
-    if x.dim() != 4 or x.dtype == torch.uint8 and x.shape[3] not in (1, 3):
+    is_float = x.is_floating_point()
+    if x.dim() != 4 or not is_float and (x.dtype != torch.uint8 or x.shape[3] not in (1, 3)):
         raise common.UserError(f"{expected}, got {x.dtype} {tuple(x.shape)}")
-    if x.dtype != torch.uint8 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
+    if is_float and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
         raise common.UserError(
             f"{expected}, got floats {tuple(x.shape)}; try x.permute(0, 3, 1, 2)"
         )
 
 
 def check_settings(settings):
-    """A UserError for a radius or a step that is not in pixel units, or a number below 1."""
+    """A UserError for a radius or a step that is not in pixel units, or a number below 1.
+
+    Afterwards both are floats, whatever numbers they were before.
+    """
     for name, example in (("eps", "8/255"), ("step_size", "2/255")):
         value = getattr(settings, name)
         if name == "step_size" and value is None:
             continue
-        if not isinstance(value, int | float) or not 0 <= value <= 1:
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= 1:
             wanted = f"a number in pixel units between 0 and 1, like {example}"
             raise common.UserError(f"{name}: expected {wanted}, got {value!r}")
         if name == "step_size" and value == 0 and settings.eps > 0:
             raise common.UserError("step_size: 0 attacks nothing; None takes a quarter of eps")
+        setattr(settings, name, float(value))
     for name in ("restarts", "batch_size", "steps", "queries", "targets"):
         value = getattr(settings, name)
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise common.UserError(f"{name}: expected a whole number of at least 1, got {value!r}")
 
 
