@@ -393,6 +393,15 @@ def test_the_ensemble_returns_the_logarithm_of_the_averaged_probabilities(small)
     np.testing.assert_allclose(ev.Ensemble([model, other])(x).exp(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("ensemble", [ev.Ensemble, robust_kd.Ensemble])
+def test_the_ensemble_averages_nets_of_half_precision_in_float32(small, ensemble):
+    model, x, _ = small
+    half = Made(model, lambda z: z.half())
+    logits = ensemble([half, half])(common.to_float(x))
+    expected = half(common.to_float(x)).double().log_softmax(1)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
 def test_calibration_equals_a_loop_over_images():
     torch.manual_seed(0)
     logits, labels = 3 * torch.randn(200, 5), torch.randint(0, 5, (200,))
