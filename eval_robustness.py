@@ -1514,7 +1514,11 @@ def calibration(logits, labels, bins=15):
 
 
 def accuracy_curve(model, x, labels, settings):
-    """[(eps, accuracy)] under APGD-CE of 20 iterations, from eps 0 to where all are broken."""
+    """[(eps, accuracy)] under APGD-CE of 20 iterations, from eps 0 to where all are broken.
+
+    And the counts of attacked_logits, over all radii.
+    """
+    zero_gradients = not_finite = 0
     factors = [0.25, 0.5, 0.75, 1]
     for doublings in range(11):
         factors += [1.5 * 2**doublings, 2 * 2**doublings]
@@ -1529,9 +1533,13 @@ def accuracy_curve(model, x, labels, settings):
             now = dataclasses.replace(settings, eps=eps, steps=20)
             for index, batch in batches(images, robust.nonzero()[:, 0], now, "curve"):
                 x_adv = apgd_ce(model, batch)
-                robust[index] = ~misclassified(model(x_adv).float(), batch.labels).cpu()
+                logits = model(x_adv).float()
+                batch.count(logits)
+                robust[index] = ~misclassified(logits, batch.labels).cpu()
+                zero_gradients += int(batch.zero_gradients)
+                not_finite += int(batch.not_finite)
             curve.append((eps, robust.double().mean().item()))
-    return curve
+    return curve, (zero_gradients, not_finite)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1648,7 +1656,8 @@ def make_record(args, data, others, models, flags, state):
             row[f"{other}_acc"] = common.accuracy(logits, images.labels)
             row[f"{other}_note"] = images.note
         if args.plot:
-            row["curve"] = accuracy_curve(model, x, labels, settings)
+            row["curve"], counts = accuracy_curve(model, x, labels, settings)
+            row["warnings"] += gradient_warnings(["apgd-ce of the curve"], *counts)
         rows.append(row)
     return {
         "command": args.command,

@@ -314,7 +314,8 @@ def test_on_cuda_what_the_last_step_found_is_written(last):
 def test_the_curve_of_a_linear_model_is_its_closed_form():
     model, x, labels = linear_problem(2)
     d = distances(model, x, labels)
-    curve = ev.accuracy_curve(model, x, labels, ev.Settings(eps=middle(d)))
+    curve, counts = ev.accuracy_curve(model, x, labels, ev.Settings(eps=middle(d)))
+    assert counts == (0, 0)
     inside = [(eps, accuracy) for eps, accuracy in curve if eps < 0.2]  # the box is not met
     assert len(inside) > 3
     for eps, accuracy in inside:

@@ -546,6 +546,10 @@ def files(tmp_path_factory, small):
         "    import torch\n"
         "    hole.weight = nn.Parameter(torch.arange(10.0))\n"
         "    return hole\n"
+        "def steep():\n"
+        "    steep = net()\n"
+        "    steep.register_forward_hook(lambda module, inputs, logits: 1e6 * logits)\n"
+        "    return steep\n"
         "def cut():\n"
         "    cut = net()\n"
         "    cut.register_forward_hook(lambda module, inputs, logits: logits.detach())\n"
@@ -826,7 +830,7 @@ def test_an_evaluation_under_torchrun_is_refused(monkeypatch, refused):
 
 def test_a_curve_of_radius_0_has_one_point(small):
     model, x, labels = small
-    curve = ev.accuracy_curve(model, x[:10], labels[:10], ev.Settings(eps=0.0, step_size=0.0))
+    curve, _ = ev.accuracy_curve(model, x[:10], labels[:10], ev.Settings(eps=0.0, step_size=0.0))
     assert len(curve) == 1
 
 
@@ -942,6 +946,15 @@ def test_a_plot_is_drawn_and_the_curve_falls_to_zero(tmp_path, monkeypatch):
     monkeypatch.setattr(ev, "measure", None)
     main("net0.pt", "--attack", "clean", "calibration", "--plot", "q.pdf", "--json", out)
     assert Path("q.pdf").read_bytes().startswith(b"%PDF") and not png.exists()
+
+
+def test_zero_gradients_of_the_curve_are_told(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    main("--model", "foreign:steep", "--attack", "clean", "--plot", tmp_path / "p.png")
+    warning = (
+        r"zero gradient at \d+ starting points: gradients are masked, apgd-ce of the curve may"
+    )
+    assert re.search(warning, capsys.readouterr().out)
 
 
 def test_a_plot_shows_both_histograms_and_the_corruptions(monkeypatch, tmp_path):
