@@ -1679,20 +1679,20 @@ def format_record(record):
     eps, step = f"{255 * record['eps']:.4g}/255", f"{255 * record['step_size']:.4g}/255"
     attack = f"linf eps {eps}, PGD step {step}"
     lines = [f"{record['data']}, {record['n']} test images, {attack}, float32"]
-    models, stages, calibrations = [], [], []
+    models, stages, attacks, calibrations = [], [], [], []
     names = short_names([row["model"] for row in record["rows"]])
     for row in record["rows"]:
         name = names[row["model"]]
         models.append({k: v for k, v in row.items() if not isinstance(v, list | dict)})
         for version, report in row["reports"].items():
+            stages += [{"model": name, "in": version} | stage for stage in report["stages"]]
             largest = f"{report['max_perturbation']:.7f}"
-            for stage in report["stages"]:
-                numbers = {"broken": report["broken"], "largest": largest}
-                stages.append({"model": name, "in": version} | stage | numbers)
+            numbers = {"broken": report["broken"], "largest": largest}
+            attacks.append({"model": name, "attack": version} | numbers)
         for kind, numbers in row.get("calibration", {}).items():
             cells = {k: f"{v:.4f}" for k, v in numbers.items() if not isinstance(v, list)}
             calibrations.append({"model": name, "images": kind} | cells)
-    for table in (models, stages, calibrations):
+    for table in (models, stages, attacks, calibrations):
         if table:
             lines.append("\n" + common.table(table))
     for row in record["rows"]:

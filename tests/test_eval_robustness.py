@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -588,6 +589,9 @@ def test_every_checkpoint_gets_a_row_and_the_json_holds_all(tmp_path, capsys, re
     assert record["eps"] == 8 / 255 and record["step_size"] == 2 / 255 and record["n"] == 80
     for row in record["rows"]:
         assert f"{row['aa_acc']:.4f}" in text and set(row["calibration"]) == {"clean", "pgd20"}
+        # once, and not beside each of the four attacks in turn
+        (broken,) = re.findall(rf"^{row['model']} +aa +(\d+) +0\.\d+$", text, re.M)
+        assert int(broken) == round(80 * (row["clean_acc"] - row["aa_acc"])) > 0
     assert "8/255" in text and [*tmp_path.iterdir()] == [out]
     before = out.read_bytes()
     main(*argv)
