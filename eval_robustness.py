@@ -745,10 +745,6 @@ def read_corruptions(folder, x, labels):
     must be among them with its label; the order may differ (see pair_images). Raises UserError.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        remedy = f"python benchmark/corruptions.py --data cifar10 --out {folder}"
-        missing = f"there is no folder {folder}; unpack CIFAR-10-C, or write one with: {remedy}"
-        raise common.UserError(f"--corruptions: {missing}")
     file_labels = read_npy("--corruptions", folder / "labels.npy")
     n = file_labels.size // 5
     valid = common.are_labels(file_labels, 5 * n, 100_000)
@@ -847,6 +843,14 @@ def read_other_images(args, data):
     """
     x, digests = data.x_test, {}
     if "corruptions" in args.attack:
+        if not Path(args.corruptions).is_dir():
+            remedy = ["python", "benchmark/corruptions.py", "--data", args.data]
+            if args.n:
+                remedy += ["--n", str(args.n)]
+            remedy = shlex.join([*remedy, "--out", args.corruptions])
+            missing = f"there is no folder {args.corruptions}"
+            advice = f"unpack CIFAR-10-C, or write one with: {remedy}"
+            raise common.UserError(f"--corruptions: {missing}; {advice}")
         files, _ = read_corruptions(args.corruptions, x, data.y_test)
         digest = hashlib.sha256()
         for array in files.values():
