@@ -1186,12 +1186,19 @@ def call_function(name: str, dropout: float = 0.0) -> nn.Module:
             raise UserError(f"{name}: has no nn.Dropout for the dropout rate {dropout:g}")
         for layer in layers:
             layer.p = dropout
-    # The net gets a copy of its own, which it may change in place (x.sub_(mean)), and a contiguous
-    # one: our batches are channels_last in memory, which code with .view(...) does not expect.
+    give_contiguous_images(model)
+    return model
+
+
+def give_contiguous_images(model: nn.Module) -> None:
+    """From now on the net gets a copy of its images (B, C, H, W), contiguous in memory.
+
+    It may change the copy in place (x.sub_(mean)). Our batches are channels_last in memory, which
+    code with .view(...) does not expect.
+    """
     model.register_forward_pre_hook(
         lambda module, inputs: inputs[0].clone(memory_format=torch.contiguous_format)
     )
-    return model
 
 
 def load_weights(flag: str, path: str | Path, model: nn.Module) -> None:

@@ -1198,9 +1198,7 @@ def with_contiguous_images(model):
         return model
     net = torch.nn.Sequential(model)  # a hook on the caller's own net would stay there
     net.training = model.training
-    net.register_forward_pre_hook(
-        lambda module, inputs: inputs[0].clone(memory_format=torch.contiguous_format)
-    )
+    common.give_contiguous_images(net)
     return net
 
 
