@@ -109,7 +109,12 @@ def parse_args(argv=None):
         type=common.whole,
         help="number of test images, always the same ones (default: all)",
     )
-    add("--batch-size", type=common.whole, default=500, help="images at once; changes no result")
+    add(
+        "--batch-size",
+        type=common.whole,
+        default=500,
+        help="images at once; changes results by rounding alone",
+    )
     add("--seed", type=common.whole_or_0, default=0, help="seed of the attacks")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if present")
     add("--json", metavar="FILE", help="file of all numbers; a killed evaluation goes on")
@@ -1574,7 +1579,7 @@ def summary_rows(nets, data, folder, attacks, **settings):
 # The whole job
 
 
-# Flags that change no number: an evaluation may go on with others
+# Flags that change no number, but by rounding: an evaluation may go on with others
 FREE_FLAGS = {"json", "data_root", "device", "batch_size", "command", "plot"}
 
 

@@ -616,7 +616,7 @@ def test_a_finished_evaluation_is_not_shown_for_other_settings(more, tmp_path, r
     line = refused(main, *argv, *more.split())
     assert "was made with" in line and "take another --json" in line
     assert more.split()[0] in line or "the images and labels of --data" in line
-    main(*argv, "--batch-size", "7")  # changes no number
+    main(*argv, "--batch-size", "7")  # changes no number, but by rounding
 
 
 def test_the_ensemble_of_the_command_is_the_mean_of_all_its_nets(tmp_path, small):
