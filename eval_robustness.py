@@ -777,7 +777,8 @@ def pair_images(x, labels, blurred, blurred_labels):
     """The row of each of x in `blurred`, its mildest corruption: int64 (N,); None if x is others.
 
     The published rows are in the order of CIFAR-10's test batch, which a converted data set may
-    not keep; an image under a blur of 0.4 pixels is 1.4 levels away, another image 30 and more.
+    not keep; an image under a blur of 0.4 pixels is 1.4 levels away, another image 30 and more. An
+    image of noise, which the blur moves by more than 12 levels, is not found.
     """
     rows = torch.zeros(len(x), dtype=torch.long, device="cpu")
     for label in labels.unique():
