@@ -1186,12 +1186,19 @@ def call_function(name: str, dropout: float = 0.0) -> nn.Module:
             raise UserError(f"{name}: has no nn.Dropout for the dropout rate {dropout:g}")
         for layer in layers:
             layer.p = dropout
-    # The net gets a copy of its own, which it may change in place (x.sub_(mean)), and a contiguous
-    # one: our batches are channels_last in memory, which code with .view(...) does not expect.
+    give_contiguous_images(model)
+    return model
+
+
+def give_contiguous_images(model: nn.Module) -> None:
+    """From now on the net gets a copy of its images (B, C, H, W), contiguous in memory.
+
+    It may change the copy in place (x.sub_(mean)). Our batches are channels_last in memory, which
+    code with .view(...) does not expect.
+    """
     model.register_forward_pre_hook(
         lambda module, inputs: inputs[0].clone(memory_format=torch.contiguous_format)
     )
-    return model
 
 
 def load_weights(flag: str, path: str | Path, model: nn.Module) -> None:
@@ -1534,8 +1541,13 @@ def evaluating(model: nn.Module):
     """The model in eval mode, its weights frozen, in strict float32 and without torch.compile.
 
     Afterwards each submodule is in the mode in which it was, and each buffer as it was: a net may
-    move its statistics in its own forward pass, or put other tensors in their place.
+    move its statistics in its own forward pass, or put other tensors in their place. Raises
+    UserError for a net of torch.inference_mode, whose tensors cannot be written or followed.
     """
+    tensors = [*model.parameters(), *model.buffers()]
+    if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors):
+        made = "the net was built or loaded under torch.inference_mode"
+        raise UserError(f"{made}; build and load it outside, or under torch.no_grad")
     modes = {module: getattr(module, "training", False) for module in model.modules()}
     buffers = []
     for module in modes:

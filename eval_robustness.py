@@ -23,6 +23,7 @@ Differs  1. Draws depend on (seed, attack, pass, image) alone; all images share 
          4. Logits that are not finite are no success; the authors' code counts them as one.
          5. APGD's first check compares the first loss with that of the start, as in the paper; the
             authors' code with 0.
+         6. Square goes on where the label shares the largest logit; the authors' code stops there.
          L-infinity alone is here; docs/use_elsewhere.md runs the authors' package in L2.
 """
 
@@ -42,6 +43,7 @@ import shlex
 import sys
 import time
 import warnings
+from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -107,7 +109,12 @@ def parse_args(argv=None):
         type=common.whole,
         help="number of test images, always the same ones (default: all)",
     )
-    add("--batch-size", type=common.whole, default=500, help="images at once; changes no result")
+    add(
+        "--batch-size",
+        type=common.whole,
+        default=500,
+        help="images at once; changes results by rounding alone",
+    )
     add("--seed", type=common.whole_or_0, default=0, help="seed of the attacks")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if present")
     add("--json", metavar="FILE", help="file of all numbers; a killed evaluation goes on")
@@ -214,9 +221,9 @@ class Batch:
     zero_gradients: Tensor | int = 0  # result: starts at which the gradient is zero
     not_finite: Tensor | int = 0  # result: evaluations with logits or gradients not finite
 
-    def draw(self, *shape, use="start"):
-        """Uniform (B, *shape) in [0, 1), by seed, attack, repeat, use and image alone."""
-        draw = uniform(self.index, self.attack, use, self.settings.seed, self.repeat)
+    def draw(self, *shape):
+        """Uniform (B, *shape) in [0, 1), by seed, attack, repeat and image alone."""
+        draw = uniform(self.index, self.attack, "start", self.settings.seed, self.repeat)
         draws = draw(*shape).float()
         if self.x.device.type == "cuda":
             draws = draws.pin_memory()  # otherwise the copy would wait for the GPU
@@ -235,8 +242,8 @@ class Batch:
         """The wrong class (B,) with the largest clean logit; of repeat 1 the second largest ..."""
         infinity = torch.full_like(self.logits[:, :1], math.inf)
         label_first = self.logits.scatter(1, self.labels[:, None], infinity)
-        ranked = label_first.argsort(1, descending=True)
-        return ranked[:, 1 + self.repeat % (self.logits.shape[1] - 1)]
+        ranked = label_first.argsort(dim=1, descending=True, stable=True)
+        return ranked[:, 1 + self.repeat]
 
 
 def uniform(numbers, *key):
@@ -362,9 +369,14 @@ def ce_loss(logits, labels, target=None):
     return F.cross_entropy(logits, labels, reduction="none")
 
 
+def gap_to_target(logits, labels, target):
+    """z_t - z_y (B,), which FAB brings to 0."""
+    return (logits.gather(1, target[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
+
+
 def targeted_dlr_loss(logits, labels, target):
     """Eq. (7): -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2), (B,); the numerator if K < 4."""
-    numerator = (logits.gather(1, target[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
+    numerator = gap_to_target(logits, labels, target)
     if logits.shape[1] < 4:
         return numerator
     top = logits.topk(4).values.T
@@ -465,19 +477,19 @@ def apgd_targeted(model, batch):
 # FAB: Croce and Hein 2020b
 
 
-def to_hyperplane(x, w, c, iterations=8):
+def to_hyperplane(x, w, c):
     """The smallest d (B, C, H, W) with <w, d> = -c and x + d in [0, 1]; if none, to the corner.
 
     x, w (B, C, H, W), c (B,). Eq. (5): d_i = -sign(w_i) min(r, m_i), m_i the room in the box. r:
     Newton's method, without sorting or waiting for the device (3 iterations are usual).
     """
-    w = w * torch.where(c < 0, -1.0, 1.0)[:, None, None, None]
+    w = torch.where(c[:, None, None, None] < 0, -w, w)
     scale = norm_of(w) + 1e-38
     w, c = w / scale, c.abs()[:, None, None, None] / scale
     room, size = torch.where(w > 0, x, 1 - x), w.abs()
     gain = size * room
     r = torch.where(gain.sum((1, 2, 3), keepdim=True) > c, 0.0, 1e30)
-    for _ in range(iterations):
+    for _ in range(8):
         free = room > r
         rest = c - torch.where(free, 0, gain).sum((1, 2, 3), keepdim=True)
         total = torch.where(free, size, 0).sum((1, 2, 3), keepdim=True)
@@ -499,16 +511,14 @@ def fab_targeted(model, batch):
         target=batch.target(),
         now=batch.x,
         found=batch.x,
-        size=torch.full((len(batch.x), 1, 1, 1), math.inf, device=batch.x.device),
+        size=torch.full_like(batch.x[:, :1, :1, :1], math.inf),
     )
-
-    def gap_to_target(logits):  # z_t - z_y (B,)
-        gaps = logits - logits.gather(1, active.labels[:, None])
-        return gaps.gather(1, active.target[:, None])[:, 0]
-
     for i in range(1, settings.steps + 1):
-        logits, df, w = loss_gradient(model, active.now, gap_to_target)
+        logits, df, w = loss_gradient(
+            model, active.now, lambda z: gap_to_target(z, active.labels, active.target)
+        )
         batch.count(logits, w, is_start=i == 1)
+        w = w.nan_to_num(0, 0, 0)  # the scale of to_hyperplane: one nan would stop the image
         df_at_x = df + (w * (active.x - active.now)).sum((1, 2, 3))
         # the projections of the current point and of x, in one call
         points = torch.cat([active.now, active.x])
@@ -554,7 +564,8 @@ def square(model, batch):
     x_adv, (n, channels, height, width) = batch.x.clone(), batch.x.shape
     generator = torch.Generator("cpu")
     generator.manual_seed(common.derive_seed("queries", settings.seed, batch.repeat))
-    on_cpu = {"generator": generator, "device": "cpu"}  # whatever the default device is
+    # whatever the default device and type are
+    on_cpu = {"generator": generator, "device": "cpu", "dtype": torch.float32}
     corners = torch.rand(settings.queries, 2, **on_cpu).tolist()
     signs = torch.rand(settings.queries, channels, 1, 1, **on_cpu).to(device)
     signs = (signs - 0.5).sign()
@@ -566,7 +577,16 @@ def square(model, batch):
         labels=batch.labels,
         found=start.clamp_(0, 1).contiguous(memory_format=torch.channels_last),
     )
-    active.margin = margin(model(active.found.clone()).float(), active.labels)
+
+    def query():
+        """The net at active.found -> margin (B,), inf if not finite; misclassified (B,)."""
+        logits = model(active.found.clone()).float()
+        batch.count(logits)
+        value = margin(logits, active.labels)
+        value = torch.where(logits.isfinite().all(1), value, math.inf)
+        return value, misclassified(logits, active.labels)
+
+    active.margin, active.done = query()
     for i, (row, column) in enumerate(corners):
         side = square_side(i, height, width)
         top, left = int(row * (height - side)), int(column * (width - side))
@@ -574,11 +594,11 @@ def square(model, batch):
         before = active.found[window].clone()
         proposal = (active.x[window] + settings.eps * signs[i]).clamp_(0, 1)
         active.found[window] = proposal  # in place: only the window changes
-        value = margin(model(active.found.clone()).float(), active.labels)
-        take = (value < active.margin) | (value <= 0)
+        value, wrong = query()
+        take = ~active.done & ((value < active.margin) | (value <= 0))
         active.found[window] = torch.where(take[:, None, None, None], proposal, before)
         active.margin = torch.where(take, value, active.margin)
-        active.done = active.margin <= 0
+        active.done = active.done | wrong
         if not drop_done(active, x_adv, i + 1, settings.queries):
             break
     return x_adv
@@ -730,10 +750,6 @@ def read_corruptions(folder, x, labels):
     must be among them with its label; the order may differ (see pair_images). Raises UserError.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        remedy = f"python benchmark/corruptions.py --data cifar10 --out {folder}"
-        missing = f"there is no folder {folder}; unpack CIFAR-10-C, or write one with: {remedy}"
-        raise common.UserError(f"--corruptions: {missing}")
     file_labels = read_npy("--corruptions", folder / "labels.npy")
     n = file_labels.size // 5
     valid = common.are_labels(file_labels, 5 * n, 100_000)
@@ -761,9 +777,10 @@ def pair_images(x, labels, blurred, blurred_labels):
     """The row of each of x in `blurred`, its mildest corruption: int64 (N,); None if x is others.
 
     The published rows are in the order of CIFAR-10's test batch, which a converted data set may
-    not keep; an image under a blur of 0.4 pixels is 1.4 levels away, another image 30 and more.
+    not keep; an image under a blur of 0.4 pixels is 1.4 levels away, another image 30 and more. An
+    image of noise, which the blur moves by more than 12 levels, is not found.
     """
-    rows = torch.zeros(len(x), dtype=torch.long)
+    rows = torch.zeros(len(x), dtype=torch.long, device="cpu")
     for label in labels.unique():
         own_rows = (labels == label).nonzero()[:, 0].cpu()
         blurred_rows = (blurred_labels == label.cpu()).nonzero()[:, 0]
@@ -832,6 +849,14 @@ def read_other_images(args, data):
     """
     x, digests = data.x_test, {}
     if "corruptions" in args.attack:
+        if not Path(args.corruptions).is_dir():
+            remedy = ["python", "benchmark/corruptions.py", "--data", args.data]
+            if args.n:
+                remedy += ["--n", str(args.n)]
+            remedy = shlex.join([*remedy, "--out", args.corruptions])
+            missing = f"there is no folder {args.corruptions}"
+            advice = f"unpack CIFAR-10-C, or write one with: {remedy}"
+            raise common.UserError(f"--corruptions: {missing}; {advice}")
         files, _ = read_corruptions(args.corruptions, x, data.y_test)
         digest = hashlib.sha256()
         for array in files.values():
@@ -868,7 +893,7 @@ class Ensemble(nn.Module):
         for weight, model in zip(self.weights, self.models):
             if weight > 0:
                 # a copy for each net, which may normalise its images in place
-                logs.append(math.log(weight) + model(x.clone()).log_softmax(1))
+                logs.append(math.log(weight) + model(x.clone()).float().log_softmax(1))
         return torch.stack(logs).logsumexp(0)
 
 
@@ -894,6 +919,8 @@ def clean_logits(model, x, labels, batch_size=500, classes=None, name="the model
     logits = torch.cat(parts)
     if classes is None:
         classes = max(int(labels.max()) + 1, logits.shape[1])
+    if logits.shape[1] < 2:
+        raise common.UserError(f"{name} returns one logit; expected one for each class, 2 or more")
     if logits.shape[1] != classes:
         wrong = f"{logits.shape[1]} logits, the data has {classes} classes"
         raise common.UserError(f"{name} returns {wrong}")
@@ -921,7 +948,7 @@ def check_net(model, x, labels, classes, name, attacked=True):
         if attacked:  # the last images of an attack may stand alone in their batch
             clean_logits(model, x[:1], labels[:1], classes=classes, name=name)
         if attacked and not reaches_any(model, images, labels[:8], [images], subject):
-            need = "which all attacks but square follow"
+            need = "which --plot, calibration and all attacks but square follow"
             raise common.UserError(f"{name}: no gradient reaches the images, {need}; {NO_GRADIENT}")
 
 
@@ -1043,7 +1070,7 @@ def short_names(names):
 class Progress:
     """How far an attack has come on all images of a model."""
 
-    broken_by: Tensor  # int16 (N,): 0 not broken, -1 wrong when clean, else the pass, from 1 on
+    broken_by: Tensor  # int32 (N,): 0 not broken, -1 wrong when clean, else the pass, from 1 on
     passes_done: int = 0
     seconds: dict = dataclasses.field(default_factory=dict)  # {attack: seconds}
     zero_gradients: int = 0
@@ -1053,7 +1080,7 @@ class Progress:
     def is_valid(self):
         """Whether the fields that come from a file are what they should be."""
         numbers = (self.passes_done, self.zero_gradients, self.not_finite)
-        tensor = isinstance(self.broken_by, Tensor) and self.broken_by.dtype == torch.int16
+        tensor = isinstance(self.broken_by, Tensor) and self.broken_by.dtype == torch.int32
         return (
             tensor
             and self.broken_by.dim() == 1
@@ -1177,9 +1204,7 @@ def with_contiguous_images(model):
         return model
     net = torch.nn.Sequential(model)  # a hook on the caller's own net would stay there
     net.training = model.training
-    net.register_forward_pre_hook(
-        lambda module, inputs: inputs[0].clone(memory_format=torch.contiguous_format)
-    )
+    common.give_contiguous_images(net)
     return net
 
 
@@ -1190,28 +1215,34 @@ def check_arguments(model, x):
     expected = "x: expected a tensor, uint8 (N, H, W, C) or floats (N, C, H, W)"
     if not isinstance(x, torch.Tensor):
         raise common.UserError(f"{expected}, got {type(x).__name__}")
-    if x.dim() != 4 or x.dtype == torch.uint8 and x.shape[3] not in (1, 3):
+    is_float = x.is_floating_point()
+    if x.dim() != 4 or not is_float and (x.dtype != torch.uint8 or x.shape[3] not in (1, 3)):
         raise common.UserError(f"{expected}, got {x.dtype} {tuple(x.shape)}")
-    if x.dtype != torch.uint8 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
+    if is_float and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
         raise common.UserError(
             f"{expected}, got floats {tuple(x.shape)}; try x.permute(0, 3, 1, 2)"
         )
 
 
 def check_settings(settings):
-    """A UserError for a radius or a step that is not in pixel units, or a number below 1."""
+    """A UserError for a radius or a step that is not in pixel units, or a number below 1.
+
+    Afterwards both are floats, whatever numbers they were before.
+    """
     for name, example in (("eps", "8/255"), ("step_size", "2/255")):
         value = getattr(settings, name)
         if name == "step_size" and value is None:
             continue
-        if not isinstance(value, int | float) or not 0 <= value <= 1:
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= 1:
             wanted = f"a number in pixel units between 0 and 1, like {example}"
             raise common.UserError(f"{name}: expected {wanted}, got {value!r}")
         if name == "step_size" and value == 0 and settings.eps > 0:
             raise common.UserError("step_size: 0 attacks nothing; None takes a quarter of eps")
+        setattr(settings, name, float(value))
     for name in ("restarts", "batch_size", "steps", "queries", "targets"):
         value = getattr(settings, name)
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise common.UserError(f"{name}: expected a whole number of at least 1, got {value!r}")
 
 
@@ -1270,12 +1301,12 @@ def measure(model, x, labels, attacks, settings, classes=None, state=None, name=
             clean_logits(model, x[:1], labels[:1], classes=logits.shape[1])
         images = Images(x, labels, logits)
         lines += model_warnings(model, images, settings)
-        for attack in dict.fromkeys(attacks):
+        for attack in attacks:
             if attack == "clean":
                 row["clean_acc"] = common.accuracy(logits, labels)
             elif attack == "calibration":
                 logits_adv, counts = attacked_logits(model, images, "pgd20", settings)
-                lines += gradient_warnings("pgd20 of the calibration", *counts)
+                lines += gradient_warnings(["pgd20 of the calibration"], *counts)
                 row["calibration"] = {
                     "clean": calibration(logits, labels),
                     "pgd20": calibration(logits_adv, labels),
@@ -1306,7 +1337,7 @@ def run_attack(model, images, name, settings, state=None, model_name=""):
     """
     state = state or State()
     correct = (images.logits.argmax(1) == images.labels).cpu()
-    new = Progress(broken_by=correct.short() - 1)
+    new = Progress(broken_by=correct.int() - 1)
     progress = state.attacks.setdefault(f"{model_name} {name}", new)
     if len(progress.broken_by) != len(images.x):
         wrong = "not the state of these images; delete it to begin again"
@@ -1362,14 +1393,12 @@ def search(model, batch, tf32=True):
         moved = (x_adv != batch.x).flatten(1).any(1)
         unconfirmed = (moved & allowed & ~wrong).nonzero()[:, 0]
         if len(unconfirmed):
-            again = Batch(
-                batch.x[unconfirmed],
-                batch.labels[unconfirmed],
-                batch.logits[unconfirmed],
-                batch.index[unconfirmed.cpu()],
-                batch.settings,
-                batch.attack,
-                batch.repeat,
+            again = dataclasses.replace(
+                batch,
+                x=batch.x[unconfirmed],
+                labels=batch.labels[unconfirmed],
+                logits=batch.logits[unconfirmed],
+                index=batch.index[unconfirmed.cpu()],
             )
             x_adv[unconfirmed], wrong[unconfirmed] = search(model, again, tf32=False)
     return x_adv, allowed & wrong
@@ -1381,7 +1410,8 @@ def attacked_logits(model, images, attack, settings):
     And how many starts have a zero gradient, how many evaluations numbers that are not finite.
     """
     parts, zero_gradients, not_finite = [], 0, 0
-    for _, batch in batches(images, torch.arange(len(images.x)), settings, attack):
+    every = torch.arange(len(images.x), device="cpu")  # whatever the default device is
+    for _, batch in batches(images, every, settings, attack):
         parts.append(model(pgd(model, batch)).detach().float())
         batch.count(parts[-1])
         zero_gradients += int(batch.zero_gradients)
@@ -1446,24 +1476,24 @@ def attack_warnings(progress, report, classes):
             lines.append(f"Square goes from {lower}: they may be masked; try an adaptive attack")
     if classes < 4 and "apgd-t" in attacks:
         lines.append(f"apgd-t: DLR needs 4 classes; with {classes} its numerator is used")
-    return lines + gradient_warnings(
-        ", ".join(attacks), progress.zero_gradients, progress.not_finite
-    )
+    return lines + gradient_warnings(attacks, progress.zero_gradients, progress.not_finite)
 
 
 def gradient_warnings(attacks, zero_gradients, not_finite):
     """Lines on gradients that are zero, and on gradients and logits that are not finite.
 
-    attacks: their names; zero_gradients, not_finite: the counts of Batch.
+    attacks: a list of their names; zero_gradients, not_finite: the counts of Batch.
     """
     lines = []
+    follow_gradients = ", ".join(name for name in attacks if name != "square")
     if zero_gradients:
         plural = "" if zero_gradients == 1 else "s"
         starts = f"zero gradient at {zero_gradients} starting point{plural}"
-        lines.append(f"{starts}: gradients are masked, {attacks} may overestimate the robustness")
+        masked = f"gradients are masked, {follow_gradients} may overestimate the robustness"
+        lines.append(f"{starts}: {masked}")
     if not_finite:
-        evaluations = f"at {not_finite} evaluations of {attacks}"
-        lines.append(f"logits or gradients that are not finite {evaluations}")
+        evaluations = f"logits or gradients that are not finite at {not_finite} evaluations"
+        lines.append(f"{evaluations}: {', '.join(attacks)} may overestimate the robustness")
     return lines
 
 
@@ -1492,7 +1522,11 @@ def calibration(logits, labels, bins=15):
 
 
 def accuracy_curve(model, x, labels, settings):
-    """[(eps, accuracy)] under APGD-CE of 20 iterations, from eps 0 to where all are broken."""
+    """[(eps, accuracy)] under APGD-CE of 20 iterations, from eps 0 to where all are broken.
+
+    And the counts of attacked_logits, over all radii.
+    """
+    zero_gradients = not_finite = 0
     factors = [0.25, 0.5, 0.75, 1]
     for doublings in range(11):
         factors += [1.5 * 2**doublings, 2 * 2**doublings]
@@ -1507,9 +1541,13 @@ def accuracy_curve(model, x, labels, settings):
             now = dataclasses.replace(settings, eps=eps, steps=20)
             for index, batch in batches(images, robust.nonzero()[:, 0], now, "curve"):
                 x_adv = apgd_ce(model, batch)
-                robust[index] = ~misclassified(model(x_adv).float(), batch.labels).cpu()
+                logits = model(x_adv).float()
+                batch.count(logits)
+                robust[index] = ~misclassified(logits, batch.labels).cpu()
+                zero_gradients += int(batch.zero_gradients)
+                not_finite += int(batch.not_finite)
             curve.append((eps, robust.double().mean().item()))
-    return curve
+    return curve, (zero_gradients, not_finite)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1542,7 +1580,7 @@ def summary_rows(nets, data, folder, attacks, **settings):
 # The whole job
 
 
-# Flags that change no number: an evaluation may go on with others
+# Flags that change no number, but by rounding: an evaluation may go on with others
 FREE_FLAGS = {"json", "data_root", "device", "batch_size", "command", "plot"}
 
 
@@ -1626,7 +1664,8 @@ def make_record(args, data, others, models, flags, state):
             row[f"{other}_acc"] = common.accuracy(logits, images.labels)
             row[f"{other}_note"] = images.note
         if args.plot:
-            row["curve"] = accuracy_curve(model, x, labels, settings)
+            row["curve"], counts = accuracy_curve(model, x, labels, settings)
+            row["warnings"] += gradient_warnings(["apgd-ce of the curve"], *counts)
         rows.append(row)
     return {
         "command": args.command,
@@ -1648,20 +1687,20 @@ def format_record(record):
     eps, step = f"{255 * record['eps']:.4g}/255", f"{255 * record['step_size']:.4g}/255"
     attack = f"linf eps {eps}, PGD step {step}"
     lines = [f"{record['data']}, {record['n']} test images, {attack}, float32"]
-    models, stages, calibrations = [], [], []
+    models, stages, attacks, calibrations = [], [], [], []
     names = short_names([row["model"] for row in record["rows"]])
     for row in record["rows"]:
         name = names[row["model"]]
         models.append({k: v for k, v in row.items() if not isinstance(v, list | dict)})
         for version, report in row["reports"].items():
+            stages += [{"model": name, "in": version} | stage for stage in report["stages"]]
             largest = f"{report['max_perturbation']:.7f}"
-            for stage in report["stages"]:
-                numbers = {"broken": report["broken"], "largest": largest}
-                stages.append({"model": name, "in": version} | stage | numbers)
+            numbers = {"broken": report["broken"], "largest": largest}
+            attacks.append({"model": name, "attack": version} | numbers)
         for kind, numbers in row.get("calibration", {}).items():
             cells = {k: f"{v:.4f}" for k, v in numbers.items() if not isinstance(v, list)}
             calibrations.append({"model": name, "images": kind} | cells)
-    for table in (models, stages, calibrations):
+    for table in (models, stages, attacks, calibrations):
         if table:
             lines.append("\n" + common.table(table))
     for row in record["rows"]:

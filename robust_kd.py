@@ -418,7 +418,7 @@ class Ensemble(nn.Module):
         for weight, model in zip(self.weights, self.models):
             if weight > 0:
                 # a copy for each net, which may normalise its images in place
-                logs.append(math.log(weight) + model(x.clone()).log_softmax(1))
+                logs.append(math.log(weight) + model(x.clone()).float().log_softmax(1))
         return torch.stack(logs).logsumexp(0)
 
 

@@ -352,12 +352,20 @@ WRONG_ARGUMENTS = {  # what is given instead -> the error
     "array": (np.zeros((4, 8, 8, 3), np.uint8), "x: expected a tensor, uint8 (N, H, W, C)"),
     "nchw": (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), "x: expected a tensor, uint8"),
     "flat": (torch.rand(4, 192), "got torch.float32 (4, 192)"),
+    "whole": (torch.ones(4, 3, 8, 8, dtype=torch.int64), "got torch.int64 (4, 3, 8, 8)"),
+    "bool": (torch.ones(4, 3, 8, 8, dtype=torch.bool), "got torch.bool (4, 3, 8, 8)"),
+    "complex": (torch.ones(4, 3, 8, 8) + 0j, "got torch.complex64 (4, 3, 8, 8)"),
     "nhwc": (torch.rand(4, 8, 8, 3), "got floats (4, 8, 8, 3); try x.permute(0, 3, 1, 2)"),
     "labels": (["a", "b", "c", "d"], "labels: expected whole numbers"),
     "eps": ("8/255", "eps: expected a number in pixel units"),
     "no eps": (None, "eps: expected a number in pixel units"),
+    "true eps": (True, "eps: expected a number in pixel units"),
+    "restarts": (True, "restarts: expected a whole number of at least 1, got True"),
     "step_size": (0, "step_size: 0 attacks nothing"),
 }
+
+
+NOT_X = ("array", "nchw", "flat", "whole", "bool", "complex", "nhwc")  # what x is not
 
 
 @pytest.mark.parametrize("name", WRONG_ARGUMENTS)
@@ -365,8 +373,34 @@ def test_wrong_arguments_of_evaluate_are_one_line(name, refused):
     value, message = WRONG_ARGUMENTS[name]
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     right = {"model": model, "x": torch.rand(4, 3, 8, 8), "labels": torch.arange(4)}
-    field = {"array": "x", "nchw": "x", "flat": "x", "nhwc": "x", "no eps": "eps"}.get(name, name)
+    field = "x" if name in NOT_X else name.split()[-1]
     assert message in refused(ev.evaluate, attacks=["pgd2"], **right | {field: value})
+
+
+@pytest.mark.parametrize("attack", ["clean", "square", "apgd-t", "fab-t"])
+def test_a_net_of_one_logit_is_refused(attack, refused):
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(48, 1)), torch.rand(4, 3, 4, 4)
+    assert "the model returns one logit" in refused(ev.evaluate, model, x, [0] * 4, [attack])
+
+
+def test_radii_are_numbers_of_any_type():
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(48, 4)), torch.rand(40, 3, 4, 4)
+    labels, options = common.predict(model, x).argmax(1), {"steps": 3, "queries": 5}
+    radius = np.float32(0.02)
+    expected = ev.evaluate(model, x, labels, ["pgd2", "aa"], float(radius), **options)
+    assert 0 < expected["aa_acc"] < 1
+    assert ev.evaluate(model, x, labels, ["pgd2", "aa"], radius, **options) == expected
+
+
+@pytest.mark.parametrize("first", [nn.BatchNorm2d, nn.InstanceNorm2d])  # with buffers or without
+def test_a_net_of_inference_mode_is_one_line(first, refused):
+    x, labels = torch.rand(4, 3, 4, 4), torch.arange(4)
+    with torch.inference_mode():
+        model = nn.Sequential(first(3), nn.Flatten(), nn.Linear(48, 4))
+        assert common.predict(model, x).shape == (4, 4)
+    for look in (common.predict, lambda *args: ev.evaluate(*args, labels, ["clean"])):
+        line = refused(look, model, x)
+        assert line.startswith("the net was built or loaded under torch.inference_mode; ")
 
 
 @pytest.mark.parametrize("squash", [torch.sigmoid, lambda z: z.softmax(1).half()])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shlex
 
 import numpy as np
 import pytest
@@ -635,11 +636,12 @@ def test_a_folder_that_is_not_there_is_one_line_that_says_how_to_make_it(tmp_pat
     common.save_model(tmp_path / "net.pt", common.build_model("mlp-8"))
     flags = [str(tmp_path / "net.pt"), *"--data shapes --n 8 --attack corruptions".split()]
     assert "--corruptions" in refused(ev.parse_args, flags)
-    message = refused(ev.main, [*flags, "--corruptions", "generate"])
-    command = "python benchmark/corruptions.py --data cifar10 --out generate"
-    assert message.startswith("--corruptions: there is no folder generate; ")
+    message = refused(ev.main, [*flags, "--corruptions", "my folder"])
+    command = "python benchmark/corruptions.py --data shapes --n 8 --out 'my folder'"
+    assert message.startswith("--corruptions: there is no folder my folder; ")
     assert message.endswith(command)
-    assert corruptions.parse_args(command.split()[2:]).out == "generate"
+    args = corruptions.parse_args(shlex.split(command)[2:])
+    assert (args.data, args.n, args.out) == ("shapes", 8, "my folder")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -116,11 +117,12 @@ def test_a_state_of_other_flags_or_a_foreign_one_is_refused(tmp_path, refused):
     ev.State(tmp_path, {"--eps": 0.1}).save()
     assert ev.State(tmp_path, {"--eps": 0.1}).attacks == {}
     assert "--eps: " in refused(ev.State, tmp_path, {"--eps": 0.2})
-    good = {"broken_by": torch.zeros(3).short()}
+    good = {"broken_by": torch.zeros(3).int()}
     for fields in (
         {"broken_by": [1]},
         {"broken_by": torch.zeros(3)},
-        {"broken_by": torch.zeros(1).short().expand(10**12)},
+        {"broken_by": torch.zeros(3).short()},
+        {"broken_by": torch.zeros(1).int().expand(10**12)},
         good | {"passes_done": -1},
         good | {"seconds": {"pgd1": "a"}},
         good | {"another": 1},
@@ -176,9 +178,19 @@ def test_a_state_of_another_number_of_images_is_refused(small, refused):
     model, x, labels = small
     images = ev.Images(x, labels, model(common.to_float(x)))
     state = ev.State()
-    state.attacks["net pgd1"] = ev.Progress(torch.zeros(3).short())
+    state.attacks["net pgd1"] = ev.Progress(torch.zeros(3).int())
     run = (model, images, "pgd1", ev.Settings(), state, "net")
     assert "these images" in refused(ev.run_attack, *run)
+
+
+def test_the_40000th_restart_can_break_an_image(small):
+    model, x, labels = small
+    images = ev.Images(x, labels, model(common.to_float(x)))
+    state = ev.State()
+    progress = ev.run_attack(model, images, "pgd2", ev.Settings(eps=0.0), state)
+    progress.passes_done = 39_999
+    found = ev.run_attack(model, images, "pgd2", ev.Settings(restarts=40_000), state)
+    assert set(found.broken_by.tolist()) == {-1, 0, 40_000}
 
 
 def test_only_what_the_model_itself_gets_wrong_counts_as_broken(small, monkeypatch):
@@ -250,6 +262,7 @@ def test_vanishing_gradients_and_a_stronger_square_are_warned_of(small):
     flat = Made(model, lambda z: (8 * z).round())  # no gradient, but Square sees the logits
     found = warnings_with(flat, x, labels, ["aa"], eps=0.1)
     assert "zero gradient at " in found and "Square goes from" in found
+    assert "masked, apgd-ce, apgd-t, fab-t may overestimate" in found  # square has no gradient
 
 
 def test_masked_gradients_are_warned_of_when_pgd_is_far_above_autoattack(small):
@@ -379,6 +392,15 @@ def test_the_ensemble_returns_the_logarithm_of_the_averaged_probabilities(small)
     x = common.to_float(x)
     expected = (model(x).softmax(1) + other(x).softmax(1)) / 2
     np.testing.assert_allclose(ev.Ensemble([model, other])(x).exp(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("ensemble", [ev.Ensemble, robust_kd.Ensemble])
+def test_the_ensemble_averages_nets_of_half_precision_in_float32(small, ensemble):
+    model, x, _ = small
+    half = Made(model, lambda z: z.half())
+    logits = ensemble([half, half])(common.to_float(x))
+    expected = half(common.to_float(x)).double().log_softmax(1)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
 def test_calibration_equals_a_loop_over_images():
@@ -525,6 +547,14 @@ def files(tmp_path_factory, small):
         "    import torch\n"
         "    hole.weight = nn.Parameter(torch.arange(10.0))\n"
         "    return hole\n"
+        "def steep():\n"
+        "    steep = net()\n"
+        "    steep.register_forward_hook(lambda module, inputs, logits: 1e6 * logits)\n"
+        "    return steep\n"
+        "def cut():\n"
+        "    cut = net()\n"
+        "    cut.register_forward_hook(lambda module, inputs, logits: logits.detach())\n"
+        "    return cut\n"
         "def seven():\n"
         "    return nn.Sequential(net(), nn.Linear(10, 7))\n"
         "def large():\n"
@@ -559,6 +589,9 @@ def test_every_checkpoint_gets_a_row_and_the_json_holds_all(tmp_path, capsys, re
     assert record["eps"] == 8 / 255 and record["step_size"] == 2 / 255 and record["n"] == 80
     for row in record["rows"]:
         assert f"{row['aa_acc']:.4f}" in text and set(row["calibration"]) == {"clean", "pgd20"}
+        # once, and not beside each of the four attacks in turn
+        (broken,) = re.findall(rf"^{row['model']} +aa +(\d+) +0\.\d+$", text, re.M)
+        assert int(broken) == round(80 * (row["clean_acc"] - row["aa_acc"])) > 0
     assert "8/255" in text and [*tmp_path.iterdir()] == [out]
     before = out.read_bytes()
     main(*argv)
@@ -583,7 +616,7 @@ def test_a_finished_evaluation_is_not_shown_for_other_settings(more, tmp_path, r
     line = refused(main, *argv, *more.split())
     assert "was made with" in line and "take another --json" in line
     assert more.split()[0] in line or "the images and labels of --data" in line
-    main(*argv, "--batch-size", "7")  # changes no number
+    main(*argv, "--batch-size", "7")  # changes no number, but by rounding
 
 
 def test_the_ensemble_of_the_command_is_the_mean_of_all_its_nets(tmp_path, small):
@@ -734,7 +767,7 @@ def test_a_class_name_that_is_there_twice_keeps_its_labels(tmp_path):
 ATTACKS_OF_ALL_KINDS = ["clean", "pgd2", "apgd-ce", "apgd-t", "fab-t", "square"]
 
 
-def test_what_the_caller_has_switched_off_changes_no_number(small):
+def test_what_the_caller_has_switched_off_or_set_changes_no_number(small):
     model, x, labels = small
     x, labels = x[:20], labels[:20]
 
@@ -751,6 +784,23 @@ def test_what_the_caller_has_switched_off_changes_no_number(small):
         assert numbers() == expected
     with torch.autocast("cpu", torch.bfloat16):
         assert numbers() == expected
+    with torch.device("meta"):
+        assert numbers() == expected
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert numbers() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_calibration_and_corruptions_do_not_depend_on_the_default_device(small):
+    model, x, labels = small
+    expected = ev.measure(model, x, labels, ["calibration"], ev.Settings())
+    rows = ev.pair_images(x, labels, x.flip(0).numpy(), labels.flip(0))
+    with torch.device("meta"):
+        assert ev.measure(model, x, labels, ["calibration"], ev.Settings()) == expected
+        assert torch.equal(ev.pair_images(x, labels, x.flip(0).numpy(), labels.flip(0)), rows)
+    assert torch.equal(rows, torch.arange(79, -1, -1))
 
 
 class Viewed(nn.Module):
@@ -784,7 +834,7 @@ def test_an_evaluation_under_torchrun_is_refused(monkeypatch, refused):
 
 def test_a_curve_of_radius_0_has_one_point(small):
     model, x, labels = small
-    curve = ev.accuracy_curve(model, x[:10], labels[:10], ev.Settings(eps=0.0, step_size=0.0))
+    curve, _ = ev.accuracy_curve(model, x[:10], labels[:10], ev.Settings(eps=0.0, step_size=0.0))
     assert len(curve) == 1
 
 
@@ -902,6 +952,15 @@ def test_a_plot_is_drawn_and_the_curve_falls_to_zero(tmp_path, monkeypatch):
     assert Path("q.pdf").read_bytes().startswith(b"%PDF") and not png.exists()
 
 
+def test_zero_gradients_of_the_curve_are_told(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    main("--model", "foreign:steep", "--attack", "clean", "--plot", tmp_path / "p.png")
+    warning = (
+        r"zero gradient at \d+ starting points: gradients are masked, apgd-ce of the curve may"
+    )
+    assert re.search(warning, capsys.readouterr().out)
+
+
 def test_a_plot_shows_both_histograms_and_the_corruptions(monkeypatch, tmp_path):
     figure = pytest.importorskip("matplotlib.figure")
     drawn = []
@@ -949,6 +1008,15 @@ def test_every_checkpoint_gets_its_own_curve_and_name(tmp_path, monkeypatch, cap
 def test_a_plot_without_matplotlib_names_the_package(monkeypatch, tmp_path, refused):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in refused(main, "net0.pt", "--plot", tmp_path / "p.png")
+
+
+def test_a_net_without_gradient_is_refused_for_what_follows_it(tmp_path, refused):
+    pytest.importorskip("matplotlib")
+    argv = ["--model", "foreign:cut", "--attack", "clean", "square"]
+    main(*argv)
+    for flags in (["--plot", tmp_path / "p.png"], ["--attack", "calibration"]):
+        line = refused(main, *argv, *flags)
+        assert "the images, which --plot, calibration and all attacks but square follow" in line
 
 
 BAD = {
