@@ -58,6 +58,29 @@ def test_every_batch_epoch_and_seed_has_draws_of_its_own(script, tmp_path, monke
     assert len(states) == len(set(states)) == 18 and len(set(images)) == 18
 
 
+@pytest.mark.parametrize("script", DRAWS, ids=lambda script: script.__name__)
+def test_the_log_and_the_summary_are_of_the_nets_that_they_name(script, tmp_path, monkeypatch):
+    epochs = iter(range(100))
+
+    def held_out(*args, **kwargs):
+        return {"val_clean_acc": 1 / (1 + next(epochs))}
+
+    monkeypatch.setattr(common, "validate", held_out)  # the first epoch is the best
+    (rows,) = script.main([*DRAWS[script].split(), "--runs", str(tmp_path)])
+    folder = tmp_path / script.__name__ / "x-s0"
+    log = common.read_log(folder)["student"]
+    # 48 images in ten classes, after three steps: not yet learned, nor counted as if they were
+    assert log[0]["train_acc"] < 0.6
+    nets = {row["net"]: row for row in rows}
+    data = common.load_data("shapes", test_subset=20)
+    for role, file, number in (("student", "student.pt", 3), ("best", "student_best.pt", 1)):
+        row = nets[role]
+        assert (row["file"], row["epochs"]) == (file, number)
+        logits = common.predict(common.load_model(folder / file), data.x_test)
+        assert row["clean_acc"] == common.accuracy(logits, data.y_test)
+    assert not same_weights(folder / "student.pt", folder / "student_best.pt")
+
+
 SETTINGS = {  # settings that must arrive at the weights of the student, whatever the method
     robust_kd: ["--weight-decay 0.1", "--lr 0.1", "--nesterov", "--label-smoothing 0.5"],
     teacher_free_kd: ["--weight-decay 0.1", "--lr 0.05", "--gamma 0.5", "--warmup 1"],
