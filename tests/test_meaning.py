@@ -7,12 +7,13 @@ does not arrive, an accuracy of other images.
 import dataclasses
 import hashlib
 import importlib
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import same_weights
+from conftest import ROOT, Made, same_weights
 
 import common
 import eval_robustness
@@ -167,6 +168,27 @@ def test_gradients_of_cross_entropy_are_those_at_the_attacked_images(tmp_path, m
     assert len(losses) == len(logits_of) == 3
     for loss, (z, y) in zip(losses, logits_of):
         assert loss.item() == torch.nn.functional.cross_entropy(z, y).item()
+
+
+def test_the_teacher_alone_sees_shifted_images(tmp_path, monkeypatch):
+    pads, real = {}, common.batches
+
+    def batches(data, batch_size, seed, stage, epoch):
+        pads[stage] = data.pad
+        return real(data, batch_size, seed, stage, epoch)
+
+    monkeypatch.setattr(common, "batches", batches)
+    flags = f"{SMALL} --method vanilla --teacher-model mlp-12 --teacher-epochs 1 --teacher-shift 2"
+    flags += f" --augment none --eval-attack clean --runs {tmp_path}"
+    teacher_free_kd.main(flags.split())
+    assert pads == {"teacher": 2, "student-alone": 0, "student": 0}
+
+
+def test_a_run_keeps_the_commit_of_its_code(tmp_path):
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    robust_kd.main(f"{SMALL} --loss st --epochs 1 --runs {tmp_path}".split())
+    assert common.read_json(tmp_path / "robust_kd" / "x-s0" / "config.json")["commit"] == commit
 
 
 # ------------------------------------------------------------------------------------------------
@@ -326,6 +348,17 @@ def test_a_broken_image_is_attacked_no_more(small, monkeypatch):
         broken_before |= set(index[broken].tolist())
         passes.append((attack, repeat))
     assert len(broken_before) > 10 and len(set(passes)) > 5
+
+
+def test_the_curve_goes_on_to_the_largest_radius_or_until_all_are_broken(small):
+    model, x, y = small
+    settings = eval_robustness.Settings(8 / 255)
+    constant = Made(model, lambda z: 0 * z + torch.eye(10)[int(y[0])])
+    ones = (y == y[0]).nonzero()[:, 0]
+    curve, _ = eval_robustness.accuracy_curve(constant, x[ones], y[ones], settings)
+    assert curve[0] == (0.0, 1.0) and curve[-1] == (1.0, 1.0)
+    curve, _ = eval_robustness.accuracy_curve(model, x, y, settings)
+    assert curve[-1][1] == 0.0 < curve[-2][1] and curve[-1][0] < 1.0
 
 
 def test_the_flags_of_the_evaluation_arrive(tmp_path, monkeypatch, small):
