@@ -2054,10 +2054,9 @@ def check_effects(args, error, has_effect: dict, trains_teacher: bool, trains_st
             error(f"{flag}: has no effect with --{choice} {value}; leave it out")
         if flag in ("--teacher-ckpt", "--teacher-model", "--teacher-mode"):  # of a finished one too
             continue
-        of_student = flag in ("--model", "--epochs", "--milestones")
-        if (flag.startswith("--teacher-") and not trains_teacher) or (
-            of_student and not trains_student
-        ):
+        if flag.startswith("--teacher-") and not trains_teacher:
+            idle.append(flag)
+        if flag in ("--model", "--epochs", "--milestones") and not trains_student:
             idle.append(flag)
     if idle:
         net = "student" if trains_teacher else "teacher"
