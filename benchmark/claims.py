@@ -352,11 +352,14 @@ def missing_runs(results, claims, looks=1):
 
 
 def jobs_of(results, rules, seeds):
-    """The (arm, seed) without which one of the rules cannot be measured with these seeds."""
+    """The (arm, seed) without which one of the rules cannot be measured with these seeds.
+
+    Arm by arm: arms of one seed may share a teacher, and would wait for who trains it.
+    """
     jobs = []
-    for seed in seeds:
-        for rule in rules:
-            for name in names_in(rule):
+    for rule in rules:
+        for name in names_in(rule):
+            for seed in seeds:
                 if value(results, name, metric_of(rule), seed) is None:
                     jobs.append((split(name)[0], seed))
     return jobs

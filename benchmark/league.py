@@ -154,11 +154,11 @@ def arms_by_table():
 
 
 def missing_runs(results):
-    """The (arm, seed) that have not run, table by table and seed by seed."""
+    """The (arm, seed) that have not run, table by table and arm by arm, as claims.jobs_of."""
     jobs = []
     for table, names in names_by_table().items():
-        for seed in seeds(table):
-            for name in names:
+        for name in names:
+            for seed in seeds(table):
                 if number(results, name, "robust_acc", seed) is None:
                     jobs.append((claims.split(name)[0], seed))
     return list(dict.fromkeys(jobs))
