@@ -63,12 +63,12 @@ from benchmark.claim_list import (
 
 NAMES = {  # arms of the MLP; those of the ResNet are the same behind `conv-`
     "at": "AT",
-    "at@best": "AT at its best epoch",
+    "at@best": "AT at best epoch",
     "trades": "TRADES",
     "mart": "MART",
     "at-smooth-0.5": "AT with label smoothing",
-    "at-ema-0.98": "AT with weight average",
-    "at-ema-0.98@best": "AT with weight average at best epoch",
+    "at-ema-0.98": "AT with EMA",
+    "at-ema-0.98@best": "AT with EMA at best epoch",
     "at-awp": "AT with AWP",
     "adr": "ADR",
     "akd+0.8": "AKD+",
@@ -93,17 +93,17 @@ ABOUT = {
     "trades": "cross-entropy on x, and KL from x to x', Zhang et al. 2019",
     "mart": "more weight on images that are misclassified, Wang et al. 2020",
     "at-smooth-0.5": "half of the label's probability spread over all classes",
-    "at-ema-0.98": "moving average of the weights, EMA",
+    "at-ema-0.98": "moving average of the weights",
     "at-ema-0.98@best": "the same, stopped by held-out images",
     "at-awp": "gradient at weights where the loss is larger, Wu et al. 2020",
-    "adr": "labels mended by the weight average, no teacher, Wu et al. 2024",
+    "adr": "labels corrected by the EMA's answers, no teacher, Wu et al. 2024",
     "akd+0.8": "teacher's answers to x' mixed with labels, Maroto et al. 2022",
     "ard+0.8": "student at x' like the teacher at x, mixed with labels, Goldblum et al. 2020",
     "rslad+0.8": "the same with an attack away from the teacher, Zi et al. 2021",
     "iad": "teacher trusted where it is right, else the student itself, Zhu et al. 2022",
     "adaad": "attack on the gap between student and teacher, Huang et al. 2023",
     "adaad+0.8": "the same, mixed with labels; ours",
-    "igdm": "AdaAD, and the gradients of both by the image alike, Lee et al. 2025",
+    "igdm": "AdaAD, and input gradients matched to the teacher's, Lee et al. 2025",
     "akd+0.8-awp": "both; ours",
 }
 # Methods that are not of the paper, for docs/robust_kd.md
@@ -336,19 +336,24 @@ def teacher_or_method(table):
 # The page
 
 
+def interval(effect):
+    """The 95 % t interval of an Effect, in points."""
+    return f"[{claims.percent(effect.low)}, {claims.percent(effect.high)}]"
+
+
 def with_interval(values):
-    """Mean and half of the 95 % t interval of some shares, in points."""
+    """Mean of some shares and its 95 % t interval, in percent."""
     if len(values) < 2:
         return claims.percent(mean(values)) if values else "-"
     effect = claims.effect_of(values)
-    return f"{claims.percent(effect.mean)} ± {claims.percent(effect.high - effect.mean)}"
+    return f"{claims.percent(effect.mean)} {interval(effect)}"
 
 
-def difference_text(effect, differs):
+def difference_text(effect, differs=False):
     """A paired difference in points, bold where rule 1 says that the two differ."""
     if effect is None:
         return "-"
-    text = f"{100 * effect.mean:+.1f} [{claims.percent(effect.low)}, {claims.percent(effect.high)}]"
+    text = f"{100 * effect.mean:+.1f} {interval(effect)}"
     return f"**{text}**" if differs else text
 
 
@@ -358,34 +363,36 @@ def rivals(regime):
     return f"{prefix}at@best", f"{prefix}akd+0.8"
 
 
-def table_rows(results, regime):
-    """Rows of a regime's table."""
+def accuracy_rows(results, regime):
+    """Rows of a regime's first table: what each method reaches, and what it costs."""
     rows = []
-    called = {}
-    for rival in rivals(regime):
-        for metric in NUMBERS.values():
-            called[rival, metric] = verdicts(results, regime, rival, metric)
     for arm in LEAGUE[regime]:
         row = {"method": name_of(arm)}
-        for title, metric in NUMBERS.items():
+        for title, metric in (NUMBERS | {"PGD-20": "pgd20_acc"}).items():
             row[title] = with_interval(numbers(results, arm, metric, regime))
-        for rival in rivals(regime):
-            for title, metric in NUMBERS.items():
-                effect = difference(results, arm, rival, metric, regime)
-                differs = called[rival, metric].get(arm)
-                row[f"{title}, against {name_of(rival)}"] = difference_text(effect, differs)
-        last = with_interval(numbers(results, arm, "pgd20_acc", regime))
         best = arm if arm.endswith("@best") else f"{arm}@best"
         accuracies = []
         for metric in ("clean_acc", "pgd20_acc"):
             values = numbers(results, best, metric, regime)
             accuracies.append(claims.percent(mean(values)) if values else "-")
-        row["PGD-20"] = last
         row["best epoch: clean, PGD-20"] = ", ".join(accuracies)
         row["passes"] = passes(arm, STEPS[regime])
         if arm.removeprefix("conv-") in TAUGHT:
             row["passes"] = f"{row['passes']} + {passes('at', STEPS[regime]) / 3:.1f}"
         rows.append(row)
+    return rows
+
+
+def difference_rows(results, regime):
+    """Rows of a regime's second table: each method against the two rivals, paired by seed."""
+    rows = [{"method": name_of(arm)} for arm in LEAGUE[regime]]
+    for rival in rivals(regime):
+        for title, metric in NUMBERS.items():
+            called = verdicts(results, regime, rival, metric)
+            for arm, row in zip(LEAGUE[regime], rows):
+                effect = difference(results, arm, rival, metric, regime)
+                text = difference_text(effect, called.get(arm))
+                row[f"{title}, against {name_of(rival)}"] = text
     return rows
 
 
@@ -434,31 +441,34 @@ def findings(results):
             best = by_robustness(frontier(points), points)
             counts = frontier_counts(results, regime)
             names = [name_of(arm) + (f" ({counts[arm]})" if counts else "") for arm in best]
-            line = "  No other method is better in both numbers than these, the most robust first: "
-            lines.append(f"{line}{listed(names)}.")
+            line = "  - No other method is better in both numbers than these, the most robust"
+            line += f" first: {listed(names)}."
             if counts:
                 others = by_robustness([arm for arm in counts if arm not in best], points)
                 others = [f"{name_of(arm)} ({counts[arm]})" for arm in others]
-                line = (
-                    "  Each seed was left out in turn; in brackets: how often the method was still"
-                )
-                lines.append(f"{line} on the frontier. Only then on it: {listed(others)}.")
+                line += " In brackets: how often, if each seed is left out in turn."
+                line += f" Only then among them: {listed(others)}."
+            lines.append(line)
+        if is_finished(results, regime):
+            for rival in rivals(regime):
+                groups = compared(results, regime, rival, "robust_acc")
+                text = f"  - More robust than {name_of(rival)}: {listed(groups[1])};"
+                lines.append(f"{text} less robust: {listed(groups[-1])}.")
+        low = [name_of(arm) for arm, (_, robust) in points.items() if robust < 0.1]
+        if low:
+            text = "  - A net that answers every image with one class has 10.0 in both numbers;"
+            lines.append(f"{text} less robust than that: {listed(low)}.")
         for arm in points:
             clean = numbers(results, arm, "clean_acc", regime)
             failed = sum(accuracy < AT_CHANCE for accuracy in clean)
             if failed:
-                text = f"  {name_of(arm)}: {failed} of {len(clean)} nets learned next to nothing"
+                text = f"  - {name_of(arm)}: {failed} of {len(clean)} nets learned next to nothing"
                 lines.append(f"{text} (clean accuracy below 15 %); the means include them.")
-        low = [name_of(arm) for arm, (_, robust) in points.items() if robust < 0.1]
-        if low:
-            text = f"  A net that always gives one class has 10.0 in both numbers: {listed(low)}"
-            lines.append(f"{text} are less robust than that.")
-        if is_finished(results, regime):
-            for rival in rivals(regime):
-                groups = compared(results, regime, rival, "robust_acc")
-                text = f"  More robust than {name_of(rival)}: {listed(groups[1])};"
-                lines.append(f"{text} less robust: {listed(groups[-1])}.")
-    lines.append(f"- **Teacher or method?** {teacher_sentence(results)}")
+    answers = progress_text(results, "teachers")
+    if is_finished(results, "teachers"):
+        answers = "; ".join(f"{row['teachers']}: {row['more']}" for row in decision_rows(results))
+        answers = f"What moves robust accuracy more? {answers}. [The table](#method-by-teacher)."
+    lines.append(f"- **Teacher or method?** {answers}")
     return lines
 
 
@@ -468,8 +478,8 @@ def readme_text(results):
         f"**Which method?** The [league](docs/LEAGUE.md) compares {len(NAMES)} methods and "
         "stopping rules, up to 2025, in two small nets, on the same images for the same epochs. "
         "AT is adversarial training; robust: still right after APGD, a strong attack within "
-        "8/255; on the frontier: no other is better in both numbers. The most robust was picked "
-        "because it came out highest: expect less of it."
+        "8/255; EMA: a moving average of the weights; on the frontier: no other is better in both "
+        "numbers. The lead of the most robust is overstated: it was picked for being highest."
     )
     items = []
     for regime in LEAGUE:
@@ -488,7 +498,7 @@ def readme_text(results):
             gains = []
             for metric in ("robust_acc", "clean_acc"):
                 effect = difference(results, best[0], akd, metric, regime)
-                gains.append(difference_text(effect, False))
+                gains.append(difference_text(effect))
             text += f" The most robust of them, {name_of(best[0])}, against AKD+ of the paper: "
             text += f"{gains[0]} points robust, {gains[1]} clean."
         items.append(text)
@@ -506,38 +516,38 @@ def teacher_parts(results):
     """{which teachers: their (seeds, methods, teachers) of the robust accuracy}: rule 4."""
     table, names = teacher_table(results, "robust_acc"), list(TEACHERS)
     parts = {
-        "All five teachers": names,
-        "All but the standard one": [name for name in names if name != "standard"],
-        "The two robust ones that were stopped early": [n for n in names if n in ("early", "wide")],
+        "all five teachers": names,
+        "all but the standard one": [name for name in names if name != "standard"],
+        "the two that were stopped early": [name for name in names if name in ("early", "wide")],
     }
     return {
         part: table[:, :, [names.index(name) for name in chosen]] for part, chosen in parts.items()
     }
 
 
-def teacher_sentence(results):
-    """What rule 4 says, of all teachers and of some."""
-    if not is_finished(results, "teachers"):
-        return progress_text(results, "teachers")
-    sentences = []
+def decision_rows(results):
+    """Rows of what decides more, the teacher or the method: rule 4, of all teachers and of some."""
+    rows = []
     for part, cells in teacher_parts(results).items():
         over_teachers, over_methods, effect = teacher_or_method(cells)
-        decides = "neither decides more"
+        more = "not shown"
         if effect.low > 0:
-            decides = "the teacher decides more"
+            more = "the teacher"
         elif effect.high < 0:
-            decides = "the method decides more"
-        spreads = f"{100 * over_teachers:.1f} over teachers, {100 * over_methods:.1f} over methods"
-        between = f", difference {claims.percent(effect.low)} to {claims.percent(effect.high)}"
+            more = "the method"
+        between = interval(effect)
         if cells.shape[2] < 3:  # the deviation of two means comes out too small
-            decides, between = "too few for an answer", ""
-        sentences.append(f"{part}: {decides} ({spreads}{between}).")
-    return (
-        f"MLP, {LEAGUE_SEEDS['teachers']} seeds, five methods; in brackets the standard deviations "
-        "of the mean robust accuracy in points, and the 95 % interval of their difference. "
-        f"{' '.join(sentences)} Three of the five were made poor on purpose, so that the first two "
-        "answers are no wonder; the last was asked after the runs."
-    )
+            more, between = "too few for an answer", "-"
+        rows.append(
+            {
+                "teachers": part,
+                "spread over teachers": claims.percent(over_teachers),
+                "spread over methods": claims.percent(over_methods),
+                "difference [95 %]": between,
+                "more": more,
+            }
+        )
+    return rows
 
 
 def sentence(results, arm):
@@ -560,7 +570,7 @@ def sentence(results, arm):
             shown = "shown" if effect.low <= 0 <= effect.high else "left by the correction"
             words = {
                 1: f"{points:.1f} points more {adjective}",
-                0: f"no difference in {noun} {shown} ({difference_text(effect, False)})",
+                0: f"no difference in {noun} {shown} ({difference_text(effect)})",
                 -1: f"{-points:.1f} points less {adjective}",
             }
             if finished:
@@ -633,7 +643,7 @@ They say nothing about the size of its gain in a large net.
 
 {rules}
 
-**Tables.** Accuracies in percent, mean ± half of the 95 % t interval over the seeds. Differences
+**Tables.** Accuracies in percent, their means and 95 % t intervals over the seeds. Differences
 paired by seed, in points with their interval; bold: they differ by rule 1. Passes: forward passes
 of the student that a training step costs, with a teacher of its size
 ([how they are counted](robust_kd.md#other-methods)); after the plus what the training of the
@@ -641,10 +651,8 @@ teacher adds, a third of the student's epochs.
 
 {regimes}## Method by teacher
 
-{teachers}
-
-{teacher_figure}Robust / clean accuracy of the student, an MLP, in percent, mean
-± half of the 95 % t interval over the seeds:
+{teachers}{teacher_figure}Robust / clean accuracy of the student, an MLP, in percent, mean and 95 %
+t interval over the seeds:
 
 {teacher_table}
 
@@ -656,9 +664,11 @@ points, paired by seed.
 {sentences}
 """
 
-REGIME = """## {regime}
-
-{progress}
+# Under the heading of the table method by teacher
+DECISIONS = """MLP, {seeds} seeds, five methods. A spread is the standard deviation of the mean
+robust accuracies, in points; the interval is that of the difference of the two spreads (rule 4).
+Three of the five teachers were made poor on purpose, so that the first two answers are no wonder;
+the last was asked after the runs.
 
 {table}
 
@@ -705,7 +715,7 @@ def draw(results, docs):
         )
         figure = claims.figure_link(drawn, docs / "league.png", text)
     grids = {}
-    for title, metric in NUMBERS.items():
+    for title, metric in (("robust", "robust_acc"), ("clean", "clean_acc")):
         if common_seeds(results, "teachers"):
             grids[f"{title} accuracy, %"] = 100 * np.array(
                 [
@@ -719,7 +729,7 @@ def draw(results, docs):
     if grids:
         rows, columns = [name_of(arm) for arm in LOSS_OF], list(TEACHER_NAMES.values())
         drawn = plots.draw_grids(docs / "league_teachers.png", grids, rows, columns)
-        text = "Clean and robust accuracy of five methods with five teachers"
+        text = "Robust and clean accuracy of five methods with five teachers"
         teacher_figure = claims.figure_link(drawn, docs / "league_teachers.png", text)
     return figure, teacher_figure
 
@@ -730,16 +740,14 @@ def write_page(args, results):
     figure, teacher_figure = draw(results, docs)
     regimes = ""
     for regime in LEAGUE:
-        regimes += (
-            REGIME.format(
-                regime=regime,
-                progress=progress_text(results, regime),
-                table=claims.markdown(table_rows(results, regime))
-                if points_of(results, regime)
-                else "",
-            ).rstrip()
-            + "\n\n"
-        )
+        regimes += f"## {regime}\n\n{progress_text(results, regime)}\n\n"
+        if points_of(results, regime):
+            regimes += f"{claims.markdown(accuracy_rows(results, regime))}\n\nDifferences:\n\n"
+            regimes += f"{claims.markdown(difference_rows(results, regime))}\n\n"
+    teachers = f"{progress_text(results, 'teachers')}\n\n"
+    if is_finished(results, "teachers"):
+        table = claims.markdown(decision_rows(results))
+        teachers = DECISIONS.format(seeds=LEAGUE_SEEDS["teachers"], table=table)
     text = PAGE.format(
         figure=figure,
         teacher_figure=teacher_figure,
@@ -747,7 +755,7 @@ def write_page(args, results):
         autoattack=autoattack_text(results),
         rules=rules_text(),
         regimes=regimes,
-        teachers=teacher_sentence(results),
+        teachers=teachers,
         teacher_table=claims.markdown(teacher_rows(results)),
         sentences="\n".join(f"- {sentence(results, arm)}" for arm in NAMES),
     )

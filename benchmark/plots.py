@@ -490,21 +490,23 @@ def draw_frontiers(path, panels):
     panels: {title: (lines, points of the frontier)}, a line (name, (clean, robust), (Effect or None
     of both), whether it has a teacher). False without matplotlib.
     """
-    figure = common.new_figure(6 * len(panels), 5)
+    figure = common.new_figure(7.5, 4.5 * len(panels))
     if figure is None:
         return False
-    axes, names_of = figure.subplots(1, len(panels), squeeze=False)[0], {}
+    axes, names_of = figure.subplots(len(panels), squeeze=False)[:, 0], {}
     for axis, (title, (lines, best)) in zip(axes, panels.items()):
         best, names = sorted((100 * clean, 100 * robust) for clean, robust in best), []
         axis.plot(*zip(*best), color="gray", linewidth=1, linestyle="--", label="frontier")
+        axis.axhline(10, color="black", linewidth=1, linestyle=":", label="always one class")
         for name, (clean, robust), (clean_effect, robust_effect), taught in lines:
             colour, marker = common.COLOURS[1 if taught else 0], "s" if taught else "o"
             clean, robust = 100 * clean, 100 * robust
             if clean_effect is not None:
                 clean_low, clean_high = 100 * clean_effect.low, 100 * clean_effect.high
                 robust_low, robust_high = 100 * robust_effect.low, 100 * robust_effect.high
-                axis.plot([clean_low, clean_high], [robust, robust], color=colour, alpha=0.4)
-                axis.plot([clean, clean], [robust_low, robust_high], color=colour, alpha=0.4)
+                bar = {"color": colour, "alpha": 0.25, "linewidth": 1}
+                axis.plot([clean_low, clean_high], [robust, robust], **bar)
+                axis.plot([clean, clean], [robust_low, robust_high], **bar)
             axis.plot(clean, robust, marker, color=colour)
             names.append((name, (clean, robust), colour))
         axis.plot([], [], "o", color=common.COLOURS[0], label="without a teacher")
@@ -514,12 +516,12 @@ def draw_frontiers(path, panels):
         for i, set_limits in enumerate((axis.set_xlim, axis.set_ylim)):
             places = [point[i] for _, point, _ in names]
             room = 0.15 * (max(places) - min(places)) + 0.5
-            set_limits(min(places) - room, max(places) + (2 - i) * room)
+            set_limits(min(places) - room, max(places) + room)
         names_of[axis] = names
     figure.draw_without_rendering()  # from here on the axes have their final size
     for axis, names in names_of.items():
         write_names(axis, names)
-        axis.legend(fontsize=8)
+        axis.legend(loc="lower left")
     common.save_figure(figure, path)
     return True
 
@@ -535,7 +537,7 @@ def write_names(axis, names):
         found = []
         for offset, side in places:
             text = axis.annotate(
-                name, point, offset, textcoords="offset points", ha=side, fontsize=7, color=colour
+                name, point, offset, textcoords="offset points", ha=side, fontsize=9, color=colour
             )
             box = text.get_window_extent()
             inside = axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1
@@ -547,11 +549,11 @@ def write_names(axis, names):
 
 
 def draw_grids(path, grids, rows, columns):
-    """Write {title: values (rows, columns)} as heat maps with their numbers, side by side.
+    """Write {title: values (methods, teachers)} as heat maps with their numbers, side by side.
 
     A step of colour is the same difference in all of them.
     """
-    figure = common.new_figure(5.5 * len(grids), 4)
+    figure = common.new_figure(4.5 * len(grids), 3.8)
     if figure is None:
         return False
     axes = figure.subplots(1, len(grids), squeeze=False)[0]
@@ -565,9 +567,9 @@ def draw_grids(path, grids, rows, columns):
             for j, value in enumerate(line):
                 colour = "black" if value > middle else "white"
                 axis.text(j, i, f"{value:.1f}", ha="center", va="center", color=colour)
-        axis.set_xticks(range(len(columns)), columns, rotation=25, ha="right", fontsize=8)
+        axis.set_xticks(range(len(columns)), columns, rotation=20, ha="right", fontsize=8)
         axis.set_yticks(range(len(rows)), rows, fontsize=8)
-        axis.set_title(title)
+        axis.set(title=title, xlabel="teacher", ylabel="method")
     common.save_figure(figure, path)
     return True
 

@@ -85,7 +85,7 @@ def test_a_method_that_is_on_the_frontier_without_a_seed_is_named_too():
     assert league.frontier(league.points_of(results, "MLP")) == ["at-awp"]
     assert league.frontier_counts(results, "MLP") == {"at-awp": 10, "mart": 1}
     found = "\n".join(league.findings(results))
-    assert "AT with AWP (10)." in found and "Only then on it: MART (1)." in found
+    assert "AT with AWP (10)." in found and "Only then among them: MART (1)." in found
     assert "(if one seed is left out, perhaps MART too)" in league.readme_text(results)
 
 
@@ -103,7 +103,7 @@ def test_one_seed_is_a_table_without_intervals(tmp_path):
     assert league.frontiers_without_a_seed(results, "MLP") == []
     found = "\n".join(league.findings(results))
     assert "1 of 10 seeds" in found and "In brackets" not in found
-    assert {row["robust"] for row in league.table_rows(results, "MLP")} == {"10.0"}
+    assert {row["robust"] for row in league.accuracy_rows(results, "MLP")} == {"10.0"}
     (tmp_path / "results").mkdir()
     for arm, runs in results.items():
         for seed, run in runs.items():
@@ -153,12 +153,12 @@ def test_nothing_is_called_before_all_seeds_have_run(tmp_path):
     results = results_of(MLP, numbers)
     for run in results["mart"].values():
         run["nets"]["student"]["apgd_acc"] += 0.05
-    (row,) = [row for row in league.table_rows(results, "MLP") if row["method"] == "MART"]
+    (row,) = [row for row in league.difference_rows(results, "MLP") if row["method"] == "MART"]
     assert row["robust, against AKD+"].startswith("**+5.0")
     assert "More robust than AKD+: MART" in "\n".join(league.findings(results))
     assert "5.0 points more robust" in league.sentence(results, "mart")
     del results["trades"][19]
-    (row,) = [row for row in league.table_rows(results, "MLP") if row["method"] == "MART"]
+    (row,) = [row for row in league.difference_rows(results, "MLP") if row["method"] == "MART"]
     assert row["robust, against AKD+"].startswith("+5.0")
     found = "\n".join(league.findings(results))
     assert "9 of 10 seeds" in found and "More robust" not in found
@@ -198,9 +198,9 @@ def test_the_jackknife_is_right_nineteen_times_in_twenty():
 @pytest.mark.parametrize(
     "teachers, methods, answer",
     [
-        ([0, 1, 2, 3, 4], [0, 0, 0, 0, 0], "the teacher decides more"),
-        ([0, 0, 0, 0, 0], [0, 1, 2, 3, 4], "the method decides more"),
-        ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], "neither decides more"),
+        ([0, 1, 2, 3, 4], [0, 0, 0, 0, 0], "the teacher"),
+        ([0, 0, 0, 0, 0], [0, 1, 2, 3, 4], "the method"),
+        ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], "not shown"),
     ],
 )
 def test_teacher_or_method_is_answered_by_the_interval(teachers, methods, answer):
@@ -211,15 +211,16 @@ def test_teacher_or_method_is_answered_by_the_interval(teachers, methods, answer
         effect += teachers[list(claim_list.TEACHERS).index(teacher)]
         for run in results[cell].values():
             run["nets"]["student"]["apgd_acc"] += 0.01 * (effect + 0.1 * generator.normal())
-    of_all = league.teacher_sentence(results).partition("All five teachers: ")[2]
-    assert of_all.startswith(answer)
+    of_all, _, of_two = league.decision_rows(results)
+    assert of_all["more"] == answer and of_two["more"] == "too few for an answer"
+    assert f"all five teachers: {answer};" in "\n".join(league.findings(results))
     shapes = [cells.shape for cells in league.teacher_parts(results).values()]
     assert shapes == [(5, 5, 5), (5, 5, 4), (5, 5, 2)]
     two = list(league.teacher_parts(results).values())[2].mean((0, 1))  # the first, the last one
     assert two[1] - two[0] == pytest.approx(0.01 * (teachers[4] - teachers[0]), abs=0.002)
     del results["igdm-wide"][11]
     assert league.teacher_table(results, "robust_acc").shape == (4, 5, 5)
-    assert "4 of 5 seeds" in league.teacher_sentence(results)
+    assert "4 of 5 seeds" in "\n".join(league.findings(results))
 
 
 def test_all_arms_are_commands_of_a_script_that_differ_in_method_and_teacher_alone():
