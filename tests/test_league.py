@@ -35,7 +35,13 @@ def results_of(arms, numbers):
     return results
 
 
+def whole_league():
+    """The same numbers for all arms of all tables."""
+    return results_of(ALL, [(0.4, 0.1)] * 10)
+
+
 MLP, CELLS = (league.arms_by_table()[table] for table in ("MLP", "teachers"))
+ALL = dict.fromkeys(arm for arms in league.arms_by_table().values() for arm in arms)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -62,8 +68,6 @@ def test_two_methods_differ_by_half_a_point_and_a_test_that_holm_corrects():
     assert effect.p == pytest.approx(0.034, abs=1e-3) and effect.mean > 0.005
     assert {arm: called[arm] for arm in gains} == {"mart": 1, "trades": -1, "adr": 0, "at-awp": 0}
     assert "akd+0.8" not in called and not any(called[arm] for arm in called if arm not in gains)
-    del results["igdm"][19]
-    assert league.verdicts(results, "MLP", "akd+0.8", "robust_acc") == {}
 
 
 def test_a_method_that_one_seed_has_put_on_the_frontier_leaves_it_without_that_seed():
@@ -71,13 +75,13 @@ def test_a_method_that_one_seed_has_put_on_the_frontier_leaves_it_without_that_s
     for run in results["at-awp"].values():
         run["nets"]["student"] |= {"apgd_acc": 0.2, "clean_acc": 0.5}
     results["mart"][13]["nets"]["student"]["clean_acc"] = 1.5  # in the mean 0.51
-    without = league.frontiers_without_a_seed(results, "MLP")
-    assert sum("mart" in found for found in without) == 9
-    assert all("at-awp" in found for found in without) and without[3] == ["at-awp"]
+    assert league.frontier_counts(results, "MLP") == {"at-awp": 10, "mart": 9}
+    without = league.points_of(results, "MLP", without=13)
+    assert league.frontier(without) == ["at-awp"] and without["mart"] == (0.4, 0.1)
 
 
 def test_a_method_that_is_on_the_frontier_without_a_seed_is_named_too():
-    results = results_of(MLP, [(0.4, 0.1)] * 10)
+    results = whole_league()
     for run in results["at-awp"].values():
         run["nets"]["student"] |= {"apgd_acc": 0.2, "clean_acc": 0.5}
     for seed, run in results["mart"].items():  # more robust but for one seed
@@ -90,7 +94,7 @@ def test_a_method_that_is_on_the_frontier_without_a_seed_is_named_too():
 
 
 def test_nets_that_have_learned_nothing_are_counted():
-    results = results_of(MLP, [(0.4, 0.1)] * 10)
+    results = whole_league()
     assert "learned next to" not in "\n".join(league.findings(results))
     results["at-awp"][12]["nets"]["student"]["clean_acc"] = 0.101
     assert "AT with AWP: 1 of 10 nets learned next to nothing" in "\n".join(
@@ -98,71 +102,54 @@ def test_nets_that_have_learned_nothing_are_counted():
     )
 
 
-def test_one_seed_is_a_table_without_intervals(tmp_path):
-    results = results_of([*MLP, *CELLS], [(0.4, 0.1)])
-    assert league.frontiers_without_a_seed(results, "MLP") == []
-    found = "\n".join(league.findings(results))
-    assert "1 of 10 seeds" in found and "In brackets" not in found
-    assert {row["robust"] for row in league.accuracy_rows(results, "MLP")} == {"10.0"}
-    (tmp_path / "results").mkdir()
-    for arm, runs in results.items():
-        for seed, run in runs.items():
-            claims.keep(tmp_path / "results", arm, seed, run)
-    league.main(["--page", "--docs", str(tmp_path), "--results", str(tmp_path / "results")])
-    assert "| 10.0 / 40.0 |" in (tmp_path / "LEAGUE.md").read_text()
-
-
 def test_a_net_of_a_run_that_was_not_attacked_yet_is_missing():
     results = results_of(MLP, [(0.4, 0.1)] * 10)
     assert not [job for job in league.missing_runs(results) if job[0] in MLP]
     results["at-ema-0.98"][12]["nets"]["best"] = {"clean_acc": 0.5, "pgd20_acc": 0.2}
     assert [job for job in league.missing_runs(results) if job[0] in MLP] == [("at-ema-0.98", 12)]
-    assert 12 not in league.common_seeds(results, "MLP")
 
 
-def test_differences_are_paired_by_the_seeds_that_all_methods_have():
-    results = results_of(MLP, [(0.4, 0.1), (0.5, 0.2), (0.9, 0.9)])
+def test_differences_are_paired_by_seed(monkeypatch):
+    monkeypatch.setattr(league, "LEAGUE_SEEDS", {"MLP": 2})
+    results = results_of(MLP, [(0.4, 0.1), (0.5, 0.2)])
     results["mart"] = {10: run_with(0.3, 0.12), 11: run_with(0.4, 0.24)}
-    assert league.common_seeds(results, "MLP") == [10, 11]
     effect = league.difference(results, "mart", "at", "robust_acc", "MLP")
     assert effect.differences == pytest.approx([0.02, 0.04])
-    assert league.difference(results, "mart", "mart", "robust_acc", "MLP") is None
-    del results["trades"][11]
-    assert league.difference(results, "mart", "at", "robust_acc", "MLP") is None  # one seed
-
-
-def test_runs_that_have_the_whole_autoattack_alone_are_run_again():
-    results = results_of(MLP, [(0.4, 0.1)] * 2)
-    results["at"][11]["nets"]["student"] = {"clean_acc": 0.5, "aa_acc": 0.15}
-    assert league.common_seeds(results, "MLP") == [10]
-    assert ("at", 11) in league.missing_runs(results)
-    assert ("at", 10) not in league.missing_runs(results)
 
 
 def test_images_that_the_rest_of_autoattack_broke_are_counted_once_for_each_net():
     results = results_of(["at", "akd+0.8"], [(0.4, 0.1), (0.5, 0.2)])  # akd+0.8 is in two tables
-    assert "No net" in league.autoattack_text(results)
     results["at"][10]["nets"]["student"]["aa_acc"] = 0.09
     results["akd+0.8"][11]["nets"]["student"]["aa_acc"] = 0.198
     text = league.autoattack_text(results)
     assert text.startswith("2 nets") and "broke 12 of the 300 images" in text
 
 
-def test_nothing_is_called_before_all_seeds_have_run(tmp_path):
-    numbers = [(0.4, 0.1 + 0.001 * k) for k in range(10)]
-    results = results_of(MLP, numbers)
-    for run in results["mart"].values():
-        run["nets"]["student"]["apgd_acc"] += 0.05
-    (row,) = [row for row in league.difference_rows(results, "MLP") if row["method"] == "MART"]
-    assert row["robust, against AKD+"].startswith("**+5.0")
-    assert "More robust than AKD+: MART" in "\n".join(league.findings(results))
-    assert "5.0 points more robust" in league.sentence(results, "mart")
+def test_a_method_is_called_more_robust_everywhere_on_the_page():
+    results = whole_league()
+    for seed, run in results["mart"].items():
+        run["nets"]["student"]["apgd_acc"] += 0.05 + 0.001 * (seed % 2)
+    for seed, run in results["adr"].items():  # surely above, and too small to count
+        run["nets"]["student"]["apgd_acc"] += 0.002 + 0.0001 * (seed % 2)
+    rows = {row["method"]: row for row in league.difference_rows(results, "MLP")}
+    assert rows["MART"]["robust, against AKD+"].startswith("**+5.")
+    assert rows["ADR"]["robust, against AKD+"].startswith("+0.2")
+    assert rows["AKD+"]["robust, against AKD+"] == "-"
+    assert "More robust than AKD+: MART;" in "\n".join(league.findings(results))
+    assert "points more robust" in league.sentence(results, "mart")
+    assert "less than half a point of robustness apart" in league.sentence(results, "adr")
+
+
+def test_there_is_no_page_before_all_seeds_have_run(tmp_path, refused):
+    results = whole_league()
     del results["trades"][19]
-    (row,) = [row for row in league.difference_rows(results, "MLP") if row["method"] == "MART"]
-    assert row["robust, against AKD+"].startswith("+5.0")
-    found = "\n".join(league.findings(results))
-    assert "9 of 10 seeds" in found and "More robust" not in found
-    assert "so far: robustness +5.0" in league.sentence(results, "mart")
+    (tmp_path / "results").mkdir()
+    for arm, runs in results.items():
+        for seed, run in runs.items():
+            claims.keep(tmp_path / "results", arm, seed, run)
+    flags = ["--page", "--docs", str(tmp_path), "--results", str(tmp_path / "results")]
+    assert "1 runs are missing" in refused(league.main, flags)
+    assert not (tmp_path / "LEAGUE.md").exists()
 
 
 def test_the_frontier_are_those_that_no_other_beats_in_both():
@@ -204,13 +191,14 @@ def test_the_jackknife_is_right_nineteen_times_in_twenty():
     ],
 )
 def test_teacher_or_method_is_answered_by_the_interval(teachers, methods, answer):
-    results = results_of(CELLS, [(0.4, 0.1)] * 5)
+    results = whole_league()
     generator = np.random.default_rng(0)
     for (arm, teacher), cell in claim_list.BY_TEACHER.items():
         effect = methods[list(claim_list.LOSS_OF).index(arm)]
         effect += teachers[list(claim_list.TEACHERS).index(teacher)]
-        for run in results[cell].values():
-            run["nets"]["student"]["apgd_acc"] += 0.01 * (effect + 0.1 * generator.normal())
+        for seed in league.seeds("teachers"):
+            noise = 0.1 * generator.normal()
+            results[cell][seed]["nets"]["student"]["apgd_acc"] += 0.01 * (effect + noise)
     of_all, _, of_two = league.decision_rows(results)
     assert of_all["more"] == answer and of_two["more"] == "too few for an answer"
     assert f"all five teachers: {answer};" in "\n".join(league.findings(results))
@@ -218,9 +206,6 @@ def test_teacher_or_method_is_answered_by_the_interval(teachers, methods, answer
     assert shapes == [(5, 5, 5), (5, 5, 4), (5, 5, 2)]
     two = list(league.teacher_parts(results).values())[2].mean((0, 1))  # the first, the last one
     assert two[1] - two[0] == pytest.approx(0.01 * (teachers[4] - teachers[0]), abs=0.002)
-    del results["igdm-wide"][11]
-    assert league.teacher_table(results, "robust_acc").shape == (4, 5, 5)
-    assert "4 of 5 seeds" in "\n".join(league.findings(results))
 
 
 def test_all_arms_are_commands_of_a_script_that_differ_in_method_and_teacher_alone():
@@ -325,7 +310,7 @@ def small(monkeypatch, tmp_path):
         "LOSS_OF": dict.fromkeys(methods),
         "TEACHERS": {"early": "", "wide": ""},
         "TEACHER_NAMES": {"early": "stopped early", "wide": "twice as wide"},
-        "NAMES": {name: league.NAMES[name] for name in ("at", "at@best", "akd+0.8", "mart")},
+        "METHODS": {arm: league.METHODS[arm] for arm in ("at", "at@best", "akd+0.8", "mart")},
     }
     for name, value in changes.items():
         monkeypatch.setattr(league, name, value)
@@ -362,8 +347,7 @@ def test_the_league_runs_keeps_what_it_has_and_writes_its_page(small, tmp_path, 
     assert "apgd_acc" in short and "aa_acc" not in short
     assert whole["aa_acc"] <= whole["apgd_acc"]
     page = (tmp_path / "docs/LEAGUE.md").read_text()
-    assert "| MART |" in page and "**MART**" in page and "Not run yet" not in page
-    assert "Not finished" not in page and "| AKD+ |" in page
+    assert "| MART |" in page and "**MART**" in page and "| AKD+ |" in page
     if importlib.util.find_spec("matplotlib"):
         for name in ("league.png", "league_teachers.png"):
             assert (tmp_path / "docs" / name).stat().st_size > 5000
@@ -374,7 +358,7 @@ def test_the_league_runs_keeps_what_it_has_and_writes_its_page(small, tmp_path, 
     assert len(called) == before
 
 
-def test_a_run_that_fails_leaves_a_page_of_the_others(small, tmp_path, monkeypatch, refused):
+def test_a_run_that_fails_is_named(small, tmp_path, monkeypatch, refused):
     flags, _ = small
     run_arm = claims.run_arm
 
@@ -385,7 +369,7 @@ def test_a_run_that_fails_leaves_a_page_of_the_others(small, tmp_path, monkeypat
 
     monkeypatch.setattr(claims, "run_arm", failing)
     assert "1 runs failed, the first: mart, seed 11" in refused(league.main, ["run", *flags])
-    assert "1 of 2 seeds" in (tmp_path / "docs/LEAGUE.md").read_text()
+    assert not (tmp_path / "docs/LEAGUE.md").exists()
 
 
 def test_without_matplotlib_the_figures_of_before_stay(tmp_path, monkeypatch, capsys):
@@ -431,12 +415,6 @@ def test_the_figures_have_the_numbers_that_they_are_given(monkeypatch, tmp_path)
     assert has(league_axis, [40], [10]) and league_axis.get_xlabel() == "clean accuracy, %"
     assert has(league_axis, [38, 42], [10, 10]) and has(league_axis, [40, 40], [7, 13])
     assert has(forest, [1, 3], [0, 0]) and has(forest, [2], [0]) and has(forest, [0.5], [0])
-
-
-def test_a_league_without_results_is_a_page_too(tmp_path):
-    (tmp_path / "results").mkdir()
-    league.main(["--page", "--docs", str(tmp_path), "--results", str(tmp_path / "results")])
-    assert "Not run yet" in (tmp_path / "LEAGUE.md").read_text()
 
 
 def test_no_action_is_refused(refused):
