@@ -8,24 +8,7 @@ Runs     Each arm of a claim (benchmark/claim_list.py) is one command of our scr
          seed from 10 on, in a process with one thread, --workers at a time. What is finished is
          kept in benchmark/claims/ARM.json, and the same command goes on with the rest.
 Figures  docs/claims.png of all claims, docs/regimes.png of the curves of each regime.
-Numbers  Accuracies after the last epoch on the test images of the run, PGD-20 with one start;
-         where a claim speaks of robustness, what APGD-CE and then targeted APGD leave of 1,000 of
-         them. With two seeds of an arm of the league FAB and Square follow: all of AutoAttack.
-Rule     For each rule of a claim the differences of two arms with the same seed, their mean and
-         its 95 % t interval. A rule holds if the interval lies above its bound and the mean
-         reaches the smallest effect that counts; it is contradicted if the interval lies below the
-         bound and the mean by at least that effect. A claim holds if all its rules hold; it is
-         contradicted if one of them is, also after Bonferroni's correction for its rules; else it
-         is undecided at this scale. A gate that fails: regime absent. Rivals are shown beside it,
-         and are run with the first ten seeds.
-Seeds    A claim is looked at after 5, 10, 15 and 20 seeds, and is finished at the first look at
-         which the intervals of all its rules are at most a point wide, at the latest with 20 seeds.
-         Seeds that other claims have run with its arms do not count then. Before, its verdict
-         stands with "so far". What is undecided in the end, where the paper prints less than half a
-         point and the interval contains that, is "too small to tell here".
-Holm     A claim's p-value is the largest of its rules (two-sided t tests). Finished claims that
-         hold also after Holm's correction for all claims of their paper are marked; claims that
-         have not run count with p = 1.
+Rules    PAGE below, the same text as docs/CLAIMS.md#rules.
 """
 
 import concurrent.futures
@@ -59,7 +42,6 @@ from benchmark.claim_list import (
     FIRST_SEED,
     LEAGUE_NAMES,
     REGIMES,
-    WITHOUT_TEACHER,
     WORDS,
     Rule,
 )
@@ -68,6 +50,13 @@ PAPERS = {
     1: "noisy collaboration",
     2: "robust distillation",
     3: "distillation in an adversarial context",
+}
+SOURCES = {
+    1: "Arani, Sarfraz and Zonooz 2019, [arXiv 1910.05057v1](https://arxiv.org/abs/1910.05057v1).",
+    2: "Maroto, Ortiz-Jimenez and Frossard, in the text of 2023 of "
+    "[On the benefits of knowledge distillation for adversarial robustness]"
+    "(https://arxiv.org/abs/2203.07159).",
+    3: "Zhang, Zhuo and Kuo, manuscript, Duke University.",
 }
 # Said of all claims of a paper
 NOTES = {
@@ -211,7 +200,9 @@ def read_results(folder):
     for arm, command in ARMS.items():
         path = Path(folder) / f"{arm}.json"
         record = common.read_json(path)
-        if record is not None and not (isinstance(record, dict) and "command" in record):
+        if record is not None and not (
+            isinstance(record, dict) and {"command", "runs"} <= {*record}
+        ):
             raise common.UserError(f"{path}: no results of an arm; delete it")
         same = record is not None and record["command"] == command
         results[arm] = {int(s): run for s, run in record["runs"].items()} if same else {}
@@ -314,7 +305,7 @@ def judge(results, claim):
     if set(verdicts) == {"holds"}:
         return "holds", p
     if claim.paper_effect is not None and is_finished(results, claim):
-        unclear = [e for verdict, e in zip(verdicts, effects) if verdict == "undecided"]
+        unclear = [e for verdict, e in zip(verdicts, effects) if verdict != "holds"]
         if all(effect.low <= claim.paper_effect <= effect.high for effect in unclear):
             return "too small to tell here", p
     return "undecided", p
@@ -392,6 +383,11 @@ def words_of(arm, seed):
     return shlex.split(ARMS[arm].replace("SEED", str(seed)))
 
 
+def in_project(data):
+    """--data of an arm, whose commands run in the project's folder: a path there, or a name."""
+    return str(ROOT / data) if (ROOT / data).exists() else data
+
+
 def run_arm(arm, seed, args):
     """Train and evaluate an arm with a seed -> what its results keep of the run."""
     began = time.monotonic()
@@ -412,7 +408,7 @@ def run_arm(arm, seed, args):
             files[net] = folder / row["file"]
             nets[net] |= numbers_of_training(files[net])
     if script == "fickle_teacher.py" and "teacher" in files:
-        data = common.load_data(config["flags"]["data"], test_subset=AUTOATTACK_IMAGES)
+        data = common.load_data(in_project(config["flags"]["data"]), test_subset=AUTOATTACK_IMAGES)
         nets["teacher"]["varies"] = share_that_varies(files["teacher"], data)
     attacks = ["clean", "calibration"]
     if nets_compared_by(arm, "robust_acc"):
@@ -667,6 +663,8 @@ def rule_rows(results, claim):
                 elif kind == "beside":
                     words = {"holds": "above", "contradicted": "below"}
                     verdict = words.get(verdict, "no difference shown")
+                    if verdict == "no difference shown" and not effect.low <= 0 <= effect.high:
+                        verdict = "a difference too small to count"
             if kind == "gate" and claim.first_seed == FIRST_SEED and rule not in FIRST_GATES:
                 role = "gate, added later"
             rows.append(
@@ -690,7 +688,7 @@ def markdown(rows):
 
 
 def list_rows(results):
-    """Rows of --list: all claims, their state, and what is left for one worker."""
+    """Rows of --list: all claims, their state, and what is left, in minutes of one worker."""
     rows = []
     for name, (verdict, corrected) in judge_all(results).items():
         claim = CLAIMS[name]
@@ -712,15 +710,18 @@ def list_rows(results):
 
 
 def left_text(results, jobs):
-    """How many runs are left, and their minutes where each arm has run before."""
+    """How many runs are left, and their minutes; how many are of arms that have not run before."""
     if not jobs:
         return "-"
-    minutes = []
+    minutes, unknown = 0, 0
     for arm, _ in jobs:
         measured = [run["minutes"] for run in results[arm].values()]
-        minutes.append(mean(measured) if measured else None)
-    text = f"{len(jobs)} runs"
-    return text if None in minutes else f"{text}, {sum(minutes):.0f} min"
+        if measured:
+            minutes += mean(measured)
+        else:
+            unknown += 1
+    text = f"{len(jobs)} runs, {minutes:.0f} min"
+    return f"{text} + {unknown} runs not timed" if unknown else text
 
 
 def verdict_text(results, claim, verdict, corrected):
@@ -729,7 +730,7 @@ def verdict_text(results, claim, verdict, corrected):
         verdict += " so far"
     verdict = f"{verdict} (Holm)" if corrected else verdict
     if claim.earlier_verdict:
-        verdict += f"; design before: {claim.earlier_verdict}"
+        verdict += f" (design before: {claim.earlier_verdict})"
     return verdict
 
 
@@ -744,32 +745,19 @@ def show(name, results):
     print(f"\n{name}: {verdict_text(results, claim, *judged)}", flush=True)
 
 
-def teacher_rows(results):
-    """Rows of "Does it take a teacher?": every arm without one beside the arm with a teacher."""
-    rows = []
-    for regime, (taught, others) in WITHOUT_TEACHER.items():
-        for name in (taught, *others):
-            seeds = results[split(name)[0]]
-            seeds = [s for s in seeds if value(results, name, "robust_acc", s) is not None]
-            if not seeds:
-                continue
-            row = {"regime": regime, "arm": name}
-            for metric in ("clean_acc", "pgd20_acc", "robust_acc"):
-                numbers = [value(results, name, metric, seed) for seed in seeds]
-                row[METRIC_TITLES[metric]] = percent(mean(numbers))
-            row["seeds"] = len(seeds)
-            for metric in ("robust_acc", "clean_acc"):
-                title = f"AKD+ above it, {METRIC_TITLES[metric]}"
-                differences = []
-                for seed in seeds:
-                    with_teacher = value(results, taught, metric, seed)
-                    if name != taught and with_teacher is not None:
-                        differences.append(with_teacher - value(results, name, metric, seed))
-                row[title] = "-"
-                if len(differences) > 1:
-                    row[title] = effect_text(Rule(metric, taught, name), effect_of(differences))
-            rows.append(row)
-    return rows
+def command_rows():
+    """Rows of the table of arms: what the figures call each, and its command."""
+    rules = [rule for claim in CLAIMS.values() for rule in rules_of(claim)]
+    used = {split(name)[0] for rule in rules for name in names_in(rule)}
+    return [
+        {
+            "arm": f"`{arm}`",
+            "in the figure": WORDS.get(arm, "-"),
+            "command": f"`python {shlex.join(words_of(arm, FIRST_SEED))} --seed {FIRST_SEED}`",
+        }
+        for arm in ARMS
+        if arm in used
+    ]
 
 
 def regime_curves(results):
@@ -786,24 +774,23 @@ def regime_curves(results):
 
 def counts_text(results, judged):
     """How many claims have which verdict, and what to think of those that hold."""
-    parts, open_ones = [], 0
+    counts = Counter()
+    for name, (verdict, _) in judged.items():
+        so_far = verdict != "not run" and not is_finished(results, CLAIMS[name])
+        counts[verdict, so_far] += 1
+    parts = []
     for verdict in VERDICTS:
-        names = [name for name in judged if judged[name][0] == verdict]
-        if not names:
-            continue
-        part = f"{len(names)} {'hold' if verdict == 'holds' else verdict}"
-        so_far = sum(not is_finished(results, CLAIMS[name]) for name in names)
-        if verdict != "not run" and so_far:
-            open_ones += so_far
-            part += " so far" if so_far == len(names) else f" ({so_far} of them so far)"
-        parts.append(part)
-    text = f"Verdicts on {len(judged)} claims: {', '.join(parts)}."
-    if open_ones:
-        text += " So far: more seeds may change it."
+        for so_far in (False, True):
+            if counts[verdict, so_far]:
+                words = "hold" if verdict == "holds" else verdict
+                parts.append(f"{counts[verdict, so_far]} {words}{' so far' if so_far else ''}")
+    text = (
+        f"Verdicts on {len(judged)} claims: {', '.join(parts)}. So far: more seeds may change it."
+    )
     holding = [CLAIMS[name] for name in judged if judged[name][0] == "holds"]
     smoothing = sum(claim.smoothing_suffices for claim in holding)
     if smoothing:
-        text += f" {smoothing} of those that hold might be passed by a smoothing of the labels too."
+        text += f" Label smoothing without a teacher might pass the rules of {smoothing} that hold."
     return text
 
 
@@ -812,8 +799,8 @@ def designs_text(judged):
     text = ""
     corrected = sum(also for _, also in judged.values())
     if corrected:
-        text += f"{corrected} of the claims that hold are finished and also do after Holm's "
-        text += "correction within their paper. "
+        text += f"{corrected} claims are finished and hold also after Holm's correction within "
+        text += "their paper. "
     earlier = Counter(claim.earlier_verdict for claim in CLAIMS.values() if claim.earlier_verdict)
     if earlier:
         came_out = ", ".join(f"{count} {verdict}" for verdict, count in sorted(earlier.items()))
@@ -823,29 +810,30 @@ def designs_text(judged):
 
 
 def readme_text(results, judged):
-    """The paragraph of the README: what the main claim came to, and how many hold."""
+    """The part of the README: how many claims hold, and a table of the main one."""
     text = (
         "**Do the papers' claims hold?** Tested with small nets, paired seeds and strong attacks. "
+        f"{counts_text(results, judged)} [All claims](docs/CLAIMS.md). The main one, beside two "
+        "rivals without a teacher, as points above AT with 95 % intervals:"
     )
-
-    def gains(claim, arm, rival):
-        """Robust and clean accuracy of an arm minus those of its rival, in points."""
-        rules = [Rule(metric, arm, rival) for metric in ("robust_acc", "clean_acc")]
-        return " and ".join(effect_text(rule, measure(results, rule, claim)) for rule in rules)
-
-    claim = CLAIMS.get("robust-distillation")
-    if claim and seeds_of(results, claim):
-        text += "In an MLP the distilled student gains over adversarial training "
-        text += f"{gains(claim, 'akd+0.8', 'at')} points of robust and clean accuracy [95 %]; "
-        text += f"without a teacher, stopping at the best epoch {gains(claim, 'at@best', 'at')}, "
-        text += f"label smoothing {gains(claim, 'at-smooth-0.5', 'at')}. "
-    claim = CLAIMS.get("convolutional")
-    if claim and seeds_of(results, claim):
-        text += f"In a narrow ResNet-18: {gains(claim, 'conv-akd+0.8', 'conv-at')}; "
-        text += f"{gains(claim, 'conv-at@best', 'conv-at')}; "
-        text += f"{gains(claim, 'conv-at-smooth-0.5', 'conv-at')}. "
-    text += f"{counts_text(results, judged)} [All claims](docs/CLAIMS.md)."
-    return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
+    gains = {
+        "student of a robust teacher (AKD+)": "akd+0.8",
+        "AT, stopped at its best epoch": "at@best",
+        "AT with label smoothing": "at-smooth-0.5",
+    }
+    rows = [{"": title} for title in gains]
+    nets = {"robust-distillation": ("MLP", ""), "convolutional": ("narrow ResNet-18", "conv-")}
+    for name, (net, prefix) in nets.items():
+        claim = CLAIMS.get(name)
+        if claim is None or not seeds_of(results, claim):
+            continue
+        for row, arm in zip(rows, gains.values()):
+            for metric in ("robust_acc", "clean_acc"):
+                rule = Rule(metric, f"{prefix}{arm}", f"{prefix}at")
+                effect = effect_text(rule, measure(results, rule, claim))
+                row[f"{net}, {METRIC_TITLES[metric]}"] = effect
+    text = textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
+    return f"{text}\n\n{markdown(rows)}"
 
 
 def claim_section(name, results, judged):
@@ -859,7 +847,7 @@ def claim_section(name, results, judged):
     lines += [f"> {claim.quote}", f"> (paper {claim.paper}, {claim.source})", ""]
     lines.append(f"Printed there: {claim.printed}. Mechanism: {claim.mechanism}")
     if claim.smoothing_suffices:
-        lines.append("A mere smoothing of the labels might pass these rules too.")
+        lines.append("Label smoothing without a teacher might pass these rules too.")
     seeds = len(seeds_of(results, claim))
     lines += ["", f"`python benchmark/claims.py {name}`, {seeds} seeds:", ""]
     arms = arm_rows(results, claim)
@@ -883,15 +871,15 @@ def overview_rows(results, judged, paper):
             continue
         effects = []
         for rule in claim.rules:
-            title = METRIC_TITLES[metric_of(rule)]
-            effects.append(f"{title} {effect_text(rule, measure(results, rule, claim))}")
+            effect = effect_text(rule, measure(results, rule, claim))
+            effects.append(f"{rule_text(rule, in_words)}: **{effect}**")
         rows.append(
             {
                 "claim": f"[{claim.title}](#{anchor(claim.title)})",
                 "in the paper": claim.printed,
-                "here": "; ".join(effects),
+                "here": "<br>".join(effects),
                 "seeds": len(seeds_of(results, claim)),
-                "verdict": f"**{verdict_text(results, claim, *judged[name])}**",
+                "verdict": verdict_text(results, claim, *judged[name]),
             }
         )
     return rows
@@ -903,15 +891,19 @@ PAGE = """# What the papers claim, tested with small nets
 
 A verdict says whether the direction of a claim appears, by at least what its rule asks for, where
 its mechanism is present. It reproduces no number of a paper: the nets and data of the papers are
-larger. Two claims about MNIST are the exception; they have those of the third paper.
+larger, except for the two claims about MNIST of paper 3.
 
-{figure}{tables}Here: the mean difference between the arms of each deciding rule in points, and its
-95 % interval. Not tested: signal noise and swapped logits in the teacher, and a large net that
-learns from a small one (Re-KD: 95.29 -> 95.46). Twenty runs of these nets cannot tell effects of a
-few tenths of a point from zero. Nor are self-distillation's exits, of which the paper prints no
-number.
+{figure}*So far*: more seeds may change it. *(Holm)*: holds also after a correction for testing many
+claims. *Regime absent*: the mechanism of the claim does not act in this small net, so nothing was
+tested.
 
-One command tests one claim on a laptop, and `make claims` all of them:
+{tables}Here: the mean difference between two arms (commands) for each rule that decides, in points,
+and its 95 % interval. Not tested: signal noise, swapped logits, self-distillation's exits (no
+number in the paper), and a large net that learns from a small one (Re-KD: 95.29 -> 95.46, too small
+for twenty runs of these nets to tell from zero).
+
+One command tests one claim on a laptop, and `make claims` all of them ({hours:.0f} hours of one
+core for what is here; `--list` says what is left). To cite this page, name the commit.
 
 ```
 python benchmark/prepare.py cifar10-16     # makes data/cifar10-16.npz from CIFAR-10
@@ -932,7 +924,7 @@ of `benchmark/claims/`. {designs}
 - A **regime** is a net with its data and its training; an **arm** is one command in it; a
   **gate** is a rule that shows that the mechanism of a claim acts in the regime at all; at a
   **look** the verdict is taken from the seeds so far; **Holm**'s correction is for many claims: of
-  20 that are all false, one would seem to hold.
+  many that are all false, some would seem to hold by chance.
 - All arms have the seeds 10, 11, ... (smaller seeds were used to find the
   settings), or later ones where a first design was changed. A claim is looked at after 5, 10, 15
   and 20 seeds. It is finished at the first look at which the intervals of all its rules are at most
@@ -959,10 +951,10 @@ of `benchmark/claims/`. {designs}
   before (simulated).
 - Robust: what APGD-CE and then targeted APGD leave of 1,000 test images, or, in runs of before
   30 November 2026, all of AutoAttack ([the league](LEAGUE.md) says how many images the rest of it
-  breaks); the same images for all arms, in float32, at
-  the radius of the training (8/255; 0.031 in the first paper). Clean and PGD-20 with one start: the
-  test images of the run (4,000 of the 10,000; 2,000 for arms `conv-`; all of MNIST).
-  In the tables of arms ± is the standard deviation over the seeds.
+  breaks); the same images for all arms, in float32, at 8/255 (0.031 in the first paper). Clean
+  and PGD-20 with one start: the test images of the run (4,000 of the 10,000; 2,000 for arms
+  `conv-`; all of MNIST). In the tables of arms ± is the standard deviation over the
+  seeds.
 - The training images are one fixed choice: the intervals cover what the seed draws, not other data.
 
 ## Regimes
@@ -977,16 +969,13 @@ of `benchmark/claims/`. {designs}
 - MNIST with the nets of the third paper.
 - ResNet-18 at 1/8 of its width on 4,000 images of 16x16, clean, without augmentation (Tf-KD).
 
-{curves}## Does it take a teacher?
+{curves}<details><summary>All arms and their commands, for one seed</summary>
 
-What a reader asks first: whether adversarial training without a teacher can do the same, stopped at
-its best epoch on held-out images (`@best`), with label smoothing, with the mean of its weights
-(EMA), with AWP, or with the computing time of teacher and student (`at-long`). Differences with the
-same seed, in points, with their 95 % interval: where it contains 0, no difference to AKD+ is shown;
-where it lies below 0, the net without a teacher is better. `at-narrow` has 32 units a layer, the
-others have 512.
+{arms}
 
-{without_teacher}
+</details>
+
+Does it take a teacher at all? [The league](LEAGUE.md) has the rivals without one.
 
 {sections}"""
 
@@ -1014,11 +1003,13 @@ def write_page(args, results):
         figure += "\n\n"
     sections, tables = [], ""
     for paper, title in PAPERS.items():
-        note = f"{NOTES[paper]}\n\n" if paper in NOTES else ""
-        sections.append(f"## Paper {paper}: {title}\n\n{note}".rstrip() + "\n")
+        sections.append(f"## Paper {paper}: {title}\n")
         rows = overview_rows(results, judged, paper)
         if rows:
-            tables += f"**Paper {paper}: {title}**\n\n{markdown(rows)}\n\n{note}"
+            tables += (
+                f"**Paper {paper}: {title}.** {SOURCES[paper]} {NOTES.get(paper, '')}".rstrip()
+            )
+            tables += f"\n\n{markdown(rows)}\n\n"
         for name, claim in CLAIMS.items():
             if claim.paper == paper:
                 sections.append(claim_section(name, results, judged))
@@ -1029,13 +1020,13 @@ def write_page(args, results):
         text += "the seeds"
         curves = figure_link(drawn, docs / "regimes.png", text)
         curves += f"{text}: what a regime is chosen for.\n\n"
-    without_teacher = teacher_rows(results)
     text = PAGE.format(
         counts=counts_text(results, judged),
         designs=designs_text(judged),
+        arms=markdown(command_rows()) if CLAIMS else "",
         curves=curves,
-        without_teacher=markdown(without_teacher) if without_teacher else "Not run yet.",
         figure=figure,
+        hours=sum(run["minutes"] for runs in results.values() for run in runs.values()) / 60,
         tables=tables,
         sections="\n".join(sections),
     )

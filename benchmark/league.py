@@ -416,9 +416,8 @@ def readme_text(results):
     """The part of the README: the picture, and the frontier of each regime."""
     begin = (
         f"**Which method?** The [league](docs/LEAGUE.md) compares {len(METHODS)} methods and "
-        "stopping rules, up to 2025, in two small nets, on the same images for the same epochs. "
-        "AT is adversarial training; robust: still right after APGD, a strong attack within "
-        "8/255; EMA: a moving average of the weights; on the frontier: no other is better in both "
+        "stopping rules, up to 2025, in two small nets. Robust: still right after APGD, a strong "
+        "attack; EMA: moving average of the weights; on the frontier: no other is better in both "
         "numbers. The lead of the most robust is overstated: it was picked for being highest."
     )
     items = []
@@ -666,7 +665,7 @@ def write_page(args, results):
     """Write docs/LEAGUE.md and its figures; a UserError if runs are missing."""
     missing = missing_runs(results)
     if missing:
-        raise common.UserError(f"{len(missing)} runs are missing; python benchmark/league.py run")
+        raise common.UserError(f"{len(missing)} runs are missing; `league.py run` runs them")
     docs = Path(args.docs)
     figure, teacher_figure = draw(results, docs)
     regimes = ""

@@ -315,7 +315,7 @@ def small(monkeypatch, tmp_path):
     for name, value in changes.items():
         monkeypatch.setattr(league, name, value)
     monkeypatch.setattr(claims, "ARMS", SMALL)
-    for name in ("CLAIMS", "REGIMES", "WITHOUT_TEACHER"):
+    for name in ("CLAIMS", "REGIMES"):
         monkeypatch.setattr(claims, name, {})
     monkeypatch.setattr(claims, "LEAGUE_NAMES", {*SMALL, "at@best"})
     called = []
