@@ -225,12 +225,13 @@ class HelpLayout(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are a UserError."""
 
-    def __init__(self, doc: str):
+    def __init__(self, doc: str, **options):
         super().__init__(
             usage="python %(prog)s [flags]",
             description=doc,
             formatter_class=HelpLayout,
             allow_abbrev=False,
+            **options,
         )
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:

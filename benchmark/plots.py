@@ -1,7 +1,6 @@
-"""All figures: learning curves of runs, gradients, trajectories, claims.
+"""Figures: learning curves of runs, gradients, trajectories; those of the claims and the league.
 
-Usage    python benchmark/plots.py curves RUN RUN ... --labels AT AT AKD --out curves.png
-         python benchmark/plots.py curves AT=runs/robust_kd/at-s0 AKD=runs/robust_kd/akd-s0
+Usage    python benchmark/plots.py curves AT=runs/robust_kd/at-s0 AKD=runs/robust_kd/akd-s0
          python teacher_free_kd.py --method tf-kd-self --grad-heatmap
          python benchmark/plots.py gradients RUN/gradients.npz RUN/gradients.npz --out both.png
          python robust_kd.py --loss akd --save-every 1 --data data/planes-cars.npz --name a
@@ -35,40 +34,30 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from benchmark import trajectories
-from benchmark.commands import add_command, add_commands
 
 NO_MATPLOTLIB = "no figure: matplotlib is not installed; pip install matplotlib"
-IMAGE_COLUMNS, IMAGE_CLASSES = 8, 10  # of images.png: images beside each other, classes at most
+# Of images.png: images of each class at each end, images beside each other, classes at most
+EXTREME_IMAGES, IMAGE_COLUMNS, IMAGE_CLASSES = 32, 8, 10
 RANK = "test images, easiest to hardest"  # of the horizontal axes
 
 
 def parse_args(argv=None):
     """The figure and its flags as a namespace; raises UserError."""
     parser = common.Parser(__doc__)
-    figures = add_commands(parser, "figure")
-    add = add_command(figures, "curves", "learning curves of several runs")
+    jobs = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE", prog=parser.prog)
+    text = "learning curves of several runs"
+    add = jobs.add_parser("curves", doc=text, help=text).add_argument
     add("runs", nargs="+", metavar="[LABEL=]RUN", help="folder of a run, perhaps with its label")
-    add("--labels", nargs="+", metavar="LABEL", help="one label for each RUN, some may be equal")
     add("--out", default="curves.png", metavar="FILE.png", help="file of the figure")
-    add = add_command(figures, "gradients", "heat map of the mean gradient of each layer")
+    text = "heat map of the mean gradient of each layer"
+    add = jobs.add_parser("gradients", doc=text, help=text).add_argument
     add("files", nargs="+", metavar="FILE.npz", help="file written by --grad-heatmap")
     add("--out", metavar="FILE.png", help="file of the figure (default: beside the first FILE)")
-    add = add_command(figures, "trajectories", "what each epoch made of each image")
+    text = "what each epoch made of each image"
+    add = jobs.add_parser("trajectories", doc=text, help=text).add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run of robust_kd.py --save-every 1")
     add("--labels", nargs="+", metavar="LABEL", help="one for each RUN (default: folder names)")
     add("--teacher", metavar="FILE", help="net to compare with (default: the run's own teacher)")
-    add("--difficulty-of", metavar="FILE", help="net that ranks the images (default: the teacher)")
-    add(
-        "--window",
-        type=common.whole,
-        help="images in the running mean (default: a twentieth of all)",
-    )
-    add(
-        "--images",
-        type=common.whole_or_0,
-        default=32,
-        help="images to show of each class, at each end",
-    )
     add("--data-root", default="data", help="folder with the data set of the runs")
     add("--out", metavar="FOLDER", help="output folder (default: trajectories in the first RUN)")
     args = parser.parse_args(argv)
@@ -76,7 +65,7 @@ def parse_args(argv=None):
     if is_file and args.out and Path(args.out).suffix != ".png":
         parser.error(f"--out: expected FILE.png, got {args.out}")
     if args.figure == "curves":
-        set_labels(args, parser.error)
+        set_labels(args)
     if args.figure == "trajectories":
         args.labels = args.labels or [Path(run).resolve().name for run in args.runs]
         if len(args.labels) != len(args.runs) or len(set(args.labels)) < len(args.labels):
@@ -84,23 +73,21 @@ def parse_args(argv=None):
     return args
 
 
-def set_labels(args, error):
-    """args.runs and args.labels of `curves`, from [LABEL=]RUN and --labels.
+def set_labels(args):
+    """args.runs and args.labels of `curves`, from [LABEL=]RUN.
 
     The name of a run may hold "=" too: the text after the label must be a folder.
     """
-    labels, runs = [], []
+    args.labels, runs = [], []
     for text in args.runs:
         label, run = re.sub(r"-s\d+$", "", Path(text).resolve().name), text
         for place in [match.start() for match in re.finditer("=", text)]:
             if not Path(text).is_dir() and Path(text[place + 1 :]).is_dir():
                 label, run = text[:place], text[place + 1 :]
                 break
-        labels.append(label)
+        args.labels.append(label)
         runs.append(run)
-    if args.labels and len(args.labels) != len(runs):
-        error(f"--labels: expected {len(runs)}, one for each RUN, got {len(args.labels)}")
-    args.labels, args.runs = args.labels or labels, runs
+    args.runs = runs
 
 
 # ------------------------------------------------------------------------------------------------
@@ -147,27 +134,45 @@ def best_epoch(curves):
 
 def draw_curves(path, groups):
     """Write the learning curves of `group_curves`; False without matplotlib."""
-    panels = {"clean": {}, "under PGD": {}}  # title -> {label: name of the metric}
+    panels, stars = {"clean": {}, "under PGD": {}}, {}
     for label, curves in groups.items():
-        for name in curves:
-            title = "clean" if name == "val_clean_acc" else "under PGD"
-            panels[title][label] = name
-    panels = {title: names for title, names in panels.items() if names}
-    figure = common.new_figure(4 * len(panels), 3.4)
+        stars[label] = best_epoch(curves)
+        for name, values in curves.items():
+            panels["clean" if name == "val_clean_acc" else "under PGD"][label] = values
+    panels = {title: lines for title, lines in panels.items() if lines}
+    return draw_panels(path, panels, common.new_figure(4 * len(panels), 3.4), 1, stars)
+
+
+def draw_regimes(path, panels):
+    """Write {title: {label: accuracies (runs, epochs)}} of benchmark/claims.py, a panel each.
+
+    False without matplotlib.
+    """
+    return draw_panels(path, panels, common.new_figure(10, 6), 2)
+
+
+def draw_panels(path, panels, figure, rows, stars=()):
+    """Write {title: {label: accuracies (runs, epochs)}}, a panel each; False without a figure.
+
+    stars: {label: the epoch, from 0, that is marked}.
+    """
     if figure is None:
         return False
-    colours = {label: common.COLOURS[i % len(common.COLOURS)] for i, label in enumerate(groups)}
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (title, names) in zip(axes, panels.items()):
-        for label, name in names.items():
-            values, best = groups[label][name], best_epoch(groups[label])
-            draw_band(axis, values, label, colours[label])
-            axis.plot(
-                best + 1, 100 * values.mean(0)[best], "*", color=colours[label], markersize=12
-            )
+    axes = figure.subplots(rows, math.ceil(len(panels) / rows), squeeze=False).ravel()
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    for axis, (title, lines) in zip(axes, panels.items()):
+        for label, values in lines.items():
+            colour = common.COLOURS[labels.index(label) % len(common.COLOURS)]
+            draw_band(axis, values, label, colour)
+            if label in stars:
+                best = stars[label]
+                best_acc = 100 * values.mean(0)[best]
+                axis.plot(best + 1, best_acc, "*", color=colour, markersize=12)
         axis.set(xlabel="epoch", ylabel="held-out accuracy, %", title=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[0].legend(title="star: best epoch", title_fontsize=8)
+        axis.legend(title="star: best epoch" if stars else None, title_fontsize=8)
     common.save_figure(figure, path)
     return True
 
@@ -223,30 +228,38 @@ def read_gradients(path):
 
 
 def gradient_lines(gradients):
-    """{"net, epoch e, stage s": {layer of the stage: mean |gradient|}}, a line of the heat map."""
+    """{net: {"epoch e, stage s": {layer of the stage: mean |gradient|}}}: lines of heat maps."""
     lines = {}
     for net, parts in gradients.items():
+        lines[net] = {}
         for epoch, means in zip(parts["epochs"], parts["means"]):
             for layer, mean in zip(parts["layers"], means):
                 stage, name = layer[0], layer[2:]
-                lines.setdefault(f"{net}, epoch {epoch}, stage {stage}", {})[name] = mean
+                lines[net].setdefault(f"epoch {epoch}, stage {stage}", {})[name] = mean
     return lines
 
 
 def draw_gradients(path, lines):
-    """Write the heat map of `gradient_lines`; False without matplotlib."""
-    names = {name for line in lines.values() for name in line}
+    """Write the heat maps of `gradient_lines`, a panel for each net; False without matplotlib."""
+    names = {name for of_net in lines.values() for line in of_net.values() for name in line}
     columns = sorted(names, key=lambda name: (len(name), name))  # 1, ..., 10, ..., shortcut
-    figure = common.new_figure(4 + 0.6 * len(columns), 1.2 + 0.2 * len(lines))
+    most = max(len(of_net) for of_net in lines.values())
+    figure = common.new_figure(2 + (1.5 + 0.5 * len(columns)) * len(lines), 1.2 + 0.25 * most)
     if figure is None:
         return False
-    cells = [[line.get(column, math.nan) for column in columns] for line in lines.values()]
-    axis = figure.subplots()
-    image = axis.imshow(cells, norm="log", aspect="auto")
-    figure.colorbar(image, label="mean |dL/dW|")
-    axis.grid(False)
-    axis.set(xlabel="layer of the stage", xticks=range(len(columns)), xticklabels=columns)
-    axis.set(yticks=range(len(lines)), yticklabels=lines)
+    cells = {
+        net: np.array([[line.get(name, math.nan) for name in columns] for line in of_net.values()])
+        for net, of_net in lines.items()
+    }
+    low = min(np.nanmin(values) for values in cells.values())
+    high = max(np.nanmax(values) for values in cells.values())
+    axes = figure.subplots(1, len(lines), squeeze=False)[0]
+    for axis, (net, values) in zip(axes, cells.items()):
+        image = axis.imshow(values, norm="log", aspect="auto", clim=(low, high))
+        axis.grid(False)
+        axis.set(xlabel="layer of the stage", xticks=range(len(columns)), xticklabels=columns)
+        axis.set(title=net, yticks=range(len(values)), yticklabels=lines[net])
+    figure.colorbar(image, ax=axes, label="mean |dL/dW|")
     common.save_figure(figure, path)
     return True
 
@@ -264,8 +277,10 @@ def plot_gradients(args):
             gradients[name] = parts
     lines = gradient_lines(gradients)
     rows = []
-    for name, line in lines.items():
-        rows.append({"row": name} | {layer: f"{mean:.1e}" for layer, mean in line.items()})
+    for net, of_net in lines.items():
+        for name, line in of_net.items():
+            means = {layer: f"{mean:.1e}" for layer, mean in line.items()}
+            rows.append({"row": f"{net}, {name}"} | means)
     print(f"\nmean |gradient|\n{common.table(rows)}", flush=True)
     path = Path(args.out or args.files[0]).with_suffix(".png")
     drawn = draw_gradients(path, lines)
@@ -279,9 +294,9 @@ def plot_gradients(args):
 def draw_trajectories_of_run(figure, label, numbers, window):
     """Figures 6, 7, 10 (13 to 15): cosine, p_T and p_S - p_T of each image, by difficulty."""
     titles = {
-        "cosine": "cosine of $p_S(x)$ and $p_T(x)$",
-        "teacher": "$p_{T,K}(x)$ of the teacher",
-        "change": "$p_{S,K}(x) - p_{T,K}(x)$",
+        "cosine": "agreement of student and teacher (cosine over epochs)",
+        "teacher": "teacher: probability of the right class",
+        "change": "student's probability minus teacher's",
     }
     axes = figure.subplots(len(numbers), len(titles), sharex=True, sharey="col")
     for line, (kind, values) in zip(axes, numbers.items()):
@@ -328,7 +343,7 @@ def draw_changes(axis, runs, kind, window):
             colour = common.COLOURS[i % len(common.COLOURS)]
             axis.plot(range(1, len(y) + 1), y, color=colour, label=run["label"])
     axis.axhline(0, color="black", linewidth=0.6)
-    axis.set(title=f"$p_{{S,K}} - p_{{T,K}}$, {kind} images", xlabel=RANK)
+    axis.set(title=f"student's probability minus teacher's, {kind} images", xlabel=RANK)
     axis.legend()
 
 
@@ -373,13 +388,12 @@ def draw_trajectories(folder, runs, window, data, extreme_images):
         draw_entropies(axes[0], runs)
     else:
         draw_entropies(figure.subplots(), runs)
-    if extreme_images:
-        shown = extreme_images[:IMAGE_CLASSES]
-        most = max(len(indices) for ends in shown for indices in ends.values())
-        height = 0.3 + len(shown) * (0.3 + 0.6 * math.ceil(most / IMAGE_COLUMNS))
-        figures["images.png"] = figure = common.new_figure(10, height)
-        draw_extreme_images(figure, data, shown)
-        figure.suptitle(f"training images by difficulty for {runs[0]['ranked_by']}", fontsize=11)
+    shown = extreme_images[:IMAGE_CLASSES]
+    most = max(len(indices) for ends in shown for indices in ends.values())
+    height = 0.3 + len(shown) * (0.3 + 0.6 * math.ceil(most / IMAGE_COLUMNS))
+    figures["images.png"] = figure = common.new_figure(10, height)
+    draw_extreme_images(figure, data, shown)
+    figure.suptitle(f"training images by difficulty for {runs[0]['ranked_by']}", fontsize=11)
     for name, figure in figures.items():
         common.save_figure(figure, folder / name)
     return [folder / name for name in figures]
@@ -392,45 +406,23 @@ def plot_trajectories(args):
         runs.append(trajectories.find_run(folder, label, args.data_root))
     trajectories.check_same_images(runs)
     for run in runs:
-        trajectories.compute(run, args.teacher, args.difficulty_of)
-    data, extreme_images = runs[0]["data"], []
-    if args.images:
-        score = trajectories.difficulty(runs[0]["ranking"]["train"])
-        extreme_images = trajectories.extremes(score, data.y_train.cpu().numpy(), args.images)
-    window = args.window or max(runs[0]["student"]["test"].shape[1] // 20, 1)
+        trajectories.compute(run, args.teacher)
+    data = runs[0]["data"]
+    score = trajectories.difficulty(runs[0]["ranking"]["train"])
+    extreme_images = trajectories.extremes(score, data.y_train.cpu().numpy(), EXTREME_IMAGES)
+    window = max(runs[0]["student"]["test"].shape[1] // 20, 1)
     trajectories.show(runs)
     folder = Path(args.out or runs[0]["folder"] / "trajectories")
     path = folder / "trajectories.json"
     common.write_json(
         path,
-        trajectories.to_record(runs, window, extreme_images, args.difficulty_of, args.teacher),
+        trajectories.to_record(runs, window, extreme_images, args.teacher),
     )
     print("\nwritten:", path, *draw_trajectories(folder, runs, window, data, extreme_images))
 
 
 # ------------------------------------------------------------------------------------------------
 # Claims
-
-
-def draw_regimes(path, panels):
-    """Write {title: {label: accuracies (runs, epochs)}} of benchmark/claims.py, a panel each.
-
-    False without matplotlib.
-    """
-    figure = common.new_figure(10, 6)
-    if figure is None:
-        return False
-    axes = figure.subplots(2, (len(panels) + 1) // 2, squeeze=False).ravel()
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (title, lines) in zip(axes, panels.items()):
-        for (label, values), colour in zip(lines.items(), common.COLOURS):
-            draw_band(axis, values, label, colour)
-        axis.set(xlabel="epoch", ylabel="held-out accuracy, %", title=title)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend()
-    common.save_figure(figure, path)
-    return True
 
 
 def draw_forest(path, groups):

@@ -50,7 +50,6 @@ import robust_kd
 import soft_randomization
 import teacher_free_kd
 from benchmark import ROOT
-from benchmark.commands import add_command, add_commands
 
 EPS, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 7  # of the attack in training
 
@@ -86,10 +85,11 @@ PAGE_COLUMNS = (
 def parse_args(argv=None):
     """The job and its flags as a namespace; raises UserError."""
     parser = common.Parser(__doc__)
-    jobs = add_commands(parser, "job")
+    jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB", prog=parser.prog)
     devices = ["auto", "cpu", "cuda"]
 
-    add = add_command(jobs, "gpu", "what to run first on a new GPU")
+    text = "what to run first on a new GPU"
+    add = jobs.add_parser("gpu", doc=text, help=text).add_argument
     add(
         "--minutes", type=common.positive, default=10.0, help="time after which nothing more begins"
     )
@@ -99,7 +99,8 @@ def parse_args(argv=None):
     add("--small", action="store_true", help="tiny nets and few images, to try the program itself")
     add("--out", default="runs/gpu.jsonl", help="file of the results, one JSON object a line")
 
-    add = add_command(jobs, "ladder", "what each trick is worth for a training step")
+    text = "what each trick is worth for a training step"
+    add = jobs.add_parser("ladder", doc=text, help=text).add_argument
     add("--loss", default="at", choices=["st", "at", "ckd", "akd+"], help="loss of the student")
     add("--model", default="wrn-10-1", help="net that is trained")
     add("--teacher-model", default="wrn-16-1", help="net of the teacher, for ckd and akd+")
@@ -567,7 +568,7 @@ def stop_and_resume(args, folder):
     for name in ("stopped", "whole"):
         digests.append(common.weights_digest(folder / f"robust_kd/{name}-s0/student.pt"))
     same = digests[0] == digests[1]
-    return {"killed_after_epoch": epochs, "same_weights": same, "ok": same and epochs == 1}
+    return {"killed_after_epoch": epochs, "same_weights": same, "ok": same and epochs >= 1}
 
 
 def attack_student(data, path, args):
@@ -608,26 +609,31 @@ def check_gpu(args):
     runs = Path(folder.name)
     student = runs / "robust_kd/whole-s0/student.pt"
     first_losses = {}
-    comparisons = []  # (part, name, function that makes the row)
-    for script, students in STUDENTS.items():
-        for text in students[:1] if args.small else students:
+
+    def comparisons(script):
+        """Jobs, each (part, name, function that makes the row)."""
+        for text in STUDENTS[script][:1] if args.small else STUDENTS[script]:
             job = functools.partial(compare_gradients, script, text, device, args.small)
-            comparisons.append(("gradients", f"{script}.py {text}", job))
-    of_robust_kd = 1 if args.small else len(STUDENTS["robust_kd"])
-    steps = []
-    for mode, tricks in modes.items():
+            yield "gradients", f"{script}.py {text}", job
+
+    def steps(mode):
         for loss in ("akd+",) if args.small else ("at", "akd+"):
-            job = functools.partial(time_steps, data, loss, tricks, args, first_losses)
-            steps.append((mode, ("step", f"{loss}, {mode}", job)))
-    jobs = comparisons[:of_robust_kd]
-    jobs += [job for mode, job in steps if mode != "reduce-overhead"]
-    job = functools.partial(stop_and_resume, args, runs)
-    jobs.append(("resume", "two epochs of robust_kd.py", job))
-    job = functools.partial(attack_student, data, student, args)
-    jobs.append(("autoattack", "student of robust_kd.py", job))
-    # after an error inside of CUDA nothing more runs in this process
-    jobs += [job for mode, job in steps if mode == "reduce-overhead"]
-    jobs += comparisons[of_robust_kd:]  # the short ones fill the minutes that are left
+            job = functools.partial(time_steps, data, loss, modes[mode], args, first_losses)
+            yield "step", f"{loss}, {mode}", job
+
+    resume = functools.partial(stop_and_resume, args, runs)
+    attack = functools.partial(attack_student, data, student, args)
+    jobs = [
+        *comparisons("robust_kd"),
+        *steps("no compile"),
+        *steps("default"),
+        ("resume", "two epochs of robust_kd.py", resume),
+        ("autoattack", "student of robust_kd.py", attack),
+        *steps("reduce-overhead"),  # after an error inside of CUDA nothing more runs here
+    ]
+    for script in STUDENTS:  # the short ones fill the minutes that are left
+        if script != "robust_kd":
+            jobs += comparisons(script)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     wrong = []
     with folder, open(args.out, "a") as out:

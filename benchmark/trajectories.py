@@ -187,11 +187,11 @@ def find_run(folder, label, data_root):
     }
 
 
-def compute(run, teacher_file=None, ranking_file=None):
+def compute(run, teacher_file=None):
     """Add to a run: student, teacher (or None), ranking, ranked_by and, with a teacher, numbers.
 
     teacher_file: of a net to compare with instead of the run's own teacher, the first one of an
-    ensemble; ranking_file: of the net by whose trajectories the images are ranked.
+    ensemble. The images are ranked by the teacher's trajectories, without one by the student's.
     """
     data, flags = run["data"], run["flags"]
     run["student"] = read_trajectories(run["student_file"], data, flags)
@@ -201,27 +201,18 @@ def compute(run, teacher_file=None, ranking_file=None):
         run["teacher"] = read_trajectories(teacher_file or run["teacher_file"], data, flags)
         run["ranking"] = run["teacher"]
         run["ranked_by"] = teacher_file or f"the teacher of {run['label']}"
-    if ranking_file:
-        run["ranking"] = read_trajectories(ranking_file, data, flags)
-        run["ranked_by"] = ranking_file
     if run["teacher"]:
         run["numbers"] = analyse(run["student"], run["teacher"], run["ranking"])
-
-
-def describe_images(data):
-    """How many images a run has, in words."""
-    return f"{len(data.y_train)} training and {len(data.y_test)} test images"
 
 
 def check_same_images(runs):
     """A UserError if runs were trained on different images, or have too few test images."""
     first = runs[0]
     for run in runs:
-        images, images_of_first = describe_images(run["data"]), describe_images(first["data"])
-        if images != images_of_first or run["data"].fingerprint != first["data"].fingerprint:
-            both = f"{images}, {first['folder']} {images_of_first}"
-            other = "was trained on other images than the first run"
-            raise common.UserError(f"{run['folder']}: {other}: {both}")
+        images = [(len(r["data"].y_test), r["data"].fingerprint) for r in (run, first)]
+        if images[0] != images[1]:
+            other = f"was trained or tested on other images than {first['folder']}"
+            raise common.UserError(f"{run['folder']}: {other}")
     if len(first["data"].y_test) < PARTS:
         raise common.UserError(f"{first['folder']}: has fewer than {PARTS} test images")
 
@@ -259,11 +250,10 @@ def show(runs):
     print(f"\nmean entropy on the training images\n{common.table(entropies)}", flush=True)
 
 
-def to_record(runs, window, extreme_images, ranking_path, teacher_path):
+def to_record(runs, window, extreme_images, teacher_path):
     """All numbers for trajectories.json; lists are in the order of the test images, or epochs."""
     record = {
         "window": window,
-        "difficulty_of": ranking_path,
         "teacher": teacher_path,
         "runs": {},
         "images": [],  # training images of each class

@@ -422,8 +422,6 @@ def test_curves_of_one_label_are_averaged_and_the_best_epoch_is_that_of_the_mean
     args = plots.parse_args(["curves", a0, a1, f"mine={b}", f"lr=1={a0}", b])
     assert args.labels == ["a", "a", "mine", "lr=1", "lr=0.1"]
     assert args.runs == [a0, a1, b, a0, b]
-    args = plots.parse_args(["curves", a0, b, "--labels", "x", "x"])
-    assert args.labels == ["x", "x"]
 
 
 def test_curves_are_drawn_and_printed(make_log, tmp_path, capsys):
@@ -442,7 +440,6 @@ def test_curves_refuse_what_is_no_run(make_log, tmp_path, refused):
     assert "nowhere" in refused(plots.main, ["curves", str(tmp_path / "nowhere")])
     assert "--val-size" in refused(plots.main, ["curves", make_log("teacher-only", [], [])])
     a = make_log("a", [0.1], [0.1])
-    assert "--labels" in refused(plots.main, ["curves", a, "--labels", "x", "y"])
     assert "--out" in refused(plots.main, ["curves", a, "--out", "x.jpg"])
     (tmp_path / "a/log.jsonl").write_text("[1]\n{")
     assert "not the log" in refused(plots.main, ["curves", a])
@@ -628,7 +625,7 @@ def test_tables_numbers_and_pictures_of_two_runs(make_run, tmp_path, capsys):
     a = make_run("a", make_trajectories(4, shift=0.1), make_trajectories(4))
     b = make_run("b", make_trajectories(4), make_trajectories(2))  # stopped early
     out = tmp_path / "out"
-    draw_trajectories(a, b, "--labels", "all", "stopped", "--window", 3, "--out", out)
+    draw_trajectories(a, b, "--labels", "all", "stopped", "--out", out)
     text = capsys.readouterr().out
     assert "stopped: student of 4 epochs, teacher of 2; cosine over the first 2" in text
     found = json.loads((out / "trajectories.json").read_text())
@@ -651,7 +648,8 @@ def test_each_panel_of_a_trajectory_says_what_it_shows():
     figure = common.new_figure(12, 6)
     plots.draw_trajectories_of_run(figure, "a", dict.fromkeys(trajectories.KINDS, values), 2)
     upper, lower = figure.axes[:3], figure.axes[3:]
-    assert [axis.get_title()[:6] for axis in upper] == ["cosine", "$p_{T,", "$p_{S,"]
+    starts = ["agreement of student", "teacher: probability", "student's probabilit"]
+    assert [axis.get_title()[:20] for axis in upper] == starts
     assert {axis.get_xlabel() for axis in lower} == {plots.RANK}
     assert [axis.get_ylabel() for axis in (upper[0], lower[0])] == [
         "natural images",
@@ -659,18 +657,15 @@ def test_each_panel_of_a_trajectory_says_what_it_shows():
     ]
 
 
-def test_another_model_ranks_or_is_compared_with(make_run, tmp_path, no_matplotlib, capsys):
+def test_another_model_ranks_and_is_compared_with(make_run, tmp_path, no_matplotlib, capsys):
     turned = {name: values[..., ::-1] for name, values in make_trajectories(3).items()}
     a = make_run("a", make_trajectories(4), make_trajectories(4))
     other = make_run("other", turned)
-    found = []
-    for flag in ("--difficulty-of", "--teacher"):
-        draw_trajectories(a, "--images", 0, flag, f"{other}/student.pt")
-        text = (tmp_path / "a" / "trajectories" / "trajectories.json").read_text()
-        found.append(json.loads(text)["runs"]["a"]["natural"])
-    assert list(np.argsort(found[0]["difficulty"])) == list(DESCENDING[::-1])
-    np.testing.assert_allclose(found[0]["change"], 0, atol=1e-6)
-    np.testing.assert_allclose(found[1]["change"], np.linspace(-0.5, 0.5, N_TEST), atol=1e-5)
+    draw_trajectories(a, "--teacher", f"{other}/student.pt")
+    text = (tmp_path / "a" / "trajectories" / "trajectories.json").read_text()
+    found = json.loads(text)["runs"]["a"]["natural"]
+    assert list(np.argsort(found["difficulty"])) == list(DESCENDING[::-1])
+    np.testing.assert_allclose(found["change"], np.linspace(-0.5, 0.5, N_TEST), atol=1e-5)
     assert "pip install matplotlib" in capsys.readouterr().out
     names = [path.name for path in (tmp_path / "a/trajectories").iterdir()]
     assert names == ["trajectories.json"]
@@ -694,12 +689,10 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(make_run, refused, 
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.json").write_bytes((tmp_path / "a/config.json").read_bytes())
     assert "its run is not finished" in refusal(tmp_path / "half")
-    line = refusal(a, fewer)
-    assert "fewer: was trained on other images" in line and "30 training and 9 test images" in line
+    assert "fewer: was trained or tested on other images" in refusal(a, fewer)
     less = make_run("less", two, two, ["--train-subset", "20"])
-    assert "less: was trained on other images" in refusal(a, less)
+    assert "less: was trained or tested on other images" in refusal(a, less)
     assert "--data-root" in refusal(make_run("c", two, fingerprint=1))
-    assert "--window: expected" in refusal(a, "--window", 0)
     assert "--labels" in refusal(a, a)
     assert "fewer than 5" in refusal(make_run("few", two, two, ["--test-subset", "4"]))
     assert not list(tmp_path.rglob("trajectories*"))
