@@ -20,6 +20,7 @@ Loss     x' is the adversarial example of the student on x, S and T are the prob
                  s and t are logits, e is the share of the epochs that are over, x' is AdaAD's
          IAD     w KL(T(x) || S(x')) + (1-w) KL(S(x) || S(x'))       <- iad_loss, teacher_trust
          ADR     AT with lam_i P + (1-lam_i) y in the place of y     <- rectify_labels
+                 lam_i = lam - (max P - P[y]), within [0, 1]
          MART    CE(S(x'), y) - log(1 - max S(x')[k != y]) + beta KL(S(x) || S(x')) (1 - S(x)[y])
                                                                      <- mart_loss
          AWP     any loss, with its gradient at weights where it is larger   <- perturb_weights
@@ -492,11 +493,11 @@ def get_teacher(args, data, training, number):
     return teacher
 
 
-def warn_of_natural_teachers(args, teachers):
+def warn_of_standard_teachers(args, teachers):
     """Say that a student of standard teachers alone will not be robust, if they look at x'."""
     mixed = args.loss.endswith("+") and args.alpha < 1
-    natural = all(net.meta.get("training") == "st" for net in teachers)
-    if natural and not mixed and args.loss in TAUGHT_ON_X_ADV:
+    standard = all(net.meta.get("training") == "st" for net in teachers)
+    if standard and not mixed and args.loss in TAUGHT_ON_X_ADV:
         reason = "a standard teacher is wrong at x', and nothing but its answers is learned"
         remedy = f"mix with the labels: --loss {args.loss.removesuffix('+')}+ --alpha 0.3"
         print(f"warning: the student will not be robust: {reason}; {remedy}", flush=True)
@@ -879,7 +880,7 @@ def train_and_evaluate(args, data, folder):
             teachers.append(net)
             role = "teacher" if number == 0 else f"teacher{number + 1}"
             nets[role] = f"{role} ({net.meta.get('training', 'given')})", net
-        warn_of_natural_teachers(args, teachers)
+        warn_of_standard_teachers(args, teachers)
         teacher = teachers[0]
         if len(teachers) > 1:
             teacher = Ensemble(teachers, args.beta).eval()
