@@ -33,7 +33,6 @@ import common
 import eval_robustness
 import robust_kd
 from benchmark import evaluation_attack
-from benchmark.plots import NO_MATPLOTLIB
 from benchmark.report import metric_title
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -256,19 +255,13 @@ def learning_curves(run: Run) -> str:
     """The figure of the learning curves, drawn now if the run has not drawn it."""
     path = run.folder / "curves.png"
     if not path.is_file():
-        try:
+        with common.drawing(path):
             common.draw_run(run.folder, run.rows)
-        except common.MALFORMED:
-            wrong = "log.jsonl of the run or of its teacher is damaged"
-            raise common.UserError(f"{run.folder}: {wrong}; the curves cannot be drawn") from None
-    if path.is_file():
-        source = image_uri(common.read_image(path))  # not a link to another file, and no other data
-        words = "Accuracy after each epoch, on training and held-out images"
-        return scroll_box(f'<img class="wide" src="{source}" alt="{words}">', "learning curves")
-    if common.new_figure(1, 1) is None:
-        print(NO_MATPLOTLIB, flush=True)
-        return f"<p>{NO_MATPLOTLIB}</p>"
-    return "<p>No figure: the nets of this run have no log of their epochs.</p>"
+    if not path.is_file():
+        return "<p>No figure: matplotlib is not installed, or there is no log of the epochs.</p>"
+    source = image_uri(common.read_image(path))  # not a link to another file, and no other data
+    words = "Accuracy after each epoch, on training and held-out images"
+    return scroll_box(f'<img class="wide" src="{source}" alt="{words}">', "learning curves")
 
 
 def confusion(title: str, labels: Tensor, probs: Tensor, classes: list[str]) -> str:
@@ -359,8 +352,8 @@ def example(attacked: Attacked, i: int, outcome: str, classes: list[str]) -> str
 <div class="three">{pictures}</div></div>"""
 
 
-def origin(run: Run, data: common.Data, device: torch.device, out: Path) -> dict:
-    """Versions, data and files of the run, and with what the page was made."""
+def origin(run: Run, data: common.Data, device: torch.device) -> str:
+    """A table of the versions and data of the run, and with what the page was made."""
     config = run.config
     train, val, test = (f"{len(x):,}" for x in (data.x_train, data.x_val, data.x_test))
     facts = {
@@ -376,18 +369,10 @@ def origin(run: Run, data: common.Data, device: torch.device, out: Path) -> dict
         "attacked net": run.net["file"],
         "this page": f"attacked on {device.type}, by PyTorch {torch.__version__}",
     }
-    files = []
-    for path in sorted(run.folder.iterdir()):
-        hidden = path.name.startswith(".") or path.name == "lock"
-        if path.is_file() and not hidden and path != out:
-            files.append([path.name, f"{path.stat().st_size:,}"])
-    return {
-        "facts": html_table(["what", "value"], list(facts.items()), "versions and data", "words"),
-        "files": html_table(["file", "bytes"], files, "files"),
-    }
+    return html_table(["what", "value"], list(facts.items()), "versions and data", "words")
 
 
-def make_page(run: Run, data: common.Data, attacked: Attacked, device, out: Path) -> str:
+def make_page(run: Run, data: common.Data, attacked: Attacked, device) -> str:
     """The whole page; its text is the same for the same run, data and flags."""
     script = importlib.import_module(run.script)
     title, _, computes = script.__doc__.split("\nUsage")[0].partition("\n")
@@ -418,7 +403,7 @@ def make_page(run: Run, data: common.Data, attacked: Attacked, device, out: Path
         "orange": common.COLOURS[1],
         "light_blue": common.COLOURS[5],
     }
-    values |= came_out(run, attacked, data) | origin(run, data, device, out)
+    values |= came_out(run, attacked, data) | {"facts": origin(run, data, device)}
     return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
 
 
@@ -433,7 +418,7 @@ def main(argv=None):
     device = common.find_device("auto")
     model = common.load_model(run.folder / run.net["file"], data).to(device)
     attacked = attack_images(model, data, args.n, run.config["flags"])
-    page = make_page(run, data, attacked, device, out)
+    page = make_page(run, data, attacked, device)
     # a name in a foreign file may hold half a character, which UTF-8 has no bytes for
     common.write_atomically(out, lambda file: file.write(page.encode(errors="replace")))
     common.print_line(f"written: {out}")

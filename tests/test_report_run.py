@@ -193,9 +193,6 @@ def test_the_page_is_the_same_each_time_and_lies_in_the_folder_of_the_run(run, c
     assert (run / "report.html").read_bytes() == first
     page = Page((run / "report.html").read_text())
     assert "on 20 of the 60 test images" in page.text and page.matrices()[0][:, -1].sum() == 20
-    files = {row[0]: row[1] for row in page.table("file", "bytes")}
-    assert "report.html" not in files and "lock" not in files
-    assert files["student.pt"] == f"{(run / 'student.pt').stat().st_size:,}"
 
 
 def test_text_of_the_run_is_escaped(run, tmp_path):
@@ -211,7 +208,6 @@ def test_text_of_the_run_is_escaped(run, tmp_path):
     rewrite(run / "config.json", command=wild, commit=wild, torch="\ud800", gpu=wild)
     rows = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps([{**row, "model": wild, wild: 1} for row in rows]))
-    (run / "a<b>.txt").touch()
     page = page_of(run)
     assert {tag for tag, _ in page.tags} & {"script"} == set()
     assert len(page.images) == 3 * report_run.EXAMPLES
@@ -219,7 +215,6 @@ def test_text_of_the_run_is_escaped(run, tmp_path):
         assert not any(name.startswith("on") for name in attributes), tag
     assert page.table("model")[0][0] == wild
     assert page.text.count(wild) > 4 and names[3] in page.text
-    assert ["a<b>.txt", "0"] in page.table("file")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -335,11 +330,9 @@ def test_learning_curves_are_drawn_once_and_then_taken_as_they_are(run):
     assert pixels(page_of(run).images[0]).shape == (5, 7, 3)
 
 
-def test_without_matplotlib_a_line_says_what_to_install(run, capsys, monkeypatch):
+def test_without_matplotlib_the_page_says_so(run, monkeypatch):
     monkeypatch.setattr(common, "new_figure", lambda *_: None)
-    page = page_of(run)
-    assert report_run.NO_MATPLOTLIB in page.text and "pip install matplotlib" in page.text
-    assert capsys.readouterr().out.count(report_run.NO_MATPLOTLIB) == 1
+    assert "No figure: matplotlib is not installed" in page_of(run).text
 
 
 def test_a_net_of_your_own_is_imported_only_if_its_flag_is_given(tmp_path, monkeypatch, refused):
@@ -428,12 +421,13 @@ def test_bad_input_is_one_line_and_nothing_is_written(run, ended, tmp_path, name
 
 
 @pytest.mark.curves
-def test_a_damaged_log_is_one_line(run, ended):
+def test_a_damaged_log_is_a_warning(run, capsys):
     pytest.importorskip("matplotlib")
     (run / "log.jsonl").write_text('{"stage": "student", "epo')
-    status, line = ended(lambda: report_run.main([str(run)]))
-    assert status == 2 and "log.jsonl" in line and len(line.splitlines()) == 1
-    assert not (run / "report.html").exists() and not (run / "curves.png").exists()
+    report_run.main([str(run)])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert "curves.png is not drawn" in line and "log.jsonl: damaged: line 1" in line
+    assert "No figure" in (run / "report.html").read_text()
 
 
 def test_a_figure_that_is_none_is_refused(run, refused, tmp_path):
