@@ -604,7 +604,7 @@ def rule_text(rule, name=str):
     if above < 0:
         return f"{title}: {arm} at most {-above:g} below {rival}"
     bound = f" by more than {above:g}" if above else ""
-    if name is str and rule.smallest != 0.005 and not above:
+    if name is str and rule.smallest not in (0, 0.005) and not above:
         smallest = rule.smallest if metric in UNITS else 100 * rule.smallest
         bound = f", counts from {smallest:g}"
     return f"{title}: {arm} above {rival}{bound}"
@@ -659,7 +659,7 @@ def rule_rows(results, claim):
                 if kind == "gate":
                     verdict = "open" if effect.mean > rule.above else "closed"
                     if effect.low <= rule.above <= effect.high:
-                        verdict += ", not surely"
+                        verdict += ", but the interval contains the bound"
                 elif kind == "beside":
                     words = {"holds": "above", "contradicted": "below"}
                     verdict = words.get(verdict, "no difference shown")
@@ -915,9 +915,9 @@ Written by `benchmark/claims.py` from `benchmark/claims/*.json`. The rules that 
 settings (`benchmark/claim_list.py`) were fixed before the runs of the seeds that decide. The looks,
 and the gates that are marked so, were added when five or ten seeds were known. A design was changed
 where its mechanism was missing, where it asked something else than the sentence, or where all
-students had one teacher (all of paper 1). Of those changed for the first two reasons nearly all had
-not held. Each claim says what came out before; the runs are in `first_designs/` and `one_teacher/`
-of `benchmark/claims/`. {designs}
+students had one teacher (all of paper 1). Nearly all designs that were changed for the first two
+reasons had not held. Each claim says what came out before; the runs are in `first_designs/` and
+`one_teacher/` of `benchmark/claims/`. {designs}
 
 ## Rules
 
@@ -933,14 +933,13 @@ of `benchmark/claims/`. {designs}
 - Numbers come from the last epoch, those of `@best` from the best epoch on held-out images, those
   of `@teacher` and `@alone` from the other nets of the same run.
 - A rule compares two arms: differences with the same seed, their mean and 95 % t interval, in
-  points. It **holds** if the interval lies above its bound (0 if nothing else is said) and the
-  mean reaches the smallest effect that counts (half a point, and none where "at most x below" is
-  asked, if nothing else is said). It is
-  **contradicted** if the interval lies below the bound, and the mean by at least the smallest
-  effect that counts, otherwise **undecided**. A claim holds if all its rules hold, and is
-  contradicted if one of them is, with its share of the 5 %. What is undecided in the end, where
-  the paper prints less than half a point and the interval contains that, is **too small to tell
-  here**.
+  points. It **holds** if the interval lies above its bound (0 if nothing else is said) and the mean
+  reaches the smallest effect that counts (half a point; none where "at most x below" is asked; if
+  nothing else is said). It is **contradicted** if the interval lies below the bound, and the mean
+  by at least the smallest effect that counts. Otherwise it is **undecided**.
+- A claim holds if all its rules hold. It is contradicted if one rule is, also when the 5 % are
+  shared among its rules (Bonferroni). If it is still undecided in the end, the paper's effect is
+  under half a point, and the interval contains that effect, it is **too small to tell here**.
 - **Regime absent**: a gate is closed, so the mechanism of the claim does not act here. Gates look
   at the mean alone.
 - Comparisons *beside* are what a reader would ask for. They do not decide, and are run with the
@@ -999,8 +998,8 @@ def write_page(args, results):
         drawn = plots.draw_forest(docs / "claims.png", papers)
         text = "Differences with their intervals, rule by rule, of all claims about accuracies"
         figure = figure_link(drawn, docs / "claims.png", text)
-        figure += "A band is a claim. Claims about entropies and gradients are in the tables alone."
-        figure += "\n\n"
+        figure += "Each grey or white band is one claim. Claims about entropies and gradients are "
+        figure += "in the tables alone.\n\n"
     sections, tables = [], ""
     for paper, title in PAPERS.items():
         sections.append(f"## Paper {paper}: {title}\n")
