@@ -2438,17 +2438,23 @@ def validate(args, stage: str, model: nn.Module, data: Data, eps: float | None =
     not finite, with the flags of `args` to change.
     """
     row = {}
+    batch_size = evaluation_batch_size(args)
     if rank() == 0 and len(data.x_val):
         try:
-            logits = predict(model, data.x_val, what="held-out images")
+            logits = predict(model, data.x_val, batch_size=batch_size, what="held-out images")
             row["val_clean_acc"] = accuracy(logits, data.y_val)
             if eps is not None:
                 attack, what = (eps, eps / 4, 7), "attacked held-out images"
-                logits = predict(model, data.x_val, data.y_val, attack, what=what)
+                logits = predict(model, data.x_val, data.y_val, attack, batch_size, what)
                 row["val_pgd7_acc"] = accuracy(logits, data.y_val)
         except UserError as error:
             raise UserError(f"{stage}: {error}; {calmer(args, stage)}") from None
     return from_first_process(row)
+
+
+def evaluation_batch_size(args) -> int:
+    """At most as many images as a training step has, so that --batch-size bounds all the memory."""
+    return min(args.batch_size, 500)
 
 
 def from_first_process(value):

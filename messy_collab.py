@@ -419,6 +419,7 @@ def train_and_evaluate(args, data, folder):
         "step_size": args.eval_step_size,
         "restarts": max(args.eval_restarts, 1),
         "seed": args.seed,
+        "batch_size": common.evaluation_batch_size(args),
     }
     attacks = ["clean", "pgd20"] if args.eval_restarts else ["clean"]
     return eval_robustness.summary_rows(nets, data, folder, attacks, **attack)

@@ -890,8 +890,15 @@ def train_and_evaluate(args, data, folder):
         best = common.load_model(folder / "student_best.pt", data)
         nets["best"] = "student, best on held-out images", best
 
-    attacks = ["clean", "pgd20"]
-    return eval_robustness.summary_rows(nets, data, folder, attacks, eps=args.eps, seed=args.seed)
+    return eval_robustness.summary_rows(
+        nets,
+        data,
+        folder,
+        ["clean", "pgd20"],
+        eps=args.eps,
+        seed=args.seed,
+        batch_size=common.evaluation_batch_size(args),
+    )
 
 
 if __name__ == "__main__":

@@ -164,7 +164,11 @@ LOOKS = {
     "aa": lambda model, x, labels: ev.evaluate(model, x, labels, ["aa"], steps=2, queries=3),
     "curve": lambda model, x, labels: ev.accuracy_curve(model, x, labels, ev.Settings(eps=1.0)),
     "validate": lambda model, x, labels: common.validate(
-        SimpleNamespace(given=[]), "student", model, SimpleNamespace(x_val=x, y_val=labels), 0.1
+        SimpleNamespace(given=[], batch_size=3),
+        "student",
+        model,
+        SimpleNamespace(x_val=x, y_val=labels),
+        0.1,
     ),
 }
 
@@ -288,7 +292,7 @@ def test_logits_that_are_not_finite_are_an_error_and_never_a_class(value, refuse
     message = refused(common.predict, Hole(), x, batch_size=2)
     assert "1 of 5 images are not finite, the first is number 3" in message
     data = SimpleNamespace(x_val=x, y_val=labels)
-    args = SimpleNamespace(given=["--weight-decay"])
+    args = SimpleNamespace(given=["--weight-decay"], batch_size=128)
     message = refused(common.validate, args, "student", Hole(), data)
     assert "student: the net's logits of 1 of 5 held-out images" in message
     assert message.endswith("try a lower --lr, or another value of --weight-decay")

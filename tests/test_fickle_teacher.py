@@ -632,7 +632,8 @@ def test_the_flags_of_the_evaluation_reach_it(script, tmp_path, monkeypatch):
     monkeypatch.setattr(eval_robustness, "summary_rows", summary_rows)
     flags = "--method student --epochs 1 --seed 5 --eval-eps 0.1 --eval-step-size 0.02"
     run(script, tmp_path, f"{flags} --eval-restarts 3")
-    assert asked == [{"eps": 0.1, "step_size": 0.02, "restarts": 3, "seed": 5}]
+    settings = {"eps": 0.1, "step_size": 0.02, "restarts": 3, "seed": 5}
+    assert asked == [settings | {"batch_size": 16}]
 
 
 BAD_FLAGS = [
