@@ -151,7 +151,10 @@ def command_line() -> str:
     python = Path(sys.executable)
     if Path.cwd() in python.parents:
         python = python.relative_to(Path.cwd())
-    return shlex.join([str(python), *sys.argv])
+    torchrun = []
+    if world() > 1:
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(world())]
+    return shlex.join([str(python), *torchrun, *sys.argv])
 
 
 def print_line(text: str, live: bool = False) -> None:
@@ -2212,6 +2215,7 @@ def describe_run(args: argparse.Namespace, data: Data) -> dict:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     return {
         "command": command_line(),
+        "processes": world(),
         "commit": commit,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
@@ -2236,10 +2240,15 @@ def digests_of_files(args: argparse.Namespace) -> dict:
 
 
 def check_same_run(folder: Path, config, args: argparse.Namespace, data: Data) -> None:
-    """A UserError if config.json of a folder is of other flags, files or data than those now."""
+    """A UserError if config.json of a folder is of other flags, files or data than those now.
+
+    Another number of processes is no error, but a line: the noise and the attacks of each process
+    are its own, so the weights at the end depend on their number.
+    """
     flags, remedy = run_flags(args), "take another --name, or delete it"
     is_whole = isinstance(config, dict) and isinstance(config.get("flags"), dict)
     is_whole = is_whole and isinstance(config.get("fingerprint"), int)
+    is_whole = is_whole and isinstance(config.get("processes", 1), int)
     if not is_whole or not isinstance(config.get("files", {}), dict):
         advice = "delete it if the folder belongs to this command, or take another --name"
         raise UserError(f"{folder / 'config.json'}: damaged; {advice}")
@@ -2255,6 +2264,10 @@ def check_same_run(folder: Path, config, args: argparse.Namespace, data: Data) -
         if config.get("files", {}).get(key, digest) != digest:  # older versions kept none
             flag, file = f"--{key.replace('_', '-')}", getattr(args, key)
             raise UserError(f"{flag}: {folder} was made with another {file}; {remedy}")
+    processes = config.get("processes", world())  # older versions did not keep it
+    if processes != world() and not (folder / "summary.json").exists():
+        numbers = f"number of processes: {processes} before, {world()} now"
+        print(f"{folder}: {numbers}; the weights will not be those of one number", flush=True)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def test_three_processes_go_on_where_one_stopped_and_train_as_one(tmp_path, stop
     run = torchrun(3, ROOT / "robust_kd.py", *argv, stdout=subprocess.PIPE)
     out = run.communicate(timeout=200)[0]
     assert run.returncode == 0 and out.count("student: goes on after epoch 1") == 1
+    assert out.count("run-s0: number of processes: 1 before, 3 now; the weights") == 1
     one, three = student_folder(tmp_path / "one"), student_folder(tmp_path / "three")
     # the row of an epoch counts the two images of the last batch three times
     np.testing.assert_allclose(losses_of(one), losses_of(three), rtol=0.05)
@@ -198,7 +200,12 @@ def test_when_one_process_is_killed_the_others_end_and_the_command_goes_on(
     second = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
     start = time.monotonic()
     os.kill(int(second[0]), signal.SIGKILL)
+    config = json.loads((student_folder(tmp_path) / "config.json").read_text())
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    assert shlex.split(config["command"])[-len(argv) :] == argv
+    assert shlex.split(config["command"])[1:5] == launcher[1:] and config["processes"] == 2
     errors = run.communicate(timeout=100)[1]
+    assert config["command"] in errors or "another process has ended" in errors
     assert run.returncode != 0 and time.monotonic() - start < 100
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
     line = r"^(?:error: process \d: another process has ended|stopped; finished epochs are kept)"
@@ -210,7 +217,9 @@ def test_when_one_process_is_killed_the_others_end_and_the_command_goes_on(
     monkeypatch.setattr(common, "save_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
         robust_kd.main(argv)  # this process alone
-    assert "student: goes on after epoch" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "student: goes on after epoch" in out
+    assert "run-s0: number of processes: 2 before, 1 now" in out
 
 
 # ------------------------------------------------------------------------------------------------

@@ -167,6 +167,7 @@ def test_a_damaged_config_or_summary_is_one_line(tmp_path, refused):
         {"flags": [[None, None]]},
         {"fingerprint": None},
         {"fingerprint": [1]},
+        {"processes": "2"},
     ):
         (folder / "config.json").write_text(json.dumps(good | change))
         assert "config.json: damaged" in refused(run_in, tmp_path, f"{SMALL} --loss st")
