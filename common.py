@@ -2512,7 +2512,8 @@ def resume(folder: Path, stage: str, state: dict) -> list[dict]:
             continue
         try:
             record = load(path)
-            if newest is None or len(record["rows"]) > len(newest["rows"]):
+            epochs = len(record["rows"])
+            if newest is None or epochs > len(newest["rows"]):
                 newest = record
         except UserError as error:
             print(f"{error}; the checkpoint before it is taken, if there is one", flush=True)

@@ -403,6 +403,19 @@ def test_without_a_readable_checkpoint_the_stage_begins_again(stopped, whole, ca
     assert_same_run(whole, runs)
 
 
+def test_a_file_that_is_no_checkpoint_of_a_run_is_ignored_and_the_other_one_taken(
+    stopped, whole, capsys
+):
+    runs, newest, before = stopped
+    assert newest.name < before.name  # it is the one that is read first
+    common.save(newest, {"a": 1})
+    run_in(runs)
+    out = capsys.readouterr().out
+    assert f"{newest}: not a checkpoint of a run; ignored" in out and f"{before}: " not in out
+    assert "student: goes on after epoch 1" in out
+    assert_same_run(whole, runs)
+
+
 def test_a_checkpoint_that_does_not_fit_is_one_line(stopped, refused):
     runs, newest, before = stopped
     record = common.load(newest)
