@@ -1795,17 +1795,32 @@ def has_our_format(record) -> bool:
     return isinstance(number, int) and number == 1
 
 
-def is_plain(value, depth: int = 5) -> bool:
-    """Whether it is a number, a short string, None, a tensor, or a small dict or list of such."""
-    if isinstance(value, Tensor):  # one that repeats its numbers is larger than its storage
-        return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-    if isinstance(value, dict):
-        value = [*value, *value.values()]
-    if isinstance(value, list):
-        return depth > 0 and len(value) < 1000 and all(is_plain(v, depth - 1) for v in value)
-    if isinstance(value, str):
-        return len(value) < 1000
-    return value is None or isinstance(value, float | int)
+def is_plain(value) -> bool:
+    """Whether it is a number, a short string, None, a tensor, or small dicts and lists of such.
+
+    At most five deep, and at most a million values at each depth together: a small file can hold
+    lists that hold the same list many times, and whoever walks through them would never end.
+    """
+    level = [value]  # all values at a depth
+    for _ in range(6):
+        below = []
+        for value in level:
+            if isinstance(value, dict) and len(value) < 500:
+                value = [*value, *value.values()]
+            if isinstance(value, list):
+                if len(below) + len(value) > 1_000_000:
+                    return False
+                below += value
+            elif isinstance(value, Tensor):  # one that repeats its numbers outgrows its storage
+                if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                    return False
+            elif isinstance(value, str):
+                if len(value) >= 1000:
+                    return False
+            elif not (value is None or isinstance(value, float | int)):
+                return False
+        level = below
+    return not level
 
 
 # What the scripts read of a model's meta, and its types
@@ -1847,7 +1862,7 @@ def load_model(path, data: Data | None = None, name: str | None = None) -> nn.Mo
             raise ValueError("more than numbers, names and tensors beside the weights")
         for key, types in META_TYPES.items():
             if key in meta and not isinstance(meta[key], types):
-                raise ValueError(f"{key} is {str(meta[key])[:60]!r}")
+                raise ValueError(f"{key} is a {type(meta[key]).__name__}")
         names = arch.get("class_names")  # None: unknown, as in files of earlier versions
         if names is not None:
             strings = isinstance(names, list) and all(isinstance(name, str) for name in names)

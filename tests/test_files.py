@@ -71,6 +71,26 @@ def test_a_checkpoint_without_a_part_of_its_arch_is_one_line(tmp_path, refused):
             assert "holds no model of these scripts" in refused(common.load_model, path, data)
 
 
+def test_thousands_of_numbers_beside_the_weights_are_loaded(tmp_path):
+    """As those that --grad-heatmap keeps of a thousand epochs."""
+    path, model = tmp_path / "x.pt", common.build_model("mlp-4")
+    gradients = {"epochs": [*range(1, 1001)], "means": [[0.5] * 50] * 1000}
+    common.save_model(path, model, gradients=gradients)
+    assert common.load_model(path).meta["gradients"] == gradients
+
+
+def test_lists_that_repeat_themselves_beside_the_weights_are_refused_at_once(tmp_path, refused):
+    path, model = tmp_path / "x.pt", common.build_model("mlp-4")
+    nested = ["a"]
+    for _ in range(40):
+        nested = [nested] * 999
+    itself = []
+    itself.append(itself)
+    for value in (nested, itself, ["a"] * 2_000_000, "a" * 1000, [[(1, 2)]]):
+        common.save_model(path, model, value=value)
+        assert "more than numbers, names and tensors" in refused(common.load_model, path)
+
+
 def test_a_state_dict_with_a_tensor_called_format_is_a_state_dict(tmp_path, refused):
     torch.save({"format": torch.zeros(3)}, tmp_path / "x.pt")
     line = refused(common.load, tmp_path / "x.pt")
