@@ -106,7 +106,7 @@ def start(main, stopped=None) -> None:
         if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
             reason = str(error).split("Set TORCH")[0]
             exit_with_error(f"--compile: {reason}; the same command goes on without --compile")
-        if isinstance(error, dist.DistError) or (world() > 1 and "gloo" in str(error)):
+        if world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             exit_with_error(f"process {rank()}: another process has ended; start all of them again")
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             exit_with_error(f"too little memory; take a smaller net or fewer images ({error})")
@@ -1556,12 +1556,13 @@ def evaluating(model: nn.Module):
     for module in modes:
         for name, buffer in module.named_buffers(recurse=False):
             buffers.append((module, name, buffer, buffer.clone()))
-    eager = contextlib.nullcontext()
+    without_compile = contextlib.nullcontext
     if "torch._dynamo" in sys.modules:  # something is compiled
-        eager = torch.compiler.set_stance("force_eager")
+        # a function: set_stance acts as soon as it is called
+        without_compile = functools.partial(torch.compiler.set_stance, "force_eager")
     try:
         model.eval()
-        with frozen(model), strict_float32(), eager:
+        with frozen(model), strict_float32(), without_compile():
             yield model
     finally:
         model.train(modes[model])  # some nets do more there than set the mode

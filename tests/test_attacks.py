@@ -189,6 +189,27 @@ def test_no_look_at_a_net_changes_its_modes_its_statistics_or_its_answers(look):
     assert [p.requires_grad for p in model.parameters()] == trained
 
 
+def test_after_a_net_that_refuses_its_eval_mode_torch_compile_works_again():
+    import torch._dynamo
+
+    class Stubborn(nn.Linear):
+        def train(self, mode=True):
+            if not mode:
+                raise ValueError("it stays in training mode")
+            return super().train(mode)
+
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    with pytest.raises(ValueError, match="it stays"):
+        common.predict(Stubborn(3, 2), torch.rand(2, 3))
+    torch.compile(nn.Linear(3, 2), backend=backend)(torch.rand(2, 3))
+    assert compiled
+
+
 class TrainingInside(nn.Module):
     """Puts its BatchNorm into training mode in its own forward pass."""
 

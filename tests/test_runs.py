@@ -763,6 +763,16 @@ def test_an_end_of_another_process_is_told_only_where_there_are_others(ended, mo
     assert found == 2 and "process 0: another process has ended" in error
 
 
+def test_an_error_keeps_its_traceback_where_torch_cannot_start_processes(ended, monkeypatch):
+    monkeypatch.delattr(common.dist, "DistError")  # as in builds without torch.distributed
+
+    def main():
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        ended(main)
+
+
 def test_a_net_that_the_memory_cannot_hold_is_one_line(ended):
     found, error = ended(lambda: torch.empty(10**15))
     assert found == 2 and "error: too little memory" in error and error.count("\n") == 1
