@@ -2067,19 +2067,19 @@ def check_effects(args, error, has_effect: dict, trains_teacher: bool, trains_st
     those that a command does not need are printed, not refused.
     """
     choice = "loss" if hasattr(args, "loss") else "method"
-    value, idle = getattr(args, choice), []
+    value, idle = getattr(args, choice), {"teacher": [], "student": []}
     for flag in args.given:
         if value not in has_effect.get(flag, [value]):
             error(f"{flag}: has no effect with --{choice} {value}; leave it out")
         if flag in ("--teacher-ckpt", "--teacher-model", "--teacher-mode"):  # of a finished one too
             continue
         if flag.startswith("--teacher-") and not trains_teacher:
-            idle.append(flag)
+            idle["teacher"].append(flag)
         if flag in ("--model", "--epochs", "--milestones") and not trains_student:
-            idle.append(flag)
-    if idle:
-        net = "student" if trains_teacher else "teacher"
-        print(f"no {net} is trained here, so without effect: {', '.join(idle)}", flush=True)
+            idle["student"].append(flag)
+    for net, flags in idle.items():
+        if flags:
+            print(f"no {net} is trained here, so without effect: {', '.join(flags)}", flush=True)
 
 
 def run_name(args: argparse.Namespace) -> str:

@@ -567,6 +567,9 @@ def test_settings_of_a_net_that_is_not_trained_are_said(script, flags, capsys):
     given = ["--method", "hinton", "--teacher-ckpt", "t.pt", *settings]
     SCRIPTS[script].parse_args(given)
     assert capsys.readouterr().out == f"{SAID['--method student']}\n"
+    given[1] = "teacher"  # neither of them is trained
+    SCRIPTS[script].parse_args(given)
+    assert capsys.readouterr().out == f"{SAID['--method student']}\n{SAID['--method teacher']}\n"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
