@@ -552,7 +552,9 @@ def check_images(name: str, part: str, arrays: dict):
     square = x.ndim == 4 and x.shape[1] == x.shape[2] and x.shape[3] in (1, 3)
     if x.dtype != np.uint8 or not square or not x.size:
         wanted = "uint8 (N, S, S, 3) or (N, S, S)"
-        advice = "" if x.dtype == np.uint8 else f"; {advice_for_pixels(x)}"
+        advice = ""
+        if x.dtype != np.uint8:
+            advice = "; scale to 0 to 255, round and convert to uint8"
         raise UserError(f"{name}: x_{part} must be {wanted}, got {describe_array(x)}{advice}")
     if x.max() == 1:
         raise UserError(f"{name}: x_{part} holds 0 and 1 alone, but 255 is white; multiply by 255")
@@ -568,16 +570,6 @@ def describe_array(array) -> str:
     if array.dtype.kind in "biuf" and array.size:
         text += f" from {array.min():g} to {array.max():g}"
     return text
-
-
-def advice_for_pixels(x) -> str:
-    """How images of another type become uint8, as a part of an error."""
-    if x.dtype.kind in "biuf" and x.size and x.min() >= 0:
-        if x.max() <= 1:
-            return "multiply by 255, round and convert to uint8"
-        if x.max() <= 255:
-            return "round and convert to uint8"
-    return "scale to 0 to 255, round and convert to uint8"
 
 
 def are_labels(y, n: int, classes: int) -> bool:

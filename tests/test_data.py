@@ -136,9 +136,9 @@ def test_arrays_of_images_of_another_depth_are_refused_with_the_remedy(part, tmp
     x = tiny()[part]
     cases = [
         (x // 128, "multiply by 255"),  # uint8, 0 and 1 alone
-        (x // 128 > 0, "multiply by 255"),  # bool
-        (x / 255, "from 0 to 1; multiply by 255"),
-        (x.astype(np.float32), "from 0 to 255; round and convert to uint8"),
+        (x // 128 > 0, "from 0 to 1; scale to 0 to 255"),  # bool
+        (x / 255, "from 0 to 1; scale to 0 to 255"),
+        (x.astype(np.float32), "from 0 to 255; scale to 0 to 255, round and convert to uint8"),
         (x.astype(np.int64), "round and convert to uint8"),
         (x.astype(np.uint16) * 16, "scale to 0 to 255"),
         (x.astype(np.int8), "scale to 0 to 255"),
