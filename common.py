@@ -75,10 +75,6 @@ def start(main, stopped=None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what the terminal cannot print becomes \\uXXXX
             stream.reconfigure(errors="backslashreplace")
-    try:
-        check_processes()
-    except UserError as error:
-        exit_with_error(str(error))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the first process prints everything)
     signal.signal(signal.SIGTERM, _raise_on_sigterm)
@@ -321,31 +317,17 @@ def float32_restored():
             operation.fp32_precision = precision
 
 
-def check_processes() -> None:
-    """A UserError if the environment has a part of what torchrun sets, as another job leaves it."""
-    advice = "unset WORLD_SIZE RANK LOCAL_RANK, or start with torchrun"
-    for name, lowest in {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "MASTER_PORT": 1}.items():
-        text = os.environ.get(name)
-        is_number = text is None or re.fullmatch(r"\d{1,9}", text)
-        if not is_number or int(text or lowest) < lowest:
-            raise UserError(f"{name}: expected a whole number, got {text!r}; {advice}")
-    if world() > 1:
-        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            if not os.environ.get(name):
-                raise UserError(f"WORLD_SIZE is {world()}, and {name} is not set; {advice}")
-    number = int(os.environ.get("RANK", 0))
-    if number >= world():
-        raise UserError(f"RANK: expected less than WORLD_SIZE {world()}, got {number}; {advice}")
-
-
 def world() -> int:
-    """The number of processes that torchrun has started for this run; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """The number of processes that torchrun has started for this run; 1 without torchrun.
+
+    Another job may leave WORLD_SIZE and RANK behind; TORCHELASTIC_RUN_ID torchrun alone sets.
+    """
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def rank() -> int:
     """The number of this process among them; process 0 writes the files and prints."""
-    return int(os.environ.get("RANK", 0)) if world() > 1 else 0
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 def sync() -> None:

@@ -447,10 +447,11 @@ def test_any_split_of_a_batch_has_the_gradient_of_the_whole(batch_size, monkeypa
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
     shares = []
     for rank in range(4):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
         monkeypatch.setenv("WORLD_SIZE", "4")
         monkeypatch.setenv("RANK", str(rank))
         shares.append(list(common.batches(data, batch_size, 0, "student", 0)))
-    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     for step, (x, labels) in enumerate(common.batches(data, batch_size, 0, "student", 0)):
         parts = [share[step] for share in shares]
         assert all(len(x_part) > 0 for x_part, _ in parts)

@@ -327,7 +327,8 @@ def test_a_process_of_torchrun_takes_the_device_of_its_local_rank(monkeypatch, r
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    for name, value in {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "2"}.items():
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "2"}
+    for name, value in torchrun.items():
         monkeypatch.setenv(name, value)
     assert common.find_device("auto") == torch.device("cuda", 2) == chosen[0]
     monkeypatch.setenv("LOCAL_RANK", "3")

@@ -756,8 +756,8 @@ def test_an_end_of_another_process_is_told_only_where_there_are_others(ended, mo
 
     with pytest.raises(RuntimeError):  # perhaps of a module called igloo
         common.start(main)
-    torchrun = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
-    for name, value in (torchrun | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}).items():
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0"}
+    for name, value in torchrun.items():
         monkeypatch.setenv(name, value)
     found, error = ended(main)
     assert found == 2 and "process 0: another process has ended" in error
