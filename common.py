@@ -207,6 +207,7 @@ pixel_step = number_in(SMALLEST, 1, "a number in pixel units above 0, at most 1,
 pixel_units = number_in(0, 1, "a number in pixel units between 0 and 1, like 8/255")
 below_1 = number_in(0, math.nextafter(1, 0), "a number of at least 0 and below 1")
 whole, whole_or_0 = whole_from(1), whole_from(0)
+at_least_2 = whole_from(2)  # images: BatchNorm may be unable to train on one
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # --flag and --no-flag
 
 
@@ -416,7 +417,7 @@ def load_data(
         one = f"all training images are of one class, {classes[present[0]]}"
         raise UserError(f"{name}: {one}; there must be two classes or more")
     there = f"{name} has {len(x)} training and {len(x_test)} test images"
-    if val_size + (train_subset or 1) > len(x):
+    if val_size + (train_subset or 2) > len(x):  # see at_least_2
         flags = f"--val-size {val_size}"
         if train_subset is not None:
             flags += f" and --train-subset {train_subset}"
@@ -1963,7 +1964,7 @@ def add_run_flags(parser, augment=("crop", "none")) -> None:
     add("--data", default="cifar10", help=f"data set: {DATA_NAMES}")
     where = "downloads go there, or to data/ of --runs if it is read-only"
     add("--data-root", default="data", help=f"folder of the data sets; {where}")
-    add("--train-subset", type=whole, help="train on this many images, the same for any seed")
+    add("--train-subset", type=at_least_2, help="train on this many images, the same for any seed")
     add("--test-subset", type=whole, help="test on this many images, the same for any seed")
     add("--val-size", type=whole_or_0, default=1024, help="training images held out to validate")
     meaning = "crop: random crops and flips; none: images as they are"
@@ -2111,7 +2112,7 @@ def setup_device(args: argparse.Namespace) -> torch.device:
 def load_training_data(args: argparse.Namespace, device: torch.device) -> Data:
     """load_data by the flags of a training script; under torchrun the first process downloads."""
     with first_process_first():
-        data = load_data(
+        return load_data(
             args.data,
             args.data_root,
             device,
@@ -2121,27 +2122,6 @@ def load_training_data(args: argparse.Namespace, device: torch.device) -> Data:
             args.augment,
             args.runs,
         )
-        check_single_images(args, data)
-        return data
-
-
-def check_single_images(args: argparse.Namespace, data: Data) -> None:
-    """A UserError if batches have one image and a net has BatchNorm on one value per channel."""
-    size, channels = data.x_test.shape[2:]
-    for role in ("teacher_", ""):
-        batch_size = getattr(args, f"{role}batch_size", None) or args.batch_size
-        name = getattr(args, f"{role}model") or args.model
-        if 1 not in (batch_size, len(data.x_train)) or (role and args.teacher_ckpt):
-            continue
-        with torch.random.fork_rng([]), torch.no_grad():
-            net = build_model(name, len(data.classes), 0.0, channels, size)
-            try:
-                net.train()(torch.zeros(1, channels, size, size))
-            except Exception as error:  # another one comes again where the net is trained
-                if "more than 1 value per channel" in str(error):
-                    flags = f"--batch-size {batch_size}, {len(data.x_train)} training images"
-                    wrong = f"BatchNorm in {name} cannot train on a batch of one image"
-                    raise UserError(f"{flags}: {wrong}; take at least 2") from None
 
 
 def autocast(args: argparse.Namespace, device: torch.device):

@@ -200,7 +200,7 @@ def parse_args(argv=None):
     add("--teacher-epochs", type=whole, help="epochs of the teacher's schedule")
     add("--teacher-es", type=whole, help="stop the teacher after this epoch (default: no stop)")
     add("--teacher-lr", type=positive, help="highest learning rate of the teacher")
-    add("--teacher-batch-size", type=whole, help="images per step of the teacher")
+    add("--teacher-batch-size", type=common.at_least_2, help="images per step of the teacher")
     shift = "random shift of the teacher's images in pixels (default: as --augment says)"
     add("--teacher-shift", type=common.whole_or_0, help=shift)
 
@@ -223,7 +223,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=whole, help="epochs of the student's training")
-    add("--batch-size", type=whole, help="images per step of the student")
+    add("--batch-size", type=common.at_least_2, help="images per step of the student")
     add("--lr", type=positive, help="highest learning rate of the student")
     add("--weight-decay", type=nonnegative, help="weight decay of SGD for both nets")
     schedules = {"choices": ["steps", "exponential", "cosine"]}
@@ -821,6 +821,9 @@ def main(argv=None):
     if args.omit_digit is not None and not (data.y_test == args.omit_digit).any():
         none = f"no test image shows the digit {args.omit_digit}; take more"
         raise common.UserError(f"--test-subset {args.test_subset}: {none}")
+    if args.omit_digit is not None and (data.y_train != args.omit_digit).sum() < 2:
+        none = f"all training images but one at most show the digit {args.omit_digit}; take more"
+        raise common.UserError(f"--train-subset {args.train_subset}: {none}")
     summaries = []
     for seed in args.seed:
         seed_args = common.replace(args, seed=seed)

@@ -326,7 +326,6 @@ def test_the_first_process_downloads_and_unpacks_for_the_others(monkeypatch, ran
     seen = []
     monkeypatch.setattr(common, "rank", lambda: rank)
     monkeypatch.setattr(common, "load_data", lambda *_: seen.append("data"))
-    monkeypatch.setattr(common, "check_single_images", lambda *_: None)
     monkeypatch.setattr(common, "sync", lambda: seen.append("sync"))
     args = robust_kd.parse_args(f"--data shapes {SMALL}".split())
     common.load_training_data(args, torch.device("cpu"))

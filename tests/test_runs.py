@@ -1066,18 +1066,17 @@ def test_a_last_batch_of_one_image_is_joined_to_the_one_before(script, norm_net,
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("sizes", ["--batch-size 1 --train-subset 8", "--train-subset 1"])
-def test_batchnorm_on_a_single_image_is_refused_before_the_first_epoch(
-    script, sizes, norm_net, tmp_path, refused
-):
-    flags = f"{norm_net} {SCRIPTS[script]} {sizes}"
-    message = refused(importlib.import_module(script).main, flags.split())
-    assert message.startswith("--batch-size ") and "take at least 2" in message
+def test_batches_of_a_single_image_are_refused(script, norm_net, tmp_path, refused):
+    flags = ["--batch-size", "--train-subset"]
+    if script in ("robust_kd", "teacher_free_kd"):
+        flags.append("--teacher-batch-size")
+    for flag in flags:
+        argv = f"{norm_net} {SCRIPTS[script]} {flag} 1".split()
+        message = refused(importlib.import_module(script).main, argv)
+        assert message == f"{flag}: expected a whole number of at least 2, got '1'"
+    argv = f"{norm_net} {SCRIPTS[script]} --val-size 3999".split()
+    assert "--val-size 3999: too large" in refused(importlib.import_module(script).main, argv)
     assert not (tmp_path / "runs").exists()
-
-
-def test_nets_that_can_train_on_a_single_image_do(tmp_path):
-    run_in(tmp_path, f"{SMALL} --loss st --train-subset 2 --batch-size 1")
 
 
 def test_all_other_batches_are_cut_as_always():

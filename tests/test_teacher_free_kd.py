@@ -577,6 +577,16 @@ def test_a_digit_that_no_test_image_shows_is_named_before_the_training(mnist, tm
     assert "no test image shows the digit 7" in refused(tf.main, flags.split())
 
 
+def test_a_digit_that_nearly_all_training_images_show_is_named_before_the_training(
+    mnist, tmp_path, refused
+):
+    data = common.load_data("mnist", mnist, val_size=40, train_subset=2)
+    flags = f"{DIGITS} --val-size 40 --train-subset 2 --omit-digit {data.y_train[0]}"
+    line = refused(tf.main, f"{flags} --data-root {mnist} --runs {tmp_path}".split())
+    assert line.startswith("--train-subset 2: ") and line.endswith("take more")
+    assert not list(tmp_path.glob("teacher_free_kd"))
+
+
 def test_the_layers_of_a_resnet_are_its_convolutions_by_stage():
     layers = list(tf.Gradients(common.build_model("resnet18-w4", 10), [1], 1).weights)
     convolutions = [f"{stage}.{number}" for stage in (1, 2, 3, 4) for number in (1, 2, 3, 4)]
