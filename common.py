@@ -64,13 +64,12 @@ class UserError(Exception):
     """
 
 
-def start(main, stopped=None) -> None:
+def start(main, stopped="finished epochs are kept; the same command goes on:") -> None:
     """Run main() as a program, without a traceback for anything that a user can cause.
 
     Exit status: 2 after a UserError, a file system error or a full GPU memory; 130 after Ctrl-C;
     143 after SIGTERM; 141 when the reader of the output has gone (`| head`). `stopped` is printed
-    after Ctrl-C, SIGTERM and a file system error, followed by the command (default: what a training
-    script has kept).
+    after Ctrl-C, SIGTERM and a file system error, followed by the command.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what the terminal cannot print becomes \\uXXXX
@@ -82,7 +81,7 @@ def start(main, stopped=None) -> None:
         main()
         sys.stdout.flush()  # at the interpreter's exit it would be too late to catch the error
     except KeyboardInterrupt as stop:
-        print(f"\nstopped; {stopped or what_is_kept()}\n{command_line()}", file=sys.stderr)
+        print(f"\nstopped; {stopped}\n{command_line()}", file=sys.stderr)
         raise SystemExit(143 if stop.args else 130) from None
     except UserError as error:
         exit_with_error(str(error))
@@ -96,8 +95,7 @@ def start(main, stopped=None) -> None:
             os.dup2(null, 2)  # perhaps the same pipe
             raise SystemExit(141) from None
         name = error.filename or "standard output"
-        kept = stopped or what_is_kept()
-        exit_with_error(f"{name}: {error.strerror or error}; {kept} {command_line()}")
+        exit_with_error(f"{name}: {error.strerror or error}; {stopped} {command_line()}")
     except Exception as error:  # those of torch.compile are not all RuntimeErrors
         if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
             reason = str(error).split("Set TORCH")[0]
@@ -107,15 +105,6 @@ def start(main, stopped=None) -> None:
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             exit_with_error(f"too little memory; take a smaller net or fewer images ({error})")
         raise
-
-
-run_has_begun = False  # set by open_run
-
-
-def what_is_kept() -> str:
-    """What a stopped training script leaves, before its command."""
-    kept = "finished epochs are kept" if run_has_begun else "nothing was trained yet"
-    return f"{kept}; the same command goes on:"
 
 
 @contextlib.contextmanager
@@ -2171,8 +2160,6 @@ def open_run(script: str, args: argparse.Namespace, data: Data):
                 write_json(folder / "config.json", describe_run(args, data))
             else:
                 check_same_run(folder, config, args, data)
-        global run_has_begun
-        run_has_begun = True
         yield folder
 
 

@@ -728,17 +728,15 @@ def test_a_killed_run_goes_on_by_the_command_that_it_prints(whole, tmp_path):
 @pytest.mark.parametrize(
     "stop, status, message",
     [
-        (KeyboardInterrupt(), 130, "stopped; nothing was trained yet; the same command goes on:"),
-        (KeyboardInterrupt("SIGTERM"), 143, "stopped; nothing was trained yet"),
+        (KeyboardInterrupt(), 130, "stopped; finished epochs are kept; the same command goes on:"),
+        (KeyboardInterrupt("SIGTERM"), 143, "stopped; finished epochs are kept"),
         (common.UserError("--eps: two\nlines \x1b[2J"), 2, "error: --eps: two lines ?[2J\n"),
         (OSError(28, "No space left on device", "a.pt"), 2, "error: a.pt: No space left on"),
         (torch.OutOfMemoryError("CUDA"), 2, "take a smaller --batch-size"),
         (MemoryError("Unable to allocate 6 TiB"), 2, "too little memory; take a smaller net"),
     ],
 )
-def test_what_a_user_can_cause_is_one_line(stop, status, message, ended, monkeypatch):
-    monkeypatch.setattr(common, "run_has_begun", False)
-
+def test_what_a_user_can_cause_is_one_line(stop, status, message, ended):
     def main():
         raise stop
 
@@ -791,17 +789,15 @@ def test_ctrl_c_while_the_data_are_loaded_writes_nothing(tmp_path, monkeypatch, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(common, "load_data", interrupted)
-    monkeypatch.setattr(common, "run_has_begun", False)
     argv = [*SMALL.split(), "--runs", str(tmp_path / "runs")]
     status, error = ended(lambda: robust_kd.main(argv))
-    assert status == 130 and "nothing was trained yet" in error and list(tmp_path.iterdir()) == []
+    assert status == 130 and "the same command goes on" in error and list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_has_begun_says_that_finished_epochs_are_kept(tmp_path, monkeypatch, ended):
+def test_a_full_disk_says_that_finished_epochs_are_kept(tmp_path, monkeypatch, ended):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(common, "run_has_begun", False)
     monkeypatch.setattr(common, "save_epoch", full)
     argv = [*SMALL.split(), "--loss", "st", "--runs", str(tmp_path)]
     status, error = ended(lambda: robust_kd.main(argv))
