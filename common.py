@@ -288,7 +288,8 @@ def float32_operations() -> list:
 
 @contextlib.contextmanager
 def float32_restored():
-    """What the block changes of the precision of float32 is afterwards as it was."""
+    """Put the float32 precision settings and cudnn.benchmark back after the block."""
+    benchmark = torch.backends.cudnn.benchmark
     before = [operation.fp32_precision for operation in float32_operations()]
     convolutions = products = None
     with contextlib.suppress(RuntimeError):  # the caller's old and new switches contradict
@@ -297,6 +298,7 @@ def float32_restored():
     try:
         yield
     finally:
+        torch.backends.cudnn.benchmark = benchmark
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if convolutions is not None:
@@ -488,9 +490,7 @@ def read_data(name: str, root: Path, runs) -> dict:
             path = writable_folder(root, runs) / path.name
         if not path.exists():
             if name == "tiny-imagenet":
-                command = f"python benchmark/prepare.py {name} {root}/tiny-imagenet-200"
-                command += f" --data-root {path.parent}"
-                advice = f"unpack tiny-imagenet-200.zip in {root}, then: {command}"
+                advice = "benchmark/prepare.py makes it from the unpacked zip"
                 raise UserError(f"--data {name}: there is no {path}; {advice}")
             print(f"{path} is not there: taking {name} from torchvision", flush=True)
             arrays = read_torchvision(name, root, path.parent)
@@ -1493,14 +1493,10 @@ def strict_float32(tf32_convolutions: bool = False):
     cudnn.benchmark is off inside: it times its kernels for each new batch size, and an attack that
     drops broken images has hundreds of sizes.
     """
-    benchmark = torch.backends.cudnn.benchmark
     with float32_restored():
         set_float32(tf32_convolutions)
         torch.backends.cudnn.benchmark = False
-        try:
-            yield
-        finally:
-            torch.backends.cudnn.benchmark = benchmark
+        yield
 
 
 @contextlib.contextmanager
@@ -1534,10 +1530,7 @@ def evaluating(model: nn.Module):
             module.training = training
         with torch.no_grad():
             for module, name, buffer, before in buffers:
-                expanded = any(
-                    n > 1 and stride == 0 for n, stride in zip(buffer.shape, buffer.stride())
-                )
-                if not expanded:  # nothing can be written into what expand() has made
+                if 0 not in buffer.stride():  # nothing can be written into what expand() has made
                     buffer.copy_(before)
                 if getattr(module, name) is not buffer:
                     setattr(module, name, buffer)
@@ -1670,7 +1663,7 @@ OTHER_FILES = {
     rb"\x80[\x02-\x05](?!\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.)": "a Python pickle, which is never "
     "run; save the weights with torch.save",
 }
-ZIP, BEFORE_TORCH_1_6 = b"PK", b"\x80\x02\x8a"
+BEFORE_TORCH_1_6 = b"\x80\x02\x8a"
 
 
 def check_first_bytes(path: str | Path) -> bytes:
@@ -2191,8 +2184,7 @@ def digests_of_files(args: argparse.Namespace) -> dict:
     for flag in ("teacher_ckpt", "labels_file"):
         path = getattr(args, flag, None)
         if path:
-            with naming(path):
-                digests[flag] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+            digests[flag] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     return digests
 
 

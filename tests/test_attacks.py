@@ -359,6 +359,7 @@ def test_evaluating_is_in_strict_float32_and_puts_the_precision_back(caller):
         cudnn.allow_tf32 = True  # PyTorch's defaults
         torch.set_float32_matmul_precision("highest")
         CALLERS[caller]()
+        cudnn.benchmark = True
         before = precision_switches()
         with common.evaluating(common.build_model("mlp-4", size=4)):
             assert precision_switches() == ["ieee"] * 6 + [False, "highest"]
@@ -369,7 +370,7 @@ def test_evaluating_is_in_strict_float32_and_puts_the_precision_back(caller):
             assert precision_switches() == ["ieee"] * 6 + [False, "highest"]
             with cudnn.flags(enabled=False):  # nets that do without cuDNN read the old switch
                 pass
-        assert precision_switches() == before
+        assert precision_switches() == before and cudnn.benchmark
 
 
 WRONG_ARGUMENTS = {  # what is given instead -> the error
