@@ -1180,16 +1180,15 @@ def load_weights(flag: str, path: str | Path, model: nn.Module) -> None:
         states = state_dicts_in(load_tensors(path))
     except UserError as error:
         raise UserError(f"{flag} {error}") from None
-    for place, state in states.items():
-        states[place] = in_our_names(flag, path, state, model)
+    renamed_states = {place: in_our_names(state, model) for place, state in states.items()}
     fitting = {}
-    for place, state in states.items():
+    for place, state in renamed_states.items():
         for renamed in renamings(state, model):
             with contextlib.suppress(Exception):  # torch raises several types for what does not fit
                 model.load_state_dict(renamed)
                 fitting.setdefault(place, renamed)
     if not fitting:
-        raise UserError(f"{flag} {path}: {misfit(states, model)}")
+        raise UserError(f"{flag} {path}: {misfit(renamed_states, model)}")
     taken = next(iter(fitting))
     model.load_state_dict(fitting[taken])
     for name, tensor in model.state_dict().items():
@@ -1199,6 +1198,8 @@ def load_weights(flag: str, path: str | Path, model: nn.Module) -> None:
             raise UserError(f"{flag} {path}: {name} is {types}; convert the weights first")
     if not weights_are_finite(model):
         raise UserError(f"{flag} {path}: weights that are not finite")
+    if renamed_states[taken] is not states[taken]:
+        print_once(f"{flag} {path}: {normalisation(states[taken], model)}")
     for other in states:
         if other != taken and (other in fitting or is_averaged(other) != is_averaged(taken)):
             places = f"takes the weights at {taken or 'the top'}, not at {other or 'the top'}"
@@ -1222,7 +1223,7 @@ def weights_are_finite(model: nn.Module) -> bool:
 
 @functools.cache
 def print_once(line: str) -> None:
-    """Print a line that several functions, or several seeds, would repeat."""
+    """Print a line the first time only."""
     print(line, flush=True)
 
 
@@ -1318,96 +1319,56 @@ STATISTICS = {
 }
 
 
-def in_our_names(flag: str, path: str | Path, state: dict, model: nn.Module) -> dict:
+def in_our_names(state: dict, model: nn.Module) -> dict:
     """The state_dict of a WideResNet of RobustBench or TRADES under the names of our wrn-D-W.
 
-    Both nets compute the same. Other state_dicts, and those for other nets than our ResNets and
-    WideResNets, come back as they are. Raises UserError.
+    Both nets compute the same, up to the activation: theirs is ReLU. Names that are none of a net's
+    stay as they are, but for sub_block1, a second first stage that the forward pass of their nets
+    never uses, which is left out. Other state_dicts, and those for other nets than our ResNets and
+    WideResNets with ReLU, come back as they are. Whether the weights fit is for load_weights.
     """
-    if not isinstance(model, ConvNet):
-        return state
-    state = {str(name): tensor for name, tensor in state.items() if name != "n_averaged"}
-    if any("batchnorm_0." in name for name in state):
-        differs = "its strided convolutions pad one side alone, unlike ours"
-        advice = "give a MODULE:FUNCTION that builds it, see docs/own_nets.md"
-        raise UserError(f"{flag} {path}: a net of DeepMind's kind: {differs}; {advice}")
+    has_silu = any(isinstance(module, nn.SiLU) for module in model.modules())
     first_conv = re.compile(r"(.*\.)?block1\.layer\.0\.conv1\.weight")
-    prefixes = [match[1] or "" for match in map(first_conv.fullmatch, state) if match]
-    if len(prefixes) != 1:
+    prefixes = [match[1] or "" for match in map(first_conv.fullmatch, map(str, state)) if match]
+    if not isinstance(model, ConvNet) or has_silu or len(prefixes) != 1:
         return state
     prefix = prefixes[0]  # such as "module."
-    net = wide_resnet_name(state, f"{prefix}block1.layer.")
-    has_silu = any(isinstance(module, nn.SiLU) for module in model.modules())
-    if has_silu or net != wide_resnet_name(model.state_dict(), "stages.0."):
-        advice = f"--teacher-model {net}"
-        if flag == "--weights":
-            advice = f"--model \"common:build_model(name='{net}')\""
-        raise UserError(f"{flag} {path}: the weights of a {net} with ReLU; give {advice}")
-    renamed, missing, unknown = rename_wide_resnet(state, prefix, model)
-    if missing or unknown:
-        lists = f"missing: {first_names(missing)}; unknown: {first_names(unknown)}"
-        advice = "give the MODULE:FUNCTION that these weights belong to"
-        raise UserError(f"{flag} {path}: not the weights of a {net} alone: {lists}; {advice}")
-    classes, wanted = (sum(fc.shape[:1]) for fc in (renamed["fc.weight"], model.fc.weight))
-    if classes != wanted:
-        advice = "give data with as many classes (and classes=... to a function)"
-        raise UserError(f"{flag} {path}: a net for {classes} classes, not {wanted}; {advice}")
-    print_once(f"{flag} {path}: {net}; {complete_statistics(renamed, model)}")
-    return renamed
-
-
-def wide_resnet_name(state: dict, first_stage: str) -> str:
-    """wrn-D-W by the first convolutions of the blocks whose names begin with `first_stage`."""
-    convs = [
-        tensor
-        for name, tensor in state.items()
-        if name.startswith(first_stage) and name.endswith(".conv1.weight")
-    ]
-    channels = sum(getattr(convs[0], "shape", ())[:1]) if convs else 0
-    return f"wrn-{6 * len(convs) + 4}-{channels // 16}"
-
-
-def rename_wide_resnet(state: dict, prefix: str, model: nn.Module):
-    """-> (state_dict in the names of the model, names missing in the file, names unknown to it).
-
-    prefix: what stands before each name of the net in the file. Two kinds of tensors are left out
-    and not told: those of sub_block1, a second first stage that the forward pass of these nets
-    never uses, and num_batches_tracked where it is missing, as in files of old versions of torch.
-    """
     name_in_net = {}  # by the name in the file
     for name in model.state_dict():
         name_in_file = name
         for our_part, their_part in FOREIGN_PARTS.items():
             name_in_file = name_in_file.replace(our_part, their_part)
         name_in_net[prefix + name_in_file] = name
-    renamed, unknown = {}, []
+    renamed, names, channels = {}, [], model.normalize.mean.numel()
     for name, tensor in state.items():
+        name = str(name)
+        if name == "n_averaged" or name.startswith(f"{prefix}sub_block1."):
+            continue
+        names.append(name)
         in_net = name_in_net.get(name) or STATISTICS.get(name.split(".")[-1])
         is_dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
-        if in_net and in_net not in renamed and is_dense:
-            is_statistic = in_net in STATISTICS.values()
-            renamed[in_net] = tensor.reshape(1, -1, 1, 1) if is_statistic else tensor
-        elif not name.startswith(f"{prefix}sub_block1."):
-            unknown.append(name)
-    without_statistics = not renamed.keys() & STATISTICS.values()
-    missing = []
-    for name, in_net in name_in_net.items():
-        may_lack = in_net in STATISTICS.values() and without_statistics
-        if in_net not in renamed and not may_lack and not name.endswith("num_batches_tracked"):
-            missing.append(name)
-    return renamed, missing, unknown
+        if in_net in STATISTICS.values() and is_dense and tensor.numel() == channels:
+            tensor = tensor.reshape(1, channels, 1, 1)
+        if in_net is None or in_net in renamed:  # a second mean keeps its name, and fits nowhere
+            in_net = name
+        renamed[in_net] = tensor
+    if len(renamed) < len(names):  # two tensors for one place
+        return state
+    complete_statistics(renamed, model)
+    return renamed
 
 
-def complete_statistics(renamed: dict, model: nn.Module) -> str:
-    """Give a state_dict without mean and deviation of the images those of the model.
+def complete_statistics(renamed: dict, model: nn.Module) -> None:
+    """Add the model's mean and deviation to a state_dict that has none."""
+    if not renamed.keys() & set(STATISTICS.values()):
+        for name in ("mean", "std"):
+            renamed[f"normalize.{name}"] = getattr(model.normalize, name).clone()
 
-    They are 0 and 1 unless the model was built with others. -> what the net does with the images.
-    """
-    in_file = "normalize.mean" in renamed
-    if not in_file:
-        renamed |= {"normalize.mean": model.normalize.mean, "normalize.std": model.normalize.std}
-    mean, std = renamed["normalize.mean"].flatten(), renamed["normalize.std"].flatten()
-    if in_file:
+
+def normalisation(state: dict, model: nn.Module) -> str:
+    """What a WideResNet does with its images once the weights of `state` are loaded."""
+    mean, std = model.normalize.mean.flatten(), model.normalize.std.flatten()
+    if any(str(name).split(".")[-1] in STATISTICS for name in state):
         what = "the net normalises as the file says"
     else:
         what = "no statistics of a normalisation in the file: the net "
@@ -1416,12 +1377,6 @@ def complete_statistics(renamed: dict, model: nn.Module) -> str:
         what += "keeps its own"
     means, stds = (", ".join(f"{number:.4g}" for number in v.tolist()) for v in (mean, std))
     return f"{what}, mean {means}, deviation {stds}"
-
-
-def first_names(names: list[str]) -> str:
-    """At most three names of a list, cut to 60 characters, and the number of the others."""
-    text = ", ".join(name[:60] for name in names[:3]) or "none"
-    return f"{text} and {len(names) - 3} more" if len(names) > 3 else text
 
 
 # ------------------------------------------------------------------------------------------------
