@@ -1605,20 +1605,15 @@ def check_zip(path: str | Path) -> None:
             raise ValueError(f"the checksum of {damaged} is wrong")
 
 
-# How files begin that are given in place of a checkpoint, what they are, and what to do
+# First bytes of files mistaken for checkpoints: what each is, and the remedy
 OTHER_FILES = {
     rb"(\xef\xbb\xbf)?\s*<": "a web page; download the file itself",
     rb"version https://git-lfs": "a Git LFS pointer; fetch the file itself with git lfs pull",
-    rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!": "a packed archive; unpack it first",
-    rb".{257}ustar": "a tar archive; unpack it first",
-    rb"\x93NUMPY": "a numpy array; save the weights with torch.save",
     rb".{6}\0\0\{": "a safetensors file; type "
     "torch.save(safetensors.torch.load_file(FILE), 'weights.pt') in Python",
-    rb"\x89HDF": "an HDF5 file, as Keras writes them; save the weights with torch.save",
-    rb"\x80[\x02-\x05](?!\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.)": "a Python pickle, which is never "
-    "run; save the weights with torch.save",
 }
-BEFORE_TORCH_1_6 = b"\x80\x02\x8a"
+BEFORE_TORCH_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # files of torch.save began so
+NO_TORCH_FILE = "not a zip of torch.save, or half of one"
 
 
 def check_first_bytes(path: str | Path) -> bytes:
@@ -1645,18 +1640,16 @@ def check_first_bytes(path: str | Path) -> bytes:
 
 
 def check_torch_zip(path: str | Path) -> None:
-    """A UserError that says what a zip is, or a ValueError, unless torch.save has written it."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError("its end is missing, as after half a download")
-    with zipfile.ZipFile(path) as file:
-        names = [Path(name).name for name in file.namelist()]
+    """A ValueError unless torch.save has written a zip; a UserError for a TorchScript archive."""
+    names = []
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            names = [Path(name).name for name in file.namelist()]
     if "constants.pkl" in names:
         advice = "type torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt') in Python"
         raise UserError(f"{path}: a TorchScript archive; {advice}")
-    if names and all(name.endswith(".npy") for name in names):
-        raise UserError(f"{path}: a numpy .npz file; save the weights with torch.save")
     if "data.pkl" not in names:
-        raise UserError(f"{path}: a zip archive, not written by torch.save; unpack it first")
+        raise ValueError(NO_TORCH_FILE)
     check_zip(path)
 
 
@@ -1667,8 +1660,10 @@ def load_tensors(path: str | Path):
     """
     begin = check_first_bytes(path)
     try:
-        if not begin.startswith(BEFORE_TORCH_1_6):
+        if begin.startswith(b"PK\3\4"):
             check_torch_zip(path)
+        elif not begin.startswith(BEFORE_TORCH_1_6):  # nothing else reaches torch
+            raise ValueError(NO_TORCH_FILE)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles from elsewhere
             return torch.load(path, map_location="cpu", weights_only=True)

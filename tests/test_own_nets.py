@@ -660,7 +660,7 @@ BAD_WEIGHTS = {
     "wide.pth": "0.weight is (8, 3, 3, 3) in the net, (16, 3, 3, 3) in the file",
     "code.pth": "the file contains Python objects",
     "nan.pth": "not finite",
-    "short.pth": "short.pth: damaged, or no checkpoint (its end is missing",
+    "short.pth": "short.pth: damaged, or no checkpoint (not a zip of torch.save, or half of one",
     "list.pth": "--teacher-ckpt list.pth: ",
 }
 
