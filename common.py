@@ -8,8 +8,8 @@ Runs     runs/<script>/<name>-s<seed>/ holds config.json, log.jsonl, the models 
          runs/teachers/<digest>/ holds each teacher once, for all runs with the same flags.
 
 Importing this file does nothing: no CUDA, seed or download; torchvision is imported by the loaders.
-When you copy a script into a project of your own, leave out the last section, "A run": your project
-has its own folders, logs and checkpoints.
+When you copy a script into a project of your own, leave out the last section, "A run", and put your
+project's own folders, logs and checkpoints in the place of its functions that `train` calls.
 """
 
 import argparse
@@ -1880,7 +1880,7 @@ def drawing(path):
 
 
 # ================================================================================================
-# A run: flags, folders, checkpoints, teachers. Leave this out when you paste a script elsewhere.
+# A run: flags, folders, checkpoints, teachers. A pasted script has its own in the place of these.
 # ================================================================================================
 
 # Flags that do not change what is computed: the same run goes on with other values
@@ -1918,7 +1918,7 @@ def add_run_flags(parser, augment=("crop", "none")) -> None:
     add("--runs", default="runs", help="folder in which the run folders are made")
     add("--name", help="name of the run folder (default: made of the flags that were given)")
     add("--tensorboard", action="store_true", help="also log to TensorBoard, if it is installed")
-    add("--demo", action="store_true", help="small run on drawn shapes that takes 2 CPU minutes")
+    add("--demo", action="store_true", help="small run on drawn shapes, a few minutes on a CPU")
 
 
 def parse(parser, argv: list | None, presets: dict) -> argparse.Namespace:
@@ -2212,7 +2212,7 @@ def lock_file(folder: Path, wait: bool):
 
 
 def training_data(data: Data) -> dict:
-    """What of the data decides the weights of a net, beside the flags.
+    """The properties of the data on which trained weights depend.
 
     mean and std are those of all training images, the fingerprint that of the chosen ones.
     """
@@ -2224,8 +2224,9 @@ def teacher_folder(args: argparse.Namespace, data: Data) -> Path:
     """runs/teachers/<digest>, where all runs look for the teacher of these flags and data.
 
     args: the flags of the teacher itself; those that are None have no effect on it and do not
-    count. Nor do those by which the data were chosen: the data count as they are. For a net of your
-    own the weights that it begins with count too. The flags are kept in recipe.json for people.
+    count. Flags that select the data are left out, because the selected data are in the digest. For
+    a net of your own the weights that it begins with count too. The flags are kept in recipe.json
+    for people.
     """
     chosen_by = {"train_subset", "test_subset", "val_size", "extra_data", "demo"}
     flags = {k: v for k, v in run_flags(args).items() if v is not None and k not in chosen_by}
