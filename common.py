@@ -445,10 +445,10 @@ def describe_data(name, x, y, x_test, classes, grey, left_out) -> str:
     counts = np.bincount(y, minlength=len(classes))
     text = f"{name}: {len(x):,} training and {len(x_test):,} test images of {x.shape[1]} x "
     text += f"{x.shape[2]} pixels, {'grey' if grey else 'colour'}; {len(classes)} classes "
-    text += f"({first_ten(classes)}) of {counts.min():,} to {counts.max():,} training images"
+    text += f"({first_names(classes)}) of {counts.min():,} to {counts.max():,} training images"
     empty = [classes[k] for k in np.flatnonzero(counts == 0)]
     if empty:
-        text += f"; no training image of {first_ten(empty)}"
+        text += f"; no training image of {first_names(empty)}"
     for part, images in (("training", x), ("test", x_test)):
         if images.max() < 128:
             text += f"; no pixel of the {part} images above {images.max()}, where 255 is white"
@@ -459,9 +459,9 @@ def describe_data(name, x, y, x_test, classes, grey, left_out) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def first_ten(names: list[str]) -> str:
-    """The first ten names, then "..." if there are more."""
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+def first_names(names: list[str], most: int = 10) -> str:
+    """The first names, then "..." if there are more."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def channel_statistics(x) -> tuple[list[float], list[float]]:
@@ -1281,7 +1281,7 @@ def misfit(states: dict, model: nn.Module) -> str:
     missing = [name for name in wanted if name not in there and "num_batches" not in name]
     others = [name[:60] for name in there if name not in wanted]
     if missing or others:
-        wants, has = (", ".join(names[:3]) or "no others" for names in (missing, others))
+        wants, has = (first_names(names, 3) or "no others" for names in (missing, others))
         return f"the weights are not of this net: the net wants {wants}; the file has {has}"
     for name, tensor in wanted.items():
         shape = tuple(getattr(there.get(name, tensor), "shape", ()))

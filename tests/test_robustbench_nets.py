@@ -298,7 +298,7 @@ WRONG = {  # what is done to a state_dict of a wrn-10-1: what the line says
     ),
     "many": (
         lambda s: s | {f"extra{i}": torch.ones(2) for i in range(9)},
-        "the file has extra0, extra1, extra2",
+        "the file has extra0, extra1, extra2, ...",
     ),
     "a number": (lambda s: s | {"epoch": 3}, "the file has epoch"),
     "sparse": (
