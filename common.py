@@ -8,8 +8,8 @@ Runs     runs/<script>/<name>-s<seed>/ holds config.json, log.jsonl, the models 
          runs/teachers/<digest>/ holds each teacher once, for all runs with the same flags.
 
 Importing this file does nothing: no CUDA, seed or download; torchvision is imported by the loaders.
-When you copy a script into a project of your own, leave out the last section, "A run": your project
-has its own folders, logs and checkpoints.
+When you copy a script into a project of your own, leave out the last section, "A run", and put your
+project's own folders, logs and checkpoints in the place of its functions that `train` calls.
 """
 
 import argparse
@@ -64,21 +64,16 @@ class UserError(Exception):
     """
 
 
-def start(main, stopped=None) -> None:
+def start(main, stopped="finished epochs are kept; the same command goes on:") -> None:
     """Run main() as a program, without a traceback for anything that a user can cause.
 
     Exit status: 2 after a UserError, a file system error or a full GPU memory; 130 after Ctrl-C;
     143 after SIGTERM; 141 when the reader of the output has gone (`| head`). `stopped` is printed
-    after Ctrl-C, SIGTERM and a file system error, followed by the command (default: what a training
-    script has kept).
+    after Ctrl-C, SIGTERM and a file system error, followed by the command.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what the terminal cannot print becomes \\uXXXX
             stream.reconfigure(errors="backslashreplace")
-    try:
-        check_processes()
-    except UserError as error:
-        exit_with_error(str(error))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the first process prints everything)
     signal.signal(signal.SIGTERM, _raise_on_sigterm)
@@ -86,7 +81,7 @@ def start(main, stopped=None) -> None:
         main()
         sys.stdout.flush()  # at the interpreter's exit it would be too late to catch the error
     except KeyboardInterrupt as stop:
-        print(f"\nstopped; {stopped or what_is_kept()}\n{command_line()}", file=sys.stderr)
+        print(f"\nstopped; {stopped}\n{command_line()}", file=sys.stderr)
         raise SystemExit(143 if stop.args else 130) from None
     except UserError as error:
         exit_with_error(str(error))
@@ -100,26 +95,16 @@ def start(main, stopped=None) -> None:
             os.dup2(null, 2)  # perhaps the same pipe
             raise SystemExit(141) from None
         name = error.filename or "standard output"
-        kept = stopped or what_is_kept()
-        exit_with_error(f"{name}: {error.strerror or error}; {kept} {command_line()}")
+        exit_with_error(f"{name}: {error.strerror or error}; {stopped} {command_line()}")
     except Exception as error:  # those of torch.compile are not all RuntimeErrors
         if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
             reason = str(error).split("Set TORCH")[0]
             exit_with_error(f"--compile: {reason}; the same command goes on without --compile")
-        if isinstance(error, dist.DistError) or (world() > 1 and "gloo" in str(error)):
+        if world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             exit_with_error(f"process {rank()}: another process has ended; start all of them again")
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             exit_with_error(f"too little memory; take a smaller net or fewer images ({error})")
         raise
-
-
-run_has_begun = False  # set by open_run
-
-
-def what_is_kept() -> str:
-    """What a stopped training script leaves, before its command."""
-    kept = "finished epochs are kept" if run_has_begun else "nothing was trained yet"
-    return f"{kept}; the same command goes on:"
 
 
 @contextlib.contextmanager
@@ -151,7 +136,10 @@ def command_line() -> str:
     python = Path(sys.executable)
     if Path.cwd() in python.parents:
         python = python.relative_to(Path.cwd())
-    return shlex.join([str(python), *sys.argv])
+    torchrun = []
+    if world() > 1:
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(world())]
+    return shlex.join([str(python), *torchrun, *sys.argv])
 
 
 def print_line(text: str, live: bool = False) -> None:
@@ -208,6 +196,7 @@ pixel_step = number_in(SMALLEST, 1, "a number in pixel units above 0, at most 1,
 pixel_units = number_in(0, 1, "a number in pixel units between 0 and 1, like 8/255")
 below_1 = number_in(0, math.nextafter(1, 0), "a number of at least 0 and below 1")
 whole, whole_or_0 = whole_from(1), whole_from(0)
+at_least_2 = whole_from(2)  # images: BatchNorm may be unable to train on one
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # --flag and --no-flag
 
 
@@ -300,7 +289,8 @@ def float32_operations() -> list:
 
 @contextlib.contextmanager
 def float32_restored():
-    """What the block changes of the precision of float32 is afterwards as it was."""
+    """Put the float32 precision settings and cudnn.benchmark back after the block."""
+    benchmark = torch.backends.cudnn.benchmark
     before = [operation.fp32_precision for operation in float32_operations()]
     convolutions = products = None
     with contextlib.suppress(RuntimeError):  # the caller's old and new switches contradict
@@ -309,6 +299,7 @@ def float32_restored():
     try:
         yield
     finally:
+        torch.backends.cudnn.benchmark = benchmark
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if convolutions is not None:
@@ -319,31 +310,17 @@ def float32_restored():
             operation.fp32_precision = precision
 
 
-def check_processes() -> None:
-    """A UserError if the environment has a part of what torchrun sets, as another job leaves it."""
-    advice = "unset WORLD_SIZE RANK LOCAL_RANK, or start with torchrun"
-    for name, lowest in {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "MASTER_PORT": 1}.items():
-        text = os.environ.get(name)
-        is_number = text is None or re.fullmatch(r"\d{1,9}", text)
-        if not is_number or int(text or lowest) < lowest:
-            raise UserError(f"{name}: expected a whole number, got {text!r}; {advice}")
-    if world() > 1:
-        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            if not os.environ.get(name):
-                raise UserError(f"WORLD_SIZE is {world()}, and {name} is not set; {advice}")
-    number = int(os.environ.get("RANK", 0))
-    if number >= world():
-        raise UserError(f"RANK: expected less than WORLD_SIZE {world()}, got {number}; {advice}")
-
-
 def world() -> int:
-    """The number of processes that torchrun has started for this run; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """The number of processes that torchrun has started for this run; 1 without torchrun.
+
+    Another job may leave WORLD_SIZE and RANK behind; TORCHELASTIC_RUN_ID torchrun alone sets.
+    """
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def rank() -> int:
     """The number of this process among them; process 0 writes the files and prints."""
-    return int(os.environ.get("RANK", 0)) if world() > 1 else 0
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 def sync() -> None:
@@ -432,7 +409,7 @@ def load_data(
         one = f"all training images are of one class, {classes[present[0]]}"
         raise UserError(f"{name}: {one}; there must be two classes or more")
     there = f"{name} has {len(x)} training and {len(x_test)} test images"
-    if val_size + (train_subset or 1) > len(x):
+    if val_size + (train_subset or 2) > len(x):  # see at_least_2
         flags = f"--val-size {val_size}"
         if train_subset is not None:
             flags += f" and --train-subset {train_subset}"
@@ -469,10 +446,10 @@ def describe_data(name, x, y, x_test, classes, grey, left_out) -> str:
     counts = np.bincount(y, minlength=len(classes))
     text = f"{name}: {len(x):,} training and {len(x_test):,} test images of {x.shape[1]} x "
     text += f"{x.shape[2]} pixels, {'grey' if grey else 'colour'}; {len(classes)} classes "
-    text += f"({first_ten(classes)}) of {counts.min():,} to {counts.max():,} training images"
+    text += f"({first_names(classes)}) of {counts.min():,} to {counts.max():,} training images"
     empty = [classes[k] for k in np.flatnonzero(counts == 0)]
     if empty:
-        text += f"; no training image of {first_ten(empty)}"
+        text += f"; no training image of {first_names(empty)}"
     for part, images in (("training", x), ("test", x_test)):
         if images.max() < 128:
             text += f"; no pixel of the {part} images above {images.max()}, where 255 is white"
@@ -483,9 +460,9 @@ def describe_data(name, x, y, x_test, classes, grey, left_out) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def first_ten(names: list[str]) -> str:
-    """The first ten names, then "..." if there are more."""
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+def first_names(names: list[str], most: int = 10) -> str:
+    """The first names, then "..." if there are more."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def channel_statistics(x) -> tuple[list[float], list[float]]:
@@ -514,9 +491,7 @@ def read_data(name: str, root: Path, runs) -> dict:
             path = writable_folder(root, runs) / path.name
         if not path.exists():
             if name == "tiny-imagenet":
-                command = f"python benchmark/prepare.py {name} {root}/tiny-imagenet-200"
-                command += f" --data-root {path.parent}"
-                advice = f"unpack tiny-imagenet-200.zip in {root}, then: {command}"
+                advice = "benchmark/prepare.py makes it from the unpacked zip"
                 raise UserError(f"--data {name}: there is no {path}; {advice}")
             print(f"{path} is not there: taking {name} from torchvision", flush=True)
             arrays = read_torchvision(name, root, path.parent)
@@ -550,7 +525,9 @@ def check_images(name: str, part: str, arrays: dict):
     square = x.ndim == 4 and x.shape[1] == x.shape[2] and x.shape[3] in (1, 3)
     if x.dtype != np.uint8 or not square or not x.size:
         wanted = "uint8 (N, S, S, 3) or (N, S, S)"
-        advice = "" if x.dtype == np.uint8 else f"; {advice_for_pixels(x)}"
+        advice = ""
+        if x.dtype != np.uint8:
+            advice = "; scale to 0 to 255, round and convert to uint8"
         raise UserError(f"{name}: x_{part} must be {wanted}, got {describe_array(x)}{advice}")
     if x.max() == 1:
         raise UserError(f"{name}: x_{part} holds 0 and 1 alone, but 255 is white; multiply by 255")
@@ -566,16 +543,6 @@ def describe_array(array) -> str:
     if array.dtype.kind in "biuf" and array.size:
         text += f" from {array.min():g} to {array.max():g}"
     return text
-
-
-def advice_for_pixels(x) -> str:
-    """How images of another type become uint8, as a part of an error."""
-    if x.dtype.kind in "biuf" and x.size and x.min() >= 0:
-        if x.max() <= 1:
-            return "multiply by 255, round and convert to uint8"
-        if x.max() <= 255:
-            return "round and convert to uint8"
-    return "scale to 0 to 255, round and convert to uint8"
 
 
 def are_labels(y, n: int, classes: int) -> bool:
@@ -1214,16 +1181,15 @@ def load_weights(flag: str, path: str | Path, model: nn.Module) -> None:
         states = state_dicts_in(load_tensors(path))
     except UserError as error:
         raise UserError(f"{flag} {error}") from None
-    for place, state in states.items():
-        states[place] = in_our_names(flag, path, state, model)
+    renamed_states = {place: in_our_names(state, model) for place, state in states.items()}
     fitting = {}
-    for place, state in states.items():
+    for place, state in renamed_states.items():
         for renamed in renamings(state, model):
             with contextlib.suppress(Exception):  # torch raises several types for what does not fit
                 model.load_state_dict(renamed)
                 fitting.setdefault(place, renamed)
     if not fitting:
-        raise UserError(f"{flag} {path}: {misfit(states, model)}")
+        raise UserError(f"{flag} {path}: {misfit(renamed_states, model)}")
     taken = next(iter(fitting))
     model.load_state_dict(fitting[taken])
     for name, tensor in model.state_dict().items():
@@ -1233,6 +1199,8 @@ def load_weights(flag: str, path: str | Path, model: nn.Module) -> None:
             raise UserError(f"{flag} {path}: {name} is {types}; convert the weights first")
     if not weights_are_finite(model):
         raise UserError(f"{flag} {path}: weights that are not finite")
+    if renamed_states[taken] is not states[taken]:
+        print_once(f"{flag} {path}: {normalisation(states[taken], model)}")
     for other in states:
         if other != taken and (other in fitting or is_averaged(other) != is_averaged(taken)):
             places = f"takes the weights at {taken or 'the top'}, not at {other or 'the top'}"
@@ -1256,7 +1224,7 @@ def weights_are_finite(model: nn.Module) -> bool:
 
 @functools.cache
 def print_once(line: str) -> None:
-    """Print a line that several functions, or several seeds, would repeat."""
+    """Print a line the first time only."""
     print(line, flush=True)
 
 
@@ -1314,7 +1282,7 @@ def misfit(states: dict, model: nn.Module) -> str:
     missing = [name for name in wanted if name not in there and "num_batches" not in name]
     others = [name[:60] for name in there if name not in wanted]
     if missing or others:
-        wants, has = (", ".join(names[:3]) or "no others" for names in (missing, others))
+        wants, has = (first_names(names, 3) or "no others" for names in (missing, others))
         return f"the weights are not of this net: the net wants {wants}; the file has {has}"
     for name, tensor in wanted.items():
         shape = tuple(getattr(there.get(name, tensor), "shape", ()))
@@ -1352,96 +1320,56 @@ STATISTICS = {
 }
 
 
-def in_our_names(flag: str, path: str | Path, state: dict, model: nn.Module) -> dict:
+def in_our_names(state: dict, model: nn.Module) -> dict:
     """The state_dict of a WideResNet of RobustBench or TRADES under the names of our wrn-D-W.
 
-    Both nets compute the same. Other state_dicts, and those for other nets than our ResNets and
-    WideResNets, come back as they are. Raises UserError.
+    Both nets compute the same, up to the activation: theirs is ReLU. Names that are none of a net's
+    stay as they are, but for sub_block1, a second first stage that the forward pass of their nets
+    never uses, which is left out. Other state_dicts, and those for other nets than our ResNets and
+    WideResNets with ReLU, come back as they are. Whether the weights fit is for load_weights.
     """
-    if not isinstance(model, ConvNet):
-        return state
-    state = {str(name): tensor for name, tensor in state.items() if name != "n_averaged"}
-    if any("batchnorm_0." in name for name in state):
-        differs = "its strided convolutions pad one side alone, unlike ours"
-        advice = "give a MODULE:FUNCTION that builds it, see docs/own_nets.md"
-        raise UserError(f"{flag} {path}: a net of DeepMind's kind: {differs}; {advice}")
+    has_silu = any(isinstance(module, nn.SiLU) for module in model.modules())
     first_conv = re.compile(r"(.*\.)?block1\.layer\.0\.conv1\.weight")
-    prefixes = [match[1] or "" for match in map(first_conv.fullmatch, state) if match]
-    if len(prefixes) != 1:
+    prefixes = [match[1] or "" for match in map(first_conv.fullmatch, map(str, state)) if match]
+    if not isinstance(model, ConvNet) or has_silu or len(prefixes) != 1:
         return state
     prefix = prefixes[0]  # such as "module."
-    net = wide_resnet_name(state, f"{prefix}block1.layer.")
-    has_silu = any(isinstance(module, nn.SiLU) for module in model.modules())
-    if has_silu or net != wide_resnet_name(model.state_dict(), "stages.0."):
-        advice = f"--teacher-model {net}"
-        if flag == "--weights":
-            advice = f"--model \"common:build_model(name='{net}')\""
-        raise UserError(f"{flag} {path}: the weights of a {net} with ReLU; give {advice}")
-    renamed, missing, unknown = rename_wide_resnet(state, prefix, model)
-    if missing or unknown:
-        lists = f"missing: {first_names(missing)}; unknown: {first_names(unknown)}"
-        advice = "give the MODULE:FUNCTION that these weights belong to"
-        raise UserError(f"{flag} {path}: not the weights of a {net} alone: {lists}; {advice}")
-    classes, wanted = (sum(fc.shape[:1]) for fc in (renamed["fc.weight"], model.fc.weight))
-    if classes != wanted:
-        advice = "give data with as many classes (and classes=... to a function)"
-        raise UserError(f"{flag} {path}: a net for {classes} classes, not {wanted}; {advice}")
-    print_once(f"{flag} {path}: {net}; {complete_statistics(renamed, model)}")
-    return renamed
-
-
-def wide_resnet_name(state: dict, first_stage: str) -> str:
-    """wrn-D-W by the first convolutions of the blocks whose names begin with `first_stage`."""
-    convs = [
-        tensor
-        for name, tensor in state.items()
-        if name.startswith(first_stage) and name.endswith(".conv1.weight")
-    ]
-    channels = sum(getattr(convs[0], "shape", ())[:1]) if convs else 0
-    return f"wrn-{6 * len(convs) + 4}-{channels // 16}"
-
-
-def rename_wide_resnet(state: dict, prefix: str, model: nn.Module):
-    """-> (state_dict in the names of the model, names missing in the file, names unknown to it).
-
-    prefix: what stands before each name of the net in the file. Two kinds of tensors are left out
-    and not told: those of sub_block1, a second first stage that the forward pass of these nets
-    never uses, and num_batches_tracked where it is missing, as in files of old versions of torch.
-    """
     name_in_net = {}  # by the name in the file
     for name in model.state_dict():
         name_in_file = name
         for our_part, their_part in FOREIGN_PARTS.items():
             name_in_file = name_in_file.replace(our_part, their_part)
         name_in_net[prefix + name_in_file] = name
-    renamed, unknown = {}, []
+    renamed, names, channels = {}, [], model.normalize.mean.numel()
     for name, tensor in state.items():
+        name = str(name)
+        if name == "n_averaged" or name.startswith(f"{prefix}sub_block1."):
+            continue
+        names.append(name)
         in_net = name_in_net.get(name) or STATISTICS.get(name.split(".")[-1])
         is_dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
-        if in_net and in_net not in renamed and is_dense:
-            is_statistic = in_net in STATISTICS.values()
-            renamed[in_net] = tensor.reshape(1, -1, 1, 1) if is_statistic else tensor
-        elif not name.startswith(f"{prefix}sub_block1."):
-            unknown.append(name)
-    without_statistics = not renamed.keys() & STATISTICS.values()
-    missing = []
-    for name, in_net in name_in_net.items():
-        may_lack = in_net in STATISTICS.values() and without_statistics
-        if in_net not in renamed and not may_lack and not name.endswith("num_batches_tracked"):
-            missing.append(name)
-    return renamed, missing, unknown
+        if in_net in STATISTICS.values() and is_dense and tensor.numel() == channels:
+            tensor = tensor.reshape(1, channels, 1, 1)
+        if in_net is None or in_net in renamed:  # a second mean keeps its name, and fits nowhere
+            in_net = name
+        renamed[in_net] = tensor
+    if len(renamed) < len(names):  # two tensors for one place
+        return state
+    complete_statistics(renamed, model)
+    return renamed
 
 
-def complete_statistics(renamed: dict, model: nn.Module) -> str:
-    """Give a state_dict without mean and deviation of the images those of the model.
+def complete_statistics(renamed: dict, model: nn.Module) -> None:
+    """Add the model's mean and deviation to a state_dict that has none."""
+    if not renamed.keys() & set(STATISTICS.values()):
+        for name in ("mean", "std"):
+            renamed[f"normalize.{name}"] = getattr(model.normalize, name).clone()
 
-    They are 0 and 1 unless the model was built with others. -> what the net does with the images.
-    """
-    in_file = "normalize.mean" in renamed
-    if not in_file:
-        renamed |= {"normalize.mean": model.normalize.mean, "normalize.std": model.normalize.std}
-    mean, std = renamed["normalize.mean"].flatten(), renamed["normalize.std"].flatten()
-    if in_file:
+
+def normalisation(state: dict, model: nn.Module) -> str:
+    """What a WideResNet does with its images once the weights of `state` are loaded."""
+    mean, std = model.normalize.mean.flatten(), model.normalize.std.flatten()
+    if any(str(name).split(".")[-1] in STATISTICS for name in state):
         what = "the net normalises as the file says"
     else:
         what = "no statistics of a normalisation in the file: the net "
@@ -1450,12 +1378,6 @@ def complete_statistics(renamed: dict, model: nn.Module) -> str:
         what += "keeps its own"
     means, stds = (", ".join(f"{number:.4g}" for number in v.tolist()) for v in (mean, std))
     return f"{what}, mean {means}, deviation {stds}"
-
-
-def first_names(names: list[str]) -> str:
-    """At most three names of a list, cut to 60 characters, and the number of the others."""
-    text = ", ".join(name[:60] for name in names[:3]) or "none"
-    return f"{text} and {len(names) - 3} more" if len(names) > 3 else text
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1527,14 +1449,10 @@ def strict_float32(tf32_convolutions: bool = False):
     cudnn.benchmark is off inside: it times its kernels for each new batch size, and an attack that
     drops broken images has hundreds of sizes.
     """
-    benchmark = torch.backends.cudnn.benchmark
     with float32_restored():
         set_float32(tf32_convolutions)
         torch.backends.cudnn.benchmark = False
-        try:
-            yield
-        finally:
-            torch.backends.cudnn.benchmark = benchmark
+        yield
 
 
 @contextlib.contextmanager
@@ -1554,12 +1472,13 @@ def evaluating(model: nn.Module):
     for module in modes:
         for name, buffer in module.named_buffers(recurse=False):
             buffers.append((module, name, buffer, buffer.clone()))
-    eager = contextlib.nullcontext()
+    without_compile = contextlib.nullcontext
     if "torch._dynamo" in sys.modules:  # something is compiled
-        eager = torch.compiler.set_stance("force_eager")
+        # a function: set_stance acts as soon as it is called
+        without_compile = functools.partial(torch.compiler.set_stance, "force_eager")
     try:
         model.eval()
-        with frozen(model), strict_float32(), eager:
+        with frozen(model), strict_float32(), without_compile():
             yield model
     finally:
         model.train(modes[model])  # some nets do more there than set the mode
@@ -1567,10 +1486,7 @@ def evaluating(model: nn.Module):
             module.training = training
         with torch.no_grad():
             for module, name, buffer, before in buffers:
-                expanded = any(
-                    n > 1 and stride == 0 for n, stride in zip(buffer.shape, buffer.stride())
-                )
-                if not expanded:  # nothing can be written into what expand() has made
+                if 0 not in buffer.stride():  # nothing can be written into what expand() has made
                     buffer.copy_(before)
                 if getattr(module, name) is not buffer:
                     setattr(module, name, buffer)
@@ -1690,20 +1606,15 @@ def check_zip(path: str | Path) -> None:
             raise ValueError(f"the checksum of {damaged} is wrong")
 
 
-# How files begin that are given in place of a checkpoint, what they are, and what to do
+# First bytes of files mistaken for checkpoints: what each is, and the remedy
 OTHER_FILES = {
     rb"(\xef\xbb\xbf)?\s*<": "a web page; download the file itself",
     rb"version https://git-lfs": "a Git LFS pointer; fetch the file itself with git lfs pull",
-    rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!": "a packed archive; unpack it first",
-    rb".{257}ustar": "a tar archive; unpack it first",
-    rb"\x93NUMPY": "a numpy array; save the weights with torch.save",
     rb".{6}\0\0\{": "a safetensors file; type "
     "torch.save(safetensors.torch.load_file(FILE), 'weights.pt') in Python",
-    rb"\x89HDF": "an HDF5 file, as Keras writes them; save the weights with torch.save",
-    rb"\x80[\x02-\x05](?!\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.)": "a Python pickle, which is never "
-    "run; save the weights with torch.save",
 }
-ZIP, BEFORE_TORCH_1_6 = b"PK", b"\x80\x02\x8a"
+BEFORE_TORCH_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # files of torch.save began so
+NO_TORCH_FILE = "not a zip of torch.save, or half of one"
 
 
 def check_first_bytes(path: str | Path) -> bytes:
@@ -1730,18 +1641,16 @@ def check_first_bytes(path: str | Path) -> bytes:
 
 
 def check_torch_zip(path: str | Path) -> None:
-    """A UserError that says what a zip is, or a ValueError, unless torch.save has written it."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError("its end is missing, as after half a download")
-    with zipfile.ZipFile(path) as file:
-        names = [Path(name).name for name in file.namelist()]
+    """A ValueError unless torch.save has written a zip; a UserError for a TorchScript archive."""
+    names = []
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            names = [Path(name).name for name in file.namelist()]
     if "constants.pkl" in names:
         advice = "type torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt') in Python"
         raise UserError(f"{path}: a TorchScript archive; {advice}")
-    if names and all(name.endswith(".npy") for name in names):
-        raise UserError(f"{path}: a numpy .npz file; save the weights with torch.save")
     if "data.pkl" not in names:
-        raise UserError(f"{path}: a zip archive, not written by torch.save; unpack it first")
+        raise ValueError(NO_TORCH_FILE)
     check_zip(path)
 
 
@@ -1752,8 +1661,10 @@ def load_tensors(path: str | Path):
     """
     begin = check_first_bytes(path)
     try:
-        if not begin.startswith(BEFORE_TORCH_1_6):
+        if begin.startswith(b"PK\3\4"):
             check_torch_zip(path)
+        elif not begin.startswith(BEFORE_TORCH_1_6):  # nothing else reaches torch
+            raise ValueError(NO_TORCH_FILE)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles from elsewhere
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -1793,17 +1704,32 @@ def has_our_format(record) -> bool:
     return isinstance(number, int) and number == 1
 
 
-def is_plain(value, depth: int = 5) -> bool:
-    """Whether it is a number, a short string, None, a tensor, or a small dict or list of such."""
-    if isinstance(value, Tensor):  # one that repeats its numbers is larger than its storage
-        return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-    if isinstance(value, dict):
-        value = [*value, *value.values()]
-    if isinstance(value, list):
-        return depth > 0 and len(value) < 1000 and all(is_plain(v, depth - 1) for v in value)
-    if isinstance(value, str):
-        return len(value) < 1000
-    return value is None or isinstance(value, float | int)
+def is_plain(value) -> bool:
+    """Whether it is a number, a short string, None, a tensor, or small dicts and lists of such.
+
+    At most five deep, and at most a million values at each depth together: a small file can hold
+    lists that hold the same list many times, and whoever walks through them would never end.
+    """
+    level = [value]  # all values at a depth
+    for _ in range(6):
+        below = []
+        for value in level:
+            if isinstance(value, dict) and len(value) < 500:
+                value = [*value, *value.values()]
+            if isinstance(value, list):
+                if len(below) + len(value) > 1_000_000:
+                    return False
+                below += value
+            elif isinstance(value, Tensor):  # one that repeats its numbers outgrows its storage
+                if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                    return False
+            elif isinstance(value, str):
+                if len(value) >= 1000:
+                    return False
+            elif not (value is None or isinstance(value, float | int)):
+                return False
+        level = below
+    return not level
 
 
 # What the scripts read of a model's meta, and its types
@@ -1845,7 +1771,7 @@ def load_model(path, data: Data | None = None, name: str | None = None) -> nn.Mo
             raise ValueError("more than numbers, names and tensors beside the weights")
         for key, types in META_TYPES.items():
             if key in meta and not isinstance(meta[key], types):
-                raise ValueError(f"{key} is {str(meta[key])[:60]!r}")
+                raise ValueError(f"{key} is a {type(meta[key]).__name__}")
         names = arch.get("class_names")  # None: unknown, as in files of earlier versions
         if names is not None:
             strings = isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -1955,7 +1881,7 @@ def drawing(path):
 
 
 # ================================================================================================
-# A run: flags, folders, checkpoints, teachers. Leave this out when you paste a script elsewhere.
+# A run: flags, folders, checkpoints, teachers. A pasted script has its own in the place of these.
 # ================================================================================================
 
 # Flags that do not change what is computed: the same run goes on with other values
@@ -1971,7 +1897,7 @@ def add_run_flags(parser, augment=("crop", "none")) -> None:
     add("--data", default="cifar10", help=f"data set: {DATA_NAMES}")
     where = "downloads go there, or to data/ of --runs if it is read-only"
     add("--data-root", default="data", help=f"folder of the data sets; {where}")
-    add("--train-subset", type=whole, help="train on this many images, the same for any seed")
+    add("--train-subset", type=at_least_2, help="train on this many images, the same for any seed")
     add("--test-subset", type=whole, help="test on this many images, the same for any seed")
     add("--val-size", type=whole_or_0, default=1024, help="training images held out to validate")
     meaning = "crop: random crops and flips; none: images as they are"
@@ -1993,7 +1919,7 @@ def add_run_flags(parser, augment=("crop", "none")) -> None:
     add("--runs", default="runs", help="folder in which the run folders are made")
     add("--name", help="name of the run folder (default: made of the flags that were given)")
     add("--tensorboard", action="store_true", help="also log to TensorBoard, if it is installed")
-    add("--demo", action="store_true", help="small run on drawn shapes that takes 2 CPU minutes")
+    add("--demo", action="store_true", help="small run on drawn shapes, a few minutes on a CPU")
 
 
 def parse(parser, argv: list | None, presets: dict) -> argparse.Namespace:
@@ -2049,19 +1975,19 @@ def check_effects(args, error, has_effect: dict, trains_teacher: bool, trains_st
     those that a command does not need are printed, not refused.
     """
     choice = "loss" if hasattr(args, "loss") else "method"
-    value, idle = getattr(args, choice), []
+    value, idle = getattr(args, choice), {"teacher": [], "student": []}
     for flag in args.given:
         if value not in has_effect.get(flag, [value]):
             error(f"{flag}: has no effect with --{choice} {value}; leave it out")
         if flag in ("--teacher-ckpt", "--teacher-model", "--teacher-mode"):  # of a finished one too
             continue
         if flag.startswith("--teacher-") and not trains_teacher:
-            idle.append(flag)
+            idle["teacher"].append(flag)
         if flag in ("--model", "--epochs", "--milestones") and not trains_student:
-            idle.append(flag)
-    if idle:
-        net = "student" if trains_teacher else "teacher"
-        print(f"no {net} is trained here, so without effect: {', '.join(idle)}", flush=True)
+            idle["student"].append(flag)
+    for net, flags in idle.items():
+        if flags:
+            print(f"no {net} is trained here, so without effect: {', '.join(flags)}", flush=True)
 
 
 def run_name(args: argparse.Namespace) -> str:
@@ -2119,7 +2045,7 @@ def setup_device(args: argparse.Namespace) -> torch.device:
 def load_training_data(args: argparse.Namespace, device: torch.device) -> Data:
     """load_data by the flags of a training script; under torchrun the first process downloads."""
     with first_process_first():
-        data = load_data(
+        return load_data(
             args.data,
             args.data_root,
             device,
@@ -2129,27 +2055,6 @@ def load_training_data(args: argparse.Namespace, device: torch.device) -> Data:
             args.augment,
             args.runs,
         )
-        check_single_images(args, data)
-        return data
-
-
-def check_single_images(args: argparse.Namespace, data: Data) -> None:
-    """A UserError if batches have one image and a net has BatchNorm on one value per channel."""
-    size, channels = data.x_test.shape[2:]
-    for role in ("teacher_", ""):
-        batch_size = getattr(args, f"{role}batch_size", None) or args.batch_size
-        name = getattr(args, f"{role}model") or args.model
-        if 1 not in (batch_size, len(data.x_train)) or (role and args.teacher_ckpt):
-            continue
-        with torch.random.fork_rng([]), torch.no_grad():
-            net = build_model(name, len(data.classes), 0.0, channels, size)
-            try:
-                net.train()(torch.zeros(1, channels, size, size))
-            except Exception as error:  # another one comes again where the net is trained
-                if "more than 1 value per channel" in str(error):
-                    flags = f"--batch-size {batch_size}, {len(data.x_train)} training images"
-                    wrong = f"BatchNorm in {name} cannot train on a batch of one image"
-                    raise UserError(f"{flags}: {wrong}; take at least 2") from None
 
 
 def autocast(args: argparse.Namespace, device: torch.device):
@@ -2199,8 +2104,6 @@ def open_run(script: str, args: argparse.Namespace, data: Data):
                 write_json(folder / "config.json", describe_run(args, data))
             else:
                 check_same_run(folder, config, args, data)
-        global run_has_begun
-        run_has_begun = True
         yield folder
 
 
@@ -2213,6 +2116,7 @@ def describe_run(args: argparse.Namespace, data: Data) -> dict:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     return {
         "command": command_line(),
+        "processes": world(),
         "commit": commit,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
@@ -2231,16 +2135,20 @@ def digests_of_files(args: argparse.Namespace) -> dict:
     for flag in ("teacher_ckpt", "labels_file"):
         path = getattr(args, flag, None)
         if path:
-            with naming(path):
-                digests[flag] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+            digests[flag] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     return digests
 
 
 def check_same_run(folder: Path, config, args: argparse.Namespace, data: Data) -> None:
-    """A UserError if config.json of a folder is of other flags, files or data than those now."""
+    """A UserError if config.json of a folder is of other flags, files or data than those now.
+
+    Another number of processes is no error, but a line: the noise and the attacks of each process
+    are its own, so the weights at the end depend on their number.
+    """
     flags, remedy = run_flags(args), "take another --name, or delete it"
     is_whole = isinstance(config, dict) and isinstance(config.get("flags"), dict)
     is_whole = is_whole and isinstance(config.get("fingerprint"), int)
+    is_whole = is_whole and isinstance(config.get("processes", 1), int)
     if not is_whole or not isinstance(config.get("files", {}), dict):
         advice = "delete it if the folder belongs to this command, or take another --name"
         raise UserError(f"{folder / 'config.json'}: damaged; {advice}")
@@ -2256,6 +2164,10 @@ def check_same_run(folder: Path, config, args: argparse.Namespace, data: Data) -
         if config.get("files", {}).get(key, digest) != digest:  # older versions kept none
             flag, file = f"--{key.replace('_', '-')}", getattr(args, key)
             raise UserError(f"{flag}: {folder} was made with another {file}; {remedy}")
+    processes = config.get("processes", world())  # older versions did not keep it
+    if processes != world() and not (folder / "summary.json").exists():
+        numbers = f"number of processes: {processes} before, {world()} now"
+        print(f"{folder}: {numbers}; the weights will not be those of one number", flush=True)
 
 
 @contextlib.contextmanager
@@ -2301,7 +2213,7 @@ def lock_file(folder: Path, wait: bool):
 
 
 def training_data(data: Data) -> dict:
-    """What of the data decides the weights of a net, beside the flags.
+    """The properties of the data on which trained weights depend.
 
     mean and std are those of all training images, the fingerprint that of the chosen ones.
     """
@@ -2313,8 +2225,9 @@ def teacher_folder(args: argparse.Namespace, data: Data) -> Path:
     """runs/teachers/<digest>, where all runs look for the teacher of these flags and data.
 
     args: the flags of the teacher itself; those that are None have no effect on it and do not
-    count. Nor do those by which the data were chosen: the data count as they are. For a net of your
-    own the weights that it begins with count too. The flags are kept in recipe.json for people.
+    count. Flags that select the data are left out, because the selected data are in the digest. For
+    a net of your own the weights that it begins with count too. The flags are kept in recipe.json
+    for people.
     """
     chosen_by = {"train_subset", "test_subset", "val_size", "extra_data", "demo"}
     flags = {k: v for k, v in run_flags(args).items() if v is not None and k not in chosen_by}
@@ -2439,17 +2352,23 @@ def validate(args, stage: str, model: nn.Module, data: Data, eps: float | None =
     not finite, with the flags of `args` to change.
     """
     row = {}
+    batch_size = evaluation_batch_size(args)
     if rank() == 0 and len(data.x_val):
         try:
-            logits = predict(model, data.x_val, what="held-out images")
+            logits = predict(model, data.x_val, batch_size=batch_size, what="held-out images")
             row["val_clean_acc"] = accuracy(logits, data.y_val)
             if eps is not None:
                 attack, what = (eps, eps / 4, 7), "attacked held-out images"
-                logits = predict(model, data.x_val, data.y_val, attack, what=what)
+                logits = predict(model, data.x_val, data.y_val, attack, batch_size, what)
                 row["val_pgd7_acc"] = accuracy(logits, data.y_val)
         except UserError as error:
             raise UserError(f"{stage}: {error}; {calmer(args, stage)}") from None
     return from_first_process(row)
+
+
+def evaluation_batch_size(args) -> int:
+    """At most as many images as a training step has, so that --batch-size bounds all the memory."""
+    return min(args.batch_size, 500)
 
 
 def from_first_process(value):
@@ -2494,7 +2413,8 @@ def resume(folder: Path, stage: str, state: dict) -> list[dict]:
             continue
         try:
             record = load(path)
-            if newest is None or len(record["rows"]) > len(newest["rows"]):
+            epochs = len(record["rows"])
+            if newest is None or epochs > len(newest["rows"]):
                 newest = record
         except UserError as error:
             print(f"{error}; the checkpoint before it is taken, if there is one", flush=True)

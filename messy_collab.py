@@ -124,7 +124,7 @@ def parse_args(argv=None):
     add("--milestones", **drops, help="epochs after which --gamma applies (default: by --epochs)")
     add("--gamma", type=common.decay, default=0.2, help="factor on the learning rate at milestones")
     add("--lr", type=positive, default=0.1, help="learning rate that both nets start with")
-    add("--batch-size", type=whole, default=128, help="images per step of both nets")
+    add("--batch-size", type=common.at_least_2, default=128, help="images per step of both nets")
     add("--weight-decay", type=nonnegative, default=5e-4, help="weight decay of SGD for both nets")
 
     add = parser.add_argument_group("evaluation").add_argument
@@ -419,6 +419,7 @@ def train_and_evaluate(args, data, folder):
         "step_size": args.eval_step_size,
         "restarts": max(args.eval_restarts, 1),
         "seed": args.seed,
+        "batch_size": common.evaluation_batch_size(args),
     }
     attacks = ["clean", "pgd20"] if args.eval_restarts else ["clean"]
     return eval_robustness.summary_rows(nets, data, folder, attacks, **attack)

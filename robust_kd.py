@@ -144,6 +144,7 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__)
     probability, positive = common.probability, common.positive
     whole, nonnegative, below_1 = common.whole, common.nonnegative, common.below_1
+    at_least_2 = common.at_least_2
     pixel_units, pixel_step = common.pixel_units, common.pixel_step
     add = parser.add_argument_group("method").add_argument
     add("--loss", choices=LOSSES, default="akd+", help="loss of the student, see Loss above")
@@ -172,7 +173,7 @@ def parse_args(argv=None):
     add("--teacher-model", help="net of the teacher (default: the student's, --model)")
     add("--teacher-lr", type=positive, default=0.1, help="learning rate the teacher starts with")
     add("--teacher-gamma", type=common.decay, default=0.9, help="factor on it after each epoch")
-    add("--teacher-batch-size", type=whole, default=128, help="images per step of the teacher")
+    add("--teacher-batch-size", type=at_least_2, default=128, help="images per step of the teacher")
     add("--teacher-ckpt", metavar="FILE", help="file of a finished teacher; none is trained then")
 
     add = parser.add_argument_group("attack").add_argument
@@ -186,7 +187,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=whole, default=100, help="epochs of the student's training")
     add("--lr", type=positive, default=0.21, help="peak learning rate of the student")
-    add("--batch-size", type=whole, default=256, help="images per step of the student")
+    add("--batch-size", type=at_least_2, default=256, help="images per step of the student")
     schedules = {"choices": ["paper", "cosine"], "default": "paper"}
     add("--schedule", **schedules, help="paper: OneCycle, for the teacher exponential decay")
     add("--weight-decay", type=nonnegative, default=5e-4, help="weight decay of SGD for both nets")
@@ -891,8 +892,15 @@ def train_and_evaluate(args, data, folder):
         best = common.load_model(folder / "student_best.pt", data)
         nets["best"] = "student, best on held-out images", best
 
-    attacks = ["clean", "pgd20"]
-    return eval_robustness.summary_rows(nets, data, folder, attacks, eps=args.eps, seed=args.seed)
+    return eval_robustness.summary_rows(
+        nets,
+        data,
+        folder,
+        ["clean", "pgd20"],
+        eps=args.eps,
+        seed=args.seed,
+        batch_size=common.evaluation_batch_size(args),
+    )
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def parse_args(argv=None):
     add("--teacher-epochs", type=whole, help="epochs of the teacher's schedule")
     add("--teacher-es", type=whole, help="stop the teacher after this epoch (default: no stop)")
     add("--teacher-lr", type=positive, help="highest learning rate of the teacher")
-    add("--teacher-batch-size", type=whole, help="images per step of the teacher")
+    add("--teacher-batch-size", type=common.at_least_2, help="images per step of the teacher")
     shift = "random shift of the teacher's images in pixels (default: as --augment says)"
     add("--teacher-shift", type=common.whole_or_0, help=shift)
 
@@ -223,7 +223,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=whole, help="epochs of the student's training")
-    add("--batch-size", type=whole, help="images per step of the student")
+    add("--batch-size", type=common.at_least_2, help="images per step of the student")
     add("--lr", type=positive, help="highest learning rate of the student")
     add("--weight-decay", type=nonnegative, help="weight decay of SGD for both nets")
     schedules = {"choices": ["steps", "exponential", "cosine"]}
@@ -477,7 +477,7 @@ class OneExit(nn.Module):
         return self.exits.head(self.i, h)[0]
 
 
-def exit_rows(net, exit_weights, data):
+def exit_rows(net, exit_weights, data, batch_size):
     """Rows of the table: accuracy and cost of each exit and of two ensembles of all exits.
 
     exit_weights: the state_dict of early_heads. Evaluated in strict float32, like all nets.
@@ -487,7 +487,7 @@ def exit_rows(net, exit_weights, data):
     logits, cost = {}, {}  # by the name of the row
     for i in range(len(net.stages)):
         one = OneExit(exits, i)
-        logits[f"exit {i + 1}"] = common.predict(one, data.x_test)
+        logits[f"exit {i + 1}"] = common.predict(one, data.x_test, batch_size=batch_size)
         cost[f"exit {i + 1}"] = macs(one, data)
     of_all_exits = torch.stack(list(logits.values()))  # (exits, N, K)
     logits["ensemble: mean of probabilities"] = of_all_exits.softmax(2).mean(0)
@@ -534,13 +534,13 @@ def without_digit(data, digit):
 
 
 @torch.no_grad()
-def correct_bias(model, data, digit):
+def correct_bias(model, data, digit, batch_size):
     """A copy of the model that predicts the digit on as many training images as show it.
 
     The bias of the digit is raised for that (Hinton et al. 2015); of these images no label is used
     but how many of them show the digit.
     """
-    logits = common.predict(model, data.x_train)  # (N, K)
+    logits = common.predict(model, data.x_train, batch_size=batch_size)  # (N, K)
     others = torch.cat([logits[:, :digit], logits[:, digit + 1 :]], 1)
     missing = others.amax(1) - logits[:, digit]  # (N,) raised by this, the digit is predicted
     share = (data.y_train == digit).double().mean().item()
@@ -821,6 +821,9 @@ def main(argv=None):
     if args.omit_digit is not None and not (data.y_test == args.omit_digit).any():
         none = f"no test image shows the digit {args.omit_digit}; take more"
         raise common.UserError(f"--test-subset {args.test_subset}: {none}")
+    if args.omit_digit is not None and (data.y_train != args.omit_digit).sum() < 2:
+        none = f"all training images but one at most show the digit {args.omit_digit}; take more"
+        raise common.UserError(f"--train-subset {args.train_subset}: {none}")
     summaries = []
     for seed in args.seed:
         seed_args = common.replace(args, seed=seed)
@@ -866,24 +869,31 @@ def train_and_evaluate(args, data, folder):
         nets["alone"] = "student-alone (plain)", alone
     student = train(args, seen, folder, "student", teacher)
     nets["student"] = f"student ({args.method})", student
+    batch_size = common.evaluation_batch_size(args)
     if args.bias_correction:
         for role in [role for role in nets if role != "teacher"]:
             label, net = nets[role]
-            raised = correct_bias(net, data, args.omit_digit)
+            raised = correct_bias(net, data, args.omit_digit, batch_size)
             nets[f"{role}, corrected"] = f"{label}, bias corrected", raised
     if student.meta["best"].get("epoch", args.epochs) != args.epochs:
         best = common.load_model(folder / "student_best.pt", data)
         nets["best"] = "student, best on held-out images", best
 
     rows = eval_robustness.summary_rows(
-        nets, data, folder, args.eval_attack, eps=args.eps, seed=args.seed
+        nets,
+        data,
+        folder,
+        args.eval_attack,
+        eps=args.eps,
+        seed=args.seed,
+        batch_size=batch_size,
     )
     for row, (_, net) in zip(rows, nets.values()):
         row |= size_columns(net, data)
         if args.omit_digit is not None:
-            row |= digit_columns(net, data, args.omit_digit)
+            row |= digit_columns(net, data, args.omit_digit, batch_size)
     if args.method == "self-distillation":
-        rows += exit_rows(student, student.meta["exits"], data)
+        rows += exit_rows(student, student.meta["exits"], data, batch_size)
     if args.grad_heatmap:
         write_gradients(folder / "gradients.npz", nets)
     return rows
@@ -898,9 +908,10 @@ def size_columns(net, data):
     }
 
 
-def digit_columns(net, data, digit):
+def digit_columns(net, data, digit, batch_size):
     """The accuracy on the test images that do not show the digit, and on those that do."""
-    right = common.predict(net, data.x_test).argmax(1) == data.y_test
+    logits = common.predict(net, data.x_test, batch_size=batch_size)
+    right = logits.argmax(1) == data.y_test
     shows_digit = data.y_test == digit
     return {
         f"without_{digit}_acc": right[~shows_digit].double().mean().item(),

@@ -164,7 +164,11 @@ LOOKS = {
     "aa": lambda model, x, labels: ev.evaluate(model, x, labels, ["aa"], steps=2, queries=3),
     "curve": lambda model, x, labels: ev.accuracy_curve(model, x, labels, ev.Settings(eps=1.0)),
     "validate": lambda model, x, labels: common.validate(
-        SimpleNamespace(given=[]), "student", model, SimpleNamespace(x_val=x, y_val=labels), 0.1
+        SimpleNamespace(given=[], batch_size=3),
+        "student",
+        model,
+        SimpleNamespace(x_val=x, y_val=labels),
+        0.1,
     ),
 }
 
@@ -183,6 +187,27 @@ def test_no_look_at_a_net_changes_its_modes_its_statistics_or_its_answers(look):
     assert model.training and after[0] == before[0]
     assert all(torch.equal(a, b) for a, b in zip(after[1], before[1]))
     assert [p.requires_grad for p in model.parameters()] == trained
+
+
+def test_after_a_net_that_refuses_its_eval_mode_torch_compile_works_again():
+    import torch._dynamo
+
+    class Stubborn(nn.Linear):
+        def train(self, mode=True):
+            if not mode:
+                raise ValueError("it stays in training mode")
+            return super().train(mode)
+
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    with pytest.raises(ValueError, match="it stays"):
+        common.predict(Stubborn(3, 2), torch.rand(2, 3))
+    torch.compile(nn.Linear(3, 2), backend=backend)(torch.rand(2, 3))
+    assert compiled
 
 
 class TrainingInside(nn.Module):
@@ -288,7 +313,7 @@ def test_logits_that_are_not_finite_are_an_error_and_never_a_class(value, refuse
     message = refused(common.predict, Hole(), x, batch_size=2)
     assert "1 of 5 images are not finite, the first is number 3" in message
     data = SimpleNamespace(x_val=x, y_val=labels)
-    args = SimpleNamespace(given=["--weight-decay"])
+    args = SimpleNamespace(given=["--weight-decay"], batch_size=128)
     message = refused(common.validate, args, "student", Hole(), data)
     assert "student: the net's logits of 1 of 5 held-out images" in message
     assert message.endswith("try a lower --lr, or another value of --weight-decay")
@@ -334,6 +359,7 @@ def test_evaluating_is_in_strict_float32_and_puts_the_precision_back(caller):
         cudnn.allow_tf32 = True  # PyTorch's defaults
         torch.set_float32_matmul_precision("highest")
         CALLERS[caller]()
+        cudnn.benchmark = True
         before = precision_switches()
         with common.evaluating(common.build_model("mlp-4", size=4)):
             assert precision_switches() == ["ieee"] * 6 + [False, "highest"]
@@ -344,7 +370,7 @@ def test_evaluating_is_in_strict_float32_and_puts_the_precision_back(caller):
             assert precision_switches() == ["ieee"] * 6 + [False, "highest"]
             with cudnn.flags(enabled=False):  # nets that do without cuDNN read the old switch
                 pass
-        assert precision_switches() == before
+        assert precision_switches() == before and cudnn.benchmark
 
 
 WRONG_ARGUMENTS = {  # what is given instead -> the error

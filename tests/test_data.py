@@ -136,9 +136,9 @@ def test_arrays_of_images_of_another_depth_are_refused_with_the_remedy(part, tmp
     x = tiny()[part]
     cases = [
         (x // 128, "multiply by 255"),  # uint8, 0 and 1 alone
-        (x // 128 > 0, "multiply by 255"),  # bool
-        (x / 255, "from 0 to 1; multiply by 255"),
-        (x.astype(np.float32), "from 0 to 255; round and convert to uint8"),
+        (x // 128 > 0, "from 0 to 1; scale to 0 to 255"),  # bool
+        (x / 255, "from 0 to 1; scale to 0 to 255"),
+        (x.astype(np.float32), "from 0 to 255; scale to 0 to 255, round and convert to uint8"),
         (x.astype(np.int64), "round and convert to uint8"),
         (x.astype(np.uint16) * 16, "scale to 0 to 255"),
         (x.astype(np.int8), "scale to 0 to 255"),
@@ -447,10 +447,11 @@ def test_any_split_of_a_batch_has_the_gradient_of_the_whole(batch_size, monkeypa
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
     shares = []
     for rank in range(4):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
         monkeypatch.setenv("WORLD_SIZE", "4")
         monkeypatch.setenv("RANK", str(rank))
         shares.append(list(common.batches(data, batch_size, 0, "student", 0)))
-    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     for step, (x, labels) in enumerate(common.batches(data, batch_size, 0, "student", 0)):
         parts = [share[step] for share in shares]
         assert all(len(x_part) > 0 for x_part, _ in parts)

@@ -567,6 +567,9 @@ def test_settings_of_a_net_that_is_not_trained_are_said(script, flags, capsys):
     given = ["--method", "hinton", "--teacher-ckpt", "t.pt", *settings]
     SCRIPTS[script].parse_args(given)
     assert capsys.readouterr().out == f"{SAID['--method student']}\n"
+    given[1] = "teacher"  # neither of them is trained
+    SCRIPTS[script].parse_args(given)
+    assert capsys.readouterr().out == f"{SAID['--method student']}\n{SAID['--method teacher']}\n"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -632,7 +635,8 @@ def test_the_flags_of_the_evaluation_reach_it(script, tmp_path, monkeypatch):
     monkeypatch.setattr(eval_robustness, "summary_rows", summary_rows)
     flags = "--method student --epochs 1 --seed 5 --eval-eps 0.1 --eval-step-size 0.02"
     run(script, tmp_path, f"{flags} --eval-restarts 3")
-    assert asked == [{"eps": 0.1, "step_size": 0.02, "restarts": 3, "seed": 5}]
+    settings = {"eps": 0.1, "step_size": 0.02, "restarts": 3, "seed": 5}
+    assert asked == [settings | {"batch_size": 16}]
 
 
 BAD_FLAGS = [

@@ -41,7 +41,7 @@ def test_bad_checkpoints_are_one_line_and_never_run(tmp_path, refused):
     for part in range(1, 10):
         (tmp_path / "cut.pt").write_bytes(content[: len(content) * part // 10])
         line = refused(common.load_model, tmp_path / "cut.pt")
-        assert "damaged, or no checkpoint (its end is missing" in line
+        assert f"damaged, or no checkpoint ({common.NO_TORCH_FILE})" in line
     (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb()))
     torch.save(Bomb(), tmp_path / "bomb2.pt")
     torch.save({"weights": 1}, tmp_path / "dict.pt")
@@ -52,12 +52,12 @@ def test_bad_checkpoints_are_one_line_and_never_run(tmp_path, refused):
         assert name in refused(common.load_model, tmp_path / name)
     assert "no such checkpoint" in refused(common.load_model, tmp_path / "none.pt")
     assert "expected a wrn-10-1" in refused(common.load_model, good, name="wrn-10-1")
-    data = common.load_data("shapes", train_subset=1)
+    data = common.load_data("shapes", train_subset=2)
     assert "3 classes" in refused(common.load_model, good, data)
 
 
 def test_a_checkpoint_without_a_part_of_its_arch_is_one_line(tmp_path, refused):
-    data, path = common.load_data("shapes", train_subset=1), tmp_path / "x.pt"
+    data, path = common.load_data("shapes", train_subset=2), tmp_path / "x.pt"
     model = common.build_model("wrn-10-1")
     common.save_model(path, model)
     record = common.load(path)
@@ -69,6 +69,26 @@ def test_a_checkpoint_without_a_part_of_its_arch_is_one_line(tmp_path, refused):
         ):
             common.save(path, record | {"arch": arch})
             assert "holds no model of these scripts" in refused(common.load_model, path, data)
+
+
+def test_thousands_of_numbers_beside_the_weights_are_loaded(tmp_path):
+    """As those that --grad-heatmap keeps of a thousand epochs."""
+    path, model = tmp_path / "x.pt", common.build_model("mlp-4")
+    gradients = {"epochs": [*range(1, 1001)], "means": [[0.5] * 50] * 1000}
+    common.save_model(path, model, gradients=gradients)
+    assert common.load_model(path).meta["gradients"] == gradients
+
+
+def test_lists_that_repeat_themselves_beside_the_weights_are_refused_at_once(tmp_path, refused):
+    path, model = tmp_path / "x.pt", common.build_model("mlp-4")
+    nested = ["a"]
+    for _ in range(40):
+        nested = [nested] * 999
+    itself = []
+    itself.append(itself)
+    for value in (nested, itself, ["a"] * 2_000_000, "a" * 1000, [[(1, 2)]]):
+        common.save_model(path, model, value=value)
+        assert "more than numbers, names and tensors" in refused(common.load_model, path)
 
 
 def test_a_state_dict_with_a_tensor_called_format_is_a_state_dict(tmp_path, refused):
@@ -121,28 +141,36 @@ NO_CHECKPOINTS = {
     "a web page": lambda: b"<!DOCTYPE html><html></html>",
     "a web page; download": lambda: b"\n <html lang='en'><head>",
     "a Git LFS pointer": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-    "a packed archive; unpack": lambda: gzip.compress(torch_bytes(STATE)),
-    "a tar archive": tar_bytes,
-    "a zip archive, not written by torch.save": lambda: zip_bytes(readme="weights"),
-    "its end is missing": lambda: torch_bytes(STATE)[:600],
-    "its end is missing, as after half": lambda: zip_bytes(readme="weights" * 99)[:300],
     "an empty file": lambda: b"",
     "a safetensors file": lambda: len(HEADER).to_bytes(8, "little") + HEADER + bytes(4),
+    "a TorchScript archive": script_bytes,
+    "the file contains Python objects": lambda: torch_bytes({"state_dict": Bomb()}),
+}
+OTHERS = {  # what torch.save has not written, and nothing else says what it is
+    "text": lambda: b"weights",
+    "a packed archive": lambda: gzip.compress(torch_bytes(STATE)),
+    "a tar archive": tar_bytes,
+    "a tar archive with a checkpoint at its end": lambda: tar_bytes() + torch_bytes(STATE),
+    "a zip archive": lambda: zip_bytes(readme="weights"),
+    "half a checkpoint": lambda: torch_bytes(STATE)[:600],
+    "half a zip archive": lambda: zip_bytes(readme="weights" * 99)[:300],
+    "an empty zip archive": lambda: zip_bytes(),
     "a numpy array": lambda: numpy_bytes(np.save),
     "a numpy .npz file": lambda: numpy_bytes(np.savez),
     "an HDF5 file": lambda: b"\x89HDF\r\n\x1a\n" + bytes(90),
-    "a Python pickle": lambda: pickle.dumps({"weight": [1.0]}),
-    "a Python pickle, which is never run": lambda: pickle.dumps(Bomb(), 2),
-    "a TorchScript archive": script_bytes,
-    "the file contains Python objects": lambda: torch_bytes({"state_dict": Bomb()}),
-    "damaged, or no checkpoint (": lambda: b"weights",
+    "a pickle": lambda: pickle.dumps({"weight": [1.0]}),
+    "a pickle with code": lambda: pickle.dumps(Bomb(), 2),
+    "a pickle of a large number": lambda: pickle.dumps(2**70, 2),
+    "a pickle with code and a checkpoint": lambda: pickle.dumps(Bomb(), 0) + torch_bytes(STATE),
 }
 
 
-@pytest.mark.parametrize("what", NO_CHECKPOINTS)
+@pytest.mark.parametrize("what", [*NO_CHECKPOINTS, *OTHERS])
 def test_a_file_that_is_no_checkpoint_is_named_as_what_it_is(what, tmp_path, refused):
     path = tmp_path / "weights.pt"
-    path.write_bytes(NO_CHECKPOINTS[what]())
+    path.write_bytes((NO_CHECKPOINTS | OTHERS)[what]())
+    if what in OTHERS:
+        what = "damaged, or no checkpoint (not a zip of torch.save, or half of one)"
     model = torch.nn.Linear(3, 2)
     small = "--data shapes --device cpu"
     teacher = f"--loss akd --model mlp-4 --runs {tmp_path}/runs --teacher-ckpt {path}"
@@ -154,6 +182,7 @@ def test_a_file_that_is_no_checkpoint_is_named_as_what_it_is(what, tmp_path, ref
     ):
         line = refused(call)
         assert f"{path}: " in line and what in line
+    assert [file.name for file in tmp_path.iterdir()] == ["weights.pt"]  # nothing is unpacked
 
 
 def test_half_a_file_of_an_old_torch_is_one_line_and_a_whole_one_is_loaded(tmp_path, refused):

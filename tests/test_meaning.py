@@ -111,13 +111,35 @@ def test_every_setting_arrives_at_the_weights(script, tmp_path):
 def test_held_out_accuracies_are_of_the_images_that_they_name(small):
     model, x, y = small
     data = SimpleNamespace(x_val=x, y_val=y)
-    args = SimpleNamespace(given=[], lr=0.1)
+    args = SimpleNamespace(given=[], lr=0.1, batch_size=len(x))
     torch.manual_seed(0)
     row = common.validate(args, "student", model, data, 8 / 255)
     torch.manual_seed(0)
     attacked = common.predict(model, x, y, (8 / 255, 2 / 255, 7))
     assert row["val_pgd7_acc"] == common.accuracy(attacked, y) < row["val_clean_acc"]
     assert row["val_clean_acc"] == common.accuracy(common.predict(model, x), y)
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        *DRAWS.items(),
+        (teacher_free_kd, f"{SMALL} --method self-distillation --model wrn-10-1"),
+    ],
+)
+def test_no_validation_or_evaluation_has_more_images_at_once_than_a_step(
+    script, flags, tmp_path, monkeypatch
+):
+    """A training that fits into the memory of the GPU can then be validated and evaluated too."""
+    sizes = []
+    monkeypatch.setattr(
+        common.Normalize,
+        "forward",
+        lambda self, x: sizes.append(len(x)) or (x - self.mean) / self.std,
+    )
+    script.main(f"{flags} --val-size 40 --epochs 1 --runs {tmp_path}".split())
+    assert max(sizes) == 16
+    assert common.evaluation_batch_size(SimpleNamespace(batch_size=2048)) == 500
 
 
 def test_the_best_epoch_has_the_largest_sum_of_both_accuracies():
@@ -305,7 +327,8 @@ def test_a_process_of_torchrun_takes_the_device_of_its_local_rank(monkeypatch, r
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    for name, value in {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "2"}.items():
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "2"}
+    for name, value in torchrun.items():
         monkeypatch.setenv(name, value)
     assert common.find_device("auto") == torch.device("cuda", 2) == chosen[0]
     monkeypatch.setenv("LOCAL_RANK", "3")

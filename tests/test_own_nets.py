@@ -656,11 +656,11 @@ def test_a_net_does_not_change_the_precision_of_the_training(tmp_path):
 BAD_WEIGHTS = {
     "nowhere.pth": "no such checkpoint",
     "other.pth": "other.pth: the weights are not of this net: the net wants 0.weight, 0.bias, "
-    "1.weight; the file has layers.0.mean, layers.0.std, layers.2.weight",
+    "1.weight, ...; the file has layers.0.mean, layers.0.std, layers.2.weight, ...",
     "wide.pth": "0.weight is (8, 3, 3, 3) in the net, (16, 3, 3, 3) in the file",
     "code.pth": "the file contains Python objects",
     "nan.pth": "not finite",
-    "short.pth": "short.pth: damaged, or no checkpoint (its end is missing",
+    "short.pth": "short.pth: damaged, or no checkpoint (not a zip of torch.save, or half of one",
     "list.pth": "--teacher-ckpt list.pth: ",
 }
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def test_three_processes_go_on_where_one_stopped_and_train_as_one(tmp_path, stop
     run = torchrun(3, ROOT / "robust_kd.py", *argv, stdout=subprocess.PIPE)
     out = run.communicate(timeout=200)[0]
     assert run.returncode == 0 and out.count("student: goes on after epoch 1") == 1
+    assert out.count("run-s0: number of processes: 1 before, 3 now; the weights") == 1
     one, three = student_folder(tmp_path / "one"), student_folder(tmp_path / "three")
     # the row of an epoch counts the two images of the last batch three times
     np.testing.assert_allclose(losses_of(one), losses_of(three), rtol=0.05)
@@ -118,54 +120,28 @@ def test_two_processes_are_refused_a_folder_in_use_and_end(tmp_path, small):
     assert not (folder / "config.json").exists()
 
 
-COMPLETE = {
-    "WORLD_SIZE": "2",
-    "RANK": "1",
-    "LOCAL_RANK": "1",
-    "MASTER_ADDR": "localhost",
-    "MASTER_PORT": "29500",
-}
-
-
 @pytest.mark.parametrize(
-    "environment, name",
-    [
-        ({"WORLD_SIZE": "2"}, "RANK"),
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE"),
-        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE"),
-        ({"RANK": "1"}, "RANK"),
-        ({"RANK": ""}, "RANK"),
-        ({"WORLD_SIZE": "1", "RANK": "1"}, "RANK"),
-        (COMPLETE | {"RANK": "2"}, "RANK"),
-        (COMPLETE | {"LOCAL_RANK": "x"}, "LOCAL_RANK"),
-        (COMPLETE | {"MASTER_ADDR": ""}, "MASTER_ADDR"),
-        (COMPLETE | {"MASTER_PORT": "port"}, "MASTER_PORT"),
-        ({k: v for k, v in COMPLETE.items() if k != "LOCAL_RANK"}, "LOCAL_RANK"),
-        ({k: v for k, v in COMPLETE.items() if k != "MASTER_ADDR"}, "MASTER_ADDR"),
-    ],
+    "environment",
+    [{"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, {"RANK": "1"}, {"WORLD_SIZE": "two"}],
 )
-def test_what_another_job_of_torchrun_left_is_one_line(environment, name, monkeypatch, ended):
-    for key in COMPLETE:
-        monkeypatch.delenv(key, raising=False)
+def test_what_another_job_left_in_the_environment_is_ignored(
+    environment, tmp_path, monkeypatch, capsys, small
+):
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    status, error = ended(lambda: pytest.fail("the program has begun"))
-    assert status == 2 and error.count("\n") == 1 and name in error.split(";")[0]
-    assert error.endswith("unset WORLD_SIZE RANK LOCAL_RANK, or start with torchrun\n")
+    assert (common.world(), common.rank()) == (1, 0)
+    argv = f"{small} --loss st --epochs 1 --runs {tmp_path}".split()
+    common.start(lambda: robust_kd.main(argv))
+    assert (student_folder(tmp_path) / "student.pt").exists()
+    assert "student 1/1" in capsys.readouterr().out
+    assert "torch.distributed.run" not in common.command_line()
 
 
-@pytest.mark.parametrize(
-    "environment", [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0"}, COMPLETE]
-)
-def test_what_torchrun_sets_is_taken(environment, monkeypatch, ended):
-    for key in COMPLETE:
-        monkeypatch.delenv(key, raising=False)
-    for key, value in environment.items():
+def test_what_torchrun_sets_is_taken(monkeypatch):
+    for key, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "3", "RANK": "2"}.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(sys, "stdout", sys.stdout)  # which start replaces in the second process
-    common.check_processes()
+    assert (common.world(), common.rank()) == (3, 2)
+    assert "-m torch.distributed.run --nproc_per_node 3 " in common.command_line()
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -198,7 +174,12 @@ def test_when_one_process_is_killed_the_others_end_and_the_command_goes_on(
     second = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
     start = time.monotonic()
     os.kill(int(second[0]), signal.SIGKILL)
+    config = json.loads((student_folder(tmp_path) / "config.json").read_text())
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    assert shlex.split(config["command"])[-len(argv) :] == argv
+    assert shlex.split(config["command"])[1:5] == launcher[1:] and config["processes"] == 2
     errors = run.communicate(timeout=100)[1]
+    assert config["command"] in errors or "another process has ended" in errors
     assert run.returncode != 0 and time.monotonic() - start < 100
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
     line = r"^(?:error: process \d: another process has ended|stopped; finished epochs are kept)"
@@ -210,7 +191,9 @@ def test_when_one_process_is_killed_the_others_end_and_the_command_goes_on(
     monkeypatch.setattr(common, "save_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
         robust_kd.main(argv)  # this process alone
-    assert "student: goes on after epoch" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "student: goes on after epoch" in out
+    assert "run-s0: number of processes: 2 before, 1 now" in out
 
 
 # ------------------------------------------------------------------------------------------------
@@ -327,6 +310,7 @@ def test_a_teacher_that_each_process_draws_otherwise_has_one_folder(tmp_path, mo
 
 def test_processes_seed_their_epochs_by_rank_and_the_first_one_as_one_alone(monkeypatch):
     drawn = {}
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     for rank, world in ((0, 1), (0, 2), (1, 2), (2, 3)):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world))
@@ -342,7 +326,6 @@ def test_the_first_process_downloads_and_unpacks_for_the_others(monkeypatch, ran
     seen = []
     monkeypatch.setattr(common, "rank", lambda: rank)
     monkeypatch.setattr(common, "load_data", lambda *_: seen.append("data"))
-    monkeypatch.setattr(common, "check_single_images", lambda *_: None)
     monkeypatch.setattr(common, "sync", lambda: seen.append("sync"))
     args = robust_kd.parse_args(f"--data shapes {SMALL}".split())
     common.load_training_data(args, torch.device("cpu"))

@@ -921,13 +921,15 @@ def test_nets_are_validated_with_seven_steps_in_the_radius_of_their_own_training
     attacks, pgd = [], common.pgd
 
     def spied_pgd(model, x, targets, *settings):
-        if len(x) == 20 and len(settings) == 3:  # the held-out images
+        if len(x) == 14 and len(settings) == 3:  # the held-out images
             attacks.append(settings)
         return pgd(model, x, targets, *settings)
 
     monkeypatch.setattr(common, "pgd", spied_pgd)
     flags = "--teacher-training st ffgsm --teacher-eps 2/255 --step-size 3/255 --loss ckd"
-    run(tmp_path, f"{flags} --eps 4/255 --epochs 1 --teacher-epochs 1 --test-subset 8")
+    run(
+        tmp_path, f"{flags} --eps 4/255 --epochs 1 --teacher-epochs 1 --test-subset 8 --val-size 14"
+    )
     of_teacher, of_student = ((eps / 255, eps / 255 / 4, 7) for eps in (2, 4))
     assert attacks == [pytest.approx(of_teacher), pytest.approx(of_student)]
     columns = set()
@@ -1418,7 +1420,7 @@ def test_the_radius_of_the_evaluation_and_its_seed_are_those_of_the_run(tmp_path
         lambda *_, **settings: asked.append(settings) or [{"net": "student", "model": "s"}],
     )
     run(tmp_path, "--loss st --epochs 1 --eps 3/255 --seed 5")
-    assert asked == [{"eps": 3 / 255, "seed": 5}]
+    assert asked == [{"eps": 3 / 255, "seed": 5, "batch_size": 16}]
 
 
 def test_cutout_fills_a_square_of_18_pixels(monkeypatch):

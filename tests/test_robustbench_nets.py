@@ -102,7 +102,7 @@ def test_logits_are_those_of_robustbench(depth, width, sub_block1, capsys):
     theirs = wide_resnet(depth, width, sub_block1=sub_block1)
     assert_equal_logits(load(theirs.state_dict(), f"wrn-{depth}-{width}"), theirs)
     line = capsys.readouterr().out
-    assert line.startswith(f"--teacher-ckpt w.pth: wrn-{depth}-{width}; no statistics of a norm")
+    assert line.startswith("--teacher-ckpt w.pth: no statistics of a normalisation in the file: ")
     assert line.endswith("the net takes images in [0, 1] as they are\n")
 
 
@@ -172,6 +172,21 @@ def test_statistics_given_to_our_net_stay_where_the_file_has_none(capsys):
     ours = load(theirs.state_dict(), mean=MEAN, std=STD)
     assert_equal_logits(ours, nn.Sequential(common.Normalize(MEAN, STD), theirs))
     assert "the net keeps its own, mean 0.49, 0.48, 0.45, deviation" in capsys.readouterr().out
+
+
+def test_statistics_beside_raw_weights_are_not_those_of_the_averaged_ones():
+    theirs = wide_resnet()
+    state = theirs.state_dict()
+    raw = state | {"mu": torch.rand(3), "sigma": torch.rand(3)}
+    ours = load({"model": raw, "ema": state}, mean=MEAN, std=STD)
+    assert_equal_logits(ours, nn.Sequential(common.Normalize(MEAN, STD), theirs))
+
+
+def test_of_several_nets_in_a_file_the_one_that_fits_is_taken(capsys):
+    student, teacher = wide_resnet(16, 1), wide_resnet(10, 2)
+    file = {"model": teacher.state_dict(), "student": student.state_dict()}
+    assert_equal_logits(load(file, "wrn-16-1"), student)
+    assert_equal_logits(load(file, "wrn-10-2"), teacher)
 
 
 def test_weights_in_half_precision_become_float32():
@@ -272,24 +287,51 @@ def without(name):
 
 
 WRONG = {  # what is done to a state_dict of a wrn-10-1: what the line says
-    "missing": (without("block3.layer.0.bn2.running_var"), "missing: block3.layer.0.bn2.running_v"),
-    "without a bias": (without("fc.bias"), "missing: fc.bias; unknown: none"),
-    "extra": (lambda s: s | {"head.weight": torch.ones(2)}, "missing: none; unknown: head.weight"),
+    "missing": (
+        without("block3.layer.0.bn2.running_var"),
+        "the net wants stages.2.0.norm2.0.running_var; the file has no others",
+    ),
+    "without a bias": (without("fc.bias"), "the net wants fc.bias; the file has no others"),
+    "extra": (
+        lambda s: s | {"head.weight": torch.ones(2)},
+        "the net wants no others; the file has head.weight",
+    ),
     "many": (
         lambda s: s | {f"extra{i}": torch.ones(2) for i in range(9)},
-        "unknown: extra0, extra1, extra2 and 6 more",
+        "the file has extra0, extra1, extra2, ...",
     ),
-    "a number": (lambda s: s | {"epoch": 3}, "unknown: epoch"),
-    "sparse": (lambda s: s | {"mu": torch.ones(3).to_sparse()}, "unknown: mu"),
-    "no tensor": (lambda s: s | {FIRST_CONV: 3}, "the weights of a wrn-10-0"),
-    "mean alone": (lambda s: s | {"mu": torch.ones(3)}, "missing: normalize.std; unknown: none"),
+    "a number": (lambda s: s | {"epoch": 3}, "the file has epoch"),
+    "sparse": (
+        lambda s: s | {"mu": torch.ones(3).to_sparse(), "sigma": torch.ones(3)},
+        "normalize.mean is (1, 3, 1, 1) in the net, (3,) in the file",
+    ),
+    "no tensor": (
+        lambda s: s | {FIRST_CONV: 3},
+        "stages.0.0.conv1.weight is (16, 16, 3, 3) in the net, () in the file",
+    ),
+    "a sparse weight": (
+        lambda s: s | {FIRST_CONV: s[FIRST_CONV].to_sparse()},
+        "the names fit the net, the values are no tensors for it",
+    ),
+    "mean alone": (
+        lambda s: s | {"mu": torch.ones(3)},
+        "the net wants normalize.std; the file has no others",
+    ),
+    "our name too": (
+        lambda s: s | {"stem.0.weight": torch.ones(16, 3, 3, 3)},
+        "the file has conv1.weight",
+    ),
+    "numbers that are repeated": (
+        lambda s: s | {name: torch.ones(3, 1).expand(3, 10**12) for name in ("mu", "sigma")},
+        "normalize.mean is (1, 3, 1, 1) in the net, (3, 1000000000000) in the file",
+    ),
     "two means": (
         lambda s: s | {"mu": torch.ones(3), "mean": torch.ones(3), "std": torch.ones(3)},
-        "unknown: mean",
+        "the net wants no others; the file has mean",
     ),
     "one channel": (
         lambda s: s | {"mu": torch.ones(1), "sigma": torch.ones(1)},
-        "normalize.mean is (1, 3, 1, 1) in the net, (1, 1, 1, 1) in the file",
+        "normalize.mean is (1, 3, 1, 1) in the net, (1,) in the file",
     ),
     "kernel": (
         lambda s: s | {"conv1.weight": torch.ones(16, 3, 5, 5)},
@@ -321,32 +363,37 @@ def test_a_file_that_does_not_fit_gets_one_line_and_nothing_is_written(wrong, fo
     assert [path.name for path in folder.iterdir()] == ["w.pth"]
 
 
-@pytest.mark.parametrize("name", ["wrn-10-1", "wrn-16-2", "wrn-16-2-silu", "resnet18-w4"])
-def test_the_net_that_the_weights_belong_to_is_named(name, refused):
-    if name == "wrn-16-2-silu":  # of the right size, with another activation
-        state = wide_resnet(16, 2).state_dict()
-    else:
-        state = wide_resnet(16, 1).state_dict()
-    right = "wrn-16-2" if name == "wrn-16-2-silu" else "wrn-16-1"
-    line = refused(load, state, name)
-    assert f"the weights of a {right} with ReLU; give --teacher-model {right}" in line
-    line = refused(load, state, name, "--weights")
-    assert f"give --model \"common:build_model(name='{right}')\"" in line
+OTHER_NETS = {  # net -> what the line says when it is given the weights of a wrn-16-1 with ReLU
+    "wrn-10-1": "the net wants no others; the file has block1.layer.1.bn1.weight",
+    "wrn-22-1": "the net wants stages.0.2.norm1.0.weight",
+    "wrn-16-2": "the net wants stages.0.0.shortcut.weight; the file has no others",
+    # it would load, and answer something else
+    "wrn-16-1-silu": "the file has conv1.weight, block1.layer.0.bn1.weight",
+    "resnet18-w4": "the weights are not of this net: the net wants stem.1.weight",
+    "mlp-4": "the weights are not of this net: the net wants layers.0.mean",
+}
 
 
-def test_another_number_of_classes_is_named(refused):
+@pytest.mark.parametrize("name", OTHER_NETS)
+@pytest.mark.parametrize("flag", ["--teacher-ckpt", "--weights"])
+def test_weights_of_another_wide_resnet_are_refused(name, flag, refused):
+    line = refused(load, wide_resnet(16, 1).state_dict(), name, flag)
+    assert line.startswith(f"{flag} w.pth: ") and OTHER_NETS[name] in line
+
+
+def test_another_number_of_classes_is_refused(refused):
     line = refused(load, wide_resnet(num_classes=100).state_dict())
-    assert "a net for 100 classes, not 10; give data with as many" in line
+    assert "fc.weight is (10, 64) in the net, (100, 64) in the file" in line
     assert load(wide_resnet(num_classes=100).state_dict(), classes=100).fc.out_features == 100
 
 
 @pytest.mark.parametrize("net", ["DMWideResNet", "DMPreActResNet"])
-def test_nets_of_deepmind_s_kind_are_refused_and_say_what_to_do(net, refused):
+def test_nets_of_deepmind_s_kind_are_refused(net, refused):
     options = {"depth": 10, "width": 1} if net == "DMWideResNet" else {}
     theirs = getattr(architectures("dm_wide_resnet"), net)(**options)
     for name in ("wrn-10-1", "wrn-10-1-silu"):
         line = refused(load, {"model": theirs.state_dict()}, name)
-        assert "pad one side alone, unlike ours; give a MODULE:FUNCTION" in line
+        assert "the weights are not of this net: the net wants normalize.mean" in line
 
 
 DEEPMIND_PARTS = {

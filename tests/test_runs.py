@@ -167,6 +167,7 @@ def test_a_damaged_config_or_summary_is_one_line(tmp_path, refused):
         {"flags": [[None, None]]},
         {"fingerprint": None},
         {"fingerprint": [1]},
+        {"processes": "2"},
     ):
         (folder / "config.json").write_text(json.dumps(good | change))
         assert "config.json: damaged" in refused(run_in, tmp_path, f"{SMALL} --loss st")
@@ -399,6 +400,19 @@ def test_without_a_readable_checkpoint_the_stage_begins_again(stopped, whole, ca
     out = capsys.readouterr().out
     assert f"{newest}: damaged" in out and f"{before}: damaged" in out
     assert "goes on after" not in out and "student 1/3" in out
+    assert_same_run(whole, runs)
+
+
+def test_a_file_that_is_no_checkpoint_of_a_run_is_ignored_and_the_other_one_taken(
+    stopped, whole, capsys
+):
+    runs, newest, before = stopped
+    assert newest.name < before.name  # it is the one that is read first
+    common.save(newest, {"a": 1})
+    run_in(runs)
+    out = capsys.readouterr().out
+    assert f"{newest}: not a checkpoint of a run; ignored" in out and f"{before}: " not in out
+    assert "student: goes on after epoch 1" in out
     assert_same_run(whole, runs)
 
 
@@ -714,17 +728,15 @@ def test_a_killed_run_goes_on_by_the_command_that_it_prints(whole, tmp_path):
 @pytest.mark.parametrize(
     "stop, status, message",
     [
-        (KeyboardInterrupt(), 130, "stopped; nothing was trained yet; the same command goes on:"),
-        (KeyboardInterrupt("SIGTERM"), 143, "stopped; nothing was trained yet"),
+        (KeyboardInterrupt(), 130, "stopped; finished epochs are kept; the same command goes on:"),
+        (KeyboardInterrupt("SIGTERM"), 143, "stopped; finished epochs are kept"),
         (common.UserError("--eps: two\nlines \x1b[2J"), 2, "error: --eps: two lines ?[2J\n"),
         (OSError(28, "No space left on device", "a.pt"), 2, "error: a.pt: No space left on"),
         (torch.OutOfMemoryError("CUDA"), 2, "take a smaller --batch-size"),
         (MemoryError("Unable to allocate 6 TiB"), 2, "too little memory; take a smaller net"),
     ],
 )
-def test_what_a_user_can_cause_is_one_line(stop, status, message, ended, monkeypatch):
-    monkeypatch.setattr(common, "run_has_begun", False)
-
+def test_what_a_user_can_cause_is_one_line(stop, status, message, ended):
     def main():
         raise stop
 
@@ -742,11 +754,21 @@ def test_an_end_of_another_process_is_told_only_where_there_are_others(ended, mo
 
     with pytest.raises(RuntimeError):  # perhaps of a module called igloo
         common.start(main)
-    torchrun = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
-    for name, value in (torchrun | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}).items():
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0"}
+    for name, value in torchrun.items():
         monkeypatch.setenv(name, value)
     found, error = ended(main)
     assert found == 2 and "process 0: another process has ended" in error
+
+
+def test_an_error_keeps_its_traceback_where_torch_cannot_start_processes(ended, monkeypatch):
+    monkeypatch.delattr(common.dist, "DistError")  # as in builds without torch.distributed
+
+    def main():
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        ended(main)
 
 
 def test_a_net_that_the_memory_cannot_hold_is_one_line(ended):
@@ -767,17 +789,15 @@ def test_ctrl_c_while_the_data_are_loaded_writes_nothing(tmp_path, monkeypatch, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(common, "load_data", interrupted)
-    monkeypatch.setattr(common, "run_has_begun", False)
     argv = [*SMALL.split(), "--runs", str(tmp_path / "runs")]
     status, error = ended(lambda: robust_kd.main(argv))
-    assert status == 130 and "nothing was trained yet" in error and list(tmp_path.iterdir()) == []
+    assert status == 130 and "the same command goes on" in error and list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_has_begun_says_that_finished_epochs_are_kept(tmp_path, monkeypatch, ended):
+def test_a_full_disk_says_that_finished_epochs_are_kept(tmp_path, monkeypatch, ended):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(common, "run_has_begun", False)
     monkeypatch.setattr(common, "save_epoch", full)
     argv = [*SMALL.split(), "--loss", "st", "--runs", str(tmp_path)]
     status, error = ended(lambda: robust_kd.main(argv))
@@ -1042,18 +1062,17 @@ def test_a_last_batch_of_one_image_is_joined_to_the_one_before(script, norm_net,
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("sizes", ["--batch-size 1 --train-subset 8", "--train-subset 1"])
-def test_batchnorm_on_a_single_image_is_refused_before_the_first_epoch(
-    script, sizes, norm_net, tmp_path, refused
-):
-    flags = f"{norm_net} {SCRIPTS[script]} {sizes}"
-    message = refused(importlib.import_module(script).main, flags.split())
-    assert message.startswith("--batch-size ") and "take at least 2" in message
+def test_batches_of_a_single_image_are_refused(script, norm_net, tmp_path, refused):
+    flags = ["--batch-size", "--train-subset"]
+    if script in ("robust_kd", "teacher_free_kd"):
+        flags.append("--teacher-batch-size")
+    for flag in flags:
+        argv = f"{norm_net} {SCRIPTS[script]} {flag} 1".split()
+        message = refused(importlib.import_module(script).main, argv)
+        assert message == f"{flag}: expected a whole number of at least 2, got '1'"
+    argv = f"{norm_net} {SCRIPTS[script]} --val-size 3999".split()
+    assert "--val-size 3999: too large" in refused(importlib.import_module(script).main, argv)
     assert not (tmp_path / "runs").exists()
-
-
-def test_nets_that_can_train_on_a_single_image_do(tmp_path):
-    run_in(tmp_path, f"{SMALL} --loss st --train-subset 2 --batch-size 1")
 
 
 def test_all_other_batches_are_cut_as_always():

@@ -324,7 +324,7 @@ def test_ensembles_are_of_all_exits_and_every_exit_is_evaluated_in_strict_float3
     monkeypatch.setattr(tf.Exits, "head", spied)
     data = common.load_data("shapes", test_subset=40)
     with common.strict_float32(tf32_convolutions=True):
-        rows = tf.exit_rows(net, exits.early_heads.state_dict(), data)
+        rows = tf.exit_rows(net, exits.early_heads.state_dict(), data, 40)
     assert precisions == {("ieee", False)}
     accuracies = {row["model"]: row["clean_acc"] for row in rows}
     with torch.no_grad():
@@ -358,7 +358,8 @@ def test_the_last_exit_answers_as_the_student_does_on_every_image(tmp_path):
     before = {name: value.clone() for name, value in net.state_dict().items()}
     data = common.load_data("shapes", test_subset=100)
     student = common.predict(net, data.x_test).argmax(1)
-    rows = tf.exit_rows(net, net.meta["exits"], dataclasses.replace(data, y_test=student))
+    data = dataclasses.replace(data, y_test=student)
+    rows = tf.exit_rows(net, net.meta["exits"], data, 32)
     assert {row["model"]: row["clean_acc"] for row in rows}["exit 3"] == 1.0
     assert rows[-1]["macs"] > rows[2]["macs"] == tf.macs(net.train(), data)
     assert net.training  # as it was handed over
@@ -419,9 +420,9 @@ def test_omitted_digits_never_reach_the_students_batches(mnist, tmp_path, monkey
 
     corrected_on, correct_bias = [], tf.correct_bias
 
-    def spied_correction(net, data, digit):
+    def spied_correction(net, data, digit, batch_size):
         corrected_on.append(data)
-        return correct_bias(net, data, digit)
+        return correct_bias(net, data, digit, batch_size)
 
     monkeypatch.setattr(tf, "correct_bias", spied_correction)
     monkeypatch.setattr(common, "batches", spied)
@@ -469,7 +470,7 @@ def test_the_corrected_bias_gives_the_digit_its_share_and_changes_nothing_else(m
     data = common.load_data("mnist", mnist)
     model = common.new_model(data, "mlp-16", 0, "student").eval()
     before = common.predict(model, data.x_train)
-    after = common.predict(tf.correct_bias(model, data, 2), data.x_train)
+    after = common.predict(tf.correct_bias(model, data, 2, 500), data.x_train)
     share = (after.argmax(1) == 2).float().mean().item()
     assert share == pytest.approx(0.1, abs=0.01)  # a tenth of the images show it
     difference = after - before
@@ -492,7 +493,7 @@ def test_accuracies_with_and_without_a_digit_are_in_strict_float32(mnist, monkey
     model = common.new_model(data, "mlp-16", 0, "student").eval()
     with common.float32_restored():
         torch.set_float32_matmul_precision("high")  # TF32
-        tf.digit_columns(tf.correct_bias(model, data, 3), data, 3)
+        tf.digit_columns(tf.correct_bias(model, data, 3, 500), data, 3, 500)
     assert precisions == {"ieee"}
 
 
@@ -574,6 +575,16 @@ def test_gamma_has_no_effect_on_a_teacher_whose_rate_is_a_cosine():
 def test_a_digit_that_no_test_image_shows_is_named_before_the_training(mnist, tmp_path, refused):
     flags = f"{DIGITS} --omit-digit 7 --test-subset 1 --data-root {mnist} --runs {tmp_path}"
     assert "no test image shows the digit 7" in refused(tf.main, flags.split())
+
+
+def test_a_digit_that_nearly_all_training_images_show_is_named_before_the_training(
+    mnist, tmp_path, refused
+):
+    data = common.load_data("mnist", mnist, val_size=40, train_subset=2)
+    flags = f"{DIGITS} --val-size 40 --train-subset 2 --omit-digit {data.y_train[0]}"
+    line = refused(tf.main, f"{flags} --data-root {mnist} --runs {tmp_path}".split())
+    assert line.startswith("--train-subset 2: ") and line.endswith("take more")
+    assert not list(tmp_path.glob("teacher_free_kd"))
 
 
 def test_the_layers_of_a_resnet_are_its_convolutions_by_stage():
@@ -785,7 +796,7 @@ def test_the_radius_of_the_evaluation_and_its_seed_are_those_of_the_run(tmp_path
     monkeypatch.setattr(tf.eval_robustness, "summary_rows", summary_rows)
     flags = "--method plain --model mlp-8 --epochs 1 --eps 3/255 --seed 5 --eval-attack pgd3"
     run(tmp_path, flags)
-    assert asked == [(["pgd3"], {"eps": 3 / 255, "seed": 5})]
+    assert asked == [(["pgd3"], {"eps": 3 / 255, "seed": 5, "batch_size": 16})]
 
 
 def test_the_student_alone_starts_from_the_weights_of_the_student(tmp_path, monkeypatch):
