@@ -1,7 +1,7 @@
 """Write docs/RESULTS.md: the numbers printed in the papers that have been measured, beside ours.
 
 Usage    python benchmark/report.py                       # after benchmark/run.py
-Numbers  benchmark/printed.csv and benchmark/results/*.json; nothing in the page is typed by hand.
+Numbers  benchmark/printed.csv and benchmark/results/*.json; no number in the page is typed by hand.
 """
 
 import re

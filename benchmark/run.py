@@ -87,7 +87,7 @@ def name_of(command):
 
 
 def missing(rows, record):
-    """{(net, metric)} of some lines of the CSV that a record does not have, or None has."""
+    """{(net, metric)} of lines of the CSV that a record, which may be None, does not have."""
     wanted = {(row["net"], row["metric"]) for row in rows}
     if not CINIC.exists():
         wanted = {(net, metric) for net, metric in wanted if metric != "cinic_acc"}

@@ -78,7 +78,7 @@ too. torch.compile is off without `--compile` until it has been measured on a GP
 float32, where PyTorch's default would be TF32 convolutions. The losses of the rungs must agree."""
 NO_GPU_YET = "So far there are no GPU numbers here."
 PAGE_COLUMNS = (
-    "| | ms a step (quartiles) | images/s | TFLOP/s | of the line above | first step, s |"
+    "| | ms a step (quartiles) | images/s | TFLOP/s | time / line above | first step, s |"
 )
 
 
