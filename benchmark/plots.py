@@ -343,7 +343,7 @@ def draw_changes(axis, runs, kind, window):
             colour = common.COLOURS[i % len(common.COLOURS)]
             axis.plot(range(1, len(y) + 1), y, color=colour, label=run["label"])
     axis.axhline(0, color="black", linewidth=0.6)
-    axis.set(title=f"student's probability minus teacher's, {kind} images", xlabel=RANK)
+    axis.set(title=f"student minus teacher, {kind} images", xlabel=RANK, ylabel="probability")
     axis.legend()
 
 
