@@ -61,6 +61,7 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
             BatchNorm's statistics; in the authors' code the second does.
 """
 
+import copy
 import dataclasses
 import math
 import time
@@ -71,7 +72,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
-from torch.optim.swa_utils import AveragedModel
 
 import common
 import eval_robustness
@@ -519,8 +519,7 @@ def train(args, data, folder, stage, teacher=None):
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
     average, kept_model = None, model  # kept_model is validated and saved
     if args.ema:
-        average = weight_average(model, args.ema)
-        kept_model = average.module
+        kept_model = average = weight_average(model)
         state["average"] = average
     common.compile_model(model, args.compile)
     alpha = args.alpha if args.loss.endswith("+") else 1.0
@@ -535,6 +534,7 @@ def train(args, data, folder, stage, teacher=None):
         common.seed_epoch(args.seed, stage, epoch)
         began, history = time.monotonic(), []
         for x, labels in common.batches(data, args.batch_size, args.seed, stage, epoch):
+            step = schedule.last_epoch  # 0, 1, ... over all epochs: the schedule counts batches
             # what comes on top of crop and flip; the labels are perhaps (B, K) afterwards
             x, labels = augment(x, labels, data, args)
 
@@ -547,10 +547,10 @@ def train(args, data, folder, stage, teacher=None):
                     teacher_logits = teacher(x).clone()
                 attack_targets = labels
                 if args.loss == "adr":  # the labels are rectified by the student's own average
-                    done = schedule.last_epoch / (args.epochs * steps_per_epoch)  # counts batches
+                    done = step / (args.epochs * steps_per_epoch)
                     adr_lam = half_cosine(args.adr_lam, done)
                     adr_temperature = half_cosine(args.adr_temperature, done)
-                    targets = rectify_labels(average.module(x), labels, adr_lam, adr_temperature)
+                    targets = rectify_labels(average(x), labels, adr_lam, adr_temperature)
                     attack_targets = targets
 
                 # The attack moves x to x', away from the labels, or from what the teacher answers
@@ -630,12 +630,12 @@ def train(args, data, folder, stage, teacher=None):
             optimizer.step()
             schedule.step()  # per batch
             if average is not None:
-                update_average(average, model)
+                update_average(average, model, args.ema, step)
             history.append(common.step_sums(loss, logits, labels))  # the GPU is not waited for
 
         row = common.epoch_row(args, stage, epoch, model, history, began)
         if average is not None:  # epoch_row may have changed the statistics under torchrun
-            copy_buffers(model, average.module)
+            copy_buffers(model, average)
         rows.append(row | common.validate(args, stage, kept_model, data, args.eps))
         if args.save_every and len(rows) % args.save_every == 0 and not collapsed(args, rows):
             # before the checkpoint: a run that is killed here repeats the epoch and saves again
@@ -715,41 +715,31 @@ def keep_epoch(args, data, folder, stage, model, rows):
 # AT+ (section 4): generated images, CutOut or CutMix, label smoothing, weight average
 
 
-def weight_average(model, decay):
-    """The moving average of a net's weights, for update_average after each step."""
+def weight_average(model):
+    """A frozen copy of a net in eval mode, which update_average makes its weight average."""
     try:
-        average = AveragedModel(model, avg_fn=ema_with_ramp(decay))
-        average.eval()
-        average.requires_grad_(False)  # impossible for what TorchScript copies
-        return average
+        return copy.deepcopy(model).eval().requires_grad_(False)
     except RuntimeError as error:  # TorchScript, or torch.nn.utils.weight_norm
         advice = "leave out --ema, or take torch.nn.utils.parametrizations"
         problem = f"the net cannot be copied ({common.one_line(error)})"
         raise common.UserError(f"--ema: {problem}; {advice}") from None
 
 
-def ema_with_ramp(decay):
-    """Step t = 1, 2, ...: d average + (1 - d) weights, d = min(decay, (1 + t) / (10 + t)).
-
-    The ramp is that of Rebuffi et al. (2021). The step before, t = 0, copies the weights, and the
-    statistics of BatchNorm are always the model's (torch.optim.swa_utils.AveragedModel).
-    """
-
-    def update(average, weights, t):
-        d = ((1 + t) / (10 + t)).clamp(max=decay)
-        return average.lerp(weights, float(1 - d))
-
-    return update
-
-
 @torch.no_grad()
-def update_average(average, model):
-    """average.update_parameters(model), which would copy t to the GPU and wait for it each time."""
-    t = average.n_averaged  # on the host
-    for averaged, weights in zip(average.module.parameters(), model.parameters()):
-        averaged.copy_(average.avg_fn(averaged, weights, t) if t > 0 else weights)
-    copy_buffers(model, average.module)
-    average.n_averaged += 1
+def update_average(average, model, decay, t):
+    """After step t = 1, 2, ...: d average + (1 - d) weights, d = min(decay, (1 + t) / (10 + t)).
+
+    The ramp is that of Rebuffi et al. (2021). The first step, t = 0, copies the weights. The
+    statistics of BatchNorm are always the model's.
+    """
+    t = torch.tensor(t, device="cpu")  # d in float32, and no wait for the GPU
+    d = ((1 + t) / (10 + t)).clamp(max=decay)
+    for averaged, weights in zip(average.parameters(), model.parameters()):
+        if t == 0:
+            averaged.copy_(weights)
+        else:
+            averaged.lerp_(weights, float(1 - d))
+    copy_buffers(model, average)
 
 
 @torch.no_grad()

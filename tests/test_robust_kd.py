@@ -11,7 +11,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import same_weights
-from torch.optim.swa_utils import AveragedModel
 
 import common
 import robust_kd
@@ -1335,18 +1334,18 @@ def save_extra(path, n=30, size=32, **other):
 
 def test_the_average_follows_the_ramp_and_takes_batchnorm_as_it_is():
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    average, expected = robust_kd.weight_average(net, 0.6), None
+    average, expected = robust_kd.weight_average(net), None
     for t in range(12):
         with torch.no_grad():
             for p in net.parameters():
                 p.add_(torch.randn_like(p))
         net[1].running_mean += 1
-        robust_kd.update_average(average, net)
+        robust_kd.update_average(average, net, 0.6, t)
         weight = net[0].weight.detach().clone()
         decay = min(0.6, (1 + t) / (10 + t))
         expected = weight if t == 0 else decay * expected + (1 - decay) * weight
-    torch.testing.assert_close(average.module[0].weight, expected)
-    assert torch.equal(average.module[1].running_mean, net[1].running_mean)
+    torch.testing.assert_close(average[0].weight, expected)
+    assert torch.equal(average[1].running_mean, net[1].running_mean)
 
 
 def test_after_one_step_the_average_is_the_net(tmp_path):
@@ -1385,9 +1384,9 @@ def test_beta_weighs_the_teachers_in_their_order(tmp_path):
 def test_the_average_answers_adr_in_eval_mode(tmp_path, monkeypatch):
     modes, weight_average = [], robust_kd.weight_average
 
-    def spied(model, decay):
-        average = weight_average(model, decay)
-        average.module.register_forward_pre_hook(
+    def spied(model):
+        average = weight_average(model)
+        average.register_forward_pre_hook(
             lambda net, _: modes.append({module.training for module in net.modules()})
         )
         return average
@@ -1529,15 +1528,14 @@ def test_a_run_with_everything_goes_on_with_the_same_bits_and_keeps_the_average(
         f"--recipe at+ {TINY} --model wrn-10-1 --val-size 4 --test-subset 4 --steps 1 "
         f"--extra-data {tmp_path}/e.npz --augment cutmix --name run --runs"
     )
-    averages = []
+    averages, weight_average = [], robust_kd.weight_average
 
-    class SpiedAverage(AveragedModel):
-        def __init__(self, model, **options):
-            super().__init__(model, **options)
-            averages.append((self, model))
+    def spied(model):
+        averages.append((weight_average(model), model))
+        return averages[-1][0]
 
     with monkeypatch.context() as patch:
-        patch.setattr(robust_kd, "AveragedModel", SpiedAverage)
+        patch.setattr(robust_kd, "weight_average", spied)
         robust_kd.main(f"{flags} {tmp_path}/whole".split())
     stop_at(robust_kd, f"{flags} {tmp_path}/stopped", "teacher", 1)
     stop_at(robust_kd, f"{flags} {tmp_path}/stopped", "student", 1)
@@ -1551,7 +1549,7 @@ def test_a_run_with_everything_goes_on_with_the_same_bits_and_keeps_the_average(
     average, model = averages[-1]
     saved = common.load(tmp_path / "whole" / "robust_kd" / "run-s0" / "student.pt")["weights"]
     for name, tensor in model.state_dict().items():
-        assert torch.equal(saved[name], average.module.state_dict()[name]), name
+        assert torch.equal(saved[name], average.state_dict()[name]), name
         is_parameter = name in dict(model.named_parameters())
         assert torch.equal(saved[name], tensor) != is_parameter, name
 
