@@ -107,8 +107,7 @@ DEMO = {
     "data": "shapes",
     "model": "wrn-10-1",
     "epochs": 5,
-    "teacher_epochs": 6,
-    "teacher_es": 5,
+    "teacher_epochs": 5,
     "batch_size": 32,
     "teacher_batch_size": 32,
     "lr": 0.1,
@@ -204,8 +203,6 @@ def parse_args(argv=None):
     add("--save-every", type=whole, metavar="N", help=keep)
     common.add_run_flags(parser, augment=["crop", "none", "cutout", "cutmix"])
     args = common.parse(parser, argv, {"--recipe at+": AT_PLUS, "--demo": DEMO})
-    if args.teacher_es and "--teacher-es" not in args.given:  # that of --demo
-        args.teacher_es = min(args.teacher_es, args.teacher_epochs)
     check_flags(args, parser.error)
 
     if args.step_size is None:

@@ -1124,11 +1124,6 @@ def test_the_average_has_the_statistics_of_the_epoch(tmp_path, monkeypatch):
     assert statistics and all(value.eq(3).all() for value in statistics)
 
 
-def test_a_demo_with_a_shorter_teacher_stops_it_no_later():
-    args = robust_kd.parse_args("--demo --teacher-epochs 3".split())
-    assert (args.teacher_es, args.teacher_epochs) == (3, 3)
-
-
 def test_early_stops_of_a_longer_training_are_found_and_are_what_a_shorter_one_gives(tmp_path):
     long = "--loss akd --teacher-epochs 3 --epochs 1"
     run(tmp_path / "a", f"{long} --save-every 1")
