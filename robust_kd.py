@@ -235,6 +235,8 @@ def check_flags(args, error):
     for flag in ("--teacher-training", "--teacher-es", "--teacher-eps"):
         if args.teacher_ckpt and flag in args.given:
             error(f"{flag}: the teacher of --teacher-ckpt is finished; leave out {flag}")
+    if "--beta" in args.given and (len(trainings) == 1 or not needs_teacher(args)):
+        error("--beta: has no effect without several teachers; leave it out")
     beta = args.beta or [1 / len(trainings)] * len(trainings)
     if len(beta) != len(trainings) or abs(sum(beta) - 1) > 1e-6:
         wanted = "expected a weight for each word of --teacher-training, with sum 1"

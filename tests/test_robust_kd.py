@@ -541,7 +541,11 @@ def test_a_preset_says_what_it_sets_and_flags_that_are_given_win(capsys):
         "--teacher-training st at --beta 0.5 0.6": "--beta: expected a weight for each word",
         "--teacher-training st at --beta 1": "with sum 1, got 1.0",
         "--teacher-training st at --beta 0.5 0.25 0.25": "--beta",
-        "--beta 0.5": "--beta",
+        "--beta 0.5": "--beta: has no effect without several teachers",
+        "--beta 1": "--beta: has no effect without several teachers",
+        "--loss at --beta 1": "--beta: has no effect without several teachers",
+        "--loss at --teacher-training st at --beta 0.5 0.5": "--beta: has no effect without",
+        "--teacher-ckpt t.pt --beta 1": "--beta: has no effect without several teachers",
         "--loss ckd --attack-loss ce": "--attack-loss: has no effect with --loss ckd",
         "--loss rslad --alpha 0.3": "--alpha: has no effect with --loss rslad",
         "--loss akd+ --lam=0.3": "--lam: has no effect with --loss akd+",
@@ -583,7 +587,7 @@ def test_settings_of_a_teacher_that_is_not_trained_are_said(capsys):
 def test_weights_of_an_ensemble_are_taken_as_they_are_given():
     mixed = "--teacher-training st at ffgsm --beta"
     assert parse(f"{mixed} 1/2 1/2 0").beta == [0.5, 0.5, 0.0]
-    assert parse("--beta 1").beta == [1.0] and parse("--teacher-training at at").beta is None
+    assert parse("--teacher-training at at").beta is None
 
 
 def test_files_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, refused):
