@@ -93,6 +93,12 @@ HAS_EFFECT = {  # for these flags: the losses on which they have an effect; othe
     "--adr-temperature": {"adr"},
     "--mart-beta": {"mart"},
 }
+HAS_EFFECT_ON_ALL_NETS = {  # the same for flags of student and teachers
+    "--steps": ATTACKED - {"ffgsm"},
+    "--step-size": ATTACKED - {"ffgsm"},
+    "--attack-bn": ATTACKED,
+    "--trades-beta": {"trades"},
+}
 ATTACK_LOSSES = {  # what x' maximises if --attack-loss is not given; ce with all other losses
     "trades": "kl-self",
     "rslad": "kl-teacher",  # differs: 2
@@ -224,6 +230,14 @@ def check_flags(args, error):
     trainings = args.teacher_training
     if "--trades-beta" in args.given and "trades" not in [args.loss, *trainings]:
         error("--trades-beta: has no effect without --loss or --teacher-training trades")
+    losses = {args.loss, *trainings} if trains_teacher else {args.loss}
+    idle = []
+    for flag, with_effect in HAS_EFFECT_ON_ALL_NETS.items():
+        if flag in args.given and not losses & with_effect:
+            idle.append(flag)
+    if idle:
+        trained = ", ".join(sorted(losses))
+        print(f"without effect on all that is trained here ({trained}): {', '.join(idle)}")
     if "--extra-fraction" in args.given and not args.extra_data:
         error("--extra-fraction: has no effect without --extra-data; leave it out")
     if args.loss == "adr" and "--ema" in args.given and not args.ema:

@@ -584,6 +584,26 @@ def test_settings_of_a_teacher_that_is_not_trained_are_said(capsys):
     assert capsys.readouterr().out == said.replace("--teacher-es, ", "")
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    {
+        "--loss st": "(st): --steps, --step-size, --attack-bn",
+        "--loss st --demo": "(st): --steps, --step-size, --attack-bn",
+        "--loss ckd --teacher-training st": "(ckd, st): --steps, --step-size, --attack-bn",
+        "--loss ckd --teacher-ckpt t.pt": "(ckd): --steps, --step-size, --attack-bn",
+        "--loss ckd --teacher-training ffgsm": "(ckd, ffgsm): --steps, --step-size",
+        "--loss ckd": None,
+        "--loss ckd --teacher-training st trades": None,
+        "--loss at": None,
+    }.items(),
+)
+def test_settings_of_an_attack_that_nobody_learns_under_are_said(flags, said, capsys):
+    attack = ["--steps", "9", "--step-size", "1/255", "--attack-bn", "train"]
+    robust_kd.parse_args([*flags.split(), *attack])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "without effect" in line]
+    assert lines == ([f"without effect on all that is trained here {said}"] if said else [])
+
+
 def test_weights_of_an_ensemble_are_taken_as_they_are_given():
     mixed = "--teacher-training st at ffgsm --beta"
     assert parse(f"{mixed} 1/2 1/2 0").beta == [0.5, 0.5, 0.0]
