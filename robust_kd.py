@@ -246,9 +246,8 @@ def check_flags(args, error):
         error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {args.teacher_epochs}")
     if "--teacher-gamma" in args.given and args.schedule == "cosine":
         error("--teacher-gamma: has no effect with --schedule cosine; leave it out")
-    for flag in ("--teacher-training", "--teacher-es", "--teacher-eps"):
-        if args.teacher_ckpt and flag in args.given:
-            error(f"{flag}: the teacher of --teacher-ckpt is finished; leave out {flag}")
+    if args.teacher_ckpt and "--teacher-training" in args.given:
+        error("--teacher-training: the teacher of --teacher-ckpt is finished; leave it out")
     if "--beta" in args.given and (len(trainings) == 1 or not needs_teacher(args)):
         error("--beta: has no effect without several teachers; leave it out")
     beta = args.beta or [1 / len(trainings)] * len(trainings)
