@@ -459,15 +459,12 @@ def teacher_args(args, training, number=0):
         schedule_epochs=args.teacher_epochs,
         attack_loss="kl-self" if training == "trades" else "ce",
     )
-    students = ("alpha", "lam", "temperature", "beta", "recipe", "awp", "mart_beta", "iad_beta")
     for flag in vars(args):
-        if flag.startswith(("teacher_", "adr_", "igdm_")) or flag in students:
+        if flag.startswith("teacher_") or flag in ("beta", "recipe", "awp"):
             setattr(teacher, flag, None)
     if args.schedule == "paper":
         teacher.schedule, teacher.schedule_epochs = "exponential", None
         teacher.teacher_gamma = args.teacher_gamma
-    if training != "trades":
-        teacher.trades_beta = None
     if not args.extra_data:
         teacher.extra_fraction = None
 
@@ -476,9 +473,11 @@ def teacher_args(args, training, number=0):
         teacher.step_size = teacher.eps / 4
         if args.eps > 0:
             teacher.step_size = teacher.eps * args.step_size / args.eps
+    for flag, with_effect in (HAS_EFFECT | HAS_EFFECT_ON_ALL_NETS).items():
+        if training not in with_effect:
+            setattr(teacher, flag.removeprefix("--").replace("-", "_"), None)
     if training == "st":
-        teacher.eps = teacher.steps = teacher.step_size = None
-        teacher.attack_loss = teacher.attack_bn = None
+        teacher.eps = None
     if training == "ffgsm":  # one long step from a uniform start (Wong et al. 2020)
         teacher.steps, teacher.step_size = 1, 1.25 * teacher.eps
     return teacher
