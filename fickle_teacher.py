@@ -145,9 +145,7 @@ def parse_args(argv=None):
     add("--eval-restarts", type=common.whole_or_0, default=5, help=starts)
     common.add_run_flags(parser)
     args = common.parse(parser, argv, {"--demo": DEMO})
-    trains_teacher = not args.teacher_ckpt and args.method in TAUGHT | {"teacher"}
-    trains_student = args.method != "teacher"
-    common.check_effects(args, parser.error, HAS_EFFECT, trains_teacher, trains_student)
+    check_flags(args, parser.error)
 
     if args.method not in HAS_EFFECT["--dropout"]:
         args.dropout = 0.0  # whatever --demo sets
@@ -163,6 +161,17 @@ def parse_args(argv=None):
     if args.teacher_milestones is None:
         args.teacher_milestones = stretch(STANDARD_SCHEDULE, args.teacher_epochs)
     return args
+
+
+def check_flags(args, error):
+    """Call error(line) for flags that do not go together."""
+    has_teacher = args.method in TAUGHT or args.method == "teacher"
+    trains_teacher = has_teacher and not args.teacher_ckpt
+    trains_student = args.method != "teacher"
+    common.check_effects(args, error, HAS_EFFECT, trains_teacher, trains_student)
+    for flag in ("--eval-eps", "--eval-step-size"):
+        if flag in args.given and not args.eval_restarts:
+            error(f"{flag}: has no effect with --eval-restarts 0; leave it out")
 
 
 # ------------------------------------------------------------------------------------------------

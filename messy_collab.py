@@ -69,7 +69,7 @@ HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it 
 }
 NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "eval_eps", "eval_step_size", "eval_restarts"]
 # Corrupted labels are a part of the data, see with_wrong_labels
-NO_EFFECT_ON_TEACHER += ["corruption_rate", "corruption_seed", "labels_file"]
+NO_EFFECT_ON_TEACHER += ["corruption_rate", "corruption_seed"]
 
 # Epochs, and the epochs after which the learning rate drops: section 3
 STANDARD_SCHEDULE = (200, [60, 120, 150])
@@ -105,7 +105,6 @@ def parse_args(argv=None):
     add("--noise-rate", **rate, help="chance that a label is replaced in a batch (mc-*: 0.25)")
     add("--corruption-rate", **rate, help="share of labels that are replaced once (flc-*: 0.25)")
     add("--corruption-seed", type=common.whole_or_0, default=0, help="seed of corrupted labels")
-    add("--labels-file", metavar="FILE", help="corrupted labels of another run: its labels.pt")
     draws = {"choices": ["exclusive", "inclusive"], "default": "exclusive"}
     add("--label-draw", **draws, help="draw a wrong label from all classes but the true one or all")
     add("--model", default="wrn-16-2", help="net of the student, such as wrn-16-2 or resnet18")
@@ -134,29 +133,31 @@ def parse_args(argv=None):
     add("--eval-restarts", type=common.whole_or_0, default=5, help=starts)
     common.add_run_flags(parser)
     args = common.parse(parser, argv, {"--demo": DEMO})
-    trains_teacher = not args.teacher_ckpt and args.method in TAUGHT | {"teacher"}
-    trains_student = args.method != "teacher"
-    common.check_effects(args, parser.error, HAS_EFFECT, trains_teacher, trains_student)
-
-    if args.labels_file and "--corruption-rate" in args.given:
-        remedy = "--labels-file holds corrupted labels already; leave one of the two out"
-        parser.error(f"--corruption-rate {args.corruption_rate:g}: {remedy}")
-    if args.labels_file and "--corruption-seed" in args.given:
-        parser.error("--corruption-seed: has no effect with --labels-file; leave it out")
-
     if args.noise_rate is None:
         args.noise_rate = 0.25 if args.method.startswith("mc-") else 0.0
     if args.corruption_rate is None:
         args.corruption_rate = 0.25 if args.method.startswith("flc-") else 0.0
-    if "--corruption-seed" in args.given and not args.corruption_rate:
-        parser.error("--corruption-seed: has no effect without --corruption-rate; leave it out")
-    if "--label-draw" in args.given and not (args.noise_rate or args.corruption_rate):
-        parser.error("--label-draw: has no effect where no label is replaced; leave it out")
+    check_flags(args, parser.error)
     if args.milestones is None:
         args.milestones = stretch(STANDARD_SCHEDULE, args.epochs)
     if args.teacher_milestones is None:
         args.teacher_milestones = stretch(STANDARD_SCHEDULE, args.teacher_epochs)
     return args
+
+
+def check_flags(args, error):
+    """Call error(line) for flags that do not go together."""
+    has_teacher = args.method in TAUGHT or args.method == "teacher"
+    trains_teacher = has_teacher and not args.teacher_ckpt
+    trains_student = args.method != "teacher"
+    common.check_effects(args, error, HAS_EFFECT, trains_teacher, trains_student)
+    for flag in ("--eval-eps", "--eval-step-size"):
+        if flag in args.given and not args.eval_restarts:
+            error(f"{flag}: has no effect with --eval-restarts 0; leave it out")
+    if "--corruption-seed" in args.given and not args.corruption_rate:
+        error("--corruption-seed: has no effect without --corruption-rate; leave it out")
+    if "--label-draw" in args.given and not (args.noise_rate or args.corruption_rate):
+        error("--label-draw: has no effect where no label is replaced; leave it out")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -203,46 +204,21 @@ def corrupt_labels(labels, rate, classes, seed, draw="exclusive"):
 
 
 def with_wrong_labels(args, data):
-    """`data` with the labels of --labels-file, or corrupted at --corruption-rate, to train on.
+    """`data` with labels corrupted at --corruption-rate to train on; itself if that is 0.
 
     Such labels count in the fingerprint of the data: a net that learns from them is another one.
     """
-    if args.labels_file:
-        labels = read_labels(args.labels_file, data)
-    elif args.corruption_rate > 0:
-        classes, seed, draw = len(data.classes), args.corruption_seed, args.label_draw
-        labels = corrupt_labels(data.y_train, args.corruption_rate, classes, seed, draw)
-    else:
+    if args.corruption_rate == 0:
         return data
+    classes, seed, draw = len(data.classes), args.corruption_seed, args.label_draw
+    labels = corrupt_labels(data.y_train, args.corruption_rate, classes, seed, draw)
     fingerprint = zlib.crc32(labels.cpu().numpy(), data.fingerprint)
     return dataclasses.replace(data, y_train=labels, fingerprint=fingerprint)
 
 
-def read_labels(path, data):
-    """The labels (N,) of a labels.pt; a UserError if they do not belong to the training images."""
-    record = common.load(path)
-    labels = record.get("labels")
-    fits = (
-        isinstance(record.get("fingerprint"), int)
-        and record["fingerprint"] == data.fingerprint
-        and isinstance(labels, torch.Tensor)
-        and labels.dtype == torch.int64
-        and labels.shape == data.y_train.shape
-        and 0 <= labels.min() <= labels.max() < len(data.classes)
-    )
-    if not fits:
-        raise common.UserError(f"{path}: holds no labels of these training images of {data.name}")
-    return labels.to(data.y_train.device)
-
-
 def keep_labels(labels, data, folder):
-    """Write wrong labels (N,) to folder/labels.pt, for --labels-file.
-
-    A UserError if the file is there and holds other labels than this command has.
-    """
+    """Write wrong labels (N,) to folder/labels.pt; the same command draws the same ones again."""
     file = folder / "labels.pt"
-    if file.exists() and not torch.equal(read_labels(file, data), labels):
-        raise common.UserError(f"{file}: this command has other labels; take another --name")
     common.save(file, {"labels": labels.cpu(), "fingerprint": data.fingerprint})
     wrong = int((labels != data.y_train).sum())
     print(f"{wrong:,} of {len(labels):,} labels are wrong: {file}", flush=True)
@@ -361,8 +337,6 @@ def main(argv=None):
     args = parse_args(argv)
     data = common.load_training_data(args, common.setup_device(args))
     check_teacher(args, eval_robustness.check_nets(args, data))
-    if args.labels_file:
-        read_labels(args.labels_file, data)
     summaries = []
     for seed in args.seed:
         seed_args = common.replace(args, seed=seed)

@@ -665,6 +665,15 @@ def test_bad_flags_are_one_line_and_write_nothing(flags, message, tmp_path, refu
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flag", ["--eval-eps", "--eval-step-size"])
+def test_settings_of_pgd_without_pgd_are_refused(script, flag, refused):
+    argv = ["--eval-restarts", "0", flag, "0.1"]
+    message = f"{flag}: has no effect with --eval-restarts 0; leave it out"
+    assert refused(SCRIPTS[script].parse_args, argv) == message
+    SCRIPTS[script].parse_args(["--eval-restarts", "1", flag, "0.1"])
+
+
 def test_a_teacher_that_does_not_fit_is_refused(tmp_path, refused):
     common.save_model(tmp_path / "calm.pt", common.build_model("mlp-12"))
     common.save_model(tmp_path / "other.pt", common.build_model("mlp-12", 7, dropout=0.3))
