@@ -267,6 +267,8 @@ def check_flags(args, error):
     """Call error(line) for flags that do not go together."""
     has_teacher = args.method in TAUGHT_ON_X | TAUGHT_ON_X_ADV
     common.check_effects(args, error, HAS_EFFECT, has_teacher and not args.teacher_ckpt)
+    if "--teacher-model" in args.given and not has_teacher:
+        print("there is no teacher, so without effect: --teacher-model", flush=True)
     if args.reg_form == "plain" and "--temperature" in args.given:
         error("--temperature: has no effect with --reg-form plain; leave it out")
     if args.reg_form != "paper" and "--tau2" in args.given:

@@ -575,6 +575,10 @@ def test_settings_of_a_teacher_that_is_not_trained_are_said(capsys):
     settings = ["--teacher-es", "4", "--teacher-lr", "0.1"]
     robust_kd.parse_args(["--loss", "at", *settings])
     assert capsys.readouterr().out == said
+    robust_kd.parse_args(["--loss", "at", "--teacher-model", "mlp-8"])
+    out = capsys.readouterr().out
+    assert out == "there is no teacher, so without effect: --teacher-model\n"
+    settings += ["--teacher-model", "mlp-8"]
     for flags in (["--loss", "at", "--attack-loss", "kl-teacher"], ["--loss", "akd"]):
         robust_kd.parse_args([*flags, *settings])
         assert capsys.readouterr().out == ""

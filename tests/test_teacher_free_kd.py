@@ -1003,6 +1003,13 @@ def test_an_epoch_of_gradients_that_is_named_twice_is_recorded_once():
     assert args.grad_epochs == [2, 3]
 
 
+def test_a_net_for_a_teacher_where_there_is_none_is_said(capsys):
+    said = "there is no teacher, so without effect: --teacher-model\n"
+    for method, line in (("plain", said), ("tf-kd-reg", said), ("re-kd", "")):
+        tf.parse_args(["--method", method, "--teacher-model", "mlp-4"])
+        assert capsys.readouterr().out == line
+
+
 def test_the_teacher_of_a_demo_is_as_small_as_its_student():
     for method in ("re-kd", "tf-kd-self", "vanilla"):
         args = tf.parse_args(["--demo", "--method", method])
