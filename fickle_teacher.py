@@ -65,9 +65,6 @@ HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it 
     "--teacher-seed": TAUGHT,
     "--teacher-ckpt": TAUGHT | {"teacher"},
 }
-NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "teacher_mode", "sigma", "noise_per", "swap"]
-NO_EFFECT_ON_TEACHER += ["swap_probability", "swap_threshold", "swap_gap"]
-NO_EFFECT_ON_TEACHER += ["eval_eps", "eval_step_size", "eval_restarts"]
 
 # Epochs, and the epochs after which the learning rate drops: section 3
 STANDARD_SCHEDULE = (200, [60, 120, 150])
@@ -333,7 +330,8 @@ def teacher_args(args):
         dropout=args.dropout or None,  # without dropout it is the teacher of the other scripts too
     )
     for flag in vars(args):
-        if flag.startswith("teacher_") or flag in NO_EFFECT_ON_TEACHER:
+        methods = HAS_EFFECT.get(f"--{flag.replace('_', '-')}", METHODS)
+        if "teacher" not in methods or flag.startswith(("teacher_", "eval_")):
             setattr(teacher, flag, None)
     return teacher
 

@@ -67,9 +67,6 @@ HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it 
     "--teacher-seed": TAUGHT,
     "--teacher-ckpt": TAUGHT | {"teacher"},
 }
-NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "eval_eps", "eval_step_size", "eval_restarts"]
-# Corrupted labels are a part of the data, see with_wrong_labels
-NO_EFFECT_ON_TEACHER += ["corruption_rate", "corruption_seed"]
 
 # Epochs, and the epochs after which the learning rate drops: section 3
 STANDARD_SCHEDULE = (200, [60, 120, 150])
@@ -308,8 +305,11 @@ def teacher_args(args):
     if args.method not in VARIED_TEACHER or args.noise_rate == 0:
         # it is the teacher of the other scripts too
         teacher.noise_rate = teacher.label_draw = None
+    # corrupted labels are a part of the data, see with_wrong_labels
+    teacher.corruption_rate = teacher.corruption_seed = None
     for flag in vars(args):
-        if flag.startswith("teacher_") or flag in NO_EFFECT_ON_TEACHER:
+        methods = HAS_EFFECT.get(f"--{flag.replace('_', '-')}", METHODS)
+        if "teacher" not in methods or flag.startswith(("teacher_", "eval_")):
             setattr(teacher, flag, None)
     return teacher
 

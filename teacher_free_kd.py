@@ -162,10 +162,8 @@ HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it 
     "--byot-temperature": {"self-distillation"},
     "--teacher-ckpt": TAUGHT_ON_X | TAUGHT_ON_X_ADV,
 }
-NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "tau2", "delta", "reg_form", "smoothing"]
-NO_EFFECT_ON_TEACHER += ["byot_alpha", "byot_lambda", "byot_temperature"]
-NO_EFFECT_ON_TEACHER += ["omit_digit", "bias_correction", "eval_attack"]
-NO_EFFECT_ON_TEACHER += ["grad_heatmap", "grad_epochs", "grad_loss"]
+OF_STUDENTS = {"omit_digit", "bias_correction", "eval_attack", "grad_heatmap", "grad_epochs"}
+OF_STUDENTS |= {"grad_loss"}  # flags that have an effect with all methods, but on no teacher
 
 
 def parse_args(argv=None):
@@ -647,7 +645,8 @@ def teacher_args(args):
         batch_size=args.teacher_batch_size or args.batch_size,
     )
     for flag in vars(args):
-        if flag.startswith("teacher_") or flag in NO_EFFECT_ON_TEACHER:
+        methods = HAS_EFFECT.get(f"--{flag.replace('_', '-')}", METHODS)
+        if teacher.method not in methods or flag.startswith("teacher_") or flag in OF_STUDENTS:
             setattr(teacher, flag, None)
     if args.schedule != "steps":
         teacher.milestones = None
