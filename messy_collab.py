@@ -4,20 +4,22 @@ Paper    "Improving generalization and robustness with noisy collaboration in kn
          distillation", Arani, Sarfraz, Zonooz, arXiv 1910.05057v1 (2019): section 4.3,
          Figures 6 to 10, 16 to 18.
 Loss     (1-alpha) CE(S(x), y') + alpha tau^2 KL(T(x) || S(x))                <- hinton_loss Eq. 2
+         S, T: softmax of student and teacher; in the KL their logits are divided by tau
          y' is y, or another class for a share of the images
 Methods  mc-t, mc-s, mc-ts      drawn anew for each batch, at --noise-rate    <- vary_labels
          flc-t, flc-s, flc-ts   drawn once, at --corruption-rate, kept        <- corrupt_labels
                                 in the labels of teacher, student or both
-         hinton                 y' = y: distillation with the labels as they are
-         student                no teacher, labels alone
+         hinton                 labels that do not vary
+         student                no teacher; with --noise-rate its labels vary
          teacher                the teacher of --seed is trained and evaluated, no student
+         With all of them but flc-* a --corruption-rate corrupts the labels of both nets once.
 Usage    python messy_collab.py --noise-rate 0.5                     # mc-ts
          python messy_collab.py --method flc-ts --corruption-rate 0.25
          python messy_collab.py --method mc-s --noise-rate 0.1 --corruption-rate 0.25   # Figure 10
          python messy_collab.py --method student --corruption-rate 0.25      # without a teacher
          python messy_collab.py --seed 0 1 2 3 4   # one teacher, five students
          python messy_collab.py --method teacher --noise-rate 0.25 --seed 0 1 2 3 4  # teachers ...
-         python messy_collab.py --noise-rate 0.25 --teacher-seed 3  # ... the best of which teaches
+         python messy_collab.py --noise-rate 0.25 --teacher-seed 3   # ... the best of which teaches
          python messy_collab.py --demo             # 1 minute on a CPU
 Expect   CIFAR-10, WRN-40-2 and WRN-16-2: not measured. Small nets: docs/noisy_collaboration.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); logits (B, K)
@@ -26,7 +28,7 @@ Differs  1. Momentum 0.9, weight decay 5e-4 and PGD steps of 0.003 come from lat
             0.03, and no weight decay. The nets normalise with mean and deviation of the training
             images; the paper only scales them to [0, 1].
          2. 1,024 training images are held out to choose the student's best epoch (--val-size 0:
-            none). The teacher is that of --teacher-seed for all students (0); the paper takes the
+            none). All students have the teacher of --teacher-seed (default: 0); the paper takes the
             best of five on the test images (see Usage; that of mc-t and mc-ts has --noise-rate).
          3. The KL is KL(T || S), as in Hinton's loss; Eq. 2 prints S first. Training on CUDA is in
             bf16 (--precision fp32: float32). An image is robust if no start of PGD breaks it; the
@@ -54,12 +56,12 @@ import eval_robustness
 
 METHODS = ["mc-ts", "mc-t", "mc-s", "flc-ts", "flc-t", "flc-s", "hinton", "teacher", "student"]
 TAUGHT = {"mc-ts", "mc-t", "mc-s", "flc-ts", "flc-t", "flc-s", "hinton"}  # there is a teacher
-# The methods in which the labels of teacher or student are drawn anew for each batch, at
-# --noise-rate, and those in which they may be corrupted once, at --corruption-rate
-VARIED_TEACHER = {"mc-t", "mc-ts", "teacher"}
-VARIED_STUDENT = {"mc-s", "mc-ts", "student"}
-CORRUPTED_TEACHER = set(METHODS) - {"flc-s"}
-CORRUPTED_STUDENT = set(METHODS) - {"flc-t"}
+# The methods in which the labels of the teacher, of the student vary from batch to batch
+VARIED_TEACHER = {"mc-ts", "mc-t", "teacher"}
+VARIED_STUDENT = {"mc-ts", "mc-s", "student"}
+# The methods in which --corruption-rate corrupts the labels of the teacher, of the student once
+CORRUPTED_TEACHER = {"mc-ts", "mc-t", "mc-s", "flc-ts", "flc-t", "hinton", "teacher"}
+CORRUPTED_STUDENT = {"mc-ts", "mc-t", "mc-s", "flc-ts", "flc-s", "hinton", "student"}
 HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it is refused
     "--noise-rate": VARIED_TEACHER | VARIED_STUDENT,
     "--alpha": TAUGHT,
@@ -73,14 +75,14 @@ STANDARD_SCHEDULE = (200, [60, 120, 150])
 
 DEMO = {
     "data": "shapes",
-    "method": "mc-s",
-    "corruption_rate": 0.5,
     "model": "mlp-100-100",
     "teacher_model": "mlp-400-400",
     "epochs": 30,
     "teacher_epochs": 30,
     "batch_size": 64,
     "lr": 0.05,
+    "method": "mc-s",
+    "corruption_rate": 0.5,
     "train_subset": 2000,
     "test_subset": 1000,
     "val_size": 200,
@@ -95,7 +97,7 @@ def parse_args(argv=None):
     whole, nonnegative = common.whole, common.nonnegative
     pixel_units, pixel_step = common.pixel_units, common.pixel_step
     add = parser.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="mc-ts", help="training method, see Methods above")
+    add("--method", choices=METHODS, default="mc-ts", help="method, see Methods above")
     add("--alpha", type=probability, default=0.9, help="weight of the distillation term")
     add("--temperature", type=positive, default=4.0, help="temperature of both softmaxes")
     rate = {"type": common.below_1}
@@ -103,7 +105,7 @@ def parse_args(argv=None):
     add("--corruption-rate", **rate, help="share of labels that are replaced once (flc-*: 0.25)")
     add("--corruption-seed", type=common.whole_or_0, default=0, help="seed of corrupted labels")
     draws = {"choices": ["exclusive", "inclusive"], "default": "exclusive"}
-    add("--label-draw", **draws, help="draw a wrong label from all classes but the true one or all")
+    add("--label-draw", **draws, help="exclusive: draw from the wrong classes; inclusive: from all")
     add("--model", default="wrn-16-2", help="net of the student, such as wrn-16-2 or resnet18")
 
     add = parser.add_argument_group("teacher").add_argument
@@ -167,7 +169,7 @@ def check_flags(args, error):
 def hinton_loss(student_logits, teacher_logits, labels, alpha, temperature):
     """Eqs. (1), (2): (1-alpha) CE(S, y) + alpha tau^2 KL(T || S); (B, K) x2, (B,) -> ().
 
-    In the KL both logits are divided by tau. Eq. (1) is it for a student that sees noisy images.
+    In the KL both logits are divided by tau. Eq. (1) is the same loss on noisy images.
     """
     targets = (teacher_logits.detach() / temperature).softmax(1)
     student_log_probs = (student_logits / temperature).log_softmax(1)
@@ -393,7 +395,7 @@ def train_and_evaluate(args, data, folder):
     attack = {
         "eps": args.eval_eps,
         "step_size": args.eval_step_size,
-        "restarts": max(args.eval_restarts, 1),
+        "restarts": args.eval_restarts,
         "seed": args.seed,
     }
     attacks = ["clean", "pgd20"] if args.eval_restarts else ["clean"]
