@@ -852,7 +852,10 @@ def check_teacher(args, data, teacher):
 def train_and_evaluate(args, data, folder):
     """One seed: train what is missing, evaluate all nets -> the rows of the summary."""
     settings = {flag: getattr(args, flag) for flag in method_defaults(args.method)}
-    texts = [f"{flag.replace('_', '-')} {value}" for flag, value in settings.items() if value]
+    texts = []
+    for flag, value in settings.items():
+        if value is not None:  # 0 is a value too
+            texts.append(f"{flag.replace('_', '-')} {value}")
     print(f"{args.method} with {', '.join(texts)}", flush=True)
     nets = {}  # role of the net -> (its label in the table, the net)
     teacher = None

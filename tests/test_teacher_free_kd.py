@@ -1060,6 +1060,15 @@ def test_defaults_follow_the_method_alone():
     assert (demo.data, demo.model, demo.eval_attack) == ("shapes", "wrn-10-1", ["clean", "pgd20"])
 
 
+def test_a_run_prints_its_settings_zeros_too(tmp_path, capsys):
+    flags = "--method re-kd --alpha 0 --no-tau2 --weight-decay 0 --warmup 0 --model mlp-8"
+    run(tmp_path, f"{flags} --teacher-model mlp-8 --epochs 1")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "re-kd with" in line]
+    for words in ("alpha 0.0", "temperature 20.0", "tau2 False", "weight-decay 0.0", "warmup 0.0"):
+        assert f", {words}" in line
+    assert "None" not in line
+
+
 def test_the_help_shows_the_defaults_of_the_method_that_is_given(capsys):
     with pytest.raises(SystemExit):
         tf.parse_args(["--method", "vanilla", "--help"])
