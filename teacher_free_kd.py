@@ -238,6 +238,8 @@ def parse_args(argv=None):
     args = common.parse(parser, argv, {"--demo": DEMO})
     check_flags(args, parser.error)
 
+    if "--augment" in args.given and "--teacher-shift" not in args.given:
+        args.teacher_shift = None  # the images of --augment, not the digits' default
     if args.step_size is None:
         args.step_size = args.eps / 4
     if args.milestones is None:

@@ -1069,6 +1069,30 @@ def test_a_run_prints_its_settings_zeros_too(tmp_path, capsys):
     assert "None" not in line
 
 
+@pytest.mark.parametrize(
+    "flags, pads",
+    [
+        ("", [2, 0]),  # of the digits' row, of grey images
+        ("--augment none", [0, 0]),
+        ("--augment none --teacher-shift 1", [1, 0]),
+        ("--augment crop", [4, 4]),
+    ],
+)
+def test_an_augmentation_that_is_given_is_the_teachers_too(
+    flags, pads, mnist, tmp_path, monkeypatch
+):
+    seen, batches = {}, common.batches
+
+    def spied(data, batch_size, seed, stage, epoch):
+        seen[stage] = data.pad
+        return batches(data, batch_size, seed, stage, epoch)
+
+    monkeypatch.setattr(common, "batches", spied)
+    flags = f"{DIGITS} --data-root {mnist} --epochs 1 --teacher-epochs 1 {flags}"
+    tf.main([*flags.split(), "--runs", str(tmp_path)])
+    assert [seen["teacher"], seen["student"]] == pads
+
+
 def test_the_help_shows_the_defaults_of_the_method_that_is_given(capsys):
     with pytest.raises(SystemExit):
         tf.parse_args(["--method", "vanilla", "--help"])
