@@ -1246,10 +1246,10 @@ def check_settings(settings):
             raise common.UserError(f"{name}: expected a whole number of at least 1, got {value!r}")
 
 
-def check_attacks(attacks):
+def check_attacks(attacks, name_of_list="attacks"):
     """A UserError if `attacks` is no list of different names that `evaluate` can measure."""
     words = ", ".join(["clean", "pgdN such as pgd20", *IN_TURN, *ATTACKS])
-    expected = f"attacks: expected a list of {words}"
+    expected = f"{name_of_list}: expected a list of {words}"
     if not isinstance(attacks, list | tuple) or not attacks:
         raise common.UserError(f"{expected}; got {attacks!r}")
     for name in attacks:

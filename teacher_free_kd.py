@@ -45,7 +45,6 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
             hint is the L2 distance of the pooled features, in the mean over the batch; no t^2.
 """
 
-import argparse
 import copy
 import dataclasses
 import itertools
@@ -208,7 +207,7 @@ def parse_args(argv=None):
     add("--steps", type=whole, default=7, help="number of PGD steps in training")
     add("--step-size", type=common.pixel_step, help="PGD step (default: a quarter of --eps)")
     add("--attack-bn", choices=["eval", "train"], default="eval", help="BatchNorm in the attack")
-    names = {"nargs": "+", "type": attack_name, "metavar": "ATTACK"}
+    names = {"nargs": "+", "metavar": "ATTACK"}
     add("--eval-attack", **names, help="what is evaluated, such as clean pgd20 aa")
 
     add = parser.add_argument_group("gradients (Figure 1)").add_argument
@@ -297,21 +296,12 @@ def check_flags(args, error):
     if args.method == "self-distillation" and (args.model.startswith("mlp") or ":" in args.model):
         needs = "self-distillation needs the stages of our ResNets and WideResNets"
         error(f"--model: {needs}, got {args.model}")
-    for name in args.eval_attack:
-        if args.eval_attack.count(name) > 1:
-            error(f"--eval-attack: expected each name once, got {name} twice")
+    eval_robustness.check_attacks(args.eval_attack, "--eval-attack")
     if args.method == "self-distillation" and re.search(r"-w\d*[13579]\b", args.model):
         error(f"--model: self-distillation needs an even number after -w, got {args.model}")
     other_net = args.teacher_model not in (None, args.model)
     if args.method in TEACHER_LIKE_STUDENT and other_net:
         error(f"--teacher-model: --method {args.method} needs the student's net, {args.model}")
-
-
-def attack_name(text):
-    """The `type=` of --eval-attack: `clean` or the name of an attack of eval_robustness.py."""
-    if text in eval_robustness.NOT_ATTACKS and text != "clean":
-        raise argparse.ArgumentTypeError(f"expected clean, pgdN, aa, ..., got {text!r}")
-    return eval_robustness.attack_name(text)
 
 
 # ------------------------------------------------------------------------------------------------
