@@ -82,7 +82,7 @@ METHODS = {
     "re-kd": Method("cifar10", "clean", "resnet50", "resnet18", alpha=0.6, temperature=20.0),
     "tf-kd-self": Method("cifar10", "clean", "resnet18", alpha=0.95, temperature=6.0),
     "tf-kd-reg": Method("cifar10", "clean", "resnet18", alpha=0.1, temperature=20.0),
-    "self-distillation": Method("cifar10", "clean", "resnet18"),
+    "self-distillation": Method("cifar10", "clean", "resnet18", alpha=0.3, temperature=3.0),
     "at": Method("cifar10", "at", "resnet18"),
     "at-kd": Method("cifar10", "at", "resnet18", alpha=1.0, temperature=1.0),
     "at-tf-kd-self": Method("cifar10", "at", "resnet18", alpha=0.9, temperature=1.0),
@@ -148,17 +148,15 @@ TAUGHT_ON_X_ADV = {"at-kd"}
 TEACHER_LIKE_STUDENT = {"tf-kd-self", "at-tf-kd-self"}  # the two nets must be equal
 ALSO_TRAINED_ALONE = {"vanilla", "re-kd"}  # the student is trained without a teacher too
 VIRTUAL_TEACHER = {"tf-kd-reg", "at-tf-kd-reg"}
-HAS_KL = TAUGHT_ON_X | VIRTUAL_TEACHER
+HAS_KL = TAUGHT_ON_X | VIRTUAL_TEACHER | {"self-distillation"}
 HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it is refused
     "--alpha": HAS_KL | TAUGHT_ON_X_ADV,
     "--temperature": HAS_KL | TAUGHT_ON_X_ADV,
-    "--tau2": HAS_KL | {"self-distillation"},
+    "--tau2": HAS_KL,
     "--delta": VIRTUAL_TEACHER,
     "--reg-form": VIRTUAL_TEACHER,
     "--smoothing": {"label-smoothing"},
-    "--byot-alpha": {"self-distillation"},
     "--byot-lambda": {"self-distillation"},
-    "--byot-temperature": {"self-distillation"},
     "--teacher-ckpt": TAUGHT_ON_X | TAUGHT_ON_X_ADV,
 }
 OF_STUDENTS = {"omit_digit", "bias_correction", "eval_attack", "grad_heatmap", "grad_epochs"}
@@ -184,11 +182,8 @@ def parse_args(argv=None):
     add("--omit-digit", **digits, help="MNIST digit that the students' training images lack")
     correction = "also evaluate the students with the bias of the omitted digit raised"
     add("--bias-correction", action="store_true", help=correction)
-    add("--byot-alpha", type=probability, default=0.3, help="self-distillation: weight of the KL")
     distance = "self-distillation: weight of the distance between features"
     add("--byot-lambda", type=nonnegative, default=0.03, help=distance)
-    softened = "self-distillation: temperature of both softmaxes"
-    add("--byot-temperature", type=positive, default=3.0, help=softened)
 
     group = parser.add_argument_group("teacher (where no default is shown: same as the student)")
     add = group.add_argument
@@ -380,7 +375,7 @@ def at_kd_loss(student_logits, teacher_logits, labels, alpha, temperature):
 
 
 def self_distillation_loss(
-    exit_logits, exit_features, labels, byot_alpha, byot_lambda, byot_temperature, tau2=False
+    exit_logits, exit_features, labels, alpha, temperature, byot_lambda, tau2=False
 ):
     """CE(S_n, y) + sum over i < n of (1-a) CE(S_i, y) + a KL(S_n || S_i) + lambda |f_i - f_n|.
 
@@ -390,7 +385,7 @@ def self_distillation_loss(
     last_logits, last_features = exit_logits[-1].detach(), exit_features[-1].detach()
     loss = F.cross_entropy(exit_logits[-1], labels)
     for logits, features in zip(exit_logits[:-1], exit_features[:-1]):
-        loss = loss + kd_loss(logits, last_logits, labels, byot_alpha, byot_temperature, tau2)
+        loss = loss + kd_loss(logits, last_logits, labels, alpha, temperature, tau2)
         distance = (features - last_features).float().norm(dim=1).mean()
         loss = loss + byot_lambda * distance
     return loss
@@ -754,9 +749,9 @@ def train(args, data, folder, stage, teacher=None):
                             exit_logits,
                             exit_features,
                             labels,
-                            args.byot_alpha,
+                            alpha,
+                            temperature,
                             args.byot_lambda,
-                            args.byot_temperature,
                             args.tau2,
                         )
 

@@ -147,7 +147,7 @@ def test_self_distillation_is_the_sum_over_its_exits(tau2):
             soft = divergence(softmax(last, 3.0), s, 3.0) * (9 if tau2 else 1)
             distance = math.dist(features[early][image].tolist(), features[2][image].tolist())
             total += 0.7 * cross_entropy(one_hot(label), s) + 0.3 * soft + 0.05 * distance
-    loss = tf.self_distillation_loss(exits, features, LABELS, 0.3, 0.05, 3.0, tau2)
+    loss = tf.self_distillation_loss(exits, features, LABELS, 0.3, 3.0, 0.05, tau2)
     assert loss.item() == pytest.approx(total / BATCH, rel=1e-5)
 
 
@@ -253,7 +253,7 @@ def test_no_gradient_reaches_a_teacher_nor_the_last_exit_by_the_others():
     assert t.grad is None
     exits = [random_logits(7).requires_grad_(), TEACHER.clone().requires_grad_()]
     features = [random_logits(8).requires_grad_(), random_logits(9).requires_grad_()]
-    tf.self_distillation_loss(exits, features, LABELS, 0.5, 1.0, 3.0, True).backward()
+    tf.self_distillation_loss(exits, features, LABELS, 0.5, 3.0, 1.0, True).backward()
     by_labels_alone = torch.autograd.grad(F.cross_entropy(exits[1], LABELS), exits[1])[0]
     torch.testing.assert_close(exits[1].grad, by_labels_alone)
     assert features[1].grad is None and features[0].grad.abs().max() > 0
@@ -371,7 +371,7 @@ def test_self_distillation_trains_the_exits_and_the_trunk_through_them(tmp_path)
         "--eval-attack clean --name run "
     )
     run(tmp_path / "a", flags)
-    run(tmp_path / "b", flags + "--byot-alpha 0.9")
+    run(tmp_path / "b", flags + "--alpha 0.9")
     run(tmp_path / "c", flags + "--byot-lambda 1")
     records = [common.load(file_of(tmp_path / folder)) for folder in "abc"]
     first = [record["weights"]["stages.0.0.conv1.weight"] for record in records]
@@ -737,14 +737,14 @@ def test_the_first_step_has_the_loss_of_the_method(method, tmp_path):
 
 
 def test_the_first_step_of_self_distillation_has_its_loss(tmp_path):
-    flags = "--byot-alpha 0.4 --byot-lambda 0.05 --byot-temperature 2 --tau2 --epochs 1"
+    flags = "--alpha 0.4 --byot-lambda 0.05 --temperature 2 --tau2 --epochs 1"
     args = parse(f"--method self-distillation --model wrn-10-1 {flags}")
     args.seed = 0
     data = common.load_data("shapes", train_subset=16)
     tf.train(args, data, tmp_path, "student")
     ((x, labels),) = common.batches(data, 16, 0, "student", 0)
     exits = tf.Exits(common.new_model(data, "wrn-10-1", 0, "student")).train()
-    expected = tf.self_distillation_loss(*exits(x), labels, 0.4, 0.05, 2.0, True)
+    expected = tf.self_distillation_loss(*exits(x), labels, 0.4, 2.0, 0.05, True)
     (row,) = common.read_log(tmp_path)["student"]
     assert row["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
@@ -959,7 +959,7 @@ BAD_FLAGS = {
     "--method tf-kd-reg --reg-form yuan": "--reg-form",
     "--method plain --alpha 0.3": "--alpha: has no effect with --method plain",
     "--method at --no-tau2": "--tau2: has no effect with --method at",
-    "--method tf-kd-self --byot-alpha 1": "--byot-alpha",
+    "--method tf-kd-self --byot-lambda 1": "--byot-lambda: has no effect with --method tf-kd-self",
     "--method plain --teacher-ckpt x.pt": "--teacher-ckpt",
     "--method tf-kd-self --teacher-model mlp-4": "--teacher-model",
     "--method tf-kd-self --teacher-ckpt none.pt": "none.pt",
