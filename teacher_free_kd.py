@@ -35,9 +35,9 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
             Yuan et al. averages over the classes too, K times less.
          4. tf-kd-reg is Eq. 4 as written. The code of Yuan et al. softens p^d, not its logarithm,
             and not the student, without t^2: whatever delta, the targets are nearly uniform, as in
-            label smoothing (--reg-form repo; their numbers come from it; plain: t = 1). Eq. 4 asks
-            for p(y) = delta, whatever t: it smooths only nets that are surer than delta, such as
-            have learned their images by heart, and makes others surer.
+            label smoothing (--reg-form repo; their numbers come from it). Eq. 4 asks for p(y) =
+            delta, whatever t: it smooths only nets that are surer than delta, such as have learned
+            their images by heart, and makes others surer.
          5. The MNIST teacher learns from digits shifted by up to 2 pixels (Hinton et al. 2015);
             without (--teacher-shift 0) Table 1 gains less, and Table 2 is nearer to the paper.
          6. at-kd is AKD of Maroto et al.; the paper does not say what its row was trained with.
@@ -175,7 +175,7 @@ def parse_args(argv=None):
     add("--temperature", type=positive, help="temperature of both softmaxes in the KL")
     add("--tau2", **common.SWITCH, help="multiply the KL by the square of the temperature")
     add("--delta", type=probability, default=0.99, help="what a virtual teacher gives the label")
-    forms = {"choices": ["paper", "repo", "plain"], "default": "paper"}
+    forms = {"choices": ["paper", "repo"], "default": "paper"}
     add("--reg-form", **forms, help="what is softened with a virtual teacher, see Differs 4")
     add("--smoothing", type=probability, default=0.1, help="mass that label-smoothing spreads")
     digits = {"type": int, "choices": range(10)}
@@ -263,10 +263,8 @@ def check_flags(args, error):
     common.check_effects(args, error, HAS_EFFECT, has_teacher and not args.teacher_ckpt)
     if "--teacher-model" in args.given and not has_teacher:
         print("there is no teacher, so without effect: --teacher-model", flush=True)
-    if args.reg_form == "plain" and "--temperature" in args.given:
-        error("--temperature: has no effect with --reg-form plain; leave it out")
-    if args.reg_form != "paper" and "--tau2" in args.given:
-        error(f"--tau2: has no effect with --reg-form {args.reg_form}; leave it out")
+    if args.reg_form == "repo" and "--tau2" in args.given:
+        error("--tau2: has no effect with --reg-form repo; leave it out")
     if "--milestones" in args.given and args.schedule != "steps":
         error(f"--milestones: has no effect with --schedule {args.schedule}; leave it out")
     if "--gamma" in args.given and args.schedule == "cosine":
@@ -346,22 +344,16 @@ def virtual_teacher(labels, classes, delta):
     return other + (delta - other) * F.one_hot(labels, classes)
 
 
-def soften(probs, temperature, reg_form):
-    """p^d (B, K) -> (the targets (B, K), the temperature of the student's softmax)."""
-    if reg_form == "paper":
-        return (probs.log() / temperature).softmax(1), temperature
-    if reg_form == "repo":  # differs: 4
-        return (probs / temperature).softmax(1), 1.0
-    return probs, 1.0  # plain
-
-
 def reg_loss(student_logits, labels, alpha, temperature, delta, reg_form="paper", tau2=True):
     """Eqs. (4), (7): (1-alpha) CE(S, y) + alpha t^2 KL(p^d_t || S_t); (B, K), (B,) -> ().
 
     The t^2 is there if S is softened, and tau2.
     """
     probs = virtual_teacher(labels, student_logits.shape[1], delta)
-    targets, student_temperature = soften(probs, temperature, reg_form)
+    if reg_form == "paper":
+        targets, student_temperature = (probs.log() / temperature).softmax(1), temperature
+    else:  # repo: differs 4
+        targets, student_temperature = (probs / temperature).softmax(1), 1.0
     distilled = kl(targets, student_logits, student_temperature)
     if not tau2:
         distilled = distilled / student_temperature**2
