@@ -6,7 +6,7 @@ Paper    "Knowledge Distillation: Current Understanding and Future Directions in
          robust_kd.py. S, T: probabilities of student and teacher, S_t, T_t: of logits / t; x' the
          student's adversarial example on x.
 Loss     plain, at          CE(S, y)                                                   on x, x'
-         label-smoothing    CE((1-s) y + s/K, S)                    <- smoothing_loss
+         label-smoothing    CE((1-s) y + s/K, S), Szegedy et al. 2016
          vanilla, re-kd     (1-alpha) CE(S, y) + alpha t^2 KL(T_t || S_t)  <- kd_loss  Eqs. 1, 2
          tf-kd-self         the same, T an equal net                <- kd_loss         Eq. 3
          tf-kd-reg          the same, T the virtual teacher p^d     <- reg_loss        Eq. 4
@@ -319,11 +319,6 @@ def kl(targets, student_logits, temperature=1.0):
     """tau^2 KL(targets || S), S softened by tau, averaged over the batch: (B, K) x2 -> ()."""
     student_log_probs = (student_logits.float() / temperature).log_softmax(1)
     return temperature**2 * F.kl_div(student_log_probs, targets, reduction="batchmean")
-
-
-def smoothing_loss(student_logits, labels, smoothing):
-    """CE of (1 - s) y + s / K, label smoothing (Szegedy et al. 2016); (B, K), (B,) -> ()."""
-    return F.cross_entropy(student_logits, labels, label_smoothing=smoothing)
 
 
 def kd_loss(student_logits, teacher_logits, labels, alpha, temperature, tau2=True):
@@ -719,7 +714,7 @@ def train(args, data, folder, stage, teacher=None):
                     case "plain" | "at":
                         loss = F.cross_entropy(logits, labels)
                     case "label-smoothing":
-                        loss = smoothing_loss(logits, labels, args.smoothing)
+                        loss = F.cross_entropy(logits, labels, label_smoothing=args.smoothing)
                     case "vanilla" | "re-kd" | "tf-kd-self" | "at-tf-kd-self":
                         loss = kd_loss(
                             logits, teacher_logits, labels, alpha, temperature, args.tau2
