@@ -159,8 +159,8 @@ HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it 
     "--byot-lambda": {"self-distillation"},
     "--teacher-ckpt": TAUGHT_ON_X | TAUGHT_ON_X_ADV,
 }
-OF_STUDENTS = {"omit_digit", "bias_correction", "eval_attack", "grad_heatmap", "grad_epochs"}
-OF_STUDENTS |= {"grad_loss"}  # flags that have an effect with all methods, but on no teacher
+# Flags that have an effect with all methods, but on no teacher
+OF_STUDENTS = {"omit_digit", "bias_correction", "eval_attack", "grad_heatmap", "grad_loss"}
 
 
 def parse_args(argv=None):
@@ -206,10 +206,8 @@ def parse_args(argv=None):
     add("--eval-attack", **names, help="what is evaluated, such as clean pgd20 aa")
 
     add = parser.add_argument_group("gradients (Figure 1)").add_argument
-    heatmap = "record the mean |gradient| of each layer: gradients.npz in the run's folder"
+    heatmap = "write each layer's mean |gradient| in first, middle and last epoch: gradients.npz"
     add("--grad-heatmap", action="store_true", help=heatmap)
-    epochs = {"type": whole, "nargs": "+", "metavar": "EPOCH"}
-    add("--grad-epochs", **epochs, help="epochs to record (default: first, middle and last)")
     losses = {"choices": ["own", "ce"], "default": "own"}
     add("--grad-loss", **losses, help="gradients of the method's own loss, or of cross-entropy")
 
@@ -221,6 +219,7 @@ def parse_args(argv=None):
     schedules = {"choices": ["steps", "exponential", "cosine"]}
     add("--schedule", **schedules, help="times --gamma at milestones or each epoch, or a cosine")
     drops = "epochs of the student at which --schedule steps lowers the rate; the teacher in scale"
+    epochs = {"type": whole, "nargs": "+", "metavar": "EPOCH"}
     add("--milestones", **epochs, help=f"{drops} (default: 30, 60 and 80 %% of the training)")
     add("--gamma", type=common.decay, help="factor on the rate at a milestone or after an epoch")
     add("--warmup", type=nonnegative, help="epochs in which the learning rate rises to --lr")
@@ -238,7 +237,6 @@ def parse_args(argv=None):
         args.step_size = args.eps / 4
     if args.milestones is None:
         args.milestones = [share * args.epochs for share in (0.3, 0.6, 0.8)]
-    args.grad_epochs = sorted({*(args.grad_epochs or [1, (args.epochs + 1) // 2, args.epochs])})
     args.schedule_epochs = args.epochs  # a teacher may stop before the end of its schedule
     return args
 
@@ -279,13 +277,10 @@ def check_flags(args, error):
     teacher_epochs = args.teacher_epochs or args.epochs
     if args.teacher_es is not None and args.teacher_es > teacher_epochs:
         error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {teacher_epochs}")
-    for flag in ("--grad-epochs", "--grad-loss"):
-        if flag in args.given and not args.grad_heatmap:
-            error(f"{flag}: has no effect without --grad-heatmap; leave it out")
+    if "--grad-loss" in args.given and not args.grad_heatmap:
+        error("--grad-loss: has no effect without --grad-heatmap; leave it out")
     if args.grad_loss == "ce" and (args.compile or common.world() > 1):
         error("--grad-loss ce: its second backward pass goes with neither --compile nor torchrun")
-    if max(args.grad_epochs or [1]) > args.epochs:
-        error(f"--grad-epochs {max(args.grad_epochs)}: --epochs is only {args.epochs}")
     if args.method == "self-distillation" and (args.model.startswith("mlp") or ":" in args.model):
         needs = "self-distillation needs the stages of our ResNets and WideResNets"
         error(f"--model: {needs}, got {args.model}")
@@ -673,7 +668,9 @@ def train(args, data, folder, stage, teacher=None):
     )
     steps_per_epoch = common.steps_per_epoch(data, args.batch_size)
     schedule = LambdaLR(optimizer, lambda step: lr_factor(args, step, steps_per_epoch))
-    grad_epochs = args.grad_epochs if args.grad_heatmap else []
+    grad_epochs = []
+    if args.grad_heatmap:  # first, middle and last
+        grad_epochs = sorted({1, (args.epochs + 1) // 2, args.epochs})
     gradients = Gradients(model, grad_epochs, steps_per_epoch)
     state = {
         "model": learner,
@@ -748,7 +745,7 @@ def train(args, data, folder, stage, teacher=None):
             loss.backward()
             common.average_gradients(learner, len(labels))  # under torchrun, otherwise nothing
             if args.grad_loss == "own":
-                gradients.add(epoch + 1)  # in the epochs of --grad-epochs
+                gradients.add(epoch + 1)
             optimizer.step()
             schedule.step()  # per batch
             history.append(common.step_sums(loss, logits, labels))  # the GPU is not waited for

@@ -599,15 +599,15 @@ def test_the_heat_map_of_the_students_is_written_with_the_command_that_draws_it(
 
 
 def test_own_and_cross_entropy_gradients_differ_and_train_the_same_net(tmp_path):
-    flags = "--method tf-kd-reg --reg-form repo --alpha 0.9 --model mlp-8 --grad-epochs 2"
+    flags = "--method tf-kd-reg --reg-form repo --alpha 0.9 --model mlp-8"
     means = {}
     for kind in ("own", "ce"):
         run(tmp_path / kind, f"{flags} --grad-loss {kind} --grad-heatmap")
         gradients = np.load(file_of(tmp_path / kind, "gradients.npz"))
         means[kind] = gradients["student (tf-kd-reg)/means"]
-    run(tmp_path / "none", flags.replace("--grad-epochs 2", ""))
+    run(tmp_path / "none", flags)
     # own weighs the labels with 0.1
-    assert means["own"].shape == (1, 2) and (means["own"] < 0.7 * means["ce"]).all()
+    assert means["own"].shape == (2, 2) and (means["own"][1] < 0.7 * means["ce"][1]).all()
     assert same_weights(file_of(tmp_path / "own"), file_of(tmp_path / "ce"))
     assert same_weights(file_of(tmp_path / "own"), file_of(tmp_path / "none"))
     assert [*(tmp_path / "none").rglob("gradients.npz")] == []
@@ -846,7 +846,7 @@ def test_a_teachers_milestones_are_in_proportion_and_its_stop_does_not_shorten_t
 TEACHER_KEPT = (
     "--alpha 0.5 --temperature 2 --no-tau2",
     "--eval-attack pgd3 --test-subset 10",
-    "--grad-heatmap --grad-epochs 1 --grad-loss ce",
+    "--grad-heatmap --grad-loss ce",
     "--eps 4/255 --steps 3 --step-size 1/255 --attack-bn train",  # the teacher learns from x
     "--method re-kd --model mlp-9 --teacher-model mlp-8",
     "--teacher-lr 0.1 --teacher-batch-size 16 --teacher-epochs 2",  # those of the student
@@ -972,8 +972,6 @@ BAD_FLAGS = {
     "--teacher-ckpt t.pt --teacher-shift 1": "--teacher-shift: the teacher of --teacher-ckpt",
     "--method at --milestones 1": "--milestones: has no effect with --schedule exponential",
     "--method vanilla --gamma 0.5": "--gamma: has no effect with --schedule cosine",
-    "--grad-heatmap --grad-epochs 3": "--grad-epochs 3: --epochs is only 2",
-    "--grad-epochs 1": "--grad-epochs: has no effect without --grad-heatmap",
     "--grad-loss ce": "--grad-loss: has no effect without --grad-heatmap",
     "--grad-heatmap --grad-loss ce --compile": "--grad-loss ce: its second backward pass",
     "--grad-heatmap out.npz": "out.npz",
@@ -997,9 +995,12 @@ def test_the_step_of_the_attack_is_a_quarter_of_its_radius():
         assert tf.parse_args(f"--method at {flags}".split()).step_size == step
 
 
-def test_an_epoch_of_gradients_that_is_named_twice_is_recorded_once():
-    args = tf.parse_args("--method plain --epochs 4 --grad-heatmap --grad-epochs 3 2 2".split())
-    assert args.grad_epochs == [2, 3]
+@pytest.mark.parametrize("epochs, recorded", [(1, [1]), (2, [1, 2]), (5, [1, 3, 5])])
+def test_gradients_are_of_the_first_the_middle_and_the_last_epoch(epochs, recorded, tmp_path):
+    flags = f"--method plain --model mlp-8 --grad-heatmap --epochs {epochs} --eval-attack clean"
+    run(tmp_path, f"{flags} --train-subset 16")
+    gradients = np.load(file_of(tmp_path, "gradients.npz"))
+    assert gradients["student (plain)/epochs"].tolist() == recorded
 
 
 def test_a_net_for_a_teacher_where_there_is_none_is_said(capsys):
