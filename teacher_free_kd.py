@@ -271,9 +271,6 @@ def check_flags(args, error):
         error(f"--omit-digit: goes with --data mnist, not {args.data}")
     if args.bias_correction and args.omit_digit is None:
         error("--bias-correction: raises the bias of an omitted digit; give --omit-digit")
-    for flag in ("--teacher-es", "--teacher-shift"):
-        if args.teacher_ckpt and flag in args.given:
-            error(f"{flag}: the teacher of --teacher-ckpt is finished; leave out {flag}")
     teacher_epochs = args.teacher_epochs or args.epochs
     if args.teacher_es is not None and args.teacher_es > teacher_epochs:
         error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {teacher_epochs}")

@@ -968,8 +968,6 @@ BAD_FLAGS = {
     "--model wrn-9-1": "--model",
     "--method re-kd --teacher-model resnet19": "--teacher-model",
     "--teacher-es 9": "--teacher-es 9: --teacher-epochs is only 2",
-    "--teacher-ckpt t.pt --teacher-es 2": "--teacher-es: the teacher of --teacher-ckpt",
-    "--teacher-ckpt t.pt --teacher-shift 1": "--teacher-shift: the teacher of --teacher-ckpt",
     "--method at --milestones 1": "--milestones: has no effect with --schedule exponential",
     "--method vanilla --gamma 0.5": "--gamma: has no effect with --schedule cosine",
     "--grad-loss ce": "--grad-loss: has no effect without --grad-heatmap",
@@ -1001,6 +999,12 @@ def test_gradients_are_of_the_first_the_middle_and_the_last_epoch(epochs, record
     run(tmp_path, f"{flags} --train-subset 16")
     gradients = np.load(file_of(tmp_path, "gradients.npz"))
     assert gradients["student (plain)/epochs"].tolist() == recorded
+
+
+def test_settings_of_a_finished_teacher_are_said(capsys):
+    tf.parse_args("--teacher-ckpt t.pt --teacher-es 2 --teacher-shift 1".split())
+    said = "no teacher is trained here, so without effect: --teacher-es, --teacher-shift\n"
+    assert capsys.readouterr().out == said
 
 
 def test_a_net_for_a_teacher_where_there_is_none_is_said(capsys):
