@@ -259,6 +259,9 @@ def check_flags(args, error):
     """Call error(line) for flags that do not go together."""
     has_teacher = args.method in TAUGHT_ON_X | TAUGHT_ON_X_ADV
     common.check_effects(args, error, HAS_EFFECT, has_teacher and not args.teacher_ckpt)
+    idle = [flag for flag in ("--steps", "--step-size", "--attack-bn") if flag in args.given]
+    if idle and args.method not in ATTACKED:
+        print(f"no net is attacked in training, so without effect: {', '.join(idle)}", flush=True)
     if "--teacher-model" in args.given and not has_teacher:
         print("there is no teacher, so without effect: --teacher-model", flush=True)
     if args.reg_form == "repo" and "--tau2" in args.given:

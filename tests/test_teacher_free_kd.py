@@ -1007,6 +1007,14 @@ def test_settings_of_a_finished_teacher_are_said(capsys):
     assert capsys.readouterr().out == said
 
 
+def test_settings_of_an_attack_where_no_net_is_attacked_are_said(capsys):
+    said = "no net is attacked in training, so without effect: --steps, --step-size, --attack-bn\n"
+    attack = ["--steps", "9", "--step-size", "1/255", "--attack-bn", "train"]
+    for method in tf.METHODS:
+        tf.parse_args(["--method", method, *attack, "--model", "wrn-10-1"])
+        assert capsys.readouterr().out == ("" if method in tf.ATTACKED else said), method
+
+
 def test_a_net_for_a_teacher_where_there_is_none_is_said(capsys):
     said = "there is no teacher, so without effect: --teacher-model\n"
     for method, line in (("plain", said), ("tf-kd-reg", said), ("re-kd", "")):
