@@ -218,7 +218,7 @@ def parse_args(argv=None):
     add("--weight-decay", type=nonnegative, help="weight decay of SGD for both nets")
     schedules = {"choices": ["steps", "exponential", "cosine"]}
     add("--schedule", **schedules, help="times --gamma at milestones or each epoch, or a cosine")
-    drops = "epochs of the student at which --schedule steps lowers the rate; the teacher in scale"
+    drops = "epochs after which --schedule steps lowers the rate, for a teacher in proportion"
     epochs = {"type": whole, "nargs": "+", "metavar": "EPOCH"}
     add("--milestones", **epochs, help=f"{drops} (default: 30, 60 and 80 %% of the training)")
     add("--gamma", type=common.decay, help="factor on the rate at a milestone or after an epoch")
@@ -808,8 +808,10 @@ def main(argv=None):
 
 
 def check_teacher(args, data, teacher):
-    """A UserError if --delta is no more than a guess, or if the teacher of --teacher-ckpt (or None)
-    is another net than the student where the two must be equal."""
+    """A UserError if --delta or the teacher of --teacher-ckpt (or None) does not fit.
+
+    --delta must be more than a guess. Where teacher and student must be equal nets, they are.
+    """
     guess = 1 / len(data.classes)
     if args.method in VIRTUAL_TEACHER and args.delta <= guess:
         wanted = f"expected more than {guess:g}, the probability of a guess"
