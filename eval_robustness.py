@@ -18,7 +18,7 @@ Numbers  X_acc: share of all N images that are right when clean and that no atta
          X_conditional_acc: the same of those right when clean. An image is broken if an example in
          the ball and in [0, 1] is misclassified by the model itself, in strict float32.
 Differs  1. Draws depend on (seed, attack, pass, image) alone; all images share Square's squares.
-         2. Broken images leave a run at the next compaction; FAB stops at a norm of eps.
+         2. A running attack drops images that are broken; FAB stops at a norm of eps.
          3. With fewer than 4 classes the numerator of the targeted DLR loss is used.
          4. Logits that are not finite are no success; the authors' code counts them as one.
          5. APGD's first check compares the first loss with that of the start, as in the paper; the
@@ -58,7 +58,7 @@ import common
 
 AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
 IN_TURN = {"aa": AUTOATTACK, "apgd": AUTOATTACK[:2]}  # attacks on what those before have left
-# Names of --attack that search for no perturbation
+# Words of --attack that measure something else than the accuracy under an attack
 NOT_ATTACKS = ("clean", "calibration", "corruptions", "cinic", "ood")
 
 
@@ -186,7 +186,7 @@ def attack_name(text):
 class Settings:
     """The settings of all attacks; eps and step_size in units of images in [0, 1].
 
-    Those below batch_size are AutoAttack's own; fewer make it weaker, and a test faster.
+    The fields below batch_size are AutoAttack's. With smaller numbers it is weaker, a test faster.
     """
 
     eps: float = 8 / 255
@@ -313,12 +313,12 @@ def loss_gradient(model, x, loss):
 
 
 def drop_done(active, x_adv, i, last):
-    """What is done leaves `active` for x_adv; i = 1, 2, ...: the steps that were made of `last`.
+    """Write the results of images that are done to x_adv, and drop their rows from `active`.
 
     active: tensors with a row for each image that is still attacked: row (its row in x_adv), done,
-    found (its result), and what else the attack keeps. -> whether any image is left. On CUDA this
-    is done after steps 1, 2, 4, 8, ..., all 50 and the last: the host waits for the device here and
-    nowhere else in an attack.
+    found (its result), and what else the attack keeps. i of `last` steps have been made. -> whether
+    any image is left. On CUDA it does so only after steps 1, 2, 4, 8, ..., every 50th and the last:
+    here the host waits for the device, and nowhere else in an attack.
     """
     if x_adv.is_cuda:
         power_of_two = i & (i - 1) == 0
@@ -774,11 +774,12 @@ def read_corruptions(folder, x, labels):
 
 
 def pair_images(x, labels, blurred, blurred_labels):
-    """The row of each of x in `blurred`, its mildest corruption: int64 (N,); None if x is others.
+    """For each image of x the row in `blurred` that shows it: int64 (N,); None if one has no row.
 
-    The published rows are in the order of CIFAR-10's test batch, which a converted data set may
-    not keep; an image under a blur of 0.4 pixels is 1.4 levels away, another image 30 and more. An
-    image of noise, which the blur moves by more than 12 levels, is not found.
+    blurred: images under their mildest corruption, with blurred_labels. The published rows are
+    in the order of CIFAR-10's test batch, which a converted data set may not keep; an image under a
+    blur of 0.4 pixels is 1.4 levels away, another image 30 and more. An image of noise, which the
+    blur moves by more than 12 levels, is not found.
     """
     rows = torch.zeros(len(x), dtype=torch.long, device="cpu")
     for label in labels.unique():
@@ -1332,8 +1333,8 @@ def measure(model, x, labels, attacks, settings, classes=None, state=None, name=
 def run_attack(model, images, name, settings, state=None, model_name=""):
     """Run the passes of `name` on the images that are still right -> Progress, saved after each.
 
-    A pass cuts one list of all images that are not broken into batches. An image is broken when the
-    model itself, in strict float32, misclassifies an allowed example.
+    A pass takes all images that are not broken yet, in batches. An image is broken when the model
+    itself, in strict float32, misclassifies an allowed example.
     """
     state = state or State()
     correct = (images.logits.argmax(1) == images.labels).cpu()

@@ -78,9 +78,9 @@ import eval_robustness
 
 LOSSES = ["st", "at", "trades", "ckd", "ard", "rslad", "akd", "ard+", "rslad+", "akd+"]
 LOSSES += ["adaad", "adaad+", "igdm", "igdm+", "iad", "adr", "mart"]  # other methods
-ATTACKED = set(LOSSES) - {"st", "ckd"} | {"ffgsm"}  # see x'
-TAUGHT_ON_X = {"ckd", "ard", "rslad", "ard+", "rslad+", "iad"}  # the teacher sees x
-# The teacher sees x', as the student does
+ATTACKED = (set(LOSSES) | {"ffgsm"}) - {"st", "ckd"}  # the net that learns sees x'
+TAUGHT_ON_X = {"ckd", "ard", "rslad", "ard+", "rslad+", "iad"}  # the teacher sees x; iad: x' too
+# The teacher sees x' alone, as the student does
 TAUGHT_ON_X_ADV = {"akd", "akd+", "adaad", "adaad+", "igdm", "igdm+"}
 HAS_EFFECT = {  # for these flags: the losses on which they have an effect; others are refused
     "--alpha": {"ard+", "rslad+", "akd+", "adaad+", "igdm+"},
@@ -175,17 +175,18 @@ def parse_args(argv=None):
     add("--teacher-eps", type=pixel_units, help="radius of the teacher's attack (default: --eps)")
     add("--teacher-model", help="net of the teacher (default: the student's, --model)")
     add("--teacher-lr", type=positive, default=0.1, help="learning rate the teacher starts with")
-    add("--teacher-gamma", type=common.decay, default=0.9, help="factor on it after each epoch")
+    add("--teacher-gamma", type=common.decay, default=0.9, help="factor on the rate per epoch")
     add("--teacher-batch-size", type=whole, default=128, help="images per step of the teacher")
     add("--teacher-ckpt", metavar="FILE", help="file of a finished teacher; none is trained then")
 
     add = parser.add_argument_group("attack").add_argument
     add("--eps", type=pixel_units, default=8 / 255, help="radius of the attacks in pixel units")
-    add("--steps", type=whole, default=7, help="number of PGD steps in training, of both nets")
+    add("--steps", type=whole, default=7, help="number of PGD steps in training, for all nets")
     add("--step-size", type=pixel_step, help="PGD step in training (default: a quarter of --eps)")
     losses = {"choices": ["ce", "kl-teacher", "kl-teacher-adv"]}
     add("--attack-loss", **losses, help="what x' maximises, see Differs 2 (default: by --loss)")
-    add("--attack-bn", choices=["eval", "train"], default="eval", help="BatchNorm in both attacks")
+    bn = "mode of BatchNorm in the attacks of the training, for all nets"
+    add("--attack-bn", choices=["eval", "train"], default="eval", help=bn)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=whole, default=100, help="epochs of the student's training")
@@ -204,7 +205,7 @@ def parse_args(argv=None):
     smoothed = "mass spread over all classes; with --extra-data that of generated images alone"
     add("--label-smoothing", type=below_1, default=0.0, help=smoothed)
     add("--extra-data", metavar="FILE", help=".npz of generated images: arrays image and label")
-    add("--extra-fraction", type=below_1, default=0.7, help="share of them in each batch")
+    add("--extra-fraction", type=below_1, default=0.7, help="share of generated images in a batch")
     keep = "keep each net that is trained after every N epochs; a later --teacher-es finds it"
     add("--save-every", type=whole, metavar="N", help=keep)
     common.add_run_flags(parser, augment=["crop", "none", "cutout", "cutmix"])
