@@ -1015,6 +1015,9 @@ def load_models(args, data, device):
     The digest is that of the net in memory: a function may load weights of its own.
     """
     models, functions = {}, [common.find_function("--model", name) for name in args.model]
+    for name in functions:  # in one spelling: m:f and m:f() are one net
+        if functions.count(name) > 1:
+            raise common.UserError(f"--model {name}: expected each net once")
     for path in args.checkpoints:
         models[path] = common.load_model(path, data)
     of_checkpoints = [model.build_arguments["name"] for model in models.values()]

@@ -1040,6 +1040,10 @@ BAD = {
     "a device": (["net0.pt", "--json", "/dev/null"], "/dev/null: expected a file"),
     "no such format": (["net0.pt", "--plot", "p.xyz"], "--plot p.xyz: expected a name with .png"),
     "twice": (["net0.pt", "net1.pt", "net0.pt", "--ensemble"], "net0.pt: expected each net once"),
+    "twice, in two spellings": (
+        ["--model", "foreign:net", "--model", "foreign:net()"],
+        "--model foreign:net: expected each net once",
+    ),
     "unused images": (["net0.pt", "--cinic", "c.npz"], "--cinic: has no effect without --attack"),
     "unused starts": (["net0.pt", "--attack", "aa", "--restarts", "5"], "--restarts: has no"),
     "unused step": (["net0.pt", "--attack", "aa", "--step-size", "0.1"], "--step-size: has no"),
