@@ -655,16 +655,16 @@ CORRUPTIONS = (
 )
 
 
-def corruption_accuracy(model, x, labels, folder, batch_size=500, counts=None, save=None):
+def corruption_accuracy(model, x, labels, corruptions, batch_size=500, counts=None, save=None):
     """Accuracy of a model under the 19 corruptions at 5 severities -> the dict of `summarise`.
 
-    x uint8 (N, H, W, C) clean test images, labels (N,). folder: CIFAR-10-C, or one that
-    benchmark/corruptions.py has written. counts: a dict that each corruption's result is put into;
-    what it holds already is not run again. save(): is called after each corruption.
+    x uint8 (N, H, W, C) clean test images, labels (N,); corruptions: read_corruptions of them.
+    counts: a dict that each corruption's result is put into; what it holds already is not run
+    again. save(): is called after each corruption.
     """
     counts = {} if counts is None else counts
     correct_clean = common.predict(model, x, batch_size=batch_size).argmax(1) == labels
-    files, rows = read_corruptions(folder, x, labels)
+    files, rows = corruptions
     for name in CORRUPTIONS:
         if name in counts:
             continue
@@ -682,8 +682,7 @@ def corruption_accuracy(model, x, labels, folder, batch_size=500, counts=None, s
         counts[name] = results
         if save is not None:
             save()
-    summary = summarise(counts, len(labels), correct_clean.sum().item())
-    return summary | {"note": f"images of {folder}"}
+    return summarise(counts, len(labels), correct_clean.sum().item())
 
 
 def summarise(counts, n, clean):
@@ -844,11 +843,11 @@ def load_other_images(path, classes, shape=(32, 32, 3)):
 
 
 def read_other_images(args, data):
-    """{"cinic" or "ood": OtherImages} as --attack asks; checks the files of the corruptions too.
+    """-> {"cinic" or "ood": OtherImages}, read_corruptions or None, as --attack asks.
 
-    -> these, and {words for an error: digest} of all files that --attack asks for.
+    And {words for an error: digest} of all files that --attack asks for.
     """
-    x, digests = data.x_test, {}
+    x, corruptions, digests = data.x_test, None, {}
     if "corruptions" in args.attack:
         if not Path(args.corruptions).is_dir():
             remedy = ["python", "benchmark/corruptions.py", "--data", args.data]
@@ -858,19 +857,18 @@ def read_other_images(args, data):
             missing = f"there is no folder {args.corruptions}"
             advice = f"unpack CIFAR-10-C, or write one with: {remedy}"
             raise common.UserError(f"--corruptions: {missing}; {advice}")
-        files, _ = read_corruptions(args.corruptions, x, data.y_test)
+        corruptions = read_corruptions(args.corruptions, x, data.y_test)
         digest = hashlib.sha256()
-        for array in files.values():
+        for array in corruptions[0].values():
             digest.update(np.ascontiguousarray(array))
         digests["the files of --corruptions"] = digest.hexdigest()[:16]
     others = {}
     for name in ("cinic", "ood"):
         if name in args.attack:
             found = load_other_images(getattr(args, name), data.classes, x.shape[1:])
-            digest = common.state_digest({"labels": found.labels, "x": found.x})
-            digests[f"the images of --{name}"] = digest
+            digests[f"the images of --{name}"] = found.note
             others[name] = OtherImages(found.x.to(x.device), found.labels.to(x.device), found.note)
-    return others, digests
+    return others, corruptions, digests
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1606,7 +1604,7 @@ def make_or_find_record(args):
         common.check_first_bytes(path)  # before any data are fetched
     device = common.find_device(args.device)
     data = common.load_data(args.data, args.data_root, device, test_subset=args.n)
-    others, digests = read_other_images(args, data)
+    others, corruptions, digests = read_other_images(args, data)
     models, checksums = load_models(args, data, device)
     flags = {"the images and labels of --data": data.fingerprint} | digests | checksums
     for name, value in vars(args).items():
@@ -1614,13 +1612,14 @@ def make_or_find_record(args):
             flags[f"--{name.replace('_', '-')}"] = value
     flags["--plot"] = args.plot and "a figure"  # any name: the record holds what is drawn
     if args.json is None:
-        return make_record(args, data, others, models, flags, State())
+        return make_record(args, data, others, corruptions, models, flags, State())
     with state_folder(args.json) as folder:
         record = finished_record(args.json, flags)
         if record is not None:
             print(f"{args.json} is finished")
         else:
-            record = make_record(args, data, others, models, flags, State(folder, flags))
+            state = State(folder, flags)
+            record = make_record(args, data, others, corruptions, models, flags, state)
             common.write_json(Path(args.json), record)
         (folder / "state.pt").unlink(missing_ok=True)
     return record
@@ -1641,7 +1640,7 @@ def finished_record(path, flags):
     return record
 
 
-def make_record(args, data, others, models, flags, state):
+def make_record(args, data, others, corruptions, models, flags, state):
     """-> the record of --json: the rows of all models, and how they were made."""
     settings = Settings(args.eps, args.step_size, args.restarts, args.seed, args.batch_size)
     x, labels, rows = data.x_test, data.y_test, []
@@ -1653,14 +1652,14 @@ def make_record(args, data, others, models, flags, state):
                 model,
                 x,
                 labels,
-                args.corruptions,
+                corruptions,
                 batch_size=args.batch_size,
                 counts=state.corruptions.setdefault(name, {}),
                 save=state.save,
             )
             for key in ("mean15_acc", "mean18_acc", "mean19_acc", "mca_acc"):
                 row[key] = summary[key]
-            row["corruptions"] = summary
+            row["corruptions"] = summary | {"note": f"images of {args.corruptions}"}
         for other, images in others.items():
             logits = common.predict(
                 model, images.x, batch_size=args.batch_size, what=f"images of --{other}"

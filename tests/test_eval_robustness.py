@@ -105,12 +105,13 @@ def test_corruptions_go_on_where_they_were_killed(shapes, tmp_path):
         if len(counts) == 9:
             raise KeyboardInterrupt
 
+    files = ev.read_corruptions(images, x, labels)
     with pytest.raises(KeyboardInterrupt):
-        ev.corruption_accuracy(model, x, labels, images, counts=counts, save=die_after_the_ninth)
+        ev.corruption_accuracy(model, x, labels, files, counts=counts, save=die_after_the_ninth)
     goes_on = ev.State(tmp_path, {}).corruptions["net"]
     assert list(goes_on) == list(ev.CORRUPTIONS)[:9]
-    whole = ev.corruption_accuracy(model, x, labels, images)
-    assert ev.corruption_accuracy(model, x, labels, images, counts=goes_on) == whole
+    whole = ev.corruption_accuracy(model, x, labels, files)
+    assert ev.corruption_accuracy(model, x, labels, files, counts=goes_on) == whole
 
 
 def test_a_state_of_other_flags_or_a_foreign_one_is_refused(tmp_path, refused):
@@ -864,7 +865,8 @@ def test_logits_of_other_images_and_corruptions_that_are_not_finite_are_an_error
     bright = torch.cat([x] * 5)
     bright[13] = 255
     np.save(tmp_path / "fog.npy", bright)
-    message = refused(ev.corruption_accuracy, Hole(), x, labels, tmp_path)
+    files = ev.read_corruptions(tmp_path, x, labels)
+    message = refused(ev.corruption_accuracy, Hole(), x, labels, files)
     assert "1 of 4 images under fog, severity 4, are not finite" in message
     _, x, labels = small
     bright = x[:9].clone()
