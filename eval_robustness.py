@@ -18,7 +18,7 @@ Numbers  X_acc: share of all N images that are right when clean and that no atta
          X_conditional_acc: the same of those right when clean. An image is broken if an example in
          the ball and in [0, 1] is misclassified by the model itself, in strict float32.
 Differs  1. Draws depend on (seed, attack, pass, image) alone; all images share Square's squares.
-         2. Broken images leave a run at the next compaction; FAB stops at a norm of eps.
+         2. A running attack drops images that are broken; FAB stops at a norm of eps.
          3. With fewer than 4 classes the numerator of the targeted DLR loss is used.
          4. Logits that are not finite are no success; the authors' code counts them as one.
          5. APGD's first check compares the first loss with that of the start, as in the paper; the
@@ -58,7 +58,7 @@ import common
 
 AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
 IN_TURN = {"aa": AUTOATTACK, "apgd": AUTOATTACK[:2]}  # attacks on what those before have left
-# Names of --attack that search for no perturbation
+# Words of --attack that measure something else than the accuracy under an attack
 NOT_ATTACKS = ("clean", "calibration", "corruptions", "cinic", "ood")
 
 
@@ -186,7 +186,7 @@ def attack_name(text):
 class Settings:
     """The settings of all attacks; eps and step_size in units of images in [0, 1].
 
-    Those below batch_size are AutoAttack's own; fewer make it weaker, and a test faster.
+    The fields below batch_size are AutoAttack's. With smaller numbers it is weaker, a test faster.
     """
 
     eps: float = 8 / 255
@@ -313,12 +313,12 @@ def loss_gradient(model, x, loss):
 
 
 def drop_done(active, x_adv, i, last):
-    """What is done leaves `active` for x_adv; i = 1, 2, ...: the steps that were made of `last`.
+    """Write the results of images that are done to x_adv, and drop their rows from `active`.
 
     active: tensors with a row for each image that is still attacked: row (its row in x_adv), done,
-    found (its result), and what else the attack keeps. -> whether any image is left. On CUDA this
-    is done after steps 1, 2, 4, 8, ..., all 50 and the last: the host waits for the device here and
-    nowhere else in an attack.
+    found (its result), and what else the attack keeps. i of `last` steps have been made. -> whether
+    any image is left. On CUDA it does so only after steps 1, 2, 4, 8, ..., every 50th and the last:
+    here the host waits for the device, and nowhere else in an attack.
     """
     if x_adv.is_cuda:
         power_of_two = i & (i - 1) == 0
@@ -655,16 +655,16 @@ CORRUPTIONS = (
 )
 
 
-def corruption_accuracy(model, x, labels, folder, batch_size=500, counts=None, save=None):
+def corruption_accuracy(model, x, labels, corruptions, batch_size=500, counts=None, save=None):
     """Accuracy of a model under the 19 corruptions at 5 severities -> the dict of `summarise`.
 
-    x uint8 (N, H, W, C) clean test images, labels (N,). folder: CIFAR-10-C, or one that
-    benchmark/corruptions.py has written. counts: a dict that each corruption's result is put into;
-    what it holds already is not run again. save(): is called after each corruption.
+    x uint8 (N, H, W, C) clean test images, labels (N,); corruptions: read_corruptions of them.
+    counts: a dict that each corruption's result is put into; what it holds already is not run
+    again. save(): is called after each corruption.
     """
     counts = {} if counts is None else counts
     correct_clean = common.predict(model, x, batch_size=batch_size).argmax(1) == labels
-    files, rows = read_corruptions(folder, x, labels)
+    files, rows = corruptions
     for name in CORRUPTIONS:
         if name in counts:
             continue
@@ -682,8 +682,7 @@ def corruption_accuracy(model, x, labels, folder, batch_size=500, counts=None, s
         counts[name] = results
         if save is not None:
             save()
-    summary = summarise(counts, len(labels), correct_clean.sum().item())
-    return summary | {"note": f"images of {folder}"}
+    return summarise(counts, len(labels), correct_clean.sum().item())
 
 
 def summarise(counts, n, clean):
@@ -774,11 +773,12 @@ def read_corruptions(folder, x, labels):
 
 
 def pair_images(x, labels, blurred, blurred_labels):
-    """The row of each of x in `blurred`, its mildest corruption: int64 (N,); None if x is others.
+    """For each image of x the row in `blurred` that shows it: int64 (N,); None if one has no row.
 
-    The published rows are in the order of CIFAR-10's test batch, which a converted data set may
-    not keep; an image under a blur of 0.4 pixels is 1.4 levels away, another image 30 and more. An
-    image of noise, which the blur moves by more than 12 levels, is not found.
+    blurred: images under their mildest corruption, with blurred_labels. The published rows are
+    in the order of CIFAR-10's test batch, which a converted data set may not keep; an image under a
+    blur of 0.4 pixels is 1.4 levels away, another image 30 and more. An image of noise, which the
+    blur moves by more than 12 levels, is not found.
     """
     rows = torch.zeros(len(x), dtype=torch.long, device="cpu")
     for label in labels.unique():
@@ -843,11 +843,11 @@ def load_other_images(path, classes, shape=(32, 32, 3)):
 
 
 def read_other_images(args, data):
-    """{"cinic" or "ood": OtherImages} as --attack asks; checks the files of the corruptions too.
+    """-> {"cinic" or "ood": OtherImages}, read_corruptions or None, as --attack asks.
 
-    -> these, and {words for an error: digest} of all files that --attack asks for.
+    And {words for an error: digest} of all files that --attack asks for.
     """
-    x, digests = data.x_test, {}
+    x, corruptions, digests = data.x_test, None, {}
     if "corruptions" in args.attack:
         if not Path(args.corruptions).is_dir():
             remedy = ["python", "benchmark/corruptions.py", "--data", args.data]
@@ -857,19 +857,18 @@ def read_other_images(args, data):
             missing = f"there is no folder {args.corruptions}"
             advice = f"unpack CIFAR-10-C, or write one with: {remedy}"
             raise common.UserError(f"--corruptions: {missing}; {advice}")
-        files, _ = read_corruptions(args.corruptions, x, data.y_test)
+        corruptions = read_corruptions(args.corruptions, x, data.y_test)
         digest = hashlib.sha256()
-        for array in files.values():
+        for array in corruptions[0].values():
             digest.update(np.ascontiguousarray(array))
         digests["the files of --corruptions"] = digest.hexdigest()[:16]
     others = {}
     for name in ("cinic", "ood"):
         if name in args.attack:
             found = load_other_images(getattr(args, name), data.classes, x.shape[1:])
-            digest = common.state_digest({"labels": found.labels, "x": found.x})
-            digests[f"the images of --{name}"] = digest
+            digests[f"the images of --{name}"] = found.note
             others[name] = OtherImages(found.x.to(x.device), found.labels.to(x.device), found.note)
-    return others, digests
+    return others, corruptions, digests
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1014,6 +1013,9 @@ def load_models(args, data, device):
     The digest is that of the net in memory: a function may load weights of its own.
     """
     models, functions = {}, [common.find_function("--model", name) for name in args.model]
+    for name in functions:  # in one spelling: m:f and m:f() are one net
+        if functions.count(name) > 1:
+            raise common.UserError(f"--model {name}: expected each net once")
     for path in args.checkpoints:
         models[path] = common.load_model(path, data)
     of_checkpoints = [model.build_arguments["name"] for model in models.values()]
@@ -1246,10 +1248,10 @@ def check_settings(settings):
             raise common.UserError(f"{name}: expected a whole number of at least 1, got {value!r}")
 
 
-def check_attacks(attacks):
+def check_attacks(attacks, name_of_list="attacks"):
     """A UserError if `attacks` is no list of different names that `evaluate` can measure."""
     words = ", ".join(["clean", "pgdN such as pgd20", *IN_TURN, *ATTACKS])
-    expected = f"attacks: expected a list of {words}"
+    expected = f"{name_of_list}: expected a list of {words}"
     if not isinstance(attacks, list | tuple) or not attacks:
         raise common.UserError(f"{expected}; got {attacks!r}")
     for name in attacks:
@@ -1332,8 +1334,8 @@ def measure(model, x, labels, attacks, settings, classes=None, state=None, name=
 def run_attack(model, images, name, settings, state=None, model_name=""):
     """Run the passes of `name` on the images that are still right -> Progress, saved after each.
 
-    A pass cuts one list of all images that are not broken into batches. An image is broken when the
-    model itself, in strict float32, misclassifies an allowed example.
+    A pass takes all images that are not broken yet, in batches. An image is broken when the model
+    itself, in strict float32, misclassifies an allowed example.
     """
     state = state or State()
     correct = (images.logits.argmax(1) == images.labels).cpu()
@@ -1602,7 +1604,7 @@ def make_or_find_record(args):
         common.check_first_bytes(path)  # before any data are fetched
     device = common.find_device(args.device)
     data = common.load_data(args.data, args.data_root, device, test_subset=args.n)
-    others, digests = read_other_images(args, data)
+    others, corruptions, digests = read_other_images(args, data)
     models, checksums = load_models(args, data, device)
     flags = {"the images and labels of --data": data.fingerprint} | digests | checksums
     for name, value in vars(args).items():
@@ -1610,13 +1612,14 @@ def make_or_find_record(args):
             flags[f"--{name.replace('_', '-')}"] = value
     flags["--plot"] = args.plot and "a figure"  # any name: the record holds what is drawn
     if args.json is None:
-        return make_record(args, data, others, models, flags, State())
+        return make_record(args, data, others, corruptions, models, flags, State())
     with state_folder(args.json) as folder:
         record = finished_record(args.json, flags)
         if record is not None:
             print(f"{args.json} is finished")
         else:
-            record = make_record(args, data, others, models, flags, State(folder, flags))
+            state = State(folder, flags)
+            record = make_record(args, data, others, corruptions, models, flags, state)
             common.write_json(Path(args.json), record)
         (folder / "state.pt").unlink(missing_ok=True)
     return record
@@ -1637,7 +1640,7 @@ def finished_record(path, flags):
     return record
 
 
-def make_record(args, data, others, models, flags, state):
+def make_record(args, data, others, corruptions, models, flags, state):
     """-> the record of --json: the rows of all models, and how they were made."""
     settings = Settings(args.eps, args.step_size, args.restarts, args.seed, args.batch_size)
     x, labels, rows = data.x_test, data.y_test, []
@@ -1649,14 +1652,14 @@ def make_record(args, data, others, models, flags, state):
                 model,
                 x,
                 labels,
-                args.corruptions,
+                corruptions,
                 batch_size=args.batch_size,
                 counts=state.corruptions.setdefault(name, {}),
                 save=state.save,
             )
             for key in ("mean15_acc", "mean18_acc", "mean19_acc", "mca_acc"):
                 row[key] = summary[key]
-            row["corruptions"] = summary
+            row["corruptions"] = summary | {"note": f"images of {args.corruptions}"}
         for other, images in others.items():
             logits = common.predict(
                 model, images.x, batch_size=args.batch_size, what=f"images of --{other}"

@@ -4,6 +4,7 @@ Paper    "Improving generalization and robustness with noisy collaboration in kn
          distillation", Arani, Sarfraz, Zonooz, arXiv 1910.05057v1 (2019): sections 4.1,
          A.2.1, A.2.2, A.3.
 Loss     (1-alpha) CE(S(x), y) + alpha tau^2 KL(T(x) || S(x))                 <- hinton_loss Eq. 2
+         S, T: softmax of student and teacher; in the KL their logits are divided by tau
 Methods  fickle   dropout stays active in the teacher while it teaches          <- make_fickle
          signal   z (1 + sigma N(0, 1)) instead of the teacher's logits z      <- signal_noise Eq. 5
          swap     close neighbours among the teacher's logits change places     <- swap_logits
@@ -16,7 +17,7 @@ Usage    python fickle_teacher.py --dropout 0.4                      # 350 epoch
          python fickle_teacher.py --method hinton --dropout 0.4      # dropout off to teach
          python fickle_teacher.py --seed 0 1 2 3 4   # one teacher, five students
          python fickle_teacher.py --method teacher --dropout 0.4 --seed 0 1 2 3 4   # teachers ...
-         python fickle_teacher.py --teacher-seed 3   # ... the best of which teaches, say that of 3
+         python fickle_teacher.py --teacher-seed 3   # ... the best of which teaches
          python fickle_teacher.py --demo             # 1 minute on a CPU
 Expect   CIFAR-10, WRN-40-2 and WRN-16-2: not measured. Small nets: docs/noisy_collaboration.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); logits (B, K)
@@ -25,7 +26,7 @@ Differs  1. Momentum 0.9, weight decay 5e-4 and PGD steps of 0.003 come from lat
             0.03, and no weight decay. The nets normalise with mean and deviation of the training
             images; the paper only scales them to [0, 1].
          2. 1,024 training images are held out to choose the student's best epoch (--val-size 0:
-            none). The teacher is that of --teacher-seed for all students (0); the paper takes the
+            none). All students have the teacher of --teacher-seed (default: 0); the paper takes the
             best of five on the test images (see Usage).
          3. The KL is KL(T || S), as in Hinton's loss; Eq. 2 prints S first. Training on CUDA is in
             bf16 (--precision fp32: float32). An image is robust if no start of PGD breaks it; the
@@ -65,9 +66,6 @@ HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it 
     "--teacher-seed": TAUGHT,
     "--teacher-ckpt": TAUGHT | {"teacher"},
 }
-NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "teacher_mode", "sigma", "noise_per", "swap"]
-NO_EFFECT_ON_TEACHER += ["swap_probability", "swap_threshold", "swap_gap"]
-NO_EFFECT_ON_TEACHER += ["eval_eps", "eval_step_size", "eval_restarts"]
 
 # Epochs, and the epochs after which the learning rate drops: section 3
 STANDARD_SCHEDULE = (200, [60, 120, 150])
@@ -104,7 +102,7 @@ def parse_args(argv=None):
     whole, nonnegative = common.whole, common.nonnegative
     pixel_units, pixel_step = common.pixel_units, common.pixel_step
     add = parser.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="fickle", help="training method, see Methods above")
+    add("--method", choices=METHODS, default="fickle", help="method, see Methods above")
     add("--alpha", type=probability, default=0.9, help="weight of the distillation term")
     add("--temperature", type=positive, default=4.0, help="temperature of both softmaxes")
     add("--dropout", type=common.below_1, help="the teacher's dropout rate (fickle: 0.4, else 0)")
@@ -145,9 +143,7 @@ def parse_args(argv=None):
     add("--eval-restarts", type=common.whole_or_0, default=5, help=starts)
     common.add_run_flags(parser)
     args = common.parse(parser, argv, {"--demo": DEMO})
-    trains_teacher = not args.teacher_ckpt and args.method in TAUGHT | {"teacher"}
-    trains_student = args.method != "teacher"
-    common.check_effects(args, parser.error, HAS_EFFECT, trains_teacher, trains_student)
+    check_flags(args, parser.error)
 
     if args.method not in HAS_EFFECT["--dropout"]:
         args.dropout = 0.0  # whatever --demo sets
@@ -159,10 +155,24 @@ def parse_args(argv=None):
         largest = min(largest for largest in STUDENT_SCHEDULES if args.dropout <= largest)
         schedule = STUDENT_SCHEDULES[largest]
     args.epochs = args.epochs or schedule[0]
-    args.milestones = args.milestones or stretch(schedule, args.epochs)
+    if args.milestones is None:
+        args.milestones = stretch(schedule, args.epochs)
     if args.teacher_milestones is None:
         args.teacher_milestones = stretch(STANDARD_SCHEDULE, args.teacher_epochs)
     return args
+
+
+def check_flags(args, error):
+    """Call error(line) for flags that do not go together."""
+    has_teacher = args.method in TAUGHT or args.method == "teacher"
+    trains_teacher = has_teacher and not args.teacher_ckpt
+    trains_student = args.method != "teacher"
+    common.check_effects(args, error, HAS_EFFECT, trains_teacher, trains_student)
+    if "--teacher-model" in args.given and not has_teacher:
+        print("there is no teacher, so without effect: --teacher-model", flush=True)
+    for flag in ("--eval-eps", "--eval-step-size"):
+        if flag in args.given and not args.eval_restarts:
+            error(f"{flag}: has no effect with --eval-restarts 0; leave it out")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -172,7 +182,7 @@ def parse_args(argv=None):
 def hinton_loss(student_logits, teacher_logits, labels, alpha, temperature):
     """Eqs. (1), (2): (1-alpha) CE(S, y) + alpha tau^2 KL(T || S); (B, K) x2, (B,) -> ().
 
-    In the KL both logits are divided by tau. Eq. (1) is it for a student that sees noisy images.
+    In the KL both logits are divided by tau. Eq. (1) is the same loss on noisy images.
     """
     targets = (teacher_logits.detach() / temperature).softmax(1)
     student_log_probs = (student_logits / temperature).log_softmax(1)
@@ -243,10 +253,8 @@ def train(args, data, folder, stage, teacher=None):
     after the last finished epoch. stage: teacher, student-alone or student; the two students start
     from the same weights and see the same batches.
     """
-    dropout = 0.0
-    if args.method == "teacher" and args.dropout is not None:
-        dropout = args.dropout
-    model = common.new_model(data, args.model, args.seed, stage.removesuffix("-alone"), dropout)
+    init, dropout = stage.removesuffix("-alone"), args.dropout or 0.0
+    model = common.new_model(data, args.model, args.seed, init, dropout)
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
     )
@@ -322,7 +330,8 @@ def teacher_args(args):
         dropout=args.dropout or None,  # without dropout it is the teacher of the other scripts too
     )
     for flag in vars(args):
-        if flag.startswith("teacher_") or flag in NO_EFFECT_ON_TEACHER:
+        methods = HAS_EFFECT.get(f"--{flag.replace('_', '-')}", METHODS)
+        if "teacher" not in methods or flag.startswith(("teacher_", "eval_")):
             setattr(teacher, flag, None)
     return teacher
 
@@ -380,15 +389,17 @@ def train_and_evaluate(args, data, folder):
     nets = {}  # role of the net -> (its label in the table, the net)
     teacher = None
     if args.demo and args.method not in ("student", "teacher"):
-        alone = train(common.replace(args, method="student"), data, folder, "student-alone")
+        alone_args = common.replace(args, method="student", dropout=0.0)
+        alone = train(alone_args, data, folder, "student-alone")
         nets["alone"] = "student alone", alone
-    if args.method != "student":
+    if args.method in TAUGHT or args.method == "teacher":
         teacher = get_teacher(args, data)
         nets["teacher"] = "teacher", teacher
     if args.method == "fickle":
         make_fickle(teacher, args.teacher_mode)
     if args.method != "teacher":
-        student = train(args, data, folder, "student", teacher)
+        student_args = common.replace(args, dropout=0.0)
+        student = train(student_args, data, folder, "student", teacher)
         nets["student"] = f"student ({args.method})", student
         if student.meta["best"].get("epoch", args.epochs) != args.epochs:
             best = common.load_model(folder / "student_best.pt", data)
@@ -397,7 +408,7 @@ def train_and_evaluate(args, data, folder):
     attack = {
         "eps": args.eval_eps,
         "step_size": args.eval_step_size,
-        "restarts": max(args.eval_restarts, 1),
+        "restarts": args.eval_restarts,
         "seed": args.seed,
         "batch_size": common.evaluation_batch_size(args),
     }

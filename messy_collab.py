@@ -4,20 +4,22 @@ Paper    "Improving generalization and robustness with noisy collaboration in kn
          distillation", Arani, Sarfraz, Zonooz, arXiv 1910.05057v1 (2019): section 4.3,
          Figures 6 to 10, 16 to 18.
 Loss     (1-alpha) CE(S(x), y') + alpha tau^2 KL(T(x) || S(x))                <- hinton_loss Eq. 2
+         S, T: softmax of student and teacher; in the KL their logits are divided by tau
          y' is y, or another class for a share of the images
 Methods  mc-t, mc-s, mc-ts      drawn anew for each batch, at --noise-rate    <- vary_labels
          flc-t, flc-s, flc-ts   drawn once, at --corruption-rate, kept        <- corrupt_labels
                                 in the labels of teacher, student or both
-         hinton                 y' = y: distillation with the labels as they are
-         student                no teacher, labels alone
+         hinton                 labels that do not vary
+         student                no teacher; with --noise-rate its labels vary
          teacher                the teacher of --seed is trained and evaluated, no student
+         With all of them but flc-* a --corruption-rate corrupts the labels of both nets once.
 Usage    python messy_collab.py --noise-rate 0.5                     # mc-ts
          python messy_collab.py --method flc-ts --corruption-rate 0.25
          python messy_collab.py --method mc-s --noise-rate 0.1 --corruption-rate 0.25   # Figure 10
          python messy_collab.py --method student --corruption-rate 0.25      # without a teacher
          python messy_collab.py --seed 0 1 2 3 4   # one teacher, five students
          python messy_collab.py --method teacher --noise-rate 0.25 --seed 0 1 2 3 4  # teachers ...
-         python messy_collab.py --noise-rate 0.25 --teacher-seed 3  # ... the best of which teaches
+         python messy_collab.py --noise-rate 0.25 --teacher-seed 3   # ... the best of which teaches
          python messy_collab.py --demo             # 1 minute on a CPU
 Expect   CIFAR-10, WRN-40-2 and WRN-16-2: not measured. Small nets: docs/noisy_collaboration.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); logits (B, K)
@@ -26,7 +28,7 @@ Differs  1. Momentum 0.9, weight decay 5e-4 and PGD steps of 0.003 come from lat
             0.03, and no weight decay. The nets normalise with mean and deviation of the training
             images; the paper only scales them to [0, 1].
          2. 1,024 training images are held out to choose the student's best epoch (--val-size 0:
-            none). The teacher is that of --teacher-seed for all students (0); the paper takes the
+            none). All students have the teacher of --teacher-seed (default: 0); the paper takes the
             best of five on the test images (see Usage; that of mc-t and mc-ts has --noise-rate).
          3. The KL is KL(T || S), as in Hinton's loss; Eq. 2 prints S first. Training on CUDA is in
             bf16 (--precision fp32: float32). An image is robust if no start of PGD breaks it; the
@@ -54,12 +56,12 @@ import eval_robustness
 
 METHODS = ["mc-ts", "mc-t", "mc-s", "flc-ts", "flc-t", "flc-s", "hinton", "teacher", "student"]
 TAUGHT = {"mc-ts", "mc-t", "mc-s", "flc-ts", "flc-t", "flc-s", "hinton"}  # there is a teacher
-# The methods in which the labels of teacher or student are drawn anew for each batch, at
-# --noise-rate, and those in which they may be corrupted once, at --corruption-rate
-VARIED_TEACHER = {"mc-t", "mc-ts", "teacher"}
-VARIED_STUDENT = {"mc-s", "mc-ts", "student"}
-CORRUPTED_TEACHER = set(METHODS) - {"flc-s"}
-CORRUPTED_STUDENT = set(METHODS) - {"flc-t"}
+# The methods in which the labels of the teacher, of the student vary from batch to batch
+VARIED_TEACHER = {"mc-ts", "mc-t", "teacher"}
+VARIED_STUDENT = {"mc-ts", "mc-s", "student"}
+# The methods in which --corruption-rate corrupts the labels of the teacher, of the student once
+CORRUPTED_TEACHER = {"mc-ts", "mc-t", "mc-s", "flc-ts", "flc-t", "hinton", "teacher"}
+CORRUPTED_STUDENT = {"mc-ts", "mc-t", "mc-s", "flc-ts", "flc-s", "hinton", "student"}
 HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it is refused
     "--noise-rate": VARIED_TEACHER | VARIED_STUDENT,
     "--alpha": TAUGHT,
@@ -67,23 +69,20 @@ HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it 
     "--teacher-seed": TAUGHT,
     "--teacher-ckpt": TAUGHT | {"teacher"},
 }
-NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "eval_eps", "eval_step_size", "eval_restarts"]
-# Corrupted labels are a part of the data, see with_wrong_labels
-NO_EFFECT_ON_TEACHER += ["corruption_rate", "corruption_seed", "labels_file"]
 
 # Epochs, and the epochs after which the learning rate drops: section 3
 STANDARD_SCHEDULE = (200, [60, 120, 150])
 
 DEMO = {
     "data": "shapes",
-    "method": "mc-s",
-    "corruption_rate": 0.5,
     "model": "mlp-100-100",
     "teacher_model": "mlp-400-400",
     "epochs": 30,
     "teacher_epochs": 30,
     "batch_size": 64,
     "lr": 0.05,
+    "method": "mc-s",
+    "corruption_rate": 0.5,
     "train_subset": 2000,
     "test_subset": 1000,
     "val_size": 200,
@@ -98,16 +97,15 @@ def parse_args(argv=None):
     whole, nonnegative = common.whole, common.nonnegative
     pixel_units, pixel_step = common.pixel_units, common.pixel_step
     add = parser.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="mc-ts", help="training method, see Methods above")
+    add("--method", choices=METHODS, default="mc-ts", help="method, see Methods above")
     add("--alpha", type=probability, default=0.9, help="weight of the distillation term")
     add("--temperature", type=positive, default=4.0, help="temperature of both softmaxes")
     rate = {"type": common.below_1}
     add("--noise-rate", **rate, help="chance that a label is replaced in a batch (mc-*: 0.25)")
     add("--corruption-rate", **rate, help="share of labels that are replaced once (flc-*: 0.25)")
     add("--corruption-seed", type=common.whole_or_0, default=0, help="seed of corrupted labels")
-    add("--labels-file", metavar="FILE", help="corrupted labels of another run: its labels.pt")
     draws = {"choices": ["exclusive", "inclusive"], "default": "exclusive"}
-    add("--label-draw", **draws, help="draw a wrong label from all classes but the true one or all")
+    add("--label-draw", **draws, help="exclusive: draw from the wrong classes; inclusive: from all")
     add("--model", default="wrn-16-2", help="net of the student, such as wrn-16-2 or resnet18")
 
     add = parser.add_argument_group("teacher").add_argument
@@ -134,29 +132,33 @@ def parse_args(argv=None):
     add("--eval-restarts", type=common.whole_or_0, default=5, help=starts)
     common.add_run_flags(parser)
     args = common.parse(parser, argv, {"--demo": DEMO})
-    trains_teacher = not args.teacher_ckpt and args.method in TAUGHT | {"teacher"}
-    trains_student = args.method != "teacher"
-    common.check_effects(args, parser.error, HAS_EFFECT, trains_teacher, trains_student)
-
-    if args.labels_file and "--corruption-rate" in args.given:
-        remedy = "--labels-file holds corrupted labels already; leave one of the two out"
-        parser.error(f"--corruption-rate {args.corruption_rate:g}: {remedy}")
-    if args.labels_file and "--corruption-seed" in args.given:
-        parser.error("--corruption-seed: has no effect with --labels-file; leave it out")
-
     if args.noise_rate is None:
         args.noise_rate = 0.25 if args.method.startswith("mc-") else 0.0
     if args.corruption_rate is None:
         args.corruption_rate = 0.25 if args.method.startswith("flc-") else 0.0
-    if "--corruption-seed" in args.given and not args.corruption_rate:
-        parser.error("--corruption-seed: has no effect without --corruption-rate; leave it out")
-    if "--label-draw" in args.given and not (args.noise_rate or args.corruption_rate):
-        parser.error("--label-draw: has no effect where no label is replaced; leave it out")
+    check_flags(args, parser.error)
     if args.milestones is None:
         args.milestones = stretch(STANDARD_SCHEDULE, args.epochs)
     if args.teacher_milestones is None:
         args.teacher_milestones = stretch(STANDARD_SCHEDULE, args.teacher_epochs)
     return args
+
+
+def check_flags(args, error):
+    """Call error(line) for flags that do not go together."""
+    has_teacher = args.method in TAUGHT or args.method == "teacher"
+    trains_teacher = has_teacher and not args.teacher_ckpt
+    trains_student = args.method != "teacher"
+    common.check_effects(args, error, HAS_EFFECT, trains_teacher, trains_student)
+    if "--teacher-model" in args.given and not has_teacher:
+        print("there is no teacher, so without effect: --teacher-model", flush=True)
+    for flag in ("--eval-eps", "--eval-step-size"):
+        if flag in args.given and not args.eval_restarts:
+            error(f"{flag}: has no effect with --eval-restarts 0; leave it out")
+    if "--corruption-seed" in args.given and not args.corruption_rate:
+        error("--corruption-seed: has no effect without --corruption-rate; leave it out")
+    if "--label-draw" in args.given and not (args.noise_rate or args.corruption_rate):
+        error("--label-draw: has no effect where no label is replaced; leave it out")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -167,7 +169,7 @@ def parse_args(argv=None):
 def hinton_loss(student_logits, teacher_logits, labels, alpha, temperature):
     """Eqs. (1), (2): (1-alpha) CE(S, y) + alpha tau^2 KL(T || S); (B, K) x2, (B,) -> ().
 
-    In the KL both logits are divided by tau. Eq. (1) is it for a student that sees noisy images.
+    In the KL both logits are divided by tau. Eq. (1) is the same loss on noisy images.
     """
     targets = (teacher_logits.detach() / temperature).softmax(1)
     student_log_probs = (student_logits / temperature).log_softmax(1)
@@ -203,46 +205,21 @@ def corrupt_labels(labels, rate, classes, seed, draw="exclusive"):
 
 
 def with_wrong_labels(args, data):
-    """`data` with the labels of --labels-file, or corrupted at --corruption-rate, to train on.
+    """`data` with labels corrupted at --corruption-rate to train on; itself if that is 0.
 
     Such labels count in the fingerprint of the data: a net that learns from them is another one.
     """
-    if args.labels_file:
-        labels = read_labels(args.labels_file, data)
-    elif args.corruption_rate > 0:
-        classes, seed, draw = len(data.classes), args.corruption_seed, args.label_draw
-        labels = corrupt_labels(data.y_train, args.corruption_rate, classes, seed, draw)
-    else:
+    if args.corruption_rate == 0:
         return data
+    classes, seed, draw = len(data.classes), args.corruption_seed, args.label_draw
+    labels = corrupt_labels(data.y_train, args.corruption_rate, classes, seed, draw)
     fingerprint = zlib.crc32(labels.cpu().numpy(), data.fingerprint)
     return dataclasses.replace(data, y_train=labels, fingerprint=fingerprint)
 
 
-def read_labels(path, data):
-    """The labels (N,) of a labels.pt; a UserError if they do not belong to the training images."""
-    record = common.load(path)
-    labels = record.get("labels")
-    fits = (
-        isinstance(record.get("fingerprint"), int)
-        and record["fingerprint"] == data.fingerprint
-        and isinstance(labels, torch.Tensor)
-        and labels.dtype == torch.int64
-        and labels.shape == data.y_train.shape
-        and 0 <= labels.min() <= labels.max() < len(data.classes)
-    )
-    if not fits:
-        raise common.UserError(f"{path}: holds no labels of these training images of {data.name}")
-    return labels.to(data.y_train.device)
-
-
 def keep_labels(labels, data, folder):
-    """Write wrong labels (N,) to folder/labels.pt, for --labels-file.
-
-    A UserError if the file is there and holds other labels than this command has.
-    """
+    """Write wrong labels (N,) to folder/labels.pt; the same command draws the same ones again."""
     file = folder / "labels.pt"
-    if file.exists() and not torch.equal(read_labels(file, data), labels):
-        raise common.UserError(f"{file}: this command has other labels; take another --name")
     common.save(file, {"labels": labels.cpu(), "fingerprint": data.fingerprint})
     wrong = int((labels != data.y_train).sum())
     print(f"{wrong:,} of {len(labels):,} labels are wrong: {file}", flush=True)
@@ -330,8 +307,11 @@ def teacher_args(args):
     if args.method not in VARIED_TEACHER or args.noise_rate == 0:
         # it is the teacher of the other scripts too
         teacher.noise_rate = teacher.label_draw = None
+    # corrupted labels are a part of the data, see with_wrong_labels
+    teacher.corruption_rate = teacher.corruption_seed = None
     for flag in vars(args):
-        if flag.startswith("teacher_") or flag in NO_EFFECT_ON_TEACHER:
+        methods = HAS_EFFECT.get(f"--{flag.replace('_', '-')}", METHODS)
+        if "teacher" not in methods or flag.startswith(("teacher_", "eval_")):
             setattr(teacher, flag, None)
     return teacher
 
@@ -361,8 +341,6 @@ def main(argv=None):
     args = parse_args(argv)
     data = common.load_training_data(args, common.setup_device(args))
     check_teacher(args, eval_robustness.check_nets(args, data))
-    if args.labels_file:
-        read_labels(args.labels_file, data)
     summaries = []
     for seed in args.seed:
         seed_args = common.replace(args, seed=seed)
@@ -417,7 +395,7 @@ def train_and_evaluate(args, data, folder):
     attack = {
         "eps": args.eval_eps,
         "step_size": args.eval_step_size,
-        "restarts": max(args.eval_restarts, 1),
+        "restarts": args.eval_restarts,
         "seed": args.seed,
         "batch_size": common.evaluation_batch_size(args),
     }

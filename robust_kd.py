@@ -62,6 +62,7 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
             BatchNorm's statistics; in the authors' code the second does.
 """
 
+import copy
 import dataclasses
 import math
 import time
@@ -72,16 +73,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
-from torch.optim.swa_utils import AveragedModel
 
 import common
 import eval_robustness
 
 LOSSES = ["st", "at", "trades", "ckd", "ard", "rslad", "akd", "ard+", "rslad+", "akd+"]
 LOSSES += ["adaad", "adaad+", "igdm", "igdm+", "iad", "adr", "mart"]  # other methods
-ATTACKED = set(LOSSES) - {"st", "ckd"} | {"ffgsm"}  # see x'
-TAUGHT_ON_X = {"ckd", "ard", "rslad", "ard+", "rslad+", "iad"}  # the teacher sees x
-# The teacher sees x', as the student does
+ATTACKED = (set(LOSSES) | {"ffgsm"}) - {"st", "ckd"}  # the net that learns sees x'
+TAUGHT_ON_X = {"ckd", "ard", "rslad", "ard+", "rslad+", "iad"}  # the teacher sees x; iad: x' too
+# The teacher sees x' alone, as the student does
 TAUGHT_ON_X_ADV = {"akd", "akd+", "adaad", "adaad+", "igdm", "igdm+"}
 HAS_EFFECT = {  # for these flags: the losses on which they have an effect; others are refused
     "--alpha": {"ard+", "rslad+", "akd+", "adaad+", "igdm+"},
@@ -93,6 +93,12 @@ HAS_EFFECT = {  # for these flags: the losses on which they have an effect; othe
     "--adr-lam": {"adr"},
     "--adr-temperature": {"adr"},
     "--mart-beta": {"mart"},
+}
+HAS_EFFECT_ON_ALL_NETS = {  # the same for flags of student and teachers
+    "--steps": ATTACKED - {"ffgsm"},
+    "--step-size": ATTACKED - {"ffgsm"},
+    "--attack-bn": ATTACKED,
+    "--trades-beta": {"trades"},
 }
 ATTACK_LOSSES = {  # what x' maximises if --attack-loss is not given; ce with all other losses
     "trades": "kl-self",
@@ -108,8 +114,7 @@ DEMO = {
     "data": "shapes",
     "model": "wrn-10-1",
     "epochs": 5,
-    "teacher_epochs": 6,
-    "teacher_es": 5,
+    "teacher_epochs": 5,
     "batch_size": 32,
     "teacher_batch_size": 32,
     "lr": 0.1,
@@ -172,17 +177,18 @@ def parse_args(argv=None):
     add("--teacher-eps", type=pixel_units, help="radius of the teacher's attack (default: --eps)")
     add("--teacher-model", help="net of the teacher (default: the student's, --model)")
     add("--teacher-lr", type=positive, default=0.1, help="learning rate the teacher starts with")
-    add("--teacher-gamma", type=common.decay, default=0.9, help="factor on it after each epoch")
+    add("--teacher-gamma", type=common.decay, default=0.9, help="factor on the rate per epoch")
     add("--teacher-batch-size", type=at_least_2, default=128, help="images per step of the teacher")
     add("--teacher-ckpt", metavar="FILE", help="file of a finished teacher; none is trained then")
 
     add = parser.add_argument_group("attack").add_argument
     add("--eps", type=pixel_units, default=8 / 255, help="radius of the attacks in pixel units")
-    add("--steps", type=whole, default=7, help="number of PGD steps in training, of both nets")
+    add("--steps", type=whole, default=7, help="number of PGD steps in training, for all nets")
     add("--step-size", type=pixel_step, help="PGD step in training (default: a quarter of --eps)")
     losses = {"choices": ["ce", "kl-teacher", "kl-teacher-adv"]}
     add("--attack-loss", **losses, help="what x' maximises, see Differs 2 (default: by --loss)")
-    add("--attack-bn", choices=["eval", "train"], default="eval", help="BatchNorm in both attacks")
+    bn = "mode of BatchNorm in the attacks of the training, for all nets"
+    add("--attack-bn", choices=["eval", "train"], default="eval", help=bn)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=whole, default=100, help="epochs of the student's training")
@@ -201,13 +207,11 @@ def parse_args(argv=None):
     smoothed = "mass spread over all classes; with --extra-data that of generated images alone"
     add("--label-smoothing", type=below_1, default=0.0, help=smoothed)
     add("--extra-data", metavar="FILE", help=".npz of generated images: arrays image and label")
-    add("--extra-fraction", type=below_1, default=0.7, help="share of them in each batch")
+    add("--extra-fraction", type=below_1, default=0.7, help="share of generated images in a batch")
     keep = "keep each net that is trained after every N epochs; a later --teacher-es finds it"
     add("--save-every", type=whole, metavar="N", help=keep)
     common.add_run_flags(parser, augment=["crop", "none", "cutout", "cutmix"])
     args = common.parse(parser, argv, {"--recipe at+": AT_PLUS, "--demo": DEMO})
-    if args.teacher_es and "--teacher-es" not in args.given:  # that of --demo
-        args.teacher_es = min(args.teacher_es, args.teacher_epochs)
     check_flags(args, parser.error)
 
     if args.step_size is None:
@@ -229,6 +233,16 @@ def check_flags(args, error):
     trainings = args.teacher_training
     if "--trades-beta" in args.given and "trades" not in [args.loss, *trainings]:
         error("--trades-beta: has no effect without --loss or --teacher-training trades")
+    if "--teacher-model" in args.given and not needs_teacher(args):
+        print("there is no teacher, so without effect: --teacher-model", flush=True)
+    losses = {args.loss, *trainings} if trains_teacher else {args.loss}
+    idle = []
+    for flag, with_effect in HAS_EFFECT_ON_ALL_NETS.items():
+        if flag in args.given and not losses & with_effect:
+            idle.append(flag)
+    if idle:
+        trained = ", ".join(sorted(losses))
+        print(f"without effect on all that is trained here ({trained}): {', '.join(idle)}")
     if "--extra-fraction" in args.given and not args.extra_data:
         error("--extra-fraction: has no effect without --extra-data; leave it out")
     if args.loss == "adr" and "--ema" in args.given and not args.ema:
@@ -237,9 +251,10 @@ def check_flags(args, error):
         error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {args.teacher_epochs}")
     if "--teacher-gamma" in args.given and args.schedule == "cosine":
         error("--teacher-gamma: has no effect with --schedule cosine; leave it out")
-    for flag in ("--teacher-training", "--teacher-es", "--teacher-eps"):
-        if args.teacher_ckpt and flag in args.given:
-            error(f"{flag}: the teacher of --teacher-ckpt is finished; leave out {flag}")
+    if args.teacher_ckpt and "--teacher-training" in args.given:
+        error("--teacher-training: the teacher of --teacher-ckpt is finished; leave it out")
+    if "--beta" in args.given and (len(trainings) == 1 or not needs_teacher(args)):
+        error("--beta: has no effect without several teachers; leave it out")
     beta = args.beta or [1 / len(trainings)] * len(trainings)
     if len(beta) != len(trainings) or abs(sum(beta) - 1) > 1e-6:
         wanted = "expected a weight for each word of --teacher-training, with sum 1"
@@ -449,15 +464,12 @@ def teacher_args(args, training, number=0):
         schedule_epochs=args.teacher_epochs,
         attack_loss="kl-self" if training == "trades" else "ce",
     )
-    students = ("alpha", "lam", "temperature", "beta", "recipe", "awp", "mart_beta", "iad_beta")
     for flag in vars(args):
-        if flag.startswith(("teacher_", "adr_", "igdm_")) or flag in students:
+        if flag.startswith("teacher_") or flag in ("beta", "recipe", "awp"):
             setattr(teacher, flag, None)
     if args.schedule == "paper":
         teacher.schedule, teacher.schedule_epochs = "exponential", None
         teacher.teacher_gamma = args.teacher_gamma
-    if training != "trades":
-        teacher.trades_beta = None
     if not args.extra_data:
         teacher.extra_fraction = None
 
@@ -466,9 +478,11 @@ def teacher_args(args, training, number=0):
         teacher.step_size = teacher.eps / 4
         if args.eps > 0:
             teacher.step_size = teacher.eps * args.step_size / args.eps
+    for flag, with_effect in (HAS_EFFECT | HAS_EFFECT_ON_ALL_NETS).items():
+        if training not in with_effect:
+            setattr(teacher, flag.removeprefix("--").replace("-", "_"), None)
     if training == "st":
-        teacher.eps = teacher.steps = teacher.step_size = None
-        teacher.attack_loss = teacher.attack_bn = None
+        teacher.eps = None
     if training == "ffgsm":  # one long step from a uniform start (Wong et al. 2020)
         teacher.steps, teacher.step_size = 1, 1.25 * teacher.eps
     return teacher
@@ -521,8 +535,7 @@ def train(args, data, folder, stage, teacher=None):
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
     average, kept_model = None, model  # kept_model is validated and saved
     if args.ema:
-        average = weight_average(model, args.ema)
-        kept_model = average.module
+        kept_model = average = weight_average(model)
         state["average"] = average
     common.compile_model(model, args.compile)
     alpha = args.alpha if args.loss.endswith("+") else 1.0
@@ -537,6 +550,7 @@ def train(args, data, folder, stage, teacher=None):
         common.seed_epoch(args.seed, stage, epoch)
         began, history = time.monotonic(), []
         for x, labels in common.batches(data, args.batch_size, args.seed, stage, epoch):
+            step = schedule.last_epoch  # 0, 1, ... over all epochs: the schedule counts batches
             # what comes on top of crop and flip; the labels are perhaps (B, K) afterwards
             x, labels = augment(x, labels, data, args)
 
@@ -549,10 +563,10 @@ def train(args, data, folder, stage, teacher=None):
                     teacher_logits = teacher(x).clone()
                 attack_targets = labels
                 if args.loss == "adr":  # the labels are rectified by the student's own average
-                    done = schedule.last_epoch / (args.epochs * steps_per_epoch)  # counts batches
+                    done = step / (args.epochs * steps_per_epoch)
                     adr_lam = half_cosine(args.adr_lam, done)
                     adr_temperature = half_cosine(args.adr_temperature, done)
-                    targets = rectify_labels(average.module(x), labels, adr_lam, adr_temperature)
+                    targets = rectify_labels(average(x), labels, adr_lam, adr_temperature)
                     attack_targets = targets
 
                 # The attack moves x to x', away from the labels, or from what the teacher answers
@@ -632,12 +646,12 @@ def train(args, data, folder, stage, teacher=None):
             optimizer.step()
             schedule.step()  # per batch
             if average is not None:
-                update_average(average, model)
+                update_average(average, model, args.ema, step)
             history.append(common.step_sums(loss, logits, labels))  # the GPU is not waited for
 
         row = common.epoch_row(args, stage, epoch, model, history, began)
         if average is not None:  # epoch_row may have changed the statistics under torchrun
-            copy_buffers(model, average.module)
+            copy_buffers(model, average)
         rows.append(row | common.validate(args, stage, kept_model, data, args.eps))
         if args.save_every and len(rows) % args.save_every == 0 and not collapsed(args, rows):
             # before the checkpoint: a run that is killed here repeats the epoch and saves again
@@ -717,41 +731,31 @@ def keep_epoch(args, data, folder, stage, model, rows):
 # AT+ (section 4): generated images, CutOut or CutMix, label smoothing, weight average
 
 
-def weight_average(model, decay):
-    """The moving average of a net's weights, for update_average after each step."""
+def weight_average(model):
+    """A frozen copy of a net in eval mode, which update_average makes its weight average."""
     try:
-        average = AveragedModel(model, avg_fn=ema_with_ramp(decay))
-        average.eval()
-        average.requires_grad_(False)  # impossible for what TorchScript copies
-        return average
+        return copy.deepcopy(model).eval().requires_grad_(False)
     except RuntimeError as error:  # TorchScript, or torch.nn.utils.weight_norm
         advice = "leave out --ema, or take torch.nn.utils.parametrizations"
         problem = f"the net cannot be copied ({common.one_line(error)})"
         raise common.UserError(f"--ema: {problem}; {advice}") from None
 
 
-def ema_with_ramp(decay):
-    """Step t = 1, 2, ...: d average + (1 - d) weights, d = min(decay, (1 + t) / (10 + t)).
-
-    The ramp is that of Rebuffi et al. (2021). The step before, t = 0, copies the weights, and the
-    statistics of BatchNorm are always the model's (torch.optim.swa_utils.AveragedModel).
-    """
-
-    def update(average, weights, t):
-        d = ((1 + t) / (10 + t)).clamp(max=decay)
-        return average.lerp(weights, float(1 - d))
-
-    return update
-
-
 @torch.no_grad()
-def update_average(average, model):
-    """average.update_parameters(model), which would copy t to the GPU and wait for it each time."""
-    t = average.n_averaged  # on the host
-    for averaged, weights in zip(average.module.parameters(), model.parameters()):
-        averaged.copy_(average.avg_fn(averaged, weights, t) if t > 0 else weights)
-    copy_buffers(model, average.module)
-    average.n_averaged += 1
+def update_average(average, model, decay, t):
+    """After step t = 1, 2, ...: d average + (1 - d) weights, d = min(decay, (1 + t) / (10 + t)).
+
+    The ramp is that of Rebuffi et al. (2021). The first step, t = 0, copies the weights. The
+    statistics of BatchNorm are always the model's.
+    """
+    t = torch.tensor(t, device="cpu")  # d in float32, and no wait for the GPU
+    d = ((1 + t) / (10 + t)).clamp(max=decay)
+    for averaged, weights in zip(average.parameters(), model.parameters()):
+        if t == 0:
+            averaged.copy_(weights)
+        else:
+            averaged.lerp_(weights, float(1 - d))
+    copy_buffers(model, average)
 
 
 @torch.no_grad()

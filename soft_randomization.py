@@ -13,8 +13,8 @@ Usage    python soft_randomization.py --sigma 0.05
          python soft_randomization.py --method gaussian --sigma 0.05
          python soft_randomization.py --method hinton                # the baseline without noise
          python soft_randomization.py --seed 0 1 2 3 4   # one teacher, five students
-         python soft_randomization.py --method teacher --seed 0 1 2 3 4      # five teachers ...
-         python soft_randomization.py --teacher-seed 3   # ... the best of which teaches, say 3
+         python soft_randomization.py --method teacher --seed 0 1 2 3 4   # teachers ...
+         python soft_randomization.py --teacher-seed 3   # ... the best of which teaches
          python soft_randomization.py --demo             # 1 minute on a CPU
 Expect   CIFAR-10, WRN-40-2 and WRN-16-2: not measured. Small nets: docs/noisy_collaboration.md.
 Shapes   B images, K classes; x (B, C, H, W) in [0, 1]; labels (B,); logits (B, K)
@@ -23,7 +23,7 @@ Differs  1. Momentum 0.9, weight decay 5e-4 and PGD steps of 0.003 come from lat
             0.03, and no weight decay. The nets normalise with mean and deviation of the training
             images; the paper only scales them to [0, 1].
          2. 1,024 training images are held out to choose the student's best epoch (--val-size 0:
-            none). The teacher is that of --teacher-seed for all students (0); the paper takes the
+            none). All students have the teacher of --teacher-seed (default: 0); the paper takes the
             best of five on the test images (see Usage).
          3. The KL is KL(T || S), as in Hinton's loss; Eq. 1 prints S first. Training on CUDA is in
             bf16 (--precision fp32: float32). An image is robust if no start of PGD breaks it; the
@@ -54,8 +54,6 @@ HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it 
     "--teacher-seed": TAUGHT,
     "--teacher-ckpt": TAUGHT | {"teacher"},
 }
-NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "sigma", "clip"]
-NO_EFFECT_ON_TEACHER += ["eval_eps", "eval_step_size", "eval_restarts"]
 
 # Epochs, and the epochs after which the learning rate drops: section 3
 STANDARD_SCHEDULE = (200, [60, 120, 150])
@@ -116,15 +114,26 @@ def parse_args(argv=None):
     add("--eval-restarts", type=common.whole_or_0, default=5, help=starts)
     common.add_run_flags(parser)
     args = common.parse(parser, argv, {"--demo": DEMO})
-    trains_teacher = not args.teacher_ckpt and args.method in TAUGHT | {"teacher"}
-    trains_student = args.method != "teacher"
-    common.check_effects(args, parser.error, HAS_EFFECT, trains_teacher, trains_student)
+    check_flags(args, parser.error)
 
     if args.milestones is None:
         args.milestones = stretch(STANDARD_SCHEDULE, args.epochs)
     if args.teacher_milestones is None:
         args.teacher_milestones = stretch(STANDARD_SCHEDULE, args.teacher_epochs)
     return args
+
+
+def check_flags(args, error):
+    """Call error(line) for flags that do not go together."""
+    has_teacher = args.method in TAUGHT or args.method == "teacher"
+    trains_teacher = has_teacher and not args.teacher_ckpt
+    trains_student = args.method != "teacher"
+    common.check_effects(args, error, HAS_EFFECT, trains_teacher, trains_student)
+    if "--teacher-model" in args.given and not has_teacher:
+        print("there is no teacher, so without effect: --teacher-model", flush=True)
+    for flag in ("--eval-eps", "--eval-step-size"):
+        if flag in args.given and not args.eval_restarts:
+            error(f"{flag}: has no effect with --eval-restarts 0; leave it out")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -135,7 +144,7 @@ def parse_args(argv=None):
 def hinton_loss(student_logits, teacher_logits, labels, alpha, temperature):
     """Eqs. (1), (2): (1-alpha) CE(S, y) + alpha tau^2 KL(T || S); (B, K) x2, (B,) -> ().
 
-    In the KL both logits are divided by tau. Eq. (1) is it for a student that sees noisy images.
+    In the KL both logits are divided by tau. Eq. (1) is the same loss on noisy images.
     """
     targets = (teacher_logits.detach() / temperature).softmax(1)
     student_log_probs = (student_logits / temperature).log_softmax(1)
@@ -237,7 +246,8 @@ def teacher_args(args):
         milestones=args.teacher_milestones,
     )
     for flag in vars(args):
-        if flag.startswith("teacher_") or flag in NO_EFFECT_ON_TEACHER:
+        methods = HAS_EFFECT.get(f"--{flag.replace('_', '-')}", METHODS)
+        if "teacher" not in methods or flag.startswith(("teacher_", "eval_")):
             setattr(teacher, flag, None)
     return teacher
 
@@ -301,7 +311,7 @@ def train_and_evaluate(args, data, folder):
     attack = {
         "eps": args.eval_eps,
         "step_size": args.eval_step_size,
-        "restarts": max(args.eval_restarts, 1),
+        "restarts": args.eval_restarts,
         "seed": args.seed,
         "batch_size": common.evaluation_batch_size(args),
     }

@@ -6,7 +6,7 @@ Paper    "Knowledge Distillation: Current Understanding and Future Directions in
          robust_kd.py. S, T: probabilities of student and teacher, S_t, T_t: of logits / t; x' the
          student's adversarial example on x.
 Loss     plain, at          CE(S, y)                                                   on x, x'
-         label-smoothing    CE((1-s) y + s/K, S)                    <- smoothing_loss
+         label-smoothing    CE((1-s) y + s/K, S), Szegedy et al. 2016
          vanilla, re-kd     (1-alpha) CE(S, y) + alpha t^2 KL(T_t || S_t)  <- kd_loss  Eqs. 1, 2
          tf-kd-self         the same, T an equal net                <- kd_loss         Eq. 3
          tf-kd-reg          the same, T the virtual teacher p^d     <- reg_loss        Eq. 4
@@ -35,9 +35,9 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
             Yuan et al. averages over the classes too, K times less.
          4. tf-kd-reg is Eq. 4 as written. The code of Yuan et al. softens p^d, not its logarithm,
             and not the student, without t^2: whatever delta, the targets are nearly uniform, as in
-            label smoothing (--reg-form repo; their numbers come from it; plain: t = 1). Eq. 4 asks
-            for p(y) = delta, whatever t: it smooths only nets that are surer than delta, such as
-            have learned their images by heart, and makes others surer.
+            label smoothing (--reg-form repo; their numbers come from it). Eq. 4 asks for p(y) =
+            delta, whatever t: it smooths only nets that are surer than delta, such as have learned
+            their images by heart, and makes others surer.
          5. The MNIST teacher learns from digits shifted by up to 2 pixels (Hinton et al. 2015);
             without (--teacher-shift 0) Table 1 gains less, and Table 2 is nearer to the paper.
          6. at-kd is AKD of Maroto et al.; the paper does not say what its row was trained with.
@@ -45,7 +45,6 @@ Differs  1. 1,024 training images are held out to report the best epoch too (--v
             hint is the L2 distance of the pooled features, in the mean over the batch; no t^2.
 """
 
-import argparse
 import copy
 import dataclasses
 import itertools
@@ -83,7 +82,7 @@ METHODS = {
     "re-kd": Method("cifar10", "clean", "resnet50", "resnet18", alpha=0.6, temperature=20.0),
     "tf-kd-self": Method("cifar10", "clean", "resnet18", alpha=0.95, temperature=6.0),
     "tf-kd-reg": Method("cifar10", "clean", "resnet18", alpha=0.1, temperature=20.0),
-    "self-distillation": Method("cifar10", "clean", "resnet18"),
+    "self-distillation": Method("cifar10", "clean", "resnet18", alpha=0.3, temperature=3.0),
     "at": Method("cifar10", "at", "resnet18"),
     "at-kd": Method("cifar10", "at", "resnet18", alpha=1.0, temperature=1.0),
     "at-tf-kd-self": Method("cifar10", "at", "resnet18", alpha=0.9, temperature=1.0),
@@ -149,23 +148,19 @@ TAUGHT_ON_X_ADV = {"at-kd"}
 TEACHER_LIKE_STUDENT = {"tf-kd-self", "at-tf-kd-self"}  # the two nets must be equal
 ALSO_TRAINED_ALONE = {"vanilla", "re-kd"}  # the student is trained without a teacher too
 VIRTUAL_TEACHER = {"tf-kd-reg", "at-tf-kd-reg"}
-HAS_KL = TAUGHT_ON_X | VIRTUAL_TEACHER
+HAS_KL = TAUGHT_ON_X | VIRTUAL_TEACHER | {"self-distillation"}
 HAS_EFFECT = {  # flag -> the methods on which it has an effect; with others it is refused
     "--alpha": HAS_KL | TAUGHT_ON_X_ADV,
     "--temperature": HAS_KL | TAUGHT_ON_X_ADV,
-    "--tau2": HAS_KL | {"self-distillation"},
+    "--tau2": HAS_KL,
     "--delta": VIRTUAL_TEACHER,
     "--reg-form": VIRTUAL_TEACHER,
     "--smoothing": {"label-smoothing"},
-    "--byot-alpha": {"self-distillation"},
     "--byot-lambda": {"self-distillation"},
-    "--byot-temperature": {"self-distillation"},
     "--teacher-ckpt": TAUGHT_ON_X | TAUGHT_ON_X_ADV,
 }
-NO_EFFECT_ON_TEACHER = ["alpha", "temperature", "tau2", "delta", "reg_form", "smoothing"]
-NO_EFFECT_ON_TEACHER += ["byot_alpha", "byot_lambda", "byot_temperature"]
-NO_EFFECT_ON_TEACHER += ["omit_digit", "bias_correction", "eval_attack"]
-NO_EFFECT_ON_TEACHER += ["grad_heatmap", "grad_epochs", "grad_loss"]
+# Flags that have an effect with all methods, but on no teacher
+OF_STUDENTS = {"omit_digit", "bias_correction", "eval_attack", "grad_heatmap", "grad_loss"}
 
 
 def parse_args(argv=None):
@@ -180,18 +175,15 @@ def parse_args(argv=None):
     add("--temperature", type=positive, help="temperature of both softmaxes in the KL")
     add("--tau2", **common.SWITCH, help="multiply the KL by the square of the temperature")
     add("--delta", type=probability, default=0.99, help="what a virtual teacher gives the label")
-    forms = {"choices": ["paper", "repo", "plain"], "default": "paper"}
+    forms = {"choices": ["paper", "repo"], "default": "paper"}
     add("--reg-form", **forms, help="what is softened with a virtual teacher, see Differs 4")
     add("--smoothing", type=probability, default=0.1, help="mass that label-smoothing spreads")
     digits = {"type": int, "choices": range(10)}
     add("--omit-digit", **digits, help="MNIST digit that the students' training images lack")
     correction = "also evaluate the students with the bias of the omitted digit raised"
     add("--bias-correction", action="store_true", help=correction)
-    add("--byot-alpha", type=probability, default=0.3, help="self-distillation: weight of the KL")
     distance = "self-distillation: weight of the distance between features"
     add("--byot-lambda", type=nonnegative, default=0.03, help=distance)
-    softened = "self-distillation: temperature of both softmaxes"
-    add("--byot-temperature", type=positive, default=3.0, help=softened)
 
     group = parser.add_argument_group("teacher (where no default is shown: same as the student)")
     add = group.add_argument
@@ -210,14 +202,12 @@ def parse_args(argv=None):
     add("--steps", type=whole, default=7, help="number of PGD steps in training")
     add("--step-size", type=common.pixel_step, help="PGD step (default: a quarter of --eps)")
     add("--attack-bn", choices=["eval", "train"], default="eval", help="BatchNorm in the attack")
-    names = {"nargs": "+", "type": attack_name, "metavar": "ATTACK"}
+    names = {"nargs": "+", "metavar": "ATTACK"}
     add("--eval-attack", **names, help="what is evaluated, such as clean pgd20 aa")
 
     add = parser.add_argument_group("gradients (Figure 1)").add_argument
-    heatmap = "record the mean |gradient| of each layer: gradients.npz in the run's folder"
+    heatmap = "write each layer's mean |gradient| in first, middle and last epoch: gradients.npz"
     add("--grad-heatmap", action="store_true", help=heatmap)
-    epochs = {"type": whole, "nargs": "+", "metavar": "EPOCH"}
-    add("--grad-epochs", **epochs, help="epochs to record (default: first, middle and last)")
     losses = {"choices": ["own", "ce"], "default": "own"}
     add("--grad-loss", **losses, help="gradients of the method's own loss, or of cross-entropy")
 
@@ -228,7 +218,8 @@ def parse_args(argv=None):
     add("--weight-decay", type=nonnegative, help="weight decay of SGD for both nets")
     schedules = {"choices": ["steps", "exponential", "cosine"]}
     add("--schedule", **schedules, help="times --gamma at milestones or each epoch, or a cosine")
-    drops = "epochs of the student at which --schedule steps lowers the rate; the teacher in scale"
+    drops = "epochs after which --schedule steps lowers the rate, for a teacher in proportion"
+    epochs = {"type": whole, "nargs": "+", "metavar": "EPOCH"}
     add("--milestones", **epochs, help=f"{drops} (default: 30, 60 and 80 %% of the training)")
     add("--gamma", type=common.decay, help="factor on the rate at a milestone or after an epoch")
     add("--warmup", type=nonnegative, help="epochs in which the learning rate rises to --lr")
@@ -240,11 +231,12 @@ def parse_args(argv=None):
     args = common.parse(parser, argv, {"--demo": DEMO})
     check_flags(args, parser.error)
 
+    if "--augment" in args.given and "--teacher-shift" not in args.given:
+        args.teacher_shift = None  # the images of --augment, not the digits' default
     if args.step_size is None:
         args.step_size = args.eps / 4
     if args.milestones is None:
         args.milestones = [share * args.epochs for share in (0.3, 0.6, 0.8)]
-    args.grad_epochs = sorted({*(args.grad_epochs or [1, (args.epochs + 1) // 2, args.epochs])})
     args.schedule_epochs = args.epochs  # a teacher may stop before the end of its schedule
     return args
 
@@ -267,10 +259,13 @@ def check_flags(args, error):
     """Call error(line) for flags that do not go together."""
     has_teacher = args.method in TAUGHT_ON_X | TAUGHT_ON_X_ADV
     common.check_effects(args, error, HAS_EFFECT, has_teacher and not args.teacher_ckpt)
-    if args.reg_form == "plain" and "--temperature" in args.given:
-        error("--temperature: has no effect with --reg-form plain; leave it out")
-    if args.reg_form != "paper" and "--tau2" in args.given:
-        error(f"--tau2: has no effect with --reg-form {args.reg_form}; leave it out")
+    idle = [flag for flag in ("--steps", "--step-size", "--attack-bn") if flag in args.given]
+    if idle and args.method not in ATTACKED:
+        print(f"no net is attacked in training, so without effect: {', '.join(idle)}", flush=True)
+    if "--teacher-model" in args.given and not has_teacher:
+        print("there is no teacher, so without effect: --teacher-model", flush=True)
+    if args.reg_form == "repo" and "--tau2" in args.given:
+        error("--tau2: has no effect with --reg-form repo; leave it out")
     if "--milestones" in args.given and args.schedule != "steps":
         error(f"--milestones: has no effect with --schedule {args.schedule}; leave it out")
     if "--gamma" in args.given and args.schedule == "cosine":
@@ -279,37 +274,22 @@ def check_flags(args, error):
         error(f"--omit-digit: goes with --data mnist, not {args.data}")
     if args.bias_correction and args.omit_digit is None:
         error("--bias-correction: raises the bias of an omitted digit; give --omit-digit")
-    for flag in ("--teacher-es", "--teacher-shift"):
-        if args.teacher_ckpt and flag in args.given:
-            error(f"{flag}: the teacher of --teacher-ckpt is finished; leave out {flag}")
     teacher_epochs = args.teacher_epochs or args.epochs
     if args.teacher_es is not None and args.teacher_es > teacher_epochs:
         error(f"--teacher-es {args.teacher_es}: --teacher-epochs is only {teacher_epochs}")
-    for flag in ("--grad-epochs", "--grad-loss"):
-        if flag in args.given and not args.grad_heatmap:
-            error(f"{flag}: has no effect without --grad-heatmap; leave it out")
+    if "--grad-loss" in args.given and not args.grad_heatmap:
+        error("--grad-loss: has no effect without --grad-heatmap; leave it out")
     if args.grad_loss == "ce" and (args.compile or common.world() > 1):
         error("--grad-loss ce: its second backward pass goes with neither --compile nor torchrun")
-    if max(args.grad_epochs or [1]) > args.epochs:
-        error(f"--grad-epochs {max(args.grad_epochs)}: --epochs is only {args.epochs}")
     if args.method == "self-distillation" and (args.model.startswith("mlp") or ":" in args.model):
         needs = "self-distillation needs the stages of our ResNets and WideResNets"
         error(f"--model: {needs}, got {args.model}")
-    for name in args.eval_attack:
-        if args.eval_attack.count(name) > 1:
-            error(f"--eval-attack: expected each name once, got {name} twice")
+    eval_robustness.check_attacks(args.eval_attack, "--eval-attack")
     if args.method == "self-distillation" and re.search(r"-w\d*[13579]\b", args.model):
         error(f"--model: self-distillation needs an even number after -w, got {args.model}")
     other_net = args.teacher_model not in (None, args.model)
     if args.method in TEACHER_LIKE_STUDENT and other_net:
         error(f"--teacher-model: --method {args.method} needs the student's net, {args.model}")
-
-
-def attack_name(text):
-    """The `type=` of --eval-attack: `clean` or the name of an attack of eval_robustness.py."""
-    if text in eval_robustness.NOT_ATTACKS and text != "clean":
-        raise argparse.ArgumentTypeError(f"expected clean, pgdN, aa, ..., got {text!r}")
-    return eval_robustness.attack_name(text)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -336,11 +316,6 @@ def kl(targets, student_logits, temperature=1.0):
     return temperature**2 * F.kl_div(student_log_probs, targets, reduction="batchmean")
 
 
-def smoothing_loss(student_logits, labels, smoothing):
-    """CE of (1 - s) y + s / K, label smoothing (Szegedy et al. 2016); (B, K), (B,) -> ()."""
-    return F.cross_entropy(student_logits, labels, label_smoothing=smoothing)
-
-
 def kd_loss(student_logits, teacher_logits, labels, alpha, temperature, tau2=True):
     """Eqs. (2), (3), (6): (1-alpha) CE(S, y) + alpha t^2 KL(T_t || S_t); (B, K) x2, (B,) -> ().
 
@@ -359,22 +334,16 @@ def virtual_teacher(labels, classes, delta):
     return other + (delta - other) * F.one_hot(labels, classes)
 
 
-def soften(probs, temperature, reg_form):
-    """p^d (B, K) -> (the targets (B, K), the temperature of the student's softmax)."""
-    if reg_form == "paper":
-        return (probs.log() / temperature).softmax(1), temperature
-    if reg_form == "repo":  # differs: 4
-        return (probs / temperature).softmax(1), 1.0
-    return probs, 1.0  # plain
-
-
 def reg_loss(student_logits, labels, alpha, temperature, delta, reg_form="paper", tau2=True):
     """Eqs. (4), (7): (1-alpha) CE(S, y) + alpha t^2 KL(p^d_t || S_t); (B, K), (B,) -> ().
 
     The t^2 is there if S is softened, and tau2.
     """
     probs = virtual_teacher(labels, student_logits.shape[1], delta)
-    targets, student_temperature = soften(probs, temperature, reg_form)
+    if reg_form == "paper":
+        targets, student_temperature = (probs.log() / temperature).softmax(1), temperature
+    else:  # repo: differs 4
+        targets, student_temperature = (probs / temperature).softmax(1), 1.0
     distilled = kl(targets, student_logits, student_temperature)
     if not tau2:
         distilled = distilled / student_temperature**2
@@ -388,7 +357,7 @@ def at_kd_loss(student_logits, teacher_logits, labels, alpha, temperature):
 
 
 def self_distillation_loss(
-    exit_logits, exit_features, labels, byot_alpha, byot_lambda, byot_temperature, tau2=False
+    exit_logits, exit_features, labels, alpha, temperature, byot_lambda, tau2=False
 ):
     """CE(S_n, y) + sum over i < n of (1-a) CE(S_i, y) + a KL(S_n || S_i) + lambda |f_i - f_n|.
 
@@ -398,7 +367,7 @@ def self_distillation_loss(
     last_logits, last_features = exit_logits[-1].detach(), exit_features[-1].detach()
     loss = F.cross_entropy(exit_logits[-1], labels)
     for logits, features in zip(exit_logits[:-1], exit_features[:-1]):
-        loss = loss + kd_loss(logits, last_logits, labels, byot_alpha, byot_temperature, tau2)
+        loss = loss + kd_loss(logits, last_logits, labels, alpha, temperature, tau2)
         distance = (features - last_features).float().norm(dim=1).mean()
         loss = loss + byot_lambda * distance
     return loss
@@ -645,7 +614,8 @@ def teacher_args(args):
         batch_size=args.teacher_batch_size or args.batch_size,
     )
     for flag in vars(args):
-        if flag.startswith("teacher_") or flag in NO_EFFECT_ON_TEACHER:
+        methods = HAS_EFFECT.get(f"--{flag.replace('_', '-')}", METHODS)
+        if teacher.method not in methods or flag.startswith("teacher_") or flag in OF_STUDENTS:
             setattr(teacher, flag, None)
     if args.schedule != "steps":
         teacher.milestones = None
@@ -698,7 +668,9 @@ def train(args, data, folder, stage, teacher=None):
     )
     steps_per_epoch = common.steps_per_epoch(data, args.batch_size)
     schedule = LambdaLR(optimizer, lambda step: lr_factor(args, step, steps_per_epoch))
-    grad_epochs = args.grad_epochs if args.grad_heatmap else []
+    grad_epochs = []
+    if args.grad_heatmap:  # first, middle and last
+        grad_epochs = sorted({1, (args.epochs + 1) // 2, args.epochs})
     gradients = Gradients(model, grad_epochs, steps_per_epoch)
     state = {
         "model": learner,
@@ -739,7 +711,7 @@ def train(args, data, folder, stage, teacher=None):
                     case "plain" | "at":
                         loss = F.cross_entropy(logits, labels)
                     case "label-smoothing":
-                        loss = smoothing_loss(logits, labels, args.smoothing)
+                        loss = F.cross_entropy(logits, labels, label_smoothing=args.smoothing)
                     case "vanilla" | "re-kd" | "tf-kd-self" | "at-tf-kd-self":
                         loss = kd_loss(
                             logits, teacher_logits, labels, alpha, temperature, args.tau2
@@ -761,9 +733,9 @@ def train(args, data, folder, stage, teacher=None):
                             exit_logits,
                             exit_features,
                             labels,
-                            args.byot_alpha,
+                            alpha,
+                            temperature,
                             args.byot_lambda,
-                            args.byot_temperature,
                             args.tau2,
                         )
 
@@ -773,7 +745,7 @@ def train(args, data, folder, stage, teacher=None):
             loss.backward()
             common.average_gradients(learner, len(labels))  # under torchrun, otherwise nothing
             if args.grad_loss == "own":
-                gradients.add(epoch + 1)  # in the epochs of --grad-epochs
+                gradients.add(epoch + 1)
             optimizer.step()
             schedule.step()  # per batch
             history.append(common.step_sums(loss, logits, labels))  # the GPU is not waited for
@@ -839,8 +811,10 @@ def main(argv=None):
 
 
 def check_teacher(args, data, teacher):
-    """A UserError if --delta is no more than a guess, or if the teacher of --teacher-ckpt (or None)
-    is another net than the student where the two must be equal."""
+    """A UserError if --delta or the teacher of --teacher-ckpt (or None) does not fit.
+
+    --delta must be more than a guess. Where teacher and student must be equal nets, they are.
+    """
     guess = 1 / len(data.classes)
     if args.method in VIRTUAL_TEACHER and args.delta <= guess:
         wanted = f"expected more than {guess:g}, the probability of a guess"
@@ -854,7 +828,10 @@ def check_teacher(args, data, teacher):
 def train_and_evaluate(args, data, folder):
     """One seed: train what is missing, evaluate all nets -> the rows of the summary."""
     settings = {flag: getattr(args, flag) for flag in method_defaults(args.method)}
-    texts = [f"{flag.replace('_', '-')} {value}" for flag, value in settings.items() if value]
+    texts = []
+    for flag, value in settings.items():
+        if value is not None:  # 0 is a value too
+            texts.append(f"{flag.replace('_', '-')} {value}")
     print(f"{args.method} with {', '.join(texts)}", flush=True)
     nets = {}  # role of the net -> (its label in the table, the net)
     teacher = None

@@ -503,7 +503,7 @@ def test_official_files_give_accuracy_and_the_papers_conditional_form(official):
         Brightness(),
         x[order],
         y[order],
-        folder,
+        ev.read_corruptions(folder, x[order], y[order]),
         batch_size=7,
         counts=counts,
         save=lambda: saved.append(len(counts)),
@@ -519,7 +519,6 @@ def test_official_files_give_accuracy_and_the_papers_conditional_form(official):
     assert result["mca_acc"] == pytest.approx(np.mean(of_all))
     of_15 = [v for name in list(ev.CORRUPTIONS)[:15] for v in result["corruptions_acc"][name]]
     assert result["mean15_acc"] == pytest.approx(np.mean(of_15))
-    assert result["note"] == f"images of {folder}"
     means = {name: np.mean(values) for name, values in result["corruptions_acc"].items()}
     conditional = {name: np.mean(values) for name, values in result["conditional_acc"].items()}
     assert result["mean19_acc"] == pytest.approx(np.mean([*means.values()]))
@@ -529,7 +528,8 @@ def test_official_files_give_accuracy_and_the_papers_conditional_form(official):
         found = row["mean_acc"], row["conditional_acc"]
         name = row["corruption"]
         assert found == pytest.approx((means[name], conditional[name]))
-    few = ev.corruption_accuracy(Brightness(), x[y == 0][:5], y[y == 0][:5], folder)
+    five = x[y == 0][:5], y[y == 0][:5]
+    few = ev.corruption_accuracy(Brightness(), *five, ev.read_corruptions(folder, *five))
     assert few["n"] == 5 and few["corruptions_acc"]["fog"] == [few["clean_acc"]] * 4 + [1.0]
 
 
@@ -552,6 +552,7 @@ def test_two_nets_in_one_command_have_the_numbers_that_each_has_alone(official, 
     both = rows("both.json", 0, 1)
     assert both == rows("first.json", 0) + rows("second.json", 1)
     assert both[0]["corruptions"]["corruptions_acc"] != both[1]["corruptions"]["corruptions_acc"]
+    assert both[0]["corruptions"]["note"] == f"images of {folder}"
     for key in ("mean15_acc", "mean18_acc", "mean19_acc", "mca_acc"):
         assert both[0][key] == both[0]["corruptions"][key]
 
@@ -588,17 +589,16 @@ def test_an_evaluation_reads_what_the_program_has_written_and_goes_on(shapes, tm
         if len(counts) == 9:
             after_nine.update(counts)
 
-    full = ev.corruption_accuracy(
-        model, x, y, tmp_path, batch_size=4, counts=counts, save=keep_nine
-    )
+    files = ev.read_corruptions(tmp_path, x, y)
+    full = ev.corruption_accuracy(model, x, y, files, batch_size=4, counts=counts, save=keep_nine)
     for name in ("snow", "pixelate"):
         foggy = corruptions.corrupt(x, name, 3)
         correct = common.predict(model, foggy).argmax(1) == y
         assert full["corruptions_acc"][name][2] == correct.double().mean().item()
-    again = ev.corruption_accuracy(model, x, y, tmp_path, counts=dict(after_nine))
+    again = ev.corruption_accuracy(model, x, y, files, counts=dict(after_nine))
     assert again == full  # in other batches, from the tenth corruption on
     zeros = {name: [[0, 0]] * 5 for name in after_nine}
-    again = ev.corruption_accuracy(model, x, y, tmp_path, counts=zeros)["corruptions_acc"]
+    again = ev.corruption_accuracy(model, x, y, files, counts=zeros)["corruptions_acc"]
     for name in ev.CORRUPTIONS:  # what is counted already is not run again
         assert again[name] == ([0.0] * 5 if name in after_nine else full["corruptions_acc"][name])
     rows = ev.corruption_rows(full)

@@ -105,12 +105,13 @@ def test_corruptions_go_on_where_they_were_killed(shapes, tmp_path):
         if len(counts) == 9:
             raise KeyboardInterrupt
 
+    files = ev.read_corruptions(images, x, labels)
     with pytest.raises(KeyboardInterrupt):
-        ev.corruption_accuracy(model, x, labels, images, counts=counts, save=die_after_the_ninth)
+        ev.corruption_accuracy(model, x, labels, files, counts=counts, save=die_after_the_ninth)
     goes_on = ev.State(tmp_path, {}).corruptions["net"]
     assert list(goes_on) == list(ev.CORRUPTIONS)[:9]
-    whole = ev.corruption_accuracy(model, x, labels, images)
-    assert ev.corruption_accuracy(model, x, labels, images, counts=goes_on) == whole
+    whole = ev.corruption_accuracy(model, x, labels, files)
+    assert ev.corruption_accuracy(model, x, labels, files, counts=goes_on) == whole
 
 
 def test_a_state_of_other_flags_or_a_foreign_one_is_refused(tmp_path, refused):
@@ -864,7 +865,8 @@ def test_logits_of_other_images_and_corruptions_that_are_not_finite_are_an_error
     bright = torch.cat([x] * 5)
     bright[13] = 255
     np.save(tmp_path / "fog.npy", bright)
-    message = refused(ev.corruption_accuracy, Hole(), x, labels, tmp_path)
+    files = ev.read_corruptions(tmp_path, x, labels)
+    message = refused(ev.corruption_accuracy, Hole(), x, labels, files)
     assert "1 of 4 images under fog, severity 4, are not finite" in message
     _, x, labels = small
     bright = x[:9].clone()
@@ -1040,6 +1042,10 @@ BAD = {
     "a device": (["net0.pt", "--json", "/dev/null"], "/dev/null: expected a file"),
     "no such format": (["net0.pt", "--plot", "p.xyz"], "--plot p.xyz: expected a name with .png"),
     "twice": (["net0.pt", "net1.pt", "net0.pt", "--ensemble"], "net0.pt: expected each net once"),
+    "twice, in two spellings": (
+        ["--model", "foreign:net", "--model", "foreign:net()"],
+        "--model foreign:net: expected each net once",
+    ),
     "unused images": (["net0.pt", "--cinic", "c.npz"], "--cinic: has no effect without --attack"),
     "unused starts": (["net0.pt", "--attack", "aa", "--restarts", "5"], "--restarts: has no"),
     "unused step": (["net0.pt", "--attack", "aa", "--step-size", "0.1"], "--step-size: has no"),
@@ -1083,7 +1089,8 @@ def test_radii_and_steps_of_training_scripts_are_in_pixel_units(script, flag, re
 
 def test_an_attack_that_is_named_twice_is_refused_before_the_training(refused):
     argv = ["--eval-attack", "clean", "pgd2", "pgd2"]
-    assert "--eval-attack: expected each name once" in refused(tf.parse_args, argv)
+    line = refused(tf.parse_args, argv)
+    assert line.startswith("--eval-attack: ") and line.endswith("each once; got 'pgd2' twice")
 
 
 def test_a_row_of_the_summary_is_the_evaluation_of_its_net(files, tmp_path, capsys):

@@ -551,9 +551,10 @@ def test_students_can_have_the_teacher_of_another_seed(script, tmp_path, capsys)
 
 
 SAID = {  # settings of a net that is not trained are said, those that have an effect are not
-    "--method student": "no teacher is trained here, so without effect: --teacher-epochs",
-    "--method teacher": "no student is trained here, so without effect: --epochs",
-    "--method hinton": None,
+    "--method student": "no teacher is trained here, so without effect: --teacher-epochs\n"
+    "there is no teacher, so without effect: --teacher-model\n",
+    "--method teacher": "no student is trained here, so without effect: --epochs\n",
+    "--method hinton": "",
 }
 
 
@@ -562,14 +563,14 @@ SAID = {  # settings of a net that is not trained are said, those that have an e
 def test_settings_of_a_net_that_is_not_trained_are_said(script, flags, capsys):
     settings = ["--teacher-epochs", "2", "--epochs", "3", "--teacher-model", "mlp-12"]
     SCRIPTS[script].parse_args([*flags.split(), *settings])
-    out = capsys.readouterr().out
-    assert out == (f"{SAID[flags]}\n" if SAID[flags] else "")
+    assert capsys.readouterr().out == SAID[flags]
     given = ["--method", "hinton", "--teacher-ckpt", "t.pt", *settings]
     SCRIPTS[script].parse_args(given)
-    assert capsys.readouterr().out == f"{SAID['--method student']}\n"
+    no_teacher = SAID["--method student"].splitlines(keepends=True)[0]
+    assert capsys.readouterr().out == no_teacher
     given[1] = "teacher"  # neither of them is trained
     SCRIPTS[script].parse_args(given)
-    assert capsys.readouterr().out == f"{SAID['--method student']}\n{SAID['--method teacher']}\n"
+    assert capsys.readouterr().out == no_teacher + SAID["--method teacher"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -667,6 +668,15 @@ def test_bad_flags_are_one_line_and_write_nothing(flags, message, tmp_path, refu
     argv = [*SMALL.split(), *flags.split(), "--runs", str(tmp_path / "runs")]
     assert message in refused(fickle_teacher.main, argv)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flag", ["--eval-eps", "--eval-step-size"])
+def test_settings_of_pgd_without_pgd_are_refused(script, flag, refused):
+    argv = ["--eval-restarts", "0", flag, "0.1"]
+    message = f"{flag}: has no effect with --eval-restarts 0; leave it out"
+    assert refused(SCRIPTS[script].parse_args, argv) == message
+    SCRIPTS[script].parse_args(["--eval-restarts", "1", flag, "0.1"])
 
 
 def test_a_teacher_that_does_not_fit_is_refused(tmp_path, refused):

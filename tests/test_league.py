@@ -270,8 +270,8 @@ def test_the_cost_of_a_step_is_what_a_step_runs(arm, regime, tmp_path, monkeypat
     averages = []
     weight_average = robust_kd.weight_average
 
-    def spied_average(model, decay):
-        averages.append(weight_average(model, decay))
+    def spied_average(model):
+        averages.append(weight_average(model))
         return averages[-1]
 
     monkeypatch.setattr(robust_kd, "weight_average", spied_average)
@@ -279,7 +279,7 @@ def test_the_cost_of_a_step_is_what_a_step_runs(arm, regime, tmp_path, monkeypat
     steps = league.STEPS[regime]
     assert args.steps == steps
     forwards = student.forwards + teacher.forwards
-    forwards += sum(average.module.forwards for average in averages)
+    forwards += sum(average.forwards for average in averages)
     # the attack's backward passes end at the images, the student's others at the weights too
     to_weights = student.backwards - steps
     cost = forwards + steps + teacher.backwards + 2 * to_weights

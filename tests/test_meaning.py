@@ -470,9 +470,9 @@ DEFAULTS = {
     "teacher_free_kd --method at-tf-kd-self": {"alpha": 0.9, "temperature": 1.0},
     "teacher_free_kd --method at-tf-kd-reg": {"alpha": 0.3, "temperature": 20.0},
     "teacher_free_kd --method self-distillation": {
-        "byot_alpha": 0.3,
+        "alpha": 0.3,
         "byot_lambda": 0.03,
-        "byot_temperature": 3.0,
+        "temperature": 3.0,
         "tau2": False,
     },
 }

@@ -11,7 +11,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import same_weights
-from torch.optim.swa_utils import AveragedModel
 
 import common
 import robust_kd
@@ -536,20 +535,22 @@ def test_a_preset_says_what_it_sets_and_flags_that_are_given_win(capsys):
         "--teacher-es 101": "--teacher-es 101: --teacher-epochs is only 100",
         "--teacher-training none": "--teacher-training: invalid choice: 'none'",
         "--teacher-training ffgsm --teacher-ckpt a.pt": "--teacher-training: the teacher of",
-        "--teacher-eps 2/255 --teacher-ckpt a.pt": "--teacher-eps: the teacher of --teacher-ckpt",
         "--loss at --teacher-ckpt a.pt": "--teacher-ckpt: --loss at has no teacher",
         "--schedule cosine --teacher-gamma 0.9": "--teacher-gamma: has no effect with --schedule",
         "--teacher-training st at --beta 0.5 0.6": "--beta: expected a weight for each word",
         "--teacher-training st at --beta 1": "with sum 1, got 1.0",
         "--teacher-training st at --beta 0.5 0.25 0.25": "--beta",
-        "--beta 0.5": "--beta",
+        "--beta 0.5": "--beta: has no effect without several teachers",
+        "--beta 1": "--beta: has no effect without several teachers",
+        "--loss at --beta 1": "--beta: has no effect without several teachers",
+        "--loss at --teacher-training st at --beta 0.5 0.5": "--beta: has no effect without",
+        "--teacher-ckpt t.pt --beta 1": "--beta: has no effect without several teachers",
         "--loss ckd --attack-loss ce": "--attack-loss: has no effect with --loss ckd",
         "--loss rslad --alpha 0.3": "--alpha: has no effect with --loss rslad",
         "--loss akd+ --lam=0.3": "--lam: has no effect with --loss akd+",
         "--loss trades --temperature 2": "--temperature: has no effect with --loss trades",
         "--trades-beta 1": "--trades-beta: has no effect without",
         "--extra-fraction 0.5": "--extra-fraction: has no effect without --extra-data",
-        "--teacher-ckpt t.pt --teacher-es 4": "--teacher-es: the teacher of --teacher-ckpt",
         "--save-every 0": "--save-every: ",
         "--loss adr --ema 0": "--ema 0: --loss adr rectifies its labels by the weight average",
         "--loss adaad --alpha 0.5": "--alpha: has no effect with --loss adaad",
@@ -574,17 +575,41 @@ def test_settings_of_a_teacher_that_is_not_trained_are_said(capsys):
     settings = ["--teacher-es", "4", "--teacher-lr", "0.1"]
     robust_kd.parse_args(["--loss", "at", *settings])
     assert capsys.readouterr().out == said
+    robust_kd.parse_args(["--loss", "at", "--teacher-model", "mlp-8"])
+    out = capsys.readouterr().out
+    assert out == "there is no teacher, so without effect: --teacher-model\n"
+    settings += ["--teacher-model", "mlp-8"]
     for flags in (["--loss", "at", "--attack-loss", "kl-teacher"], ["--loss", "akd"]):
         robust_kd.parse_args([*flags, *settings])
         assert capsys.readouterr().out == ""
-    robust_kd.parse_args(["--teacher-ckpt", "t.pt", "--teacher-lr", "0.1"])
-    assert capsys.readouterr().out == said.replace("--teacher-es, ", "")
+    robust_kd.parse_args(["--teacher-ckpt", "t.pt", "--teacher-eps", "2/255", *settings])
+    assert capsys.readouterr().out == said.replace("--teacher-es", "--teacher-eps, --teacher-es")
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    {
+        "--loss st": "(st): --steps, --step-size, --attack-bn",
+        "--loss st --demo": "(st): --steps, --step-size, --attack-bn",
+        "--loss ckd --teacher-training st": "(ckd, st): --steps, --step-size, --attack-bn",
+        "--loss ckd --teacher-ckpt t.pt": "(ckd): --steps, --step-size, --attack-bn",
+        "--loss ckd --teacher-training ffgsm": "(ckd, ffgsm): --steps, --step-size",
+        "--loss ckd": None,
+        "--loss ckd --teacher-training st trades": None,
+        "--loss at": None,
+    }.items(),
+)
+def test_settings_of_an_attack_that_nobody_learns_under_are_said(flags, said, capsys):
+    attack = ["--steps", "9", "--step-size", "1/255", "--attack-bn", "train"]
+    robust_kd.parse_args([*flags.split(), *attack])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "without effect" in line]
+    assert lines == ([f"without effect on all that is trained here {said}"] if said else [])
 
 
 def test_weights_of_an_ensemble_are_taken_as_they_are_given():
     mixed = "--teacher-training st at ffgsm --beta"
     assert parse(f"{mixed} 1/2 1/2 0").beta == [0.5, 0.5, 0.0]
-    assert parse("--beta 1").beta == [1.0] and parse("--teacher-training at at").beta is None
+    assert parse("--teacher-training at at").beta is None
 
 
 def test_files_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, refused):
@@ -1127,11 +1152,6 @@ def test_the_average_has_the_statistics_of_the_epoch(tmp_path, monkeypatch):
     assert statistics and all(value.eq(3).all() for value in statistics)
 
 
-def test_a_demo_with_a_shorter_teacher_stops_it_no_later():
-    args = robust_kd.parse_args("--demo --teacher-epochs 3".split())
-    assert (args.teacher_es, args.teacher_epochs) == (3, 3)
-
-
 def test_early_stops_of_a_longer_training_are_found_and_are_what_a_shorter_one_gives(tmp_path):
     long = "--loss akd --teacher-epochs 3 --epochs 1"
     run(tmp_path / "a", f"{long} --save-every 1")
@@ -1337,18 +1357,18 @@ def save_extra(path, n=30, size=32, **other):
 
 def test_the_average_follows_the_ramp_and_takes_batchnorm_as_it_is():
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    average, expected = robust_kd.weight_average(net, 0.6), None
+    average, expected = robust_kd.weight_average(net), None
     for t in range(12):
         with torch.no_grad():
             for p in net.parameters():
                 p.add_(torch.randn_like(p))
         net[1].running_mean += 1
-        robust_kd.update_average(average, net)
+        robust_kd.update_average(average, net, 0.6, t)
         weight = net[0].weight.detach().clone()
         decay = min(0.6, (1 + t) / (10 + t))
         expected = weight if t == 0 else decay * expected + (1 - decay) * weight
-    torch.testing.assert_close(average.module[0].weight, expected)
-    assert torch.equal(average.module[1].running_mean, net[1].running_mean)
+    torch.testing.assert_close(average[0].weight, expected)
+    assert torch.equal(average[1].running_mean, net[1].running_mean)
 
 
 def test_after_one_step_the_average_is_the_net(tmp_path):
@@ -1387,9 +1407,9 @@ def test_beta_weighs_the_teachers_in_their_order(tmp_path):
 def test_the_average_answers_adr_in_eval_mode(tmp_path, monkeypatch):
     modes, weight_average = [], robust_kd.weight_average
 
-    def spied(model, decay):
-        average = weight_average(model, decay)
-        average.module.register_forward_pre_hook(
+    def spied(model):
+        average = weight_average(model)
+        average.register_forward_pre_hook(
             lambda net, _: modes.append({module.training for module in net.modules()})
         )
         return average
@@ -1531,15 +1551,14 @@ def test_a_run_with_everything_goes_on_with_the_same_bits_and_keeps_the_average(
         f"--recipe at+ {TINY} --model wrn-10-1 --val-size 4 --test-subset 4 --steps 1 "
         f"--extra-data {tmp_path}/e.npz --augment cutmix --name run --runs"
     )
-    averages = []
+    averages, weight_average = [], robust_kd.weight_average
 
-    class SpiedAverage(AveragedModel):
-        def __init__(self, model, **options):
-            super().__init__(model, **options)
-            averages.append((self, model))
+    def spied(model):
+        averages.append((weight_average(model), model))
+        return averages[-1][0]
 
     with monkeypatch.context() as patch:
-        patch.setattr(robust_kd, "AveragedModel", SpiedAverage)
+        patch.setattr(robust_kd, "weight_average", spied)
         robust_kd.main(f"{flags} {tmp_path}/whole".split())
     stop_at(robust_kd, f"{flags} {tmp_path}/stopped", "teacher", 1)
     stop_at(robust_kd, f"{flags} {tmp_path}/stopped", "student", 1)
@@ -1553,7 +1572,7 @@ def test_a_run_with_everything_goes_on_with_the_same_bits_and_keeps_the_average(
     average, model = averages[-1]
     saved = common.load(tmp_path / "whole" / "robust_kd" / "run-s0" / "student.pt")["weights"]
     for name, tensor in model.state_dict().items():
-        assert torch.equal(saved[name], average.module.state_dict()[name]), name
+        assert torch.equal(saved[name], average.state_dict()[name]), name
         is_parameter = name in dict(model.named_parameters())
         assert torch.equal(saved[name], tensor) != is_parameter, name
 

@@ -1,4 +1,4 @@
-"""Run folders, JSON and labels made to do harm; and all hostile files with what reads them.
+"""Run folders and JSON made to do harm; and all hostile files with what reads them.
 
 `cases(folder)` writes them; `attempt` calls the readers in a process of their own, with limits;
 `wrong` says which did not end in one line and exit status 2, in bounded time and memory.
@@ -23,7 +23,6 @@ import torch
 
 import common
 import eval_robustness
-import messy_collab
 import robust_kd
 from benchmark import prepare
 
@@ -135,25 +134,6 @@ def evaluations(folder):
     return found
 
 
-def labels(folder):
-    """{name: path} of labels.pt that must be refused, for the 16 images of the data in `cases`."""
-    data, found = common.load_data("shapes", train_subset=16), {}
-    good = {"fingerprint": data.fingerprint, "labels": data.y_train}
-    y = data.y_train
-    for name, change in {
-        "negative": y - 1,
-        "large": y + 10**9,
-        "float": y / 2,
-        "NaN": y * float("nan"),
-        "fewer": y[:5],
-        "swollen": torch.zeros(1, dtype=torch.int64).expand(10**12),
-        "text": "labels",
-        "exec": hostile.Runs(folder),
-    }.items():
-        found[name] = hostile.saved(folder / f"{name}.labels.pt", good | {"labels": change})
-    return found
-
-
 def torchvision_files(folder):
     """{name: (data set, root)} with pickles where torchvision's own files should be."""
     for path in ("cifar-10-batches-py/data_batch_1", "cifar-100-python/train"):
@@ -212,7 +192,6 @@ def cases(folder):
     add("evaluations", evaluations, eval_robustness.main)
     data = common.load_data("shapes", train_subset=16)
     add("extra", hostile.extra_files, lambda path: robust_kd.add_extra_data(data, path))
-    add("labels", labels, lambda path: messy_collab.read_labels(path, data))
     add("torchvision", torchvision_files, lambda pair: common.load_data(*pair))
     return found
 
