@@ -1979,7 +1979,8 @@ def check_effects(args, error, has_effect: dict, trains_teacher: bool, trains_st
     for flag in args.given:
         if value not in has_effect.get(flag, [value]):
             error(f"{flag}: has no effect with --{choice} {value}; leave it out")
-        if flag in ("--teacher-ckpt", "--teacher-model", "--teacher-mode"):  # of a finished one too
+        of_finished_teacher = args.teacher_ckpt and flag in ("--teacher-model", "--teacher-mode")
+        if flag == "--teacher-ckpt" or of_finished_teacher:
             continue
         if flag.startswith("--teacher-") and not trains_teacher:
             idle["teacher"].append(flag)
@@ -2130,13 +2131,11 @@ def describe_run(args: argparse.Namespace, data: Data) -> dict:
 
 
 def digests_of_files(args: argparse.Namespace) -> dict:
-    """{flag: a digest of the content} of a given teacher and of given labels."""
-    digests = {}
-    for flag in ("teacher_ckpt", "labels_file"):
-        path = getattr(args, flag, None)
-        if path:
-            digests[flag] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    return digests
+    """{flag: a digest of the content} of a given teacher."""
+    if not args.teacher_ckpt:
+        return {}
+    content = Path(args.teacher_ckpt).read_bytes()
+    return {"teacher_ckpt": hashlib.sha256(content).hexdigest()[:16]}
 
 
 def check_same_run(folder: Path, config, args: argparse.Namespace, data: Data) -> None:
@@ -2300,7 +2299,6 @@ STEP_FLAGS = (
     "--igdm-weight",
     "--awp",
     "--byot-lambda",
-    "--byot-temperature",
 )
 
 

@@ -150,8 +150,6 @@ def check_flags(args, error):
     trains_teacher = has_teacher and not args.teacher_ckpt
     trains_student = args.method != "teacher"
     common.check_effects(args, error, HAS_EFFECT, trains_teacher, trains_student)
-    if "--teacher-model" in args.given and not has_teacher:
-        print("there is no teacher, so without effect: --teacher-model", flush=True)
     for flag in ("--eval-eps", "--eval-step-size"):
         if flag in args.given and not args.eval_restarts:
             error(f"{flag}: has no effect with --eval-restarts 0; leave it out")

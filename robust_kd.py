@@ -233,8 +233,6 @@ def check_flags(args, error):
     trainings = args.teacher_training
     if "--trades-beta" in args.given and "trades" not in [args.loss, *trainings]:
         error("--trades-beta: has no effect without --loss or --teacher-training trades")
-    if "--teacher-model" in args.given and not needs_teacher(args):
-        print("there is no teacher, so without effect: --teacher-model", flush=True)
     losses = {args.loss, *trainings} if trains_teacher else {args.loss}
     idle = []
     for flag, with_effect in HAS_EFFECT_ON_ALL_NETS.items():

@@ -262,8 +262,6 @@ def check_flags(args, error):
     idle = [flag for flag in ("--steps", "--step-size", "--attack-bn") if flag in args.given]
     if idle and args.method not in ATTACKED:
         print(f"no net is attacked in training, so without effect: {', '.join(idle)}", flush=True)
-    if "--teacher-model" in args.given and not has_teacher:
-        print("there is no teacher, so without effect: --teacher-model", flush=True)
     if args.reg_form == "repo" and "--tau2" in args.given:
         error("--tau2: has no effect with --reg-form repo; leave it out")
     if "--milestones" in args.given and args.schedule != "steps":

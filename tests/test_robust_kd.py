@@ -577,7 +577,7 @@ def test_settings_of_a_teacher_that_is_not_trained_are_said(capsys):
     assert capsys.readouterr().out == said
     robust_kd.parse_args(["--loss", "at", "--teacher-model", "mlp-8"])
     out = capsys.readouterr().out
-    assert out == "there is no teacher, so without effect: --teacher-model\n"
+    assert out == "no teacher is trained here, so without effect: --teacher-model\n"
     settings += ["--teacher-model", "mlp-8"]
     for flags in (["--loss", "at", "--attack-loss", "kl-teacher"], ["--loss", "akd"]):
         robust_kd.parse_args([*flags, *settings])

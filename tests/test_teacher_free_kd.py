@@ -821,7 +821,7 @@ def test_attack_bn_train_attacks_in_train_mode(tmp_path, monkeypatch):
 
     monkeypatch.setattr(common, "pgd", attack)
     run(tmp_path, "--method at --model mlp-8 --attack-bn train --epochs 1 --eval-attack clean")
-    assert modes == [True, True, True, False]  # three batches, then the held-out images
+    assert modes == [True, True, True, False, False]  # three batches, then two of held-out images
 
 
 def factors(flags, steps_per_epoch=10):
@@ -1027,7 +1027,7 @@ def test_settings_of_an_attack_where_no_net_is_attacked_are_said(capsys):
 
 
 def test_a_net_for_a_teacher_where_there_is_none_is_said(capsys):
-    said = "there is no teacher, so without effect: --teacher-model\n"
+    said = "no teacher is trained here, so without effect: --teacher-model\n"
     for method, line in (("plain", said), ("tf-kd-reg", said), ("re-kd", "")):
         tf.parse_args(["--method", method, "--teacher-model", "mlp-4"])
         assert capsys.readouterr().out == line
