@@ -453,8 +453,8 @@ CLAIMS = {
         ),
         gates=(OVERFITTING,),
         smoothing_suffices=True,
-        remark="It is more robust, and loses less than a point of accuracy; the paper prints a gain "
-        "of nearly two, with ARD+ and alpha 0.2.",
+        remark="It is more robust, and loses less than a point of accuracy; the paper prints a "
+        "gain of nearly two, with ARD+ and alpha 0.2.",
     ),
     "standard-teacher-alone": Claim(
         title="A standard teacher without labels (alpha 1) makes a less robust student than none",
