@@ -72,7 +72,7 @@ def start(main, stopped="finished epochs are kept; the same command goes on:") -
     after Ctrl-C, SIGTERM and a file system error, followed by the command.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # what the terminal cannot print becomes \\uXXXX
+        if hasattr(stream, "reconfigure"):  # what the terminal cannot print is escaped
             stream.reconfigure(errors="backslashreplace")
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the first process prints everything)
@@ -2045,6 +2045,8 @@ def setup_device(args: argparse.Namespace) -> torch.device:
 
 def load_training_data(args: argparse.Namespace, device: torch.device) -> Data:
     """load_data by the flags of a training script; under torchrun the first process downloads."""
+    if args.teacher_ckpt:
+        check_first_bytes(args.teacher_ckpt)  # before any data are fetched
     with first_process_first():
         return load_data(
             args.data,

@@ -192,7 +192,7 @@ def test_no_look_at_a_net_changes_its_modes_its_statistics_or_its_answers(look):
 def test_after_a_net_that_refuses_its_eval_mode_torch_compile_works_again():
     import torch._dynamo
 
-    class Stubborn(nn.Linear):
+    class StaysInTraining(nn.Linear):
         def train(self, mode=True):
             if not mode:
                 raise ValueError("it stays in training mode")
@@ -205,7 +205,7 @@ def test_after_a_net_that_refuses_its_eval_mode_torch_compile_works_again():
         return graph
 
     with pytest.raises(ValueError, match="it stays"):
-        common.predict(Stubborn(3, 2), torch.rand(2, 3))
+        common.predict(StaysInTraining(3, 2), torch.rand(2, 3))
     torch.compile(nn.Linear(3, 2), backend=backend)(torch.rand(2, 3))
     assert compiled
 

@@ -537,6 +537,13 @@ def test_method_teacher_is_about_the_teacher_of_the_seed_and_students_share_it(s
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_a_teacher_that_is_not_there_is_said_before_data_are_fetched(script, monkeypatch, refused):
+    monkeypatch.setattr(common, "load_data", None)
+    said = refused(SCRIPTS[script].main, ["--method", "hinton", "--teacher-ckpt", "none.pt"])
+    assert said == "none.pt: no such checkpoint"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_students_can_have_the_teacher_of_another_seed(script, tmp_path, capsys):
     run(script, tmp_path, "--method hinton --seed 0 1 --teacher-seed 3 --eval-restarts 0")
     files = teacher_files(tmp_path)
