@@ -2032,6 +2032,11 @@ def setup_device(args: argparse.Namespace) -> torch.device:
     if world() > 1 and not dist.is_initialized():
         # the others wait while the first process validates and evaluates
         week = datetime.timedelta(days=7)
+        # torch imports this module when the first optimizer is made. Imported after the group, its
+        # default arguments would keep the group, and threads of gloo, alive until the interpreter
+        # ends; a thread that frees a tensor just then aborts the process.
+        from torch.distributed.nn import functional  # noqa: F401
+
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=week)
         atexit.register(dist.destroy_process_group)
     set_float32()  # of what is not under bf16 autocast

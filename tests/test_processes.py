@@ -229,10 +229,18 @@ DIFFERENT = {  # what is drawn -> the losses that depend on it
     "fixed labels": {"teacher's cross-entropy", "student's cross-entropy"},
 }
 DRIVER = """
-import importlib, json, os, sys
+import atexit, importlib, json, os, sys
 import torch.nn.functional as F
 
 folder, root, jobs, flags = sys.argv[1:]
+
+def write_threads():  # registered before the scripts register anything: it runs after that
+    tasks = os.listdir("/proc/self/task") if os.path.exists("/proc/self/task") else []
+    names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in tasks]
+    with open(f"{folder}/threads{os.environ['RANK']}.json", "w") as file:
+        json.dump(names, file)
+
+atexit.register(write_threads)
 sys.path.insert(0, root)
 losses = {}
 
@@ -289,6 +297,14 @@ def losses_by_net(folder, rank, job):
 def test_processes_draw_different_noise_and_nothing_else_differs(job, two_processes):
     first, second = (losses_by_net(two_processes, rank, job) for rank in (0, 1))
     assert {name for name in first if first[name] != second[name]} == DIFFERENT[job]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux lists threads there")
+def test_no_thread_of_gloo_is_left_when_the_interpreter_ends(two_processes):
+    """One that frees a tensor just then aborts the process, and torchrun ends the others."""
+    for rank in (0, 1):
+        names = json.loads((two_processes / f"threads{rank}.json").read_text())
+        assert names and not [name for name in names if "gloo" in name]
 
 
 def test_the_processes_train_on_the_labels_that_the_first_one_has_written(two_processes):
