@@ -850,7 +850,7 @@ def test_the_job_of_a_new_gpu_does_all_its_parts_and_writes_each_at_once(tmp_pat
     assert all(row["ok"] for row in rows), rows
     by_part = {row["part"]: row for row in rows}
     assert by_part["gradients"]["gradient_error"] == 0 and by_part["step"]["ms"] > 0
-    assert by_part["resume"]["killed_after_epoch"] == 1 and by_part["resume"]["same_weights"]
+    assert 1 <= by_part["resume"]["killed_after_epoch"] < 6 and by_part["resume"]["same_weights"]
     assert by_part["autoattack"]["images"] == 20 and 0 <= by_part["autoattack"]["aa_acc"] <= 1
 
 

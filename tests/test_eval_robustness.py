@@ -365,7 +365,7 @@ def test_the_warnings_of_the_command_reach_the_caller_of_evaluate(small):
     with pytest.warns(UserWarning, match="other images of its batch"):
         ev.evaluate(OwnStatistics(model, None), x, labels, ["clean"])
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         ev.evaluate(model, x, labels, ["clean", "pgd2", "aa"], steps=3, queries=5)
 
 

@@ -160,7 +160,12 @@ def test_no_process_gets_a_single_image(n, world, monkeypatch):
     assert sum(map(len, labels)) >= 32
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc, as on Linux")
+CHILDREN = "/proc/{0}/task/{0}/children"
+
+
+@pytest.mark.skipif(
+    not Path(CHILDREN.format(os.getpid())).exists(), reason="Linux lists child processes there"
+)
 def test_when_one_process_is_killed_the_others_end_and_the_command_goes_on(
     tmp_path, monkeypatch, capsys, small
 ):
@@ -170,7 +175,7 @@ def test_when_one_process_is_killed_the_others_end_and_the_command_goes_on(
     for line in run.stdout:
         if line.startswith("student") and " 3/" in line:
             break
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    children = Path(CHILDREN.format(run.pid)).read_text().split()
     second = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
     start = time.monotonic()
     os.kill(int(second[0]), signal.SIGKILL)

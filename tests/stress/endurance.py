@@ -66,7 +66,8 @@ def long_run(folder, epochs):
 
         def watched(folder, *args):
             save_epoch(folder, *args)
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+            pages = resident - shared  # without those of libraries, which the system may drop
             seen.append({"megabytes": pages * os.sysconf("SC_PAGE_SIZE") / 2**20})
             seen[-1] |= {"handles": len(os.listdir("/proc/self/fd"))}
             seen[-1] |= {"log": (folder / "log.jsonl").stat().st_size}
