@@ -70,7 +70,25 @@ def start(main, stopped="finished epochs are kept; the same command goes on:") -
     Exit status: 2 after a UserError, a file system error or a full GPU memory; 130 after Ctrl-C;
     143 after SIGTERM; 141 when the reader of the output has gone (`| head`). `stopped` is printed
     after Ctrl-C, SIGTERM and a file system error, followed by the command.
+
+    Under torchrun a process that fails ends at once. When the interpreter ends, the group is
+    destroyed (setup_device), and NCCL's waits for the other processes, which may wait for this one.
     """
+    try:
+        _run_as_program(main, stopped)
+    except BaseException as error:
+        if world() == 1:
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.code if isinstance(error, SystemExit) else 1)
+
+
+def _run_as_program(main, stopped):
+    """start, but for the end of a process under torchrun."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what the terminal cannot print is escaped
             stream.reconfigure(errors="backslashreplace")
@@ -2029,6 +2047,8 @@ def setup_device(args: argparse.Namespace) -> torch.device:
     device = find_device(args.device)
     if "--precision" in args.given and device.type == "cpu":
         print("--precision has no effect here: a CPU trains in float32")
+    if device.type == "cuda" and args.precision == "bf16" and not trains_in_bf16(args, device):
+        print("--precision bf16: this GPU has none, it trains in float32", flush=True)
     if world() > 1 and not dist.is_initialized():
         # the others wait while the first process validates and evaluates
         week = datetime.timedelta(days=7)
@@ -2071,8 +2091,13 @@ def autocast(args: argparse.Namespace, device: torch.device):
     The cache of cast weights is off: a weight that is first cast under no_grad (as in TRADES) would
     get no gradient.
     """
-    enabled = device.type == "cuda" and args.precision == "bf16"
-    return torch.autocast("cuda", torch.bfloat16, enabled, cache_enabled=False)
+    return torch.autocast("cuda", torch.bfloat16, trains_in_bf16(args, device), cache_enabled=False)
+
+
+def trains_in_bf16(args: argparse.Namespace, device: torch.device) -> bool:
+    """Not on GPUs of before 2020: PyTorch emulates it there, without cuDNN's convolutions."""
+    wanted = device.type == "cuda" and args.precision == "bf16"
+    return wanted and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def compile_model(model: nn.Module, mode: str | None) -> None:
@@ -2287,7 +2312,8 @@ def average_gradients(model: nn.Module, images: int) -> None:
     if world() == 1:
         return
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    weight = torch.tensor([float(images)], device=gradients[0].device)
+    # filled on the device: with a copy from the host each step would wait for the GPU
+    weight = torch.full((1,), float(images), device=gradients[0].device)
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     everything = torch.cat([flat * weight, weight])
     dist.all_reduce(everything)

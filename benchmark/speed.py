@@ -599,7 +599,7 @@ def check_gpu(args):
     data = common.load_data(args.data, args.data_root, device)
     seconds_of = SECONDS_IF_SMALL if args.small else SECONDS
     best = {"gather", "input gradient", "channels_last"}
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         best.add("bf16")
     modes = {
         "no compile": best,

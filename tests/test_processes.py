@@ -109,11 +109,23 @@ def test_two_processes_wait_for_a_teacher_find_it_and_train_the_next_one_togethe
     assert teachers[0] == teachers[1] and len(teachers[0]) == 2
 
 
+# As the group of NCCL is destroyed while other processes wait for this one: not before they do
+NCCL = """
+import sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import common, robust_kd
+
+common.dist.destroy_process_group = lambda: time.sleep(1000)
+common.start(robust_kd.main)
+"""
+
+
 def test_two_processes_are_refused_a_folder_in_use_and_end(tmp_path, small):
     folder = student_folder(tmp_path)
+    (tmp_path / "nccl.py").write_text(NCCL)
     with common.locked(folder):
-        argv = f"{small} --epochs 1 --runs {tmp_path}".split()
-        run = torchrun(2, ROOT / "robust_kd.py", *argv, stderr=subprocess.PIPE)
+        argv = [ROOT, *f"{small} --epochs 1 --runs {tmp_path}".split()]
+        run = torchrun(2, tmp_path / "nccl.py", *argv, stderr=subprocess.PIPE)
         errors = run.communicate(timeout=100)[1]
     assert run.returncode != 0
     assert f"error: {folder}: in use by process {os.getpid()}; wait for it" in errors

@@ -271,6 +271,18 @@ def test_a_step_waits_for_nothing_and_an_epoch_for_its_numbers(script, flags, tr
     assert set(waits) <= beginning | validation
 
 
+def test_averaging_the_gradients_of_two_processes_waits_for_nothing(monkeypatch):
+    monkeypatch.setattr(common, "world", lambda: 2)
+    monkeypatch.setattr(common.dist, "all_reduce", lambda tensor: None)
+    with device(monkeypatch) as gpu:
+        net = torch.nn.Linear(2, 2).to(DEVICE)
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        gpu.waits.clear()
+        common.average_gradients(net, 32)
+        assert gpu.waits == []
+
+
 def test_a_step_that_waits_is_found(trained_on, monkeypatch):
     cross_entropy = F.cross_entropy
 
@@ -332,13 +344,20 @@ def test_a_precision_of_training_is_what_its_name_says(precision, precisions, tm
 def test_autocast_is_asked_for_what_the_flag_says(monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "autocast", lambda *a, **options: asked.append((*a, options)))
-    for precision, name in (("bf16", "cuda"), ("fp32", "cuda"), ("bf16", "cpu")):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for precision, name, capability in (
+        ("bf16", "cuda", 9),
+        ("bf16", "cuda", 7),  # PyTorch emulates bfloat16 there
+        ("fp32", "cuda", 9),
+        ("bf16", "cpu", 9),
+    ):
+        gpu = SimpleNamespace(major=capability)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number, gpu=gpu: gpu)
         common.autocast(SimpleNamespace(precision=precision), torch.device(name))
-    options = {"cache_enabled": False}
     assert [call[1:] for call in asked] == [
-        (torch.bfloat16, True, options),
-        (torch.bfloat16, False, options),
-        (torch.bfloat16, False, options),
+        (torch.bfloat16, enabled, {"cache_enabled": False})
+        for enabled in (True, False, False, False)
     ]
 
 

@@ -200,9 +200,9 @@ def cases(folder):
 def attempt(calls, folder):
     """Call {name: function} in another process -> {name: (exit status, errors, seconds, more MB)}.
 
-    Its memory is limited to 8 GB more than it has, its time to HANGS a call. seconds: of a CPU; more
-    MB: by how much a call raised the most memory that was in use. A name that is missing was the
-    last: it died.
+    Its memory is limited to 8 GB more than it has, its time to HANGS a call. seconds: of a CPU;
+    more MB: by how much a call raised the most memory that was in use. A name that is missing was
+    the last: it died.
     """
     report = folder / "report.jsonl"
     if not (pid := os.fork()):
