@@ -29,6 +29,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import shlex
 import shutil
@@ -261,6 +262,14 @@ class Parser(argparse.ArgumentParser):
 def derive_seed(*parts) -> int:
     """A 63-bit seed that depends on all `parts` (numbers and strings) and on nothing else."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def seed_generators(*parts) -> None:
+    """Seed those of torch, numpy and Python by derive_seed; a net of your own may use any."""
+    seed = derive_seed(*parts)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def find_device(name: str) -> torch.device:
@@ -723,10 +732,19 @@ def pixels(image):
 
     16 bits become the upper 8, for grey images as Pillow does for colour ones.
     """
+    if getattr(image, "n_frames", 1) > 1:
+        raise ValueError("it holds several images; save one")
+    image.load()  # which turns a TIFF as its orientation asks
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # damaged, as viewers see it too
+        orientation = None
+    if orientation in range(2, 9):
+        raise ValueError("EXIF asks to turn or mirror it, and not all programs do; save it upright")
     tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 bits, 262 what black is, 339 the format
     signed, white_is_zero = 2 in tags.get(339, ()), tags.get(262) == 0
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
-    if deep and not signed and not white_is_zero:
+    if deep and not signed and not white_is_zero and "transparency" not in image.info:
         bits = tags.get(258, (16,))[0]
         grey = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
         return np.stack([grey] * 3, axis=-1)
@@ -1059,7 +1077,7 @@ def build_stages(block, stem, widths, depths, out_factor, **options):
 
 def new_model(data: Data, name: str, seed: int, stage: str, dropout: float = 0.0) -> nn.Module:
     """build_model for the images and classes of `data`, on its device, drawn from (seed, stage)."""
-    torch.manual_seed(derive_seed("init", seed, stage))
+    seed_generators("init", seed, stage)
     size, channels = data.x_train.shape[2:]
     names = data.classes
     model = build_model(name, len(names), dropout, channels, size, data.mean, data.std, names)
@@ -1312,7 +1330,7 @@ def misfit(states: dict, model: nn.Module) -> str:
 def initial_digest(name: str, seed: int, dropout: float) -> str:
     """16 hex digits of the weights that a teacher of MODULE:FUNCTION begins with."""
     with torch.random.fork_rng(devices=[]):  # a training goes on with the random numbers it has
-        torch.manual_seed(derive_seed("init", seed, "teacher"))
+        seed_generators("init", seed, "teacher")
         return state_digest(call_function(name, dropout).state_dict())
 
 
@@ -1813,15 +1831,26 @@ def load_model(path, data: Data | None = None, name: str | None = None) -> nn.Mo
             model_is = f"{arch['classes']} classes, {arch['size']} x {arch['channels']} images"
             data_has = f"{len(data.classes)} classes, {size} x {channels} images"
             raise UserError(f"{path}: is for {model_is}; {data.name} has {data_has}")
-        numbers = [str(number) for number in range(len(data.classes))]  # no names are known
-        if names not in (None, numbers) and data.classes != numbers:
-            for number, (learned, given) in enumerate(zip(names, data.classes)):
-                if learned != given:
-                    there = f"class {number} is {learned[:50]!r}, in {data.name} it is {given!r}"
-                    advice = "give data with the same names in the same order"
-                    raise UserError(f"{path}: {there}; {advice}")
+        if names is not None:
+            check_class_names(path, names, data)
         model = model.to(data.x_test.device)
     return model.eval().requires_grad_(False)
+
+
+def check_class_names(path, names: list[str], data: Data) -> None:
+    """A UserError if the classes of a file are not those of `data` in their order.
+
+    The numbers 0, 1, ... stand for names that are not known, but where both sides have them: the
+    folders 0 to 11 are read in the order 0, 1, 10, 11, 2, ...
+    """
+    numbers = [str(number) for number in range(len(data.classes))]
+    if numbers in (names, data.classes) and sorted(names) != sorted(data.classes):
+        return
+    for number, (other, ours) in enumerate(itertools.zip_longest(names, data.classes)):
+        if other != ours:
+            there = f"class {number} is {str(other)[:50]!r}, in {data.name} it is {ours!r}"
+            advice = "give data with the same names in the same order"
+            raise UserError(f"{path}: {there}; {advice}")
 
 
 def table(rows: list[dict]) -> str:
@@ -2286,7 +2315,7 @@ def seed_epoch(seed: int, stage: str, epoch: int) -> None:
     parts = ["epoch", seed, stage, epoch]
     if rank() > 0:
         parts.append(rank())
-    torch.manual_seed(derive_seed(*parts))
+    seed_generators(*parts)
 
 
 def step_sums(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:

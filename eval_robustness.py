@@ -951,6 +951,21 @@ def check_net(model, x, labels, classes, name, attacked=True):
             raise common.UserError(f"{name}: no gradient reaches the images, {need}; {NO_GRADIENT}")
 
 
+@torch.no_grad()
+def check_weights_are_all(model, another, x, name):
+    """A UserError if another net of the same function with the same weights answers otherwise.
+
+    A checkpoint could not bring such a net back. One that answers itself otherwise each time, such
+    as a defence by noise, is not looked at.
+    """
+    another.load_state_dict(model.state_dict())
+    with common.evaluating(model), common.evaluating(another):
+        first, second, others = (net(common.to_float(x)) for net in (model, model, another))
+    if torch.equal(first, second) and (first - others).abs().max() > 1e-3 * first.abs().max():
+        problem = "draws numbers that are not in its state_dict, so no checkpoint brings it back"
+        raise common.UserError(f"{name}: {problem}; register them as buffers")
+
+
 NO_GRADIENT = "its forward must do without no_grad, inference_mode, detach, numpy and whole numbers"
 
 
@@ -1001,6 +1016,8 @@ def check_nets(args, data, teacher_dropout=0.0):
                 f"{name}: has no weights to train; a student needs some with requires_grad"
             )
         check_net(model.eval(), x, labels, classes, name)
+        another = common.build_model(name, classes, dropout, channels, size).to(x.device)
+        check_weights_are_all(model, another, x, name)
         images, subject = common.to_float(x), f"{name}: cannot be trained"
         if not reaches_any(model.train(), images, labels, weights, subject):
             raise common.UserError(f"{name}: no gradient reaches its weights; {NO_GRADIENT}")

@@ -236,8 +236,9 @@ def train(args, data, folder, stage, teacher=None):
     weights and see the same batches.
     """
     model = common.new_model(data, args.model, args.seed, stage.removesuffix("-alone"))
+    fused = ":" not in args.model  # fails for a weight that gets no gradient in the first step
     optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
+        model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=fused
     )
     schedule = MultiStepLR(optimizer, args.milestones, args.gamma)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}

@@ -204,7 +204,8 @@ def parse_args(argv=None):
     add("--ema", type=below_1, default=0.0, help=average)
     awp = "AWP: radius of the student's weight perturbation, relative to each tensor (0: none)"
     add("--awp", type=nonnegative, default=0.0, help=awp)
-    smoothed = "mass spread over all classes; with --extra-data that of generated images alone"
+    smoothed = "label mass spread over all classes, for both nets; with --extra-data that of "
+    smoothed += "generated images alone"
     add("--label-smoothing", type=below_1, default=0.0, help=smoothed)
     add("--extra-data", metavar="FILE", help=".npz of generated images: arrays image and label")
     add("--extra-fraction", type=below_1, default=0.7, help="share of generated images in a batch")
@@ -668,7 +669,7 @@ def train(args, data, folder, stage, teacher=None):
 
 
 def make_optimizer(model, args, steps_per_epoch):
-    """-> (SGD in one fused kernel, its learning rate schedule, which steps once a batch)."""
+    """-> (SGD, its learning rate schedule, which steps once a batch)."""
     norms = []
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):  # of any dimension
@@ -678,13 +679,14 @@ def make_optimizer(model, args, steps_per_epoch):
         ids = {id(p) for p in norms}
         decayed = [p for p in model.parameters() if id(p) not in ids]
         groups = [{"params": decayed}, {"params": norms, "weight_decay": 0.0}]
+    fused = ":" not in args.model  # fails for a weight that gets no gradient in the first step
     optimizer = torch.optim.SGD(
         groups,
         lr=args.lr,
         momentum=0.9,
         weight_decay=args.weight_decay,
         nesterov=args.nesterov,
-        fused=True,
+        fused=fused,
     )
     if args.schedule == "paper":  # the student's; OneCycle moves the momentum too
         return optimizer, OneCycleLR(optimizer, args.lr, args.epochs * steps_per_epoch)
@@ -831,8 +833,10 @@ def add_extra_data(data, path):
     Wang et al.: 3 GB for a million images of 32 x 32. The fingerprint of the data then depends on
     them: with other images it is another run and another teacher. Raises UserError.
     """
-    arrays = common.read_npz(Path(path), ("image", "label"))
-    arrays = {"x_extra": arrays["image"], "y_extra": arrays["label"]}
+    found = common.read_npz(Path(path), ("image", "label"))
+    arrays = {"x_extra": found["image"], "y_extra": found["label"]}
+    if "classes" in found:
+        common.check_class_names(f"--extra-data {path}", found["classes"], data)
     x, y = common.check_images(f"--extra-data {path}", "extra", arrays)
     if x.shape[1:] != data.x_train.shape[1:] or y.max() >= len(data.classes):
         wanted = f"images {tuple(data.x_train.shape[1:])}, labels below {len(data.classes)}"

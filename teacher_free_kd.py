@@ -661,8 +661,9 @@ def train(args, data, folder, stage, teacher=None):
     """
     model = common.new_model(data, args.model, args.seed, stage.removesuffix("-alone"))
     learner = Exits(model) if args.method == "self-distillation" else model
+    fused = ":" not in args.model  # fails for a weight that gets no gradient in the first step
     optimizer = torch.optim.SGD(
-        learner.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
+        learner.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=fused
     )
     steps_per_epoch = common.steps_per_epoch(data, args.batch_size)
     schedule = LambdaLR(optimizer, lambda step: lr_factor(args, step, steps_per_epoch))

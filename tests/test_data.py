@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import read_only
-from PIL import Image
+from PIL import Image, ImageOps
 
 import common
 import messy_collab
@@ -196,6 +196,33 @@ def test_images_without_a_certain_black_and_white_are_refused(
     Image.fromarray(array).save(tmp_path / name)
     message = refused(common.read_image, tmp_path / name)
     assert message.startswith(f"{tmp_path / name}: ") and remedy in message
+
+
+def test_images_that_are_to_be_turned_are_refused_or_turned(tmp_path, refused):
+    picture, exif = Image.fromarray(LEVELS), Image.Exif()
+    for orientation in range(9):  # 0 is no value of the standard
+        exif[0x0112] = orientation
+        for file in (tmp_path / "a.png", tmp_path / "a.tif"):
+            picture.save(file, exif=exif)
+        if orientation < 2:
+            assert (common.read_image(tmp_path / "a.png")[..., 0] == LEVELS).all()
+        else:
+            message = refused(common.read_image, tmp_path / "a.png")
+            assert "EXIF asks to turn or mirror it" in message
+        upright = ImageOps.exif_transpose(Image.open(tmp_path / "a.tif"))
+        assert (common.read_image(tmp_path / "a.tif")[..., 0] == np.asarray(upright)).all()
+    picture.save(tmp_path / "damaged.png", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert (common.read_image(tmp_path / "damaged.png")[..., 0] == LEVELS).all()
+
+
+def test_images_in_a_sequence_and_deep_ones_with_a_transparent_grey_are_refused(tmp_path, refused):
+    picture = Image.fromarray(LEVELS)
+    for file in (tmp_path / "a.png", tmp_path / "a.tif"):
+        picture.save(file, save_all=True, append_images=[picture.rotate(90)])
+        assert "holds several images" in refused(common.read_image, file)
+    deep = Image.fromarray(LEVELS.astype(np.uint16) * 257)
+    deep.save(tmp_path / "deep.png", transparency=0)
+    assert "convert it to 8 bits" in refused(common.read_image, tmp_path / "deep.png")
 
 
 def save_images(folder, *names):

@@ -260,6 +260,19 @@ def test_the_names_of_classes_are_kept_and_compared(tmp_path, refused):
     common.load_model(path)
 
 
+def test_numbers_that_are_names_are_compared(tmp_path, refused):
+    """Folders 0 to 11 are read as 0, 1, 10, 11, 2, ..., an .npz without names as 0, 1, 2, ..."""
+    numbers = [str(number) for number in range(12)]
+    data = common.load_data("shapes", train_subset=20, test_subset=10)
+    for ours, theirs in ((numbers, sorted(numbers)), (sorted(numbers), numbers)):
+        data.classes = ours
+        common.save_model(tmp_path / "a.pt", common.new_model(data, "mlp-4", 0, "student"))
+        common.load_model(tmp_path / "a.pt", data)
+        data.classes = theirs
+        there = f"class 2 is '{ours[2]}', in shapes it is '{theirs[2]}'"
+        assert there in refused(common.load_model, tmp_path / "a.pt", data)
+
+
 def test_unknown_names_of_classes_are_not_compared(tmp_path):
     path, numbers = tmp_path / "net.pt", [str(number) for number in range(10)]
     common.save_model(path, common.new_model(named(), "mlp-4", 0, "student"))

@@ -22,6 +22,8 @@ PAGE = (ROOT / "docs" / "own_nets.md").read_text()
 MYNETS, RB, LOADING = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 THEIRS = """
+import random
+import numpy
 import torch
 import torch.nn as nn
 
@@ -43,6 +45,53 @@ class Views(nn.Module):
 
 def views():
     return Views()
+
+class Projected(nn.Module):
+    # by numbers that no checkpoint holds
+    def __init__(self):
+        super().__init__()
+        self.projection = torch.randn(3072, 16) / 50
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.fc(x.flatten(1) @ self.projection)
+
+def projected():
+    return Projected()
+
+class Noisy(nn.Module):
+    # a defence: it never answers the same
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x):
+        return self.net(x + 0.1 * torch.randn_like(x))
+
+def noisy():
+    return Noisy()
+
+class Skips(nn.Module):
+    # a layer that joins later, as with stochastic depth
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.steps = nn.Linear(3072, 10), nn.Linear(10, 10), 0
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x):
+        x = self.dropout(self.first(x.flatten(1)))
+        self.steps += self.training
+        return x if self.training and self.steps < 2 else x + self.second(x)
+
+def skips():
+    return Skips()
+
+def drawn(by):
+    linear = nn.Linear(3072, 10)
+    draw = {"numpy": lambda: numpy.random.randn() / 50, "random": lambda: random.gauss(0, 0.02)}
+    with torch.no_grad():
+        linear.bias.copy_(torch.tensor([draw[by]() for _ in range(10)]))
+    return nn.Sequential(nn.Flatten(), linear)
 
 MEAN = [0.5, 0.5, 0.5]
 
@@ -285,6 +334,23 @@ def test_a_run_goes_on_after_an_interruption(tmp_path, stop_at):
         for part in ("whole", "parts")
     }
     assert len(digests) == 1
+
+
+def test_a_net_that_answers_otherwise_each_time_is_trained():
+    assert run(robust_kd, "--model theirs:noisy --loss st")[0]["net"] == "student"
+
+
+@pytest.mark.parametrize("script", SMALL_OF)
+def test_a_layer_that_joins_after_the_first_step_is_trained(script):
+    assert run(script, "--model theirs:skips --teacher-model theirs:skips")
+
+
+@pytest.mark.parametrize("by", ["numpy", "random"])
+def test_a_net_that_draws_without_torch_begins_with_the_same_weights(by, tmp_path):
+    net = f"--teacher-model theirs:drawn(by='{by}') --model mlp-4"
+    for name in ("first", "second"):
+        robust_kd.main([*SMALL_OF[robust_kd].split(), *net.split(), "--name", name])
+    assert len([*tmp_path.glob("runs/teachers/*")]) == 1
 
 
 def test_all_processes_begin_with_the_weights_of_the_first(monkeypatch):
@@ -616,6 +682,7 @@ BAD = {
     "theirs:exported": "theirs:exported: NotImplementedError: Calling train() is not supported",
     "theirs:exits": "theirs:exits: SystemExit: 0",
     "theirs:frozen": "has no weights to train",
+    "theirs:projected": "theirs:projected: draws numbers that are not in its state_dict",
     "theirs:odd(kind='no_grad')": "no gradient reaches the images",
     "theirs:odd(kind='inference_mode')": "no gradient reaches the images",
     "theirs:odd(kind='detach')": "no gradient reaches the images",

@@ -1521,6 +1521,7 @@ def test_cutmix_mixes_targets_by_the_pixels_that_it_took(data):
     "change, message",
     [
         ({"image": None}, "expected an .npz file with image, label (it has no array image)"),
+        ({"classes": np.array([*"abcdefghij"])}, "class 0 is 'a', in shapes it is"),
         ({"size": 28}, "expected images (32, 32, 3), labels below 10, got (28, 28, 3)"),
         ({"image": np.zeros((4, 32, 32, 3))}, "must be uint8 (N, S, S, 3) or (N, S, S), got float"),
         ({"image": np.array([{}, 1], dtype=object)}, "expected an .npz file with image, label"),
