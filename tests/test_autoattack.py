@@ -511,8 +511,10 @@ def test_fab_breaks_the_same_images_as_the_authors_code(small):
     one_class.target_class = 2  # by rank, the label being the first
     theirs = ev.norm_of(one_class.attack_single_run(b.x, b.labels, is_targeted=True) - b.x)
     ours = ev.norm_of(ev.fab_targeted(model, b) - b.x)
-    error = (ours - theirs).abs() / theirs
-    assert error.median() < 1e-5 and error.max() < 2e-3  # their projection sorts, ours iterates
+    error = ((ours - theirs).abs() / theirs).flatten().sort().values
+    # their projection sorts, ours iterates; where two points are as near, rounding may decide which
+    # way an image takes (torch 2.10: one of 60, by 5e-3)
+    assert error.median() < 1e-5 and error[-3] < 5e-4 and error[-1] < 2e-2
 
 
 def test_square_by_the_same_draws_breaks_the_same_images_as_the_authors_code(small):
