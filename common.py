@@ -1775,6 +1775,7 @@ META_TYPES = {
     "seconds": int | float,
     "best": dict,
     "noise_rate": int | float,
+    "corruption_rate": int | float,
     "gradients": dict,
 }
 
@@ -2442,8 +2443,8 @@ def from_first_process(value):
 def best_row(rows: list[dict]) -> dict:
     """The first row with the largest sum of held-out accuracies; {} if no image was held out."""
 
-    def score(row):
-        return sum(value for key, value in row.items() if key.startswith("val_"))
+    def score(row):  # rounded: equal counts of images may have sums that differ in the last bit
+        return round(sum(value for key, value in row.items() if key.startswith("val_")), 9)
 
     return max(rows, key=score) if rows and "val_clean_acc" in rows[0] else {}
 

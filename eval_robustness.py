@@ -138,8 +138,9 @@ def check_flags(args, error):
         if args.attack.count(name) > 1:
             error(f"--attack: expected each name once, got {name} twice")
     models = [*args.checkpoints, *args.model]
-    for name in models:
-        if models.count(name) > 1:
+    places = [os.path.realpath(name) for name in models]
+    for name, place in zip(models, places):
+        if places.count(place) > 1:
             error(f"{name}: expected each net once")
     if not models or args.weights and not args.model:
         error("expected CKPT..., or --model MODULE:FUNCTION, perhaps with --weights FILE")

@@ -272,8 +272,8 @@ def train(args, data, folder, stage, teacher=None):
         row = common.epoch_row(args, stage, epoch, model, history, began)
         rows.append(row | common.validate(args, stage, model, data))
         common.save_epoch(folder, stage, model, state, rows, args)
-    meta = {"training": args.method, "noise_rate": args.noise_rate or 0.0}
-    common.save_model(folder / f"{stage}.pt", model, rows, **meta)
+    rates = {key: getattr(args, key) or 0.0 for key in ("noise_rate", "corruption_rate")}
+    common.save_model(folder / f"{stage}.pt", model, rows, training=args.method, **rates)
     return common.load_model(folder / f"{stage}.pt", data)
 
 
@@ -306,8 +306,10 @@ def teacher_args(args):
     if args.method not in VARIED_TEACHER or args.noise_rate == 0:
         # it is the teacher of the other scripts too
         teacher.noise_rate = teacher.label_draw = None
-    # corrupted labels are a part of the data, see with_wrong_labels
-    teacher.corruption_rate = teacher.corruption_seed = None
+    # corrupted labels are a part of the data, see with_wrong_labels; train keeps their rate
+    teacher.corruption_seed = None
+    if args.method not in CORRUPTED_TEACHER or args.corruption_rate == 0:
+        teacher.corruption_rate = None
     for flag in vars(args):
         methods = HAS_EFFECT.get(f"--{flag.replace('_', '-')}", METHODS)
         if "teacher" not in methods or flag.startswith(("teacher_", "eval_")):
@@ -355,15 +357,18 @@ def main(argv=None):
 
 
 def check_teacher(args, teacher):
-    """A UserError if the teacher of --teacher-ckpt (or None) has learned at another noise rate.
+    """A UserError if the teacher of --teacher-ckpt (or None) has learned at other rates.
 
     Files from elsewhere, and best epochs, do not say at which.
     """
-    if teacher is not None:
-        wanted = args.noise_rate if args.method in VARIED_TEACHER else 0.0
-        learned = teacher.meta.get("noise_rate", wanted)
+    if teacher is None:
+        return
+    for rate, methods in (("noise_rate", VARIED_TEACHER), ("corruption_rate", CORRUPTED_TEACHER)):
+        wanted = getattr(args, rate) if args.method in methods else 0.0
+        learned = teacher.meta.get(rate, wanted)
         if learned != wanted:
-            wrong = f"learned at noise rate {learned:g}; --method {args.method} wants {wanted:g}"
+            words = rate.replace("_", " ")
+            wrong = f"learned at {words} {learned:g}; --method {args.method} wants {wanted:g}"
             raise common.UserError(f"--teacher-ckpt: {wrong}")
 
 
@@ -374,17 +379,20 @@ def train_and_evaluate(args, data, folder):
     wrong = with_wrong_labels(args, data)
     if wrong is not data:
         keep_labels(wrong.y_train, data, folder)
-    student_data = wrong if args.method in CORRUPTED_STUDENT else data
+    student_data, corruption_rate = data, 0.0
+    if args.method in CORRUPTED_STUDENT:
+        student_data, corruption_rate = wrong, args.corruption_rate
+    student_args = common.replace(args, corruption_rate=corruption_rate)
     if args.demo and args.method not in ("student", "teacher"):
-        alone_args = common.replace(args, method="student", noise_rate=0.0)
+        alone_args = common.replace(student_args, method="student", noise_rate=0.0)
         alone = train(alone_args, student_data, folder, "student-alone")
         nets["alone"] = "student alone", alone
     if args.method in TAUGHT or args.method == "teacher":
         teacher = get_teacher(args, wrong if args.method in CORRUPTED_TEACHER else data)
         nets["teacher"] = "teacher", teacher
     if args.method != "teacher":
-        rate = args.noise_rate if args.method in VARIED_STUDENT else 0.0
-        student_args = common.replace(args, noise_rate=rate)
+        if args.method not in VARIED_STUDENT:
+            student_args = common.replace(student_args, noise_rate=0.0)
         student = train(student_args, student_data, folder, "student", teacher)
         nets["student"] = f"student ({args.method})", student
         if student.meta["best"].get("epoch", args.epochs) != args.epochs:

@@ -592,9 +592,10 @@ APGD leave, in float32 at 8/255. With seeds 10 and 11 FAB and Square follow.
    the column. Other images are not covered. The correction was added when the MLP had run.
 2. The frontier: the methods that no other beats in both means. We also leave out each seed in turn
    and count how often a method is on the frontier then.
-3. Best epoch: highest clean plus PGD-7 accuracy on held-out training images. AT at its best epoch
-   is a method of its own. So is AT with a weight average (EMA) at its best epoch, since the MLP has
-   run: under PGD-20 it was ahead of AT at its best epoch.
+3. Best epoch: highest clean plus PGD-7 accuracy on held-out training images, the first of equal
+   ones (in 5 of 690 runs rounding has made it a later one). AT at its best epoch is a method of
+   its own. So is AT with a weight average (EMA) at its best epoch, since the MLP has run: under
+   PGD-20 it was ahead of AT at its best epoch.
 4. Teacher or method: five methods by five teachers in the MLP. The spread over teachers is the
    standard deviation of the five means over methods, that over methods the one of the five means
    over teachers. Their difference has a 95 % interval by the jackknife over seeds (pseudo-values,

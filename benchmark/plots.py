@@ -74,17 +74,26 @@ def parse_args(argv=None):
 
 
 def set_labels(args):
-    """args.runs and args.labels of `curves`, from [LABEL=]RUN.
+    """args.runs and args.labels of `curves`, from [LABEL=]RUN; raises UserError.
 
-    The name of a run may hold "=" too: the text after the label must be a folder.
+    The name of a run may hold "=" too: the text after the label must be a folder. Runs of one name
+    in two folders, such as those of two scripts, are not averaged without a label.
     """
-    args.labels, runs = [], []
+    args.labels, runs, folder_of, seen = [], [], {}, set()
     for text in args.runs:
         label, run = re.sub(r"-s\d+$", "", Path(text).resolve().name), text
         for place in [match.start() for match in re.finditer("=", text)]:
             if not Path(text).is_dir() and Path(text[place + 1 :]).is_dir():
                 label, run = text[:place], text[place + 1 :]
                 break
+        else:
+            folder = Path(run).resolve().parent
+            if folder_of.setdefault(label, folder) != folder:
+                other = f"{folder_of[label]} has runs of the name {label} too"
+                raise common.UserError(f"{run}: {other}; tell them apart by LABEL=RUN")
+        if (label, Path(run).resolve()) in seen:
+            raise common.UserError(f"{run}: expected each run once")
+        seen.add((label, Path(run).resolve()))
         args.labels.append(label)
         runs.append(run)
     args.runs = runs
@@ -129,7 +138,7 @@ def group_curves(folders, labels):
 
 def best_epoch(curves):
     """The first epoch (from 0) with the largest sum of the mean held-out accuracies."""
-    return int(np.argmax(sum(values.mean(0) for values in curves.values())))
+    return int(np.argmax(np.round(sum(values.mean(0) for values in curves.values()), 9)))
 
 
 def draw_curves(path, groups):

@@ -419,9 +419,22 @@ def test_curves_of_one_label_are_averaged_and_the_best_epoch_is_that_of_the_mean
     curves = plots.group_curves([a0, a1, b], ["A", "A", "B"])
     np.testing.assert_allclose(curves["A"]["val_clean_acc"], [[0.1, 0.5], [0.1, 0.7]])
     assert plots.best_epoch(curves["A"]) == 1 and plots.best_epoch(curves["B"]) == 0
+    tie = {"val_clean_acc": np.array([[0.2, 0.234]]), "val_pgd7_acc": np.array([[0.22, 0.186]])}
+    assert plots.best_epoch(tie) == 0
     args = plots.parse_args(["curves", a0, a1, f"mine={b}", f"lr=1={a0}", b])
     assert args.labels == ["a", "a", "mine", "lr=1", "lr=0.1"]
     assert args.runs == [a0, a1, b, a0, b]
+
+
+def test_curves_of_other_runs_are_not_averaged_and_no_run_counts_twice(make_log, tmp_path, refused):
+    a = make_log("a-s0", [0.1, 0.5], [0.1, 0.4])
+    (tmp_path / "elsewhere").mkdir()
+    other = make_log("elsewhere/a-s1", [0.1, 0.5], [0.1, 0.4])
+    message = refused(plots.parse_args, ["curves", a, other])
+    assert f"{tmp_path} has runs of the name a too; tell them apart by LABEL=RUN" in message
+    assert plots.parse_args(["curves", a, f"a={other}"]).labels == ["a", "a"]
+    message = refused(plots.parse_args, ["curves", a, f"{tmp_path}/elsewhere/../a-s0"])
+    assert "a-s0: expected each run once" in message
 
 
 def test_curves_are_drawn_and_printed(make_log, tmp_path, capsys):

@@ -1042,6 +1042,7 @@ BAD = {
     "a device": (["net0.pt", "--json", "/dev/null"], "/dev/null: expected a file"),
     "no such format": (["net0.pt", "--plot", "p.xyz"], "--plot p.xyz: expected a name with .png"),
     "twice": (["net0.pt", "net1.pt", "net0.pt", "--ensemble"], "net0.pt: expected each net once"),
+    "twice, by two paths": (["net0.pt", "./net0.pt"], "net0.pt: expected each net once"),
     "twice, in two spellings": (
         ["--model", "foreign:net", "--model", "foreign:net()"],
         "--model foreign:net: expected each net once",

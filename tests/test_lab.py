@@ -167,8 +167,10 @@ def test_claims_and_tests_that_the_lesson_names_are_there():
     assert len(tests) >= 6 and tests <= set(re.findall(r"^def (test_\w+)", sources, re.M))
 
 
-def test_intervals_that_the_lesson_quotes_are_those_of_the_claims():
+def test_intervals_that_the_lesson_quotes_are_those_of_the_claims_with_their_seeds():
     quoted = re.findall(r"[+-]\d+\.\d \[[^\]]+\]", PAGE)
+    seeds = re.findall(r"[Oo]ver (\d+)\s+seeds", PAGE)
     results = (ROOT / "docs/CLAIMS.md").read_text()
     assert len(quoted) >= 4
-    assert [interval for interval in quoted if interval not in results] == []
+    wanted = [f"| {interval} | {number} |" for interval, number in zip(quoted, seeds, strict=True)]
+    assert [row for row in wanted if row not in results] == []

@@ -222,6 +222,34 @@ def test_the_noise_rate_of_a_given_teacher_is_checked(tmp_path, refused):
     assert "learned at noise rate 0.25; --method mc-s wants 0" in message
 
 
+def test_the_corruption_rate_of_a_given_teacher_is_checked(tmp_path, refused):
+    """Otherwise a student of --method flc-t could have a teacher of true labels."""
+    short = f"{SMALL} --epochs 1 --teacher-epochs 1 --runs {tmp_path}"
+    for rate in (0.0, 0.5):
+        flags = f"--method teacher --corruption-rate {rate} --name {rate}"
+        messy_collab.main(f"{short} {flags}".split())
+    files = {}
+    for path in tmp_path.glob("teachers/*/teacher.pt"):
+        files[common.load(path)["meta"]["corruption_rate"]] = path
+    assert sorted(files) == [0.0, 0.5]
+    for method, rate, learned, wanted in (
+        ("flc-t", 0.5, 0.0, 0.5),
+        ("flc-s", 0.5, 0.5, 0.0),
+        ("hinton", 0.0, 0.5, 0.0),
+        ("hinton", 0.5, 0.0, 0.5),
+        ("flc-ts", 0.25, 0.5, 0.25),
+    ):
+        flags = f"--method {method} --corruption-rate {rate} --name {method}{rate}"
+        argv = f"{short} {flags} --teacher-ckpt {files[learned]}".split()
+        wrong = f"learned at corruption rate {learned:g}; --method {method} wants {wanted:g}"
+        assert wrong in refused(messy_collab.main, argv)
+        if wanted in files:
+            messy_collab.main([*argv[:-1], str(files[wanted])])
+    # a student says at which rate it has learned too
+    student = common.load(tmp_path / "messy_collab" / "flc-t0.5-s0" / "student.pt")["meta"]
+    assert student["corruption_rate"] == 0.0
+
+
 def test_a_teacher_is_shared_if_its_labels_are_the_same(tmp_path):
     def teacher(flags):
         """The file of the teacher of a run with these flags."""

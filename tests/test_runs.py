@@ -480,6 +480,9 @@ def test_the_best_epoch_is_the_first_with_the_highest_sum():
     for clean, pgd in ((0.5, 0.25), (0.75, 0.125), (0.625, 0.25), (0.25, 0.5)):
         rows.append({"val_clean_acc": clean, "val_pgd7_acc": pgd})
     assert common.best_row(rows) is rows[1]
+    # both 0.42; as floats the second sum is larger
+    rows = [{"val_clean_acc": a, "val_pgd7_acc": b} for a, b in ((0.2, 0.22), (0.234, 0.186))]
+    assert common.best_row(rows) is rows[0]
     assert common.best_row([]) == common.best_row([{"loss": 1.0}]) == {}
 
 
