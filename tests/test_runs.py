@@ -751,17 +751,27 @@ def test_what_a_user_can_cause_is_one_line(stop, status, message, ended):
         assert error.splitlines()[-1] == common.command_line()
 
 
-def test_an_end_of_another_process_is_told_only_where_there_are_others(ended, monkeypatch):
-    def main():
-        raise RuntimeError("[gloo] Connection closed by peer")
+def test_an_end_of_another_process_is_told_only_where_there_are_others():
+    code = """
+import common
 
-    with pytest.raises(RuntimeError):  # perhaps of a module called igloo
-        common.start(main)
+def main():
+    print("last words")
+    raise RuntimeError("[gloo] Connection closed by peer")
+
+common.start(main)
+"""
     torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0"}
-    for name, value in torchrun.items():
-        monkeypatch.setenv(name, value)
-    found, error = ended(main)
-    assert found == 2 and "process 0: another process has ended" in error
+    ends = []
+    for environment in ({}, torchrun):
+        command = [sys.executable, "-c", code]
+        options = {"cwd": ROOT, "env": os.environ | environment, "timeout": 100}
+        ends.append(subprocess.run(command, capture_output=True, text=True, **options))
+    alone, one_of_two = ends
+    # perhaps of a module called igloo
+    assert alone.returncode == 1 and "RuntimeError: [gloo]" in alone.stderr
+    assert one_of_two.returncode == 2 and one_of_two.stdout == "last words\n"
+    assert one_of_two.stderr.startswith("error: process 0: another process has ended")
 
 
 def test_an_error_keeps_its_traceback_where_torch_cannot_start_processes(ended, monkeypatch):
