@@ -115,9 +115,9 @@ def start(job, folder, prepare=lambda: None):
     except BaseException:
         traceback.print_exc()
     finally:
-        with contextlib.suppress(BaseException):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):  # on a full disk one may fail
+            with contextlib.suppress(BaseException):
+                stream.flush()
         os._exit(status)
 
 
