@@ -737,7 +737,7 @@ def pixels(image):
     image.load()  # which turns a TIFF as its orientation asks
     try:
         orientation = image.getexif().get(0x0112)
-    except Exception:  # damaged, as viewers see it too
+    except Exception:  # it is damaged; the pixels need not be
         orientation = None
     if orientation in range(2, 9):
         raise ValueError("EXIF asks to turn or mirror it, and not all programs do; save it upright")
